@@ -2,12 +2,12 @@
 
 A closed list, never "utils": a thing enters here when two rooms on different floors need it.
 
-    flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag of the same name
+    flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
     InputError, run                  the user's mistakes end in one line and exit status 2
     start_process, Process           the process group: always one, also alone
     write_atomic, read_jsonl,        whole files or none; whole lines or none
     AppendLog
-    MetricsLog                       one JSON line a step in out_dir/metrics.jsonl, one short line to the terminal
+    MetricsLog                       one JSON line a step in out_dir/metrics.jsonl, one for the eye
 
 torch is imported only where a process group is made, so that scoring scripts start without it.
 """
@@ -309,11 +309,11 @@ class MetricsLog:
 
     def __init__(self, out_dir: Path, process: Process, total_steps: int, done: int = 0) -> None:
         self.process, self.total, self.done, self.start = process, total_steps, done, time.time()
+        path = Path(out_dir) / "metrics.jsonl"
+        self.kept = [r for r in read_whole_lines(path)[0] if r["step"] <= done]
         if not process.is_main:
             return
-        path = Path(out_dir) / "metrics.jsonl"
-        kept = [r for r in read_whole_lines(path)[0] if r["step"] <= done]
-        write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept))
+        write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.kept))
         self.log = AppendLog(path)
 
     def __call__(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:

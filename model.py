@@ -1,0 +1,487 @@
+"""InternVL2: InternViT -> pixel shuffle -> projector -> InternLM2.
+
+    tiles (tile 3 448 448) -> 1024 patches -> 256 image tokens a tile -> rows of the LLM's input
+
+Follows `modeling_internvl_chat.py` and `modeling_internlm2.py`.  Attributes are named as in the
+checkpoint but for `projector`, there `mlp1`.  How queries meet keys is passed in as `attend`:
+
+    causal_attention    plain causal, the whole sequence at once
+    TreeAttention       many trees (prompt + responses) in one flat sequence: training
+    KVCache             keys and values of the past: generation
+
+The model knows nothing of processes, files or losses.
+
+Shapes: b batch, s tokens, t key tokens, h query heads, g key/value heads, d channels.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from runtime import InputError
+from vision import InternViT, RMSNorm, VisionConfig
+
+# (layer number, q (b s h d), k (b s g d), v (b s g d)) -> (b s h d)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+# --------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """`llm_config` of a checkpoint.  Fields without a value must be in the file."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_factor: float = 0.0  # dynamic NTK; 0 = none
+    rms_norm_eps: float = 1e-6
+    bias: bool = True
+    pad_token_id: int = 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class InternVLConfig:
+    """What the code needs of a checkpoint's config.json; defaults are the official class's."""
+
+    vision: VisionConfig
+    llm: LLMConfig
+    template: str
+    tile_size: int  # pixels; the ViT's position table is resized where it was made for another
+    select_layer: int = -1
+    max_tiles: int = 6
+    system_message: str = ""  # "" = the template's own
+
+    def with_drop_path(self, rate: float) -> "InternVLConfig":
+        """The same model with another stochastic depth in the ViT."""
+        return replace(self, vision=replace(self.vision, drop_path_rate=rate))
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.tile_size // self.vision.patch_size // 2) ** 2
+
+
+def load_config(model_dir: Path) -> InternVLConfig:
+    """The config.json of a folder in the official layout."""
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise InputError(f"no config.json in {model_dir}; pass the folder of an InternVL2 model")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict, where: str = "config.json") -> InternVLConfig:
+    """A config.json as the official release writes it; unknown keys are tolerated.
+
+    Raises InputError for a missing shape, for another LLM, and for options this code lacks.
+    """
+    for part in ("llm_config", "vision_config"):
+        if not isinstance(raw.get(part), dict):
+            raise InputError(
+                f"{where}: no {part!r}; expected the config.json of an InternVL2 model"
+            )
+    llm, vision = dict(raw["llm_config"]), dict(raw["vision_config"])
+    if (architecture := (llm.get("architectures") or ["?"])[0]) != "InternLM2ForCausalLM":
+        raise InputError(
+            f"{where}: the language model is {architecture}; only InternLM2ForCausalLM is "
+            "implemented (InternVL2-2B, 8B, 26B; InternVL2.5-2B, 8B, 26B)"
+        )
+    scaling = llm.pop("rope_scaling", None) or {}
+    llm["rope_factor"] = float(scaling.get("factor", 0.0))
+    _only(where, "llm_config.rope_scaling.type", scaling.get("type", "dynamic"), "dynamic")
+    _only(where, "llm_config.hidden_act", llm.get("hidden_act", "silu"), "silu")
+    _only(where, "llm_config.tie_word_embeddings", llm.get("tie_word_embeddings", False), False)
+    _only(where, "vision_config.hidden_act", vision.get("hidden_act", "gelu"), "gelu")
+    norm_type = vision.get("norm_type", VisionConfig.norm_type)
+    _only(where, "vision_config.norm_type", norm_type, "layer_norm", "rms_norm")
+    _only(where, "ps_version", raw.get("ps_version", "v1"), "v2")
+    _only(where, "use_llm_lora", raw.get("use_llm_lora", 0), 0)
+    _only(where, "use_backbone_lora", raw.get("use_backbone_lora", 0), 0)
+    _only(where, "pad2square", raw.get("pad2square", False), False)
+    if "template" not in raw:
+        raise InputError(f"{where}: no 'template'; expected internlm2-chat or internvl2_5")
+    _only(where, "downsample_ratio", raw.get("downsample_ratio", 0.5), 0.5)
+    vision_config = _pick(VisionConfig, vision, f"{where}: vision_config")
+    config = InternVLConfig(
+        vision=vision_config,
+        llm=_pick(LLMConfig, llm, f"{where}: llm_config"),
+        template=raw["template"],
+        tile_size=raw.get("force_image_size") or vision_config.image_size,
+        select_layer=raw.get("select_layer", -1),
+        max_tiles=raw.get("max_dynamic_patch", 6) if raw.get("dynamic_image_size") else 1,
+        system_message=raw.get("system_message") or "",
+    )
+    if config.tile_size % (2 * config.vision.patch_size):
+        raise InputError(
+            f"{where}: a tile of {config.tile_size} pixels is no even grid of patches of "
+            f"{config.vision.patch_size}"
+        )
+    return config
+
+
+def _only(where: str, key: str, value: object, *allowed: object) -> None:
+    if value not in allowed:
+        expected = " or ".join(map(repr, allowed))
+        raise InputError(f"{where}: {key} is {value!r}; this code implements {expected}")
+
+
+def _pick(cls: type, raw: dict, where: str) -> object:
+    """Fill dataclass `cls` from `raw`; keys the dataclass lacks are ignored."""
+    missing = [f.name for f in fields(cls) if f.default is f.default_factory and f.name not in raw]
+    if missing:
+        raise InputError(f"{where} has no {missing[0]!r}; it is needed to build the model")
+    return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+
+
+# --------------------------------------------------------------------------- rotary positions
+
+
+def rotary(config: LLMConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (b s d) float32, of positions (b s) when row b attends lengths[b] keys.
+
+    Dynamic NTK: past max_position_embeddings the base grows with the key length of the call.
+    A full forward thus turns every position with one base; a cached step turns only its own new
+    query and key.  Stateless, unlike the official module, which keeps a stretched table.
+    """
+    d, limit, factor = config.head_dim, config.max_position_embeddings, config.rope_factor
+    stretch = factor * lengths.double() / limit - (factor - 1) if factor else lengths.double() * 0
+    base = config.rope_theta * torch.where(lengths > limit, stretch, 1.0) ** (d / (d - 2))
+    base = base if factor else torch.full_like(base, config.rope_theta)
+    exponent = torch.arange(0, d, 2, device=positions.device).float() / d
+    inverse = 1.0 / base.float()[:, None] ** exponent  # (b d/2)
+    angle = positions.float()[..., None] * inverse[:, None]  # (b s d/2)
+    angle = torch.cat([angle, angle], dim=-1)  # channel i pairs with i + d/2
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (b s h d); cos, sin (b s d)
+    """Turn each pair of channels (i, i + d/2) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
+
+
+# --------------------------------------------------------------------------- ways to attend
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Token i sees tokens 0..i of its own row."""
+    return _attention(q, k, v, is_causal=True)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
+    """torch's attention over (b s h d); each key head serves h / g consecutive query heads."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how).transpose(1, 2)
+
+
+class TreeAttention:
+    """Attention of packed trees: a query sees its own tree's trunk and its own branch, causally.
+
+        k <= q  and  tree[k] == tree[q]  and  branch[k] in (0, branch[q])
+
+    On CUDA a FlexAttention block mask (no (s s) tensor); elsewhere, and as the reference to test
+    against, a boolean mask.
+    """
+
+    def __init__(self, tree: Tensor, branch: Tensor, flex: bool | None = None) -> None:
+        """tree, branch: (s) integers of the one flat row; branch 0 is the trunk."""
+        self.flex = tree.is_cuda if flex is None else flex
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            own_branch = (branch[k] == 0) | (branch[k] == branch[q])
+            return (k <= q) & (tree[k] == tree[q]) & own_branch
+
+        self.visible = visible  # a plain function: FlexAttention takes nothing else
+        self.mask = block_mask(tree, branch, visible) if self.flex else self.dense_mask(tree)
+
+    def dense_mask(self, tree: Tensor) -> Tensor:  # (s s) bool
+        index = torch.arange(len(tree), device=tree.device)
+        return self.visible(index, index, index[:, None], index[None, :])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.flex:
+            return _attention(q, k, v, attn_mask=self.mask)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        attend = compiled_flex_attention() if q.is_cuda else flex_attention
+        return attend(q, k, v, block_mask=self.mask, enable_gqa=True).transpose(1, 2)
+
+
+BLOCK = 128  # tokens a side of a mask block
+
+
+def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
+    """Which blocks of keys each block of queries meets, from the range of each block alone.
+
+    Never wrong but possibly generous: a partial block may turn out empty, `visible` decides each
+    pair inside it.  No (s s) tensor, unlike create_block_mask.
+    """
+    s = len(tree)
+    blocks = -(-s // BLOCK)
+
+    def lowest_and_highest(x: Tensor) -> tuple[Tensor, Tensor]:  # (s) -> (block), (block)
+        x = torch.cat([x, x[-1:].expand(blocks * BLOCK - s)]).view(blocks, BLOCK)
+        return x.amin(1), x.amax(1)
+
+    (tree_low, tree_high), (low, high) = lowest_and_highest(tree), lowest_and_highest(branch)
+    index = torch.arange(blocks, device=tree.device)
+    q, k = index[:, None], index[None, :]
+    met = (k <= q) & (tree_high[k] >= tree_low[q])  # trees stand in ascending order
+    one_tree = (tree_low[k] == tree_high[k]) & (tree_low[q] == tree_high[q])
+    same_tree = one_tree & (tree_low[k] == tree_low[q])
+    one_branch = (low[k] == high[k]) & (low[q] == high[q])
+    met &= ~(same_tree & one_branch & (low[k] != 0) & (low[k] != low[q]))
+    own = (high[k] == 0) | (one_branch & (low[k] == low[q]))
+    full = met & (k < q) & same_tree & own
+    if s % BLOCK:
+        full[-1] = False  # the last rows are padding
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:  # counts (1 1 q), indices (1 1 q k)
+        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1).int()[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(met & ~full), *listed(full), BLOCK, visible, seq_lengths=(s, s)
+    )
+
+
+_COMPILED: list = []
+
+
+def compiled_flex_attention() -> Callable:
+    """FlexAttention is fast only compiled; compiled once, on first use."""
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(flex_attention, dynamic=True))
+    return _COMPILED[0]
+
+
+class KVCache:
+    """Keys and values of every layer, room for `capacity` tokens in each of b rows.
+
+    Keys are stored as they were turned; later steps never turn them again.
+    """
+
+    def __init__(
+        self, config: LLMConfig, rows: int, capacity: int, device: object, dtype: torch.dtype
+    ) -> None:
+        shape = (config.num_hidden_layers, rows, capacity)
+        shape += (config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens already stored, the same in every row
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        past, total = self.length, self.length + q.shape[1]
+        self.keys[layer, :, past:total], self.values[layer, :, past:total] = k, v
+        keys, values = self.keys[layer, :, :total], self.values[layer, :, :total]
+        if past == 0:
+            return _attention(q, keys, values, is_causal=True)
+        position = torch.arange(total, device=q.device)
+        return _attention(q, keys, values, attn_mask=position[None, :] <= position[past:, None])
+
+
+# --------------------------------------------------------------------------- InternLM2
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `wqkv` is packed per key/value head: its queries, key, value."""
+
+    def __init__(self, config: LLMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.num_kv_heads = config.num_key_value_heads
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.wqkv = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.bias)
+        self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
+        packed = rearrange(
+            self.wqkv(x), "b s (g slot d) -> b s g slot d", g=self.num_kv_heads, d=self.head_dim
+        )
+        q = rearrange(packed[:, :, :, :-2], "b s g slot d -> b s (g slot) d")
+        k, v = packed[:, :, :, -2], packed[:, :, :, -1]  # (b s g d)
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.wo(rearrange(out, "b s h d -> b s (h d)"))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: LLMConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # keep only the input of the block for backward
+
+    def block(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.block, x, cos, sin, attend, use_reentrant=False)
+        return self.block(x, cos, sin, attend)
+
+
+class Decoder(nn.Module):
+    """Token embeddings, blocks and the final norm; `forward` starts from embeddings."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        # padding_idx: the row of </s> is loaded but never gets a gradient, as officially
+        self.tok_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            DecoderBlock(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, lengths: Tensor, attend: Attend) -> Tensor:
+        """x (b s d), positions (b s), lengths (b) keys a row attends -> normed hidden (b s d)."""
+        cos, sin = (t.to(x.dtype) for t in rotary(self.config, positions, lengths))
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+
+class InternLM2(nn.Module):
+    def __init__(self, config: LLMConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+# --------------------------------------------------------------------------- InternVL
+
+
+def pixel_shuffle(x: Tensor) -> Tensor:  # (tile row col d) -> (tile row/2 col/2 4d)
+    """Fold each 2 x 2 block of patches into channels: 1024 patches -> 256 image tokens a tile.
+
+    Channel blocks in the order (2R,2Q) (2R,2Q+1) (2R+1,2Q) (2R+1,2Q+1)
+    (`modeling_internvl_chat.py: pixel_shuffle`, ps_version v2).
+    """
+    return rearrange(x, "tile (row i) (col j) d -> tile row col (i j d)", i=2, j=2)
+
+
+class InternVL(nn.Module):
+    """The whole model.  `image_context_id` is the token whose rows the image features replace."""
+
+    def __init__(self, config: InternVLConfig, image_context_id: int | None) -> None:
+        super().__init__()
+        self.config, self.image_context_id = config, image_context_id
+        d, wide = config.llm.hidden_size, 4 * config.vision.hidden_size
+        self.vision_model = InternViT(config.vision)
+        self.projector = nn.Sequential(
+            nn.LayerNorm(wide, eps=1e-5),  # not the ViT's eps
+            nn.Linear(wide, d),
+            nn.GELU(),
+            nn.Linear(d, d),
+        )
+        self.language_model = InternLM2(config.llm)
+
+    def image_features(self, tiles: Tensor) -> Tensor:  # (tile 3 h w) -> (tile token d)
+        """What the LLM sees of each tile."""
+        x = self.vision_model(tiles, self.config.select_layer)[:, 1:]  # without the class token
+        x = rearrange(x, "tile (row col) d -> tile row col d", row=math.isqrt(x.shape[1]))
+        return self.projector(rearrange(pixel_shuffle(x), "tile row col d -> tile (row col) d"))
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        tiles: Tensor | None,
+        tile_order: Tensor | None = None,
+        always_vision: bool = False,
+    ) -> Tensor:
+        """Token embeddings (b s d), rows of <IMG_CONTEXT> replaced by image features in order.
+
+        `tile_order` (slot group): which tile fills each run of slots, where an image that stands
+        in several prompts comes once in `tiles`; without it tiles are used in order, once each.
+        `always_vision` runs the ViT on one blank tile when there is none, so that every process
+        takes part in the same collectives and every parameter gets a gradient (here zero).
+        """
+        x = self.language_model.model.tok_embeddings(input_ids)
+        if self.image_context_id is None and tiles is not None:
+            raise InputError("no tokenizer came with the weights: set model.image_context_id first")
+        slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
+        wanted = int(slots.sum())
+        if tiles is None or len(tiles) == 0:
+            if wanted:
+                raise InputError(f"the prompt has {wanted} image tokens but no tile came with it")
+            if always_vision:
+                size = self.config.tile_size
+                blank = torch.zeros(1, 3, size, size, device=x.device, dtype=x.dtype)
+                x = x + 0.0 * self.image_features(blank).sum().to(x.dtype)
+            return x
+        features = self.image_features(tiles).to(x.dtype)  # (tile token d)
+        if tile_order is not None:
+            features = features[tile_order]
+        features = features.flatten(0, 1)  # (tile*token d)
+        if len(features) != wanted:
+            raise InputError(
+                f"the prompt has {wanted} image tokens, {len(tiles)} tiles fill {len(features)}: "
+                "build prompts with tokenizer.encode_chat and the tile counts of vision.preprocess"
+            )
+        return x.masked_scatter(slots[..., None], features)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        tiles: Tensor | None = None,
+        positions: Tensor | None = None,
+        attend: Attend = causal_attention,
+        head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        tile_order: Tensor | None = None,
+        always_vision: bool = False,
+    ) -> Tensor:
+        """(b s) ids, (tile 3 h w) -> logits (b s vocab) float32: plain causal, no padding.
+
+        With `attend` and `positions` (b s): packed trees or cached decoding.  With `head`: what
+        head(hidden (b s d), output weight (vocab d)) returns instead of all logits.
+        """
+        b, s = input_ids.shape
+        if positions is None:
+            positions = torch.arange(s, device=input_ids.device).expand(b, s)
+            lengths = torch.full((b,), s, device=input_ids.device)
+        else:
+            lengths = positions.max(dim=1).values + 1
+        x = self.embed(input_ids, tiles, tile_order, always_vision)
+        x = self.language_model.model(x, positions, lengths, attend)
+        if head is not None:
+            return head(x, self.language_model.output.weight)
+        return self.language_model.output(x).float()

@@ -1,0 +1,169 @@
+"""Official weights in and out, byte for byte; checkpoints whole or absent."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import OURS
+from safetensors.torch import load_file, save_file
+
+from runtime import InputError
+from weights import (
+    INDEX,
+    keep_newest,
+    load_checkpoint,
+    load_config,
+    load_model,
+    newest_checkpoint,
+    save_checkpoint,
+    save_model,
+)
+
+MICRO = OURS / "internvl2-micro" / "checkpoint"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A writable copy of the micro checkpoint."""
+    return shutil.copytree(MICRO, tmp_path / "model")
+
+
+def all_tensors(folder):
+    return {
+        k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()
+    }
+
+
+def test_load_save_load_is_byte_equal(tmp_path):
+    save_model(load_model(MICRO), tmp_path / "out", like=MICRO)
+    names = {p.name for p in MICRO.iterdir()}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    before, after = all_tensors(MICRO), all_tensors(tmp_path / "out")
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor.view(torch.int16), after[name].view(torch.int16)), name
+    for name in ("config.json", INDEX):
+        assert (MICRO / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    for path in MICRO.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_single_file_loads_like_shards(folder, tmp_path):
+    expected = load_model(MICRO).state_dict()
+    single = tmp_path / "single"
+    single.mkdir()
+    shutil.copy(folder / "config.json", single)
+    save_file(all_tensors(folder), single / "model.safetensors")
+    loaded = load_model(single).state_dict()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    save_model(load_model(single), tmp_path / "again", like=single)
+    assert [p.name for p in (tmp_path / "again").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_dtype_of_the_loaded_model_is_the_one_asked_for():
+    assert {p.dtype for p in load_model(MICRO, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
+
+
+def rewrite(folder, change):
+    """Apply `change` to the tensors of the first shard."""
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "missing shard .*00002-of-00002"),
+        (lambda f: cut(sorted(f.glob("*.safetensors"))[1]), "00002-of-00002.*not a whole"),
+        (lambda f: rewrite(f, lambda t: t.popitem()), "disagree: 1 missing"),
+        (lambda f: rewrite(f, lambda t: t.update(x=torch.ones(2))), r"1 unexpected \(x\)"),
+        (lambda f: (f / INDEX).unlink(), "2 \\*.safetensors in .* but no model.safetensors.index"),
+        (lambda f: (f / "config.json").unlink(), "no config.json in"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda f: [p.unlink() for p in f.glob("*.s*")], "missing shard|no .*safetensors"),
+    ],
+)
+def test_damaged_folders_are_refused_with_the_file_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_wrong_shape_names_the_tensor_and_both_shapes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["vocab_size"] = 332
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=r"\[331, 24\], the model of config.json needs \[332, 24\]"
+    ):
+        load_model(folder)
+
+
+def test_a_model_of_other_depth_is_refused_by_its_keys(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["num_hidden_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="missing .*layers.2.attention"):
+        load_model(folder)
+
+
+def test_an_index_cannot_point_out_of_its_folder(folder):
+    index = json.loads((folder / INDEX).read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "../evil.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="outside"):
+        load_model(folder)
+
+
+def test_saving_over_a_folder_replaces_it_whole(folder, tmp_path):
+    (folder / "stale.txt").write_text("old")
+    save_model(load_model(MICRO), folder, like=MICRO)
+    assert not (folder / "stale.txt").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_the_config_of_the_release_is_read():
+    config = load_config(OURS / "internvl2-8b")
+    assert (config.template, config.tile_size, config.max_tiles) == ("internlm2-chat", 448, 12)
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+def test_a_half_written_checkpoint_is_never_found(tmp_path):
+    tensors = {"a": torch.arange(7.0)}
+    save_checkpoint(tmp_path, 3, tensors, {"x": 1})
+    partial = tmp_path / ".step-00000009.partial"
+    shutil.copytree(tmp_path / "step-00000003", partial)
+    (tmp_path / "step-00000005").mkdir()  # without its state.json
+    assert newest_checkpoint(tmp_path).name == "step-00000003"
+
+
+def test_checkpoints_come_back_exactly_and_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"a": torch.full((5, 2), step / 3)}, {"x": step})
+    keep_newest(tmp_path, 2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+    into = {"a": torch.zeros(5, 2)}
+    state = load_checkpoint(newest_checkpoint(tmp_path), into)
+    assert (state["x"], state["step"]) == (3, 3)
+    assert torch.equal(into["a"], torch.full((5, 2), 1.0))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 1, {"a": torch.zeros(3)}, {})
+    with pytest.raises(InputError, match=r"a has shape \[3\], this run \[4\]"):
+        load_checkpoint(checkpoint, {"a": torch.zeros(4)})
+    with pytest.raises(InputError, match="1 missing \\(b\\), 1 unexpected \\(a\\)"):
+        load_checkpoint(checkpoint, {"b": torch.zeros(3)})

@@ -1,0 +1,277 @@
+"""From an image to ViT features: dynamic-resolution tiling and the InternViT encoder.
+
+    tile_grid, cut_tiles, preprocess   image -> tiles (tile 3 448 448), thumbnail last
+    InternViT                          tiles -> patch features (tile 1+patch d), class token first
+
+Follows the official internvl_chat code: `dataset.py: dynamic_preprocess, build_transform` and
+`modeling_intern_vit.py`.  Attributes are named as in the checkpoint, so weights need no renaming.
+
+Shapes: tile, row, col, patch spelled out; s tokens of a tile, h heads, d channels.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from runtime import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# --------------------------------------------------------------------------- tiles
+
+
+@functools.cache
+def candidate_grids(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int], ...]:
+    """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area.
+
+    Within one area the order is the official one, that of a Python set: it can decide only an
+    exact tie of two grids of equal area, which needs min_tiles > 1.
+    """
+    grids = {
+        (cols, rows)
+        for n in range(min_tiles, max_tiles + 1)
+        for cols in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if min_tiles <= cols * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def tile_grid(
+    width: int, height: int, max_tiles: int, min_tiles: int = 1, tile_size: int = 448
+) -> tuple[int, int]:
+    """The (cols, rows) whose aspect ratio is nearest to the image's.
+
+    On an exact tie the larger grid wins iff the image has more than half of its pixels
+    (official `find_closest_aspect_ratio`).
+    """
+    if width < 1 or height < 1:
+        raise InputError(f"image of {width} x {height} pixels; both sides must be at least 1")
+    if not 1 <= min_tiles <= max_tiles:
+        raise InputError(f"need 1 <= min_tiles <= max_tiles, got {min_tiles} and {max_tiles}")
+    aspect, best, best_difference = width / height, (1, 1), float("inf")
+    for cols, rows in candidate_grids(max_tiles, min_tiles):
+        difference = abs(aspect - cols / rows)
+        if difference < best_difference:
+            best, best_difference = (cols, rows), difference
+        elif difference == best_difference and width * height > 0.5 * tile_size**2 * cols * rows:
+            best = (cols, rows)
+    return best
+
+
+def num_tiles(width: int, height: int, max_tiles: int, tile_size: int = 448) -> int:
+    """How many tiles `preprocess` returns, the thumbnail included."""
+    cols, rows = tile_grid(width, height, max_tiles, tile_size=tile_size)
+    return cols * rows + (cols * rows > 1)
+
+
+def cut_tiles(
+    image: Image.Image,
+    max_tiles: int = 12,
+    tile_size: int = 448,
+    thumbnail: bool = True,
+    min_tiles: int = 1,
+) -> list[Image.Image]:
+    """Row-major square tiles of the resized image; the whole image once more, last, if cut."""
+    image = image.convert("RGB")  # before resizing: a palette image would be resized by nearest
+    cols, rows = tile_grid(*image.size, max_tiles, min_tiles, tile_size)
+    resized = image.resize((cols * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
+    tiles = [
+        resized.crop((col, row, col + tile_size, row + tile_size))
+        for row in range(0, rows * tile_size, tile_size)
+        for col in range(0, cols * tile_size, tile_size)
+    ]
+    if thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return tiles
+
+
+def normalize(tiles: list[Image.Image]) -> Tensor:  # (tile 3 h w) float32
+    """[0, 255] -> ImageNet mean 0 and deviation 1, channels first."""
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
+    pixels = rearrange(pixels, "tile h w c -> tile c h w").float() / 255
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return (pixels - mean) / std
+
+
+def preprocess(
+    image: Image.Image, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
+) -> Tensor:  # (tile 3 h w) float32
+    """The image as the ViT sees it: up to max_tiles tiles, plus the thumbnail if more than one."""
+    return normalize(cut_tiles(image, max_tiles, tile_size, thumbnail))
+
+
+# --------------------------------------------------------------------------- encoder
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """`vision_config` of a checkpoint.  Fields without a value must be in the file."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    qkv_bias: bool = False
+    qk_normalization: bool = True
+    norm_type: str = "rms_norm"
+    layer_norm_eps: float = 1e-6
+    drop_path_rate: float = 0.0
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics and scaling in fp32, cast back, then times weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def make_norm(config: VisionConfig) -> nn.Module:
+    """LayerNorm (InternViT-300M) or RMSNorm (InternViT-6B)."""
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return RMSNorm(config.hidden_size, config.layer_norm_eps)
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches, class token, positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.grid = config.grid
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, d))
+        self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(torch.randn(1, self.grid**2 + 1, d))
+
+    def positions(self, rows: int, cols: int) -> Tensor:  # (1 1+patch d)
+        """The position table, its patch part resized if the patch grid is not the native one."""
+        table = self.position_embedding
+        if (rows, cols) == (self.grid, self.grid):
+            return table
+        patches = rearrange(table[:, 1:], "1 (row col) d -> 1 d row col", row=self.grid)
+        patches = F.interpolate(patches.float(), (rows, cols), mode="bicubic", align_corners=False)
+        patches = rearrange(patches, "1 d row col -> 1 (row col) d").to(table.dtype)
+        return torch.cat([table[:, :1], patches], dim=1)
+
+    def forward(self, tiles: Tensor) -> Tensor:  # (tile 3 h w) -> (tile 1+patch d)
+        patches = self.patch_embedding(tiles.to(self.patch_embedding.weight.dtype))
+        rows, cols = patches.shape[-2:]
+        patches = rearrange(patches, "tile d row col -> tile (row col) d")
+        first = self.class_embedding.expand(len(patches), -1, -1)
+        return torch.cat([first, patches], dim=1) + self.positions(rows, cols)
+
+
+class VisionAttention(nn.Module):
+    """Full attention within a tile; the packed projection is ordered [q | k | v]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias)
+        self.proj = nn.Linear(d, d)
+        self.qk_normalization = config.qk_normalization
+        if config.qk_normalization:  # over the whole width, all heads together
+            self.q_norm = RMSNorm(d, config.layer_norm_eps)
+            self.k_norm = RMSNorm(d, config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # (tile s d)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.qk_normalization:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rearrange(t, "tile s (h d) -> tile h s d", h=self.num_heads) for t in (q, k, v))
+        return self.proj(
+            rearrange(F.scaled_dot_product_attention(q, k, v), "tile h s d -> tile s (h d)")
+        )
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # the exact (erf) GELU
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:  # (tile s d)
+    """Stochastic depth: drop the branch of whole tiles, divide the kept ones by the keep rate."""
+    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * keep.to(x.dtype) / (1 - rate)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block; layer scale and stochastic depth act on the branch, not on the residual."""
+
+    def __init__(self, config: VisionConfig, drop_rate: float) -> None:
+        super().__init__()
+        self.attn, self.mlp = VisionAttention(config), VisionMLP(config)
+        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.ls1 = nn.Parameter(torch.ones(config.hidden_size))
+        self.ls2 = nn.Parameter(torch.ones(config.hidden_size))
+        self.drop_rate = drop_rate
+        self.recompute = False  # keep only the input of the block for backward
+
+    def branch(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_rate) if self.training and self.drop_rate else x
+
+    def block(self, x: Tensor) -> Tensor:
+        x = x + self.branch(self.ls1 * self.attn(self.norm1(x)))
+        return x + self.branch(self.ls2 * self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:  # (tile s d)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.block, x, use_reentrant=False)
+        return self.block(x)
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        count = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(1, count - 1) for i in range(count)]
+        self.layers = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
+
+
+class InternViT(nn.Module):
+    """InternViT (`modeling_intern_vit.py`): no final norm, class token first."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+
+    def forward(self, tiles: Tensor, select_layer: int = -1) -> Tensor:  # (tile 1+patch d)
+        """Output of block `select_layer`: -1 the last, 0 the embeddings, -2 the last but one."""
+        depth = len(self.encoder.layers)
+        x = self.embeddings(tiles)
+        for layer in self.encoder.layers[: select_layer % (depth + 1)]:
+            x = layer(x)
+        return x
