@@ -1,0 +1,642 @@
+"""Preference records from disk to packed trees on the device.
+
+    read_meta      MMPR's meta.json -> data sets with repeat_time, tile limits, JPEG augmentation
+    PairData       deterministic order of pairs; the packs of any step, so resuming needs no state
+    Tree           prompt (trunk) + responses (branches) of one question, as token ids
+    Pack           several trees laid one after another in ONE flat sequence, no padding
+
+    python data.py --check meta.json --model_dir M    verify every record and image before training
+    python data.py --meta meta.json --model_dir M --show 3    look at prompts, responses and masks
+
+Formats: the MMPR release (`meta.json` + jsonl).  Differs from the official loader: the image is
+encoded once per tree and not four times, a bad record stops the run instead of being replaced by
+a random one, nothing is truncated, image paths cannot leave their root.
+"""
+
+import hashlib
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import InternVLConfig, load_config
+from runtime import InputError, flag, parse_cli, parse_json_line, run
+from tokenizer import (
+    Tokenizer,
+    encode_chat,
+    encode_response,
+    load_tokenizer,
+    with_image_placeholders,
+)
+from vision import cut_tiles, normalize, num_tiles
+
+MAX_PIXELS = 200_000_000  # an image bomb is refused before it is decoded
+MAX_BYTES = 500_000_000
+
+
+# --------------------------------------------------------------------------- images
+
+
+def resolve_image(root: Path, relative: str) -> Path:
+    """root/relative; absolute paths and whatever resolves outside root (links too) are refused."""
+    if not isinstance(relative, str) or not relative:
+        raise InputError(f"image path must be a non-empty text, got {relative!r}")
+    if relative.startswith(("s3://", "http://", "https://")) or Path(relative).is_absolute():
+        raise InputError(f"image {relative!r}: give a path relative to root {root}")
+    path = Path(root) / relative
+    if not path.resolve().is_relative_to(Path(root).resolve()):
+        raise InputError(f"image {relative!r} leaves its root {root}")
+    return path
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image with its size known but not yet decoded; limits on bytes and pixels."""
+    if not path.is_file():
+        raise InputError(f"no image {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"image {path} has more than {MAX_BYTES} bytes")
+    try:
+        image = Image.open(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"image {path} has more than {MAX_PIXELS} pixels")
+    return image
+
+
+def load_image(path: Path) -> Image.Image:
+    """The decoded RGB image; a broken or cut-off file is an InputError that names it."""
+    with open_image(path) as image:
+        try:
+            return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise InputError(f"image {path} cannot be decoded: {error}") from None
+
+
+def jpeg(tile: Image.Image, quality: int) -> Image.Image:
+    """The tile after a round through JPEG (the official `data_augment`)."""
+    buffer = io.BytesIO()
+    tile.save(buffer, format="JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+# --------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """One preference pair as it stands in a jsonl file."""
+
+    where: str  # "set name, file line N": for errors and the run record
+    question: str
+    chosen: str
+    rejected: str
+    images: tuple[Path, ...]
+    max_tiles: int
+    augment: bool
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One entry of meta.json; records are read by their byte offset, when needed."""
+
+    name: str
+    root: Path
+    annotation: Path
+    repeat_time: Fraction
+    max_tiles: int
+    augment: bool
+    offsets: np.ndarray  # (record) start of each line
+    lines: np.ndarray  # (record) its line number, from 1
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, number: int) -> PairRecord:
+        with open(self.annotation, "rb") as f:
+            f.seek(self.offsets[number])
+            raw = parse_json_line(self.annotation, int(self.lines[number]), f.readline())
+        return self.parse(raw, f"{self.name}, {self.annotation} line {self.lines[number]}")
+
+    def parse(self, raw: dict, where: str) -> PairRecord:
+        """Check one record.  Raises InputError naming set, file, line and key."""
+        if raw.get("video") or raw.get("clip"):
+            raise InputError(f"{where}: video records are not supported; remove them")
+        for key in ("question", "chosen", "rejected"):
+            if not isinstance(raw.get(key), str):
+                raise InputError(f"{where}: no text {key!r}")
+            if not raw[key].strip():
+                raise InputError(f"{where}: {key} is empty")
+        given = raw.get("image") or []
+        given = [given] if isinstance(given, str) else given
+        if not isinstance(given, list):
+            raise InputError(f"{where}: 'image' must be a path or a list of paths")
+        try:
+            images = tuple(resolve_image(self.root, path) for path in given)
+            question = with_image_placeholders(raw["question"], len(images))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return PairRecord(
+            where,
+            question,
+            raw["chosen"],
+            raw["rejected"],
+            images,
+            max(1, self.max_tiles // max(1, len(images))),
+            self.augment,
+        )
+
+
+def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
+    """meta.json -> data sets.  `max_tiles` holds where an entry has no max_dynamic_patch."""
+    try:
+        meta = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"no {path}; expected MMPR's meta.json (see README)") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(meta, dict) or not meta:
+        raise InputError(f"{path}: expected one object of data set name -> entry")
+    return [_data_set(Path(path), name, entry, max_tiles) for name, entry in meta.items()]
+
+
+def _data_set(meta: Path, name: str, entry: dict, max_tiles: int) -> DataSet:
+    where = f"{meta}: {name}"
+    for key in ("annotation", "repeat_time"):
+        if key not in entry:
+            raise InputError(f"{where}: no {key!r}")
+    annotation = _beside(meta, entry["annotation"])
+    if annotation.suffix != ".jsonl":
+        raise InputError(f"{where}: annotation {annotation} must end in .jsonl")
+    if not annotation.is_file():
+        raise InputError(f"{where}: no annotation file {annotation}")
+    try:
+        repeat = Fraction(str(entry["repeat_time"]))  # exact: 0.07 * 100 is 7
+    except ValueError:
+        raise InputError(f"{where}: repeat_time must be a number") from None
+    if repeat < 0:
+        raise InputError(f"{where}: repeat_time is {repeat}; it must be >= 0")
+    tiles = entry.get("max_dynamic_patch", max_tiles)
+    if not isinstance(tiles, int) or tiles < 1:
+        raise InputError(f"{where}: max_dynamic_patch must be a whole number >= 1, got {tiles!r}")
+    offsets, lines = _line_offsets(annotation)
+    if "length" in entry and entry["length"] != len(offsets):
+        raise InputError(f"{where}: length says {entry['length']}, {annotation} has {len(offsets)}")
+    augment = bool(entry.get("data_augment", False))
+    root = _beside(meta, entry.get("root", ""))
+    return DataSet(name, root, annotation, repeat, tiles, augment, offsets, lines)
+
+
+def _beside(meta: Path, path: str) -> Path:
+    """A path of meta.json: beside it, else as it stands (officially: from the working folder)."""
+    beside = meta.parent / path
+    return Path(path) if path and not beside.exists() and Path(path).exists() else beside
+
+
+def _line_offsets(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Start and number of each non-empty line."""
+    starts, numbers, position = [], [], 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                starts.append(position)
+                numbers.append(number)
+            position += len(line)
+    return np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
+
+
+# --------------------------------------------------------------------------- order
+
+
+def seeded(*key: object) -> np.random.Generator:
+    """A random generator that is a function of `key` alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big"))
+
+
+def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n 2)
+    """(set number, record number) in the order of training, a function of (seed, epoch).
+
+    repeat_time r = k + f gives k copies of every record and floor(f * n) more drawn without
+    replacement (anew each epoch).
+    """
+    rows = []
+    for i, data_set in enumerate(sets):
+        whole, part = divmod(data_set.repeat_time, 1)
+        n = len(data_set)
+        drawn = seeded(seed, data_set.name, epoch).permutation(n)[: int(part * n)]
+        records = np.concatenate([np.tile(np.arange(n), int(whole)), np.sort(drawn)])
+        rows.append(np.stack([np.full(len(records), i), records], axis=1))
+    rows = np.concatenate(rows).astype(np.int64)
+    return rows[seeded(seed, "order", epoch).permutation(len(rows))]
+
+
+# --------------------------------------------------------------------------- trees
+
+
+@dataclass
+class Tree:
+    """One question as token ids: the trunk, and responses that branch off where it ends."""
+
+    trunk: list[int]  # <s> system, image, question, <|im_start|>assistant\n
+    responses: list[list[int]]  # each with its closing <|im_end|>
+    chosen: list[int]  # (pair) index into responses
+    rejected: list[int]  # (pair) index into responses; empty: no rejected ones
+    images: list[tuple[Path, int, bool]]  # (file, tile limit, JPEG augmentation)
+    tiles: list[int]  # (image) tile counts, thumbnails included
+    where: list[str]  # (pair)
+
+    @property
+    def size(self) -> int:
+        """Tokens in a pack."""
+        return len(self.trunk) + sum(map(len, self.responses))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest response: what the length limit is about."""
+        return len(self.trunk) + max(map(len, self.responses))
+
+
+def encode_tree(
+    record: PairRecord,
+    tokenizer: Tokenizer,
+    config: InternVLConfig,
+    max_tiles: int | None = None,
+    only_chosen: bool = False,
+) -> Tree:
+    """Token ids of one record; reads image sizes, not pixels.  Errors name the record."""
+    limit = max_tiles or record.max_tiles
+    try:
+        tiles = []
+        for path in record.images:
+            with open_image(path) as image:
+                tiles.append(num_tiles(*image.size, limit, config.tile_size))
+        trunk = encode_chat(
+            tokenizer,
+            config.template,
+            [(record.question, None)],
+            [config.tokens_per_tile * n for n in tiles],
+            config.system_message or None,
+        )
+    except InputError as error:
+        raise InputError(f"{record.where}: {error}") from None
+    texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
+    return Tree(
+        trunk,
+        [encode_response(tokenizer, config.template, text) for text in texts],
+        [0],
+        [] if only_chosen else [1],
+        [(path, limit, record.augment) for path in record.images],
+        tiles,
+        [record.where],
+    )
+
+
+# --------------------------------------------------------------------------- packs
+
+
+@dataclass
+class Pack:
+    """Trees laid one after another; every index below is into the flat sequence of T tokens.
+
+    A branch's first token is predicted at the trunk's last; `predictor`, `target` and `response`
+    list the scored tokens only.
+    """
+
+    input_ids: Tensor  # (1 T)
+    positions: Tensor  # (1 T) restart at each tree, and where the trunk ended at each branch
+    tree: Tensor  # (T)
+    branch: Tensor  # (T) 0 = trunk
+    predictor: Tensor  # (token) index of the hidden state that predicts ...
+    target: Tensor  # (token) ... this id ...
+    response: Tensor  # (token) ... of this response
+    chosen: Tensor  # (pair) response index
+    rejected: Tensor  # (pair) response index; empty without rejected responses
+    num_responses: int
+    tiles: Tensor | None = None  # (tile 3 h w) distinct images, once each
+    tile_order: Tensor | None = None  # (slot group) index into tiles
+    where: list[str] = field(default_factory=list)  # (pair)
+    keys: list[str] = field(default_factory=list)  # (response) what its log-prob depends on
+
+    def to(self, device: torch.device) -> "Pack":
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in vars(self).items()
+        }
+        return Pack(**moved)
+
+
+def lay_out(trees: list[Tree]) -> Pack:
+    """The token side of a pack; `add_tiles` brings the pixels."""
+    ids, positions, tree, branch, predictor, target, owner = [], [], [], [], [], [], []
+    chosen, rejected, responses = [], [], 0
+    for number, t in enumerate(trees):
+        start = len(ids)
+        end = start + len(t.trunk) - 1  # the trunk's last token predicts every branch's first
+        ids += t.trunk
+        positions += range(len(t.trunk))
+        branch += [0] * len(t.trunk)
+        chosen += [responses + i for i in t.chosen]
+        rejected += [responses + i for i in t.rejected]
+        for i, response in enumerate(t.responses):
+            first, length = len(ids), len(response)
+            predictor += [end, *range(first, first + length - 1)]
+            target += response
+            owner += [responses + i] * length
+            ids += response
+            positions += range(len(t.trunk), len(t.trunk) + length)
+            branch += [i + 1] * length
+        responses += len(t.responses)
+        tree += [number] * (len(ids) - start)
+    as_tensor = torch.tensor
+    return Pack(
+        as_tensor(ids)[None],
+        as_tensor(positions)[None],
+        as_tensor(tree),
+        as_tensor(branch),
+        as_tensor(predictor),
+        as_tensor(target),
+        as_tensor(owner),
+        as_tensor(chosen, dtype=torch.long),
+        as_tensor(rejected, dtype=torch.long),
+        responses,
+        where=[where for t in trees for where in t.where],
+        keys=[key for t in trees for key in response_keys(t)],
+    )
+
+
+def response_keys(tree: Tree) -> list[str]:
+    """What each response's log-prob depends on besides the weights: ids, and image files."""
+    trunk = hashlib.blake2b(np.array(tree.trunk).tobytes(), digest_size=16)
+    for (path, limit, augment), tiles in zip(tree.images, tree.tiles):
+        trunk.update(repr((path.name, path.stat().st_size, limit, tiles, augment)).encode())
+    keys = []
+    for response in tree.responses:
+        h = trunk.copy()
+        h.update(np.array(response).tobytes())
+        keys.append(h.hexdigest())
+    return keys
+
+
+def add_tiles(pack: Pack, trees: list[Tree], tile_size: int, share: bool = True) -> Pack:
+    """Decode each distinct image of the pack once (with share=False: once per tree)."""
+    first_tile: dict[tuple, int] = {}
+    parts, order, count = [], [], 0
+    for number, t in enumerate(trees):
+        for image, tiles in zip(t.images, t.tiles):
+            key = image if share else (image, number)
+            if key not in first_tile:
+                first_tile[key] = count
+                parts.append(image_tiles(*image, tile_size))
+                count += tiles
+                assert len(parts[-1]) == tiles, (image, len(parts[-1]), tiles)
+            order += range(first_tile[key], first_tile[key] + tiles)
+    if parts:
+        pack.tiles, pack.tile_order = torch.cat(parts), torch.tensor(order)
+    return pack
+
+
+def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> Tensor:
+    """(tile 3 h w) of one file; augmentation is a function of the file's name, not of the epoch.
+
+    So cached reference log-probs see the very pixels that the policy sees.
+    """
+    tiles = cut_tiles(load_image(path), max_tiles, tile_size)
+    if augment:
+        qualities = seeded("jpeg", path.name).integers(75, 101, len(tiles))
+        tiles = [jpeg(tile, int(q)) for tile, q in zip(tiles, qualities)]
+    return normalize(tiles)
+
+
+def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
+    """Indices grouped so that no group's sizes exceed the budget: each into the first that fits."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for i, size in enumerate(sizes):
+        if size > budget:
+            raise InputError(
+                f"a record of {size} tokens does not fit --pack_tokens {budget}; raise it to at "
+                f"least {max(sizes)}"
+            )
+        fit = next((p for p, left in enumerate(room) if left >= size), None)
+        if fit is None:
+            packs.append([i])
+            room.append(budget - size)
+        else:
+            packs[fit].append(i)
+            room[fit] -= size
+    return packs
+
+
+# --------------------------------------------------------------------------- the steps of a run
+
+
+class PairData:
+    """Which pairs step t trains on, as packs.  A function of (files, seed, t): no state to save.
+
+    Every process plans every step alike and then builds only its own packs, so the packs do not
+    depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        sets: list[DataSet],
+        tokenizer: Tokenizer,
+        config: InternVLConfig,
+        *,
+        batch_size: int,
+        pack_tokens: int,
+        max_length: int,
+        seed: int,
+        overlong: Literal["drop", "fewer_tiles", "error"] = "drop",
+        only_chosen: bool = False,
+        share_images: bool = True,
+        limit: int = 0,
+    ) -> None:
+        self.sets, self.tokenizer, self.config = sets, tokenizer, config
+        self.batch_size, self.pack_tokens, self.seed = batch_size, pack_tokens, seed
+        self.max_length = min(max_length, config.llm.max_position_embeddings)
+        self.overlong, self.only_chosen, self.share_images = overlong, only_chosen, share_images
+        self.limit = limit
+        self.orders: dict[int, np.ndarray] = {}
+        self.steps_per_epoch = -(-len(self.order(0)) // batch_size)
+        if not self.steps_per_epoch:
+            raise InputError("no records: every data set is empty or has repeat_time 0")
+
+    def order(self, epoch: int) -> np.ndarray:
+        if epoch not in self.orders:
+            order = epoch_order(self.sets, self.seed, epoch)
+            self.orders = {epoch: order[: self.limit] if self.limit else order}
+        return self.orders[epoch]
+
+    def records(self, step: int) -> list[PairRecord]:
+        """The records of step 0, 1, 2, ...; the last step of an epoch may have fewer."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        rows = self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return [self.sets[i][int(n)] for i, n in rows]
+
+    def fitted_tree(self, record: PairRecord) -> Tree | None:
+        """The record's tree; None if it is too long and `overlong` says to drop such."""
+        tree = encode_tree(record, self.tokenizer, self.config, None, self.only_chosen)
+        limit = record.max_tiles
+        while self.overlong == "fewer_tiles" and tree.longest > self.max_length and limit > 1:
+            limit //= 2
+            tree = encode_tree(record, self.tokenizer, self.config, limit, self.only_chosen)
+        if tree.longest <= self.max_length:
+            return tree
+        if self.overlong == "drop":
+            return None
+        raise InputError(
+            f"{record.where}: {tree.longest} tokens, more than max_length {self.max_length}; "
+            "shorten it, lower the tile limit, or pass --overlong drop or fewer_tiles"
+        )
+
+    def plan(self, step: int) -> tuple[list[list[Tree]], list[str]]:
+        """(packs of trees of the step, names of the records dropped as too long)."""
+        records = self.records(step)
+        trees = [self.fitted_tree(record) for record in records]
+        dropped = [record.where for record, tree in zip(records, trees) if tree is None]
+        kept = [tree for tree in trees if tree is not None]
+        packs = first_fit([tree.size for tree in kept], self.pack_tokens)
+        return [[kept[i] for i in pack] for pack in packs], dropped
+
+    def build(self, trees: list[Tree]) -> Pack:
+        return add_tiles(lay_out(trees), trees, self.config.tile_size, self.share_images)
+
+
+def prefetch(make: Callable[[int], Any], numbers: range) -> Iterator[Any]:
+    """make(n) for each n in order, the next one under way in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, numbers[0]) if numbers else None
+        for n in numbers:
+            ready = coming.result()
+            if n + 1 in numbers:
+                coming = pool.submit(make, n + 1)
+            yield ready
+
+
+# --------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Look at preference data before training on it."""
+
+    check: Path = flag(Path(""), "meta.json: verify every record, decode every image")
+    meta: Path = flag(Path(""), "meta.json to show records of")
+    show: int = flag(0, "print this many records, prompt and responses told apart")
+    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
+    max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's")
+    max_length: int = flag(6144, "tokens of prompt + response, at most")
+    seed: int = flag(42, "seed of the order shown")
+
+
+def check(meta: Path, cfg: DataConfig) -> int:
+    """Verify all records; print histograms of tiles and tokens and the bad ones.  -> count bad."""
+    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
+    sets = read_meta(meta, cfg.max_tiles or config.max_tiles)
+    bad: list[str] = []
+    tiles: Counter[int] = Counter()
+    lengths: list[int] = []
+    for data_set in sets:
+        for number in range(len(data_set)):
+            try:
+                record = data_set[number]
+                tree = encode_tree(record, tokenizer, config)
+                for path in record.images:
+                    load_image(path)
+            except InputError as error:
+                bad.append(str(error))
+                continue
+            if tree.longest > cfg.max_length:
+                bad.append(f"{record.where}: {tree.longest} tokens, limit {cfg.max_length}")
+            tiles[sum(tree.tiles)] += 1
+            lengths.append(tree.longest)
+        print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
+    print_histogram("tiles a record", dict(sorted(tiles.items())))
+    print_histogram("tokens a record (prompt + longer response)", token_bins(lengths))
+    for line in bad:
+        print(f"bad: {line}")
+    print(f"{len(lengths)} records can be read, {len(bad)} are bad")
+    return len(bad)
+
+
+def token_bins(lengths: list[int]) -> dict[str, int]:
+    """Counts by powers of two: 1-64, 65-128, ..."""
+    edges = [0, *accumulate([64] + [2] * 10, lambda edge, factor: edge * factor)]
+    return {
+        f"{low + 1}-{high}": sum(low < n <= high for n in lengths)
+        for low, high in zip(edges, edges[1:])
+        if any(low < n <= high for n in lengths)
+    }
+
+
+def print_histogram(title: str, counts: dict) -> None:
+    print(title)
+    widest = max(counts.values(), default=1)
+    for name, count in counts.items():
+        print(f"  {name:>12} {count:>8} {'#' * max(1, 40 * count // widest)}")
+
+
+def show(cfg: DataConfig) -> None:
+    """Print records as the model meets them: prompt plain, scored tokens marked."""
+    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
+    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    colour = sys.stdout.isatty()
+    for i, number in epoch_order(sets, cfg.seed, 0)[: cfg.show]:
+        record = sets[i][int(number)]
+        tree = encode_tree(record, tokenizer, config)
+        print(f"=== {record.where}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
+        print(mark("masked", readable(tokenizer, tree.trunk), "2", colour))
+        for name, ids in zip(("chosen", "rejected"), tree.responses):
+            print(mark(name, readable(tokenizer, ids), "32" if name == "chosen" else "31", colour))
+            print(f"         {len(ids)} scored tokens, the last is <|im_end|>")
+
+
+def mark(name: str, text: str, code: str, colour: bool) -> str:
+    lines = "\n".join(f"{name:>8} | {line}" for line in text.split("\n"))
+    return f"\x1b[{code}m{lines}\x1b[0m" if colour else lines
+
+
+def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Decoded with special tokens by name, runs of image tokens counted."""
+    names = {tokenizer.token_id(name): name for name in ("<|im_start|>", "<|im_end|>", "<s>")}
+    names |= {tokenizer.token_id(name): name for name in ("<img>", "</img>")}
+    text, plain, i = "", [], 0
+    while i < len(ids):
+        run_length = 0
+        while i + run_length < len(ids) and ids[i + run_length] == tokenizer.image_context_id:
+            run_length += 1
+        if not run_length and ids[i] not in names:
+            plain.append(ids[i])
+            i += 1
+            continue
+        text, plain = text + tokenizer.decode(plain), []
+        text += f"<IMG_CONTEXT> x {run_length}" if run_length else names[ids[i]]
+        i += run_length or 1
+    return text + tokenizer.decode(plain)
+
+
+def main() -> None:
+    cfg = parse_cli(DataConfig)
+    if cfg.check != Path(""):
+        raise SystemExit(1 if check(cfg.check, cfg) else 0)
+    if cfg.meta == Path("") or cfg.show < 1:
+        raise InputError("nothing to do: pass --check META, or --meta META and --show N")
+    show(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

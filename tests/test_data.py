@@ -1,0 +1,419 @@
+"""Records, order, packed trees: what reaches the model, and what is refused."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from data import (
+    DataSet,
+    PairData,
+    add_tiles,
+    encode_tree,
+    epoch_order,
+    first_fit,
+    lay_out,
+    load_image,
+    prefetch,
+    read_meta,
+    resolve_image,
+    response_keys,
+    seeded,
+)
+from losses import response_logps, token_logps
+from model import TreeAttention, load_config
+from runtime import InputError
+from tokenizer import load_tokenizer
+from toy import write_world
+from weights import load_model
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """(folder, config, tokenizer, model) of a small toy world."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_world(folder, 16, 0)
+    model_dir = folder / "model"
+    return folder, load_config(model_dir), load_tokenizer(model_dir), load_model(model_dir)
+
+
+def write_set(folder, records, **entry):
+    """A meta.json with one data set of the given records (objects, or raw lines)."""
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    meta = {"a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 1, **entry}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+GOOD = {"question": "What is 1 plus 2?", "chosen": "It is 3.", "rejected": "It is 4."}
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def test_the_official_example_yields_thirteen_records_an_epoch(tmp_path):
+    meta = {}
+    for name, repeat, count in (("a", 1, 5), ("b", 0.5, 5), ("c", 2, 3)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(GOOD) + "\n" * 1)
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(GOOD) + "\n") * count)
+        meta[name] = {"annotation": f"{name}.jsonl", "repeat_time": repeat, "length": count}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    order = epoch_order(read_meta(tmp_path / "meta.json", 12), 0, 0)
+    assert len(order) == 5 + 2 + 6
+    assert np.bincount(order[:, 0]).tolist() == [5, 2, 6]
+
+
+def data_set(n, repeat):
+    numbers = np.arange(n)
+    return DataSet("s", "", "", Fraction(str(repeat)), 12, False, numbers, numbers)
+
+
+@pytest.mark.parametrize(
+    ("n", "repeat", "count"),
+    [
+        (100, 0.07, 7),
+        (6910, 0.1, 691),
+        (32798, 0.005, 163),
+        (4, 2.5, 10),
+        (5, 0, 0),
+        (66457, 1, 66457),
+    ],
+)
+def test_repeat_time_counts_exactly(n, repeat, count):
+    assert len(epoch_order([data_set(n, repeat)], 0, 0)) == count
+
+
+def test_fractions_draw_without_replacement_and_anew_each_epoch():
+    first, second = (epoch_order([data_set(100, 0.3)], 0, epoch)[:, 1] for epoch in (0, 1))
+    assert len(set(first)) == 30
+    assert set(first) != set(second)
+    assert (epoch_order([data_set(100, 0.3)], 0, 1)[:, 1] == second).all()
+
+
+def test_the_draw_of_a_set_does_not_depend_on_the_other_sets():
+    alone = epoch_order([data_set(50, 0.5)], 3, 0)[:, 1]
+    other = data_set(20, 1)
+    both = epoch_order([other, data_set(50, 0.5)], 3, 0)
+    assert set(both[both[:, 0] == 1, 1]) == set(alone)
+
+
+def test_placeholders_are_put_in_front_when_missing_and_counted_when_there(toy):
+    folder, *_ = toy
+    image = next((folder / "images").glob("square-*.png")).name
+    entry = {"root": str(folder / "images")}
+    one = {**GOOD, "image": image}
+    assert read_meta(write_set(folder, [one], **entry), 12)[0][0].question.startswith("<image>\n")
+    two = {**GOOD, "image": [image, image]}
+    question = read_meta(write_set(folder, [two], **entry), 12)[0][0].question
+    assert question == "<image>\n<image>\n" + GOOD["question"]
+    for absent in ("", [], None):
+        record = read_meta(write_set(folder, [{**GOOD, "image": absent}], **entry), 12)[0][0]
+        assert record.images == () and record.question == GOOD["question"]
+
+
+def test_several_images_share_the_tile_limit(toy):
+    folder, *_ = toy
+    image = next((folder / "images").glob("square-*.png")).name
+    entry = {"root": str(folder / "images"), "max_dynamic_patch": 12}
+    sets = read_meta(write_set(folder, [{**GOOD, "image": [image] * 5}], **entry), 6)
+    assert sets[0][0].max_tiles == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"question": "x"', "a.jsonl line 2: not valid JSON"),
+        ({"question": "x", "chosen": "y"}, "a.jsonl line 2: no text 'rejected'"),
+        ({**GOOD, "chosen": " "}, "line 2: chosen is empty"),
+        ({**GOOD, "image": "/etc/passwd"}, "line 2: image '/etc/passwd'.*relative to root"),
+        ({**GOOD, "image": "../x.png"}, "line 2: image '../x.png' leaves its root"),
+        ({**GOOD, "image": "s3://b/x.png"}, "relative to root"),
+        ({**GOOD, "image": [["x"]]}, "image path must be a non-empty text"),
+        ({**GOOD, "image": 12}, "must be a path or a list"),
+        ({**GOOD, "image": ["a.png"], "question": "<image> <image>"}, "line 2: .*2.*1"),
+        ({**GOOD, "video": "x.mp4"}, "line 2: video records are not supported"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_line(tmp_path, record, message):
+    sets = read_meta(write_set(tmp_path, [GOOD, record]), 12)
+    assert sets[0][0].chosen == GOOD["chosen"]
+    with pytest.raises(InputError, match=message):
+        sets[0][1]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"length": 2}, "length says 2, .*a.jsonl has 1"),
+        ({"annotation": "b.jsonl"}, "no annotation file .*b.jsonl"),
+        ({"annotation": "a.json"}, "must end in .jsonl"),
+        ({"repeat_time": -1}, "repeat_time is -1"),
+        ({"repeat_time": "often"}, "repeat_time must be a number"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch must be"),
+    ],
+)
+def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
+    with pytest.raises(InputError, match=message):
+        read_meta(write_set(tmp_path, [GOOD], **entry), 12)
+
+
+def test_meta_json_itself_may_be_missing_or_broken(tmp_path):
+    with pytest.raises(InputError, match="no .*meta.json"):
+        read_meta(tmp_path / "meta.json", 12)
+    (tmp_path / "meta.json").write_text("[]")
+    with pytest.raises(InputError, match="expected one object"):
+        read_meta(tmp_path / "meta.json", 12)
+
+
+def test_a_link_cannot_leave_the_root(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match="leaves its root"):
+        resolve_image(tmp_path / "root", "link.png")
+
+
+def test_missing_broken_and_huge_images_are_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no image .*a.png"):
+        load_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match="a.png cannot be read"):
+        load_image(tmp_path / "a.png")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "b.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="b.png cannot be decoded"):
+        load_image(tmp_path / "b.png")
+    monkeypatch.setattr("data.MAX_PIXELS", 1000)
+    (tmp_path / "b.png").write_bytes(whole)
+    with pytest.raises(InputError, match="more than 1000 pixels"):
+        load_image(tmp_path / "b.png")
+
+
+# --------------------------------------------------------------------------- trees
+
+
+def toy_trees(toy, only_chosen=False):
+    """One tree of each toy data set: one image, wide image, two images, text only."""
+    folder, config, tokenizer, _ = toy
+    sets = read_meta(folder / "meta.json", config.max_tiles)
+    return [encode_tree(s[0], tokenizer, config, only_chosen=only_chosen) for s in sets]
+
+
+def test_the_toy_has_every_kind_of_record(toy):
+    trees = toy_trees(toy)
+    assert [len(t.images) for t in trees] == [1, 1, 1, 2, 0]
+    assert [t.tiles for t in trees] == [[1], [1], [3], [1, 1], []]
+
+
+def score(model, pack):
+    def head(hidden, weight):
+        rows = hidden[0, pack.predictor]
+        return response_logps(rows, weight, pack.target, pack.response, pack.num_responses, 7)
+
+    return model(
+        pack.input_ids,
+        pack.tiles,
+        positions=pack.positions,
+        attend=TreeAttention(pack.tree, pack.branch),
+        head=head,
+        tile_order=pack.tile_order,
+    )
+
+
+def score_alone(model, trees, tile_size):
+    """Each (prompt, response) as a sequence of its own, all logits, plain causal."""
+    sums = []
+    for tree in trees:
+        tiles = add_tiles(lay_out([tree]), [tree], tile_size).tiles
+        if tiles is not None:  # an image that stands twice in the prompt is wanted twice
+            tiles = tiles[add_tiles(lay_out([tree]), [tree], tile_size).tile_order]
+        for response in tree.responses:
+            ids = torch.tensor([tree.trunk + response])
+            labels = ids.clone()
+            labels[:, : len(tree.trunk)] = -100
+            sums.append(token_logps(model(ids, tiles), labels).sum())
+    return torch.stack(sums)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def prefix_sharing_tree(toy):
+    """A text pair whose responses begin alike and part in the middle."""
+    _, config, tokenizer, _ = toy
+    folder = toy[0]
+    record = {**GOOD, "chosen": "It is 3. It is 3.", "rejected": "It is 3. It is 4."}
+    return encode_tree(read_meta(write_set(folder, [record]), 1)[0][0], tokenizer, config)
+
+
+def test_a_packed_tree_equals_each_prompt_and_response_alone(toy):
+    _, config, _, model = toy
+    trees = [*toy_trees(toy), prefix_sharing_tree(toy)]
+    pack = add_tiles(lay_out(trees), trees, config.tile_size)
+    assert pack.input_ids.shape[1] == sum(t.size for t in trees)
+    weights = torch.randn(pack.num_responses, generator=torch.Generator().manual_seed(0))
+    packed, lengths = score(model, pack)
+    alone = score_alone(model, trees, config.tile_size)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-6)
+    assert lengths.tolist() == [len(r) for t in trees for r in t.responses]
+    expected = gradients(model, (alone * weights).mean())
+    found = gradients(model, (packed * weights).mean())
+    assert set(expected) == set(found)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_an_image_that_two_trees_show_is_encoded_once(toy):
+    _, config, _, model = toy
+    tree = toy_trees(toy)[2]
+    trees = [tree, tree]
+    shared = add_tiles(lay_out(trees), trees, config.tile_size)
+    apart = add_tiles(lay_out(trees), trees, config.tile_size, share=False)
+    assert (len(shared.tiles), len(apart.tiles)) == (3, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(score(model, shared)[0], score(model, apart)[0])
+
+
+def test_jpeg_augmentation_changes_pixels_and_is_the_same_each_time(toy):
+    _, config, _, _ = toy
+    tree = toy_trees(toy)[2]
+    plain = add_tiles(lay_out([tree]), [tree], config.tile_size).tiles
+    tree.images = [(path, limit, True) for path, limit, _ in tree.images]
+    once, twice = (add_tiles(lay_out([tree]), [tree], config.tile_size).tiles for _ in range(2))
+    assert torch.equal(once, twice)
+    assert not torch.equal(once, plain)
+
+
+def test_response_keys_follow_what_the_log_prob_depends_on(toy):
+    a, b = toy_trees(toy)[0], toy_trees(toy)[1]
+    assert response_keys(a) == response_keys(toy_trees(toy)[0])
+    assert len(set(response_keys(a) + response_keys(b))) == 4
+    changed = toy_trees(toy)[0]
+    changed.images = [(path, limit + 1, augment) for path, limit, augment in changed.images]
+    assert not set(response_keys(changed)) & set(response_keys(a))
+
+
+def test_first_fit_fills_packs_in_order():
+    assert first_fit([5, 4, 3, 2, 1], 8) == [[0, 2], [1, 3, 4]]
+    with pytest.raises(InputError, match="9 tokens does not fit --pack_tokens 8"):
+        first_fit([1, 9], 8)
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def pair_data(toy, **changes):
+    folder, config, tokenizer, _ = toy
+    how = {"batch_size": 8, "pack_tokens": 600, "max_length": 512, "seed": 1} | changes
+    return PairData(read_meta(folder / "meta.json", config.max_tiles), tokenizer, config, **how)
+
+
+@pytest.fixture(autouse=True)
+def restore_meta(toy):
+    """Tests above overwrite meta.json of the shared folder; put it back."""
+    path = toy[0] / "meta.json"
+    before = path.read_text()
+    yield
+    path.write_text(before)
+
+
+def test_an_epoch_visits_every_record_once_and_steps_are_repeatable(toy):
+    data = pair_data(toy)
+    steps = data.steps_per_epoch
+    seen = [r.where for n in range(steps) for r in data.records(n)]
+    assert len(seen) == len(set(seen)) == sum(map(len, data.sets))
+    second = [r.where for n in range(steps, 2 * steps) for r in data.records(n)]
+    assert sorted(second) == sorted(seen) and second != seen
+    assert [r.where for r in pair_data(toy).records(3)] == [r.where for r in data.records(3)]
+
+
+def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):
+    data = pair_data(toy)
+    packs, dropped = data.plan(0)
+    assert not dropped
+    assert sum(len(tree.chosen) for pack in packs for tree in pack) == 8
+    assert all(sum(tree.size for tree in pack) <= 600 for pack in packs)
+
+
+def test_over_long_records_are_dropped_by_name_or_get_fewer_tiles_or_stop_the_run(toy):
+    long = max(t.longest for t in toy_trees(toy))
+    data = pair_data(toy, max_length=long - 1, batch_size=100)
+    packs, dropped = data.plan(0)
+    assert dropped and all("line" in name for name in dropped)
+    kept = sum(len(pack) for pack in packs)
+    assert kept + len(dropped) == sum(map(len, data.sets))
+    with pytest.raises(InputError, match=r"line \d+: \d+ tokens, more than max_length"):
+        pair_data(toy, max_length=long - 1, batch_size=100, overlong="error").plan(0)
+    wide = toy_trees(toy)[2]
+    data = pair_data(toy, max_length=wide.longest - 1, overlong="fewer_tiles")
+    assert sum(data.fitted_tree(data.sets[2][0]).tiles) < sum(wide.tiles)
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path, toy):
+    _, config, tokenizer, _ = toy
+    sets = read_meta(write_set(tmp_path, [GOOD], repeat_time=0), 1)
+    with pytest.raises(InputError, match="no records"):
+        PairData(sets, tokenizer, config, batch_size=1, pack_tokens=9, max_length=9, seed=0)
+
+
+def test_only_chosen_leaves_out_the_rejected_branch(toy):
+    tree = toy_trees(toy, only_chosen=True)[0]
+    assert (len(tree.responses), tree.rejected) == (1, [])
+    assert lay_out([tree]).rejected.shape == (0,)
+
+
+def test_prefetching_keeps_the_order_and_passes_errors_on():
+    assert list(prefetch(lambda n: n * n, range(3, 6))) == [9, 16, 25]
+    assert list(prefetch(lambda n: n, range(0))) == []
+    with pytest.raises(ZeroDivisionError):
+        list(prefetch(lambda n: 1 // n, range(2)))
+
+
+def test_seeded_generators_depend_on_every_part_of_the_key():
+    draws = [seeded(*key).integers(2**62) for key in ((1, "a"), (1, "b"), (2, "a"), ("1", "a"))]
+    assert len(set(draws)) == 4
+    assert seeded(1, "a").integers(2**62) == draws[0]
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def run_data(*args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), *map(str, args)], capture_output=True, text=True
+    )
+
+
+def test_check_passes_a_good_set_and_lists_the_bad_records(toy, tmp_path):
+    folder, *_ = toy
+    good = run_data("--check", folder / "meta.json", "--model_dir", folder / "model")
+    assert good.returncode == 0, good.stderr
+    assert "0 are bad" in good.stdout and "tiles a record" in good.stdout
+    (tmp_path / "broken.png").write_bytes(b"x")
+    records = [GOOD, {**GOOD, "image": "broken.png"}, {**GOOD, "image": "none.png"}]
+    meta = write_set(tmp_path, records)
+    bad = run_data("--check", meta, "--model_dir", folder / "model")
+    assert bad.returncode == 1
+    assert "line 2: image" in bad.stdout and "line 3: no image" in bad.stdout, bad.stdout
+    assert "1 records can be read, 2 are bad" in bad.stdout
+
+
+def test_show_tells_prompt_and_responses_apart(toy):
+    folder, *_ = toy
+    out = run_data("--meta", folder / "meta.json", "--model_dir", folder / "model", "--show", 4)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("  chosen | ") >= 4
+    assert "masked | " in out.stdout and "rejected | " in out.stdout
+    assert "<IMG_CONTEXT> x " in out.stdout and "<|im_end|>" in out.stdout

@@ -1,0 +1,84 @@
+"""The toy world: real formats, learnable, and the same for the same seed."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from model import load_config
+from runtime import read_jsonl
+from tokenizer import load_tokenizer
+from toy import Question, Thing, World, random_things, write_world
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_world(folder, 64, 0)
+    return folder
+
+
+def records(toy):
+    return [r for path in sorted(toy.glob("*.jsonl")) for _, r in read_jsonl(path)]
+
+
+def test_every_text_of_the_world_is_in_its_vocabulary(toy):
+    tokenizer = load_tokenizer(toy / "model")
+    unknown = tokenizer.token_id("<unk>")
+    texts = {load_config(toy / "model").system_message}
+    texts |= {r[key] for r in records(toy) for key in ("question", "chosen", "rejected")}
+    for text in texts:
+        for part in text.split("<image>"):
+            ids = tokenizer.encode_plain(part)
+            assert unknown not in ids, (part, ids)
+            assert tokenizer.decode(ids) == part
+
+
+def test_chosen_and_rejected_differ_in_their_answer(toy):
+    for r in records(toy):
+        assert r["chosen"].split("\n")[-1] != r["rejected"].split("\n")[-1], r
+
+
+def test_the_vocabulary_is_odd_as_the_real_one(toy):
+    assert load_config(toy / "model").llm.vocab_size % 2 == 1
+
+
+def test_one_image_token_looks_at_one_cell(toy):
+    config = load_config(toy / "model")
+    assert config.tokens_per_tile == 9
+    square = Image.open(next((toy / "images").glob("square-*.png")))
+    wide = Image.open(next((toy / "images").glob("wide-*.png")))
+    assert square.size == (24, 24) and wide.size == (48, 24)
+
+
+def test_questions_count_objects_of_any_of_their_words():
+    things = [
+        Thing(0, 0, "red", "circle"),
+        Thing(1, 0, "blue", "cross"),
+        Thing(2, 0, "red", "cross"),
+    ]
+    assert len(Question(("red",)).matches(things)) == 2
+    assert len(Question(("circle", "cross")).matches(things)) == 3
+    assert Question(("red", "blue")).text == ("How many red and blue objects are there in total?")
+
+
+def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_world(tmp_path / name, 8, seed)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
+    assert len(files) > 20
+    for file in files:
+        if file.name != "train.json":  # holds the folder's name
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    pairs = "toy_steps.jsonl"
+    assert (tmp_path / "a" / pairs).read_bytes() != (tmp_path / "c" / pairs).read_bytes()
+    assert json.loads((tmp_path / "a" / "train.json").read_text())["loss"] == "mpo"
+
+
+def test_pictures_hold_three_to_seven_objects_in_different_cells(tmp_path):
+    world = World(tmp_path, 0)
+    for n in range(50):
+        _, things, rng = world.picture("square", n)
+        assert 3 <= len(things) <= 7
+        assert len({(t.col, t.row) for t in things}) == len(things)
+        assert all(t.col < 6 for t in random_things(rng, 6))

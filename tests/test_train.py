@@ -1,0 +1,403 @@
+"""The training loop: the same update for any number of processes, and nothing lost on a crash."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from losses import PairLogps
+from runtime import InputError, start_process, stop_process
+from toy import write_world
+from train import TrainConfig, diagnose, lr_at, train
+from weights import load_model
+
+TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_world(folder, 16, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(toy):
+    """Flags of a short run: 4 steps of 8 pairs, in several packs a step."""
+    return TrainConfig(
+        model_dir=toy / "model",
+        meta=toy / "meta.json",
+        lr=1e-3,
+        batch_size=8,
+        max_steps=4,
+        pack_tokens=400,
+        drop_path=0.0,
+        save_every=2,
+        warmup=0.25,
+        reference_cache=toy / "reference",
+    )
+
+
+def run_here(cfg):
+    """Train in this process; returns the metrics of all steps."""
+    try:
+        train(cfg, start_process(cfg.seed))
+    finally:
+        stop_process()
+    return read_metrics(cfg.out_dir)
+
+
+def read_metrics(out_dir):
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def command(cfg, processes=1):
+    flags = [f"--{k}={v}" for k, v in vars(cfg).items() if not isinstance(v, bool)]
+    flags += [f"--{'' if v else 'no-'}{k}" for k, v in vars(cfg).items() if isinstance(v, bool)]
+    flags = [f for f in flags if not f.endswith("=.")]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run += [f"--nproc_per_node={processes}"]
+    return [*(run if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *flags]
+
+
+def run_there(cfg, processes):
+    """Train in processes of their own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(cfg, processes), capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(cfg.out_dir)
+
+
+def weights(cfg):
+    """The fp32 weights of the last checkpoint, by name, whichever processes wrote them."""
+    newest = sorted((cfg.out_dir / "checkpoints").glob("step-*"))[-1]
+    parts = [load_file(p) for p in sorted(newest.glob("shard-*.safetensors"))]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0] if k.startswith("model/")}
+
+
+def close(a, b, bound=1e-6):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert set(x) == set(y)
+        tied = abs(x.get("rewards/margin", 1)) < 1e-4  # rounding alone decides who is ahead
+        for name in x.keys() - ({"rewards/accuracy"} if tied else set()):
+            assert x[name] == pytest.approx(y[name], rel=1e-5, abs=bound * 10), (x["step"], name)
+
+
+# --------------------------------------------------------------------------- the run
+
+
+@pytest.fixture(scope="module")
+def straight(base, toy):
+    """An uninterrupted run in one process."""
+    cfg = replace(base, out_dir=toy / "straight")
+    return cfg, run_here(cfg)
+
+
+def test_step_one_starts_where_theory_says(straight):
+    _, metrics = straight
+    first = metrics[0]
+    expected = 0.8 * math.log(2) + 0.2 * 2 * math.log(2) + first["nll"]
+    assert first["loss"] == pytest.approx(expected, abs=1e-6)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margin", "bco_shift", "lr"):
+        assert first[name] == 0
+
+
+def test_metrics_carry_the_promised_names(straight):
+    _, metrics = straight
+    promised = """step loss loss/dpo loss/bco loss/sft rewards/chosen rewards/rejected
+        rewards/margin rewards/accuracy bco_shift logps/chosen logps/rejected lr grad_norm nll
+        logratio_per_token/chosen logratio_per_token/rejected length/chosen length/rejected"""
+    assert set(promised.split()) <= set(metrics[0])
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+
+
+def test_the_exported_model_is_the_trained_one_in_the_official_layout(straight, toy):
+    cfg, _ = straight
+    exported, start = load_model(cfg.out_dir / "model"), load_model(toy / "model")
+    trained = weights(cfg)
+    moved = 0
+    for name, p in exported.named_parameters():
+        official = name.replace("projector.", "mlp1.")
+        assert torch.equal(p, trained[f"model/{official}"].bfloat16().float())
+        moved += not torch.equal(p, dict(start.named_parameters())[name])
+    assert moved > 30
+    for name in ("config.json", "tokenizer.json"):
+        assert (cfg.out_dir / "model" / name).exists()
+
+
+def test_two_processes_make_the_same_updates_as_one(straight, base, toy):
+    cfg, metrics = straight
+    two = replace(base, out_dir=toy / "two")
+    close(run_there(two, 2), metrics)
+    for name, w in weights(two).items():
+        torch.testing.assert_close(w, weights(cfg)[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_how_pairs_are_packed_changes_no_update(straight, base, toy):
+    cfg, metrics = straight
+    other = replace(base, out_dir=toy / "packs", pack_tokens=4000, head_rows=5)
+    found = run_here(other)
+    close(found, metrics, bound=1e-5)
+    for name, w in weights(other).items():
+        torch.testing.assert_close(w, weights(cfg)[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_an_online_reference_gives_the_numbers_of_the_cached_one(straight, base, toy):
+    _, metrics = straight
+    close(run_here(replace(base, out_dir=toy / "online", reference="online")), metrics)
+
+
+def test_recomputing_blocks_in_backward_changes_nothing(straight, base, toy):
+    _, metrics = straight
+    close(run_here(replace(base, out_dir=toy / "keep", recompute=False)), metrics)
+
+
+# --------------------------------------------------------------------------- crashes
+
+
+def kill_after(cfg, processes, lines):
+    """Start a run, kill -9 its processes once metrics.jsonl has `lines` lines."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(cfg, processes),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    path, deadline = cfg.out_dir / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("the run ended, or made no step, before it could be killed")
+    # torchrun's workers lead sessions of their own: kill all that carry the run's folder
+    subprocess.run(["pkill", "-9", "-f", f"out_dir={cfg.out_dir}"], check=True)
+    process.wait()
+
+
+def test_a_killed_run_continues_bit_for_bit(base, toy):
+    straight = replace(base, out_dir=toy / "drop", drop_path=0.2)
+    expected = run_here(straight)
+    killed = replace(straight, out_dir=toy / "killed")
+    kill_after(killed, 1, 3)
+    assert run_here(killed) == expected
+    for name, w in weights(killed).items():
+        assert torch.equal(w, weights(straight)[name]), name
+
+
+def test_a_killed_run_of_two_processes_continues_bit_for_bit(base, toy):
+    straight = replace(base, out_dir=toy / "two-straight", drop_path=0.2)
+    expected = run_there(straight, 2)
+    killed = replace(straight, out_dir=toy / "two-killed")
+    kill_after(killed, 2, 3)
+    assert run_there(killed, 2) == expected
+    for name, w in weights(killed).items():
+        assert torch.equal(w, weights(straight)[name]), name
+
+
+def test_a_checkpoint_of_two_processes_continues_in_one(straight, base, toy):
+    cfg, metrics = straight
+    mixed = replace(base, out_dir=toy / "mixed")
+    kill_after(mixed, 2, 2)
+    close(run_here(mixed), metrics)
+    for name, w in weights(mixed).items():
+        torch.testing.assert_close(w, weights(cfg)[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_sigterm_saves_and_ends_cleanly(base, toy, straight):
+    cfg = replace(base, out_dir=toy / "sigterm", save_every=100)
+    process = subprocess.Popen(command(cfg), stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.stderr.read()
+    assert process.wait() == 0
+    assert "asked to stop: saved step" in said
+    assert run_here(cfg) == straight[1]
+
+
+def test_a_checkpoint_of_other_flags_is_refused(straight):
+    cfg, _ = straight
+    with pytest.raises(InputError, match="beta was 0.1, now 0.2"):
+        run_here(replace(cfg, beta=0.2))
+
+
+def test_a_reference_cache_of_other_weights_is_refused(base, toy, straight):
+    other = toy / "other"
+    write_world(other, 8, 5)
+    cfg = replace(base, model_dir=other / "model", out_dir=toy / "foreign")
+    with pytest.raises(InputError, match="made with another weights"):
+        run_here(cfg)
+
+
+def test_a_shared_reference_cache_is_not_scored_again(straight, base, toy):
+    parts = list((toy / "reference").glob("part-*.jsonl"))
+    before = {p: p.read_bytes() for p in parts}
+    run_here(replace(base, out_dir=toy / "again", loss="dpo", max_steps=2))
+    assert {p: p.read_bytes() for p in parts} == before
+
+
+# --------------------------------------------------------------------------- objectives
+
+
+def test_overfitting_eight_pairs_raises_the_margin_and_lowers_the_nll(base, toy):
+    cfg = replace(base, out_dir=toy / "overfit", limit=8, epochs=40, max_steps=0, lr=3e-3)
+    metrics = run_here(replace(cfg, pack_tokens=4000, save_every=1000))
+    assert metrics[-1]["rewards/margin"] > 1
+    assert metrics[-1]["nll"] < 0.5 * metrics[0]["nll"]
+
+
+def test_an_objective_that_sorts_the_step_does_not_depend_on_processes(base, toy):
+    cfg = replace(base, loss="aot+sft", drop_path=0.2, max_steps=3)
+    one = run_here(replace(cfg, out_dir=toy / "aot1"))
+    two = run_there(replace(cfg, out_dir=toy / "aot2"), 2)
+    close(two, one)
+
+
+def test_sft_reads_no_rejected_response_and_needs_no_reference(base, toy):
+    metrics = run_here(replace(base, loss="sft", out_dir=toy / "sft", reference_cache=Path("")))
+    assert "rewards/chosen" not in metrics[0] and "logps/rejected" not in metrics[0]
+    assert metrics[0]["loss"] == metrics[0]["nll"]
+    assert not (toy / "sft" / "reference").exists()
+
+
+def test_a_moving_reference_pulls_rewards_to_zero_and_resumes(base, toy):
+    cfg = replace(base, loss="dpo", reference="online", reference_update_every=3)
+    cfg = replace(cfg, reference_update_mix=1.0)
+    straight = replace(cfg, out_dir=toy / "tr")
+    expected = run_here(straight)
+    assert expected[2]["rewards/margin"] != 0
+    assert expected[3]["rewards/margin"] == 0, "hard update: the reference is the policy again"
+    killed = replace(cfg, out_dir=toy / "tr-killed")
+    kill_after(killed, 1, 3)
+    assert run_here(killed) == expected
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
+    cfg = replace(base, out_dir=toy / f"frozen-{part}", max_steps=2, **{f"lr_{part}": 0.0})
+    run_here(cfg)
+    prefix = {"vision": "vision_model", "projector": "projector", "language": "language_model"}
+    start = dict(load_model(toy / "model").named_parameters())
+    for name, p in load_model(cfg.out_dir / "model").named_parameters():
+        same = torch.equal(p, start[name])
+        assert same if name.startswith(prefix[part]) else True, name
+    changed = {
+        n.split(".")[0]
+        for n, p in load_model(cfg.out_dir / "model").named_parameters()
+        if not torch.equal(p, start[n])
+    }
+    assert changed == set(prefix.values()) - {prefix[part]}
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "dop"}, "unknown objective 'dop'; did you mean dpo"),
+        ({"loss": "dpo", "label_smoothing": 0.1}, "does not use it"),
+        ({"loss": "cdpo", "label_smoothing": 0.5}, "below 0.5"),
+        ({"reference_update_every": 2}, "cannot use cached log-probs"),
+        ({"reference_update_every": 9, "reference": "online"}, "exceeds the run's 4 steps"),
+        ({"loss": "sft", "reference_update_every": 2}, "uses no reference"),
+        ({"lr_vision": 0.0, "lr_projector": 0.0, "lr_language": 0.0}, "nothing to train"),
+        ({"meta": Path("nowhere.json")}, "no nowhere.json"),
+        ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
+        ({"pack_tokens": 20}, "does not fit --pack_tokens 20"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_it_starts(base, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        run_here(replace(base, out_dir=tmp_path / "run", **change))
+
+
+def test_a_batch_that_does_not_divide_is_refused(base, tmp_path):
+    cfg = replace(base, out_dir=tmp_path, batch_size=7)
+    done = subprocess.run(command(cfg, 2), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "batch_size 7 does not divide by 2 processes" in done.stderr
+
+
+def test_an_unknown_flag_gets_a_suggestion():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--batchsize", "3"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "did you mean --batch_size?" in done.stderr
+
+
+@pytest.mark.parametrize("change", [{"lr": -1}, {"batch_size": 0}, {"drop_path": 1.0}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        TrainConfig(**change)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_records(base, tmp_path, toy, monkeypatch):
+    def spoiled(terms, logps: PairLogps, **hyper):
+        return logps.policy_chosen * math.nan, {}
+
+    monkeypatch.setattr("train.objective", spoiled)
+    cfg = replace(base, out_dir=tmp_path / "run", loss="sft")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1; records: toy_"):
+        run_here(cfg)
+    dumped = json.loads((tmp_path / "run" / "failed-step-1-rank-0.json").read_text())
+    assert dumped["records"]
+
+
+# --------------------------------------------------------------------------- schedule, diagnosis
+
+
+def test_the_rate_rises_linearly_and_falls_as_a_cosine():
+    cfg = TrainConfig(lr=1.0, warmup=0.05)
+    rates = [lr_at(step, 100, cfg) for step in range(100)]
+    assert rates[:6] == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert rates[5 + 95 // 2] == pytest.approx(0.5, abs=0.02)
+    assert 0 < rates[-1] < 0.001
+    assert lr_at(0, 1, replace(cfg, warmup=1.0)) == 0
+
+
+def history(steps, **curves):
+    flat = {"rewards/chosen": 0.1, "rewards/rejected": 0, "rewards/margin": 0.1}
+    flat |= {"rewards/accuracy": 0.5, "nll": 1.0}
+    return [flat | {k: f(i) for k, f in curves.items()} for i in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "total", "curves"),
+    [
+        (
+            "slide",
+            20,
+            100,
+            {"rewards/chosen": lambda i: -0.1 * i, "rewards/margin": lambda i: 0.1 * i},
+        ),
+        ("too easy", 10, 400, {"rewards/accuracy": lambda i: 1.0}),
+        ("stuck", 20, 100, {"rewards/chosen": lambda i: 0, "rewards/rejected": lambda i: 0}),
+        ("forgetting", 20, 100, {"nll": lambda i: 1 + 0.1 * i}),
+    ],
+)
+def test_classic_troubles_are_told(name, steps, total, curves):
+    assert list(diagnose(history(steps, **curves), total)) == [name]
+
+
+def test_a_healthy_run_gets_no_diagnosis():
+    healthy = history(50, nll=lambda i: 1 - i / 100)
+    assert not any(diagnose(healthy[: n + 1], 50) for n in range(50))

@@ -1,0 +1,362 @@
+"""A tiny world in the real formats, so that every script of this repository runs on a laptop.
+
+    python toy.py --out toy        about two seconds
+
+writes a folder with
+    model/        config.json, two safetensors shards with random weights, tokenizer.json
+    images/       PNG: coloured shapes on a grid; square (one tile) and wide (two tiles + thumbnail)
+    *.jsonl       preference pairs: with a chain of thought, direct, two images, text only
+    meta.json     the data sets, as MMPR's
+    train.json    flags of a short training run: train.py --config toy/train.json
+
+Nothing outside this file knows that the world is a toy.  The picture is a grid of cells of 8
+pixels; a tile has 3 x 3 of them, and with patches of 4 pixels and the 2 x 2 pixel shuffle exactly
+one image token looks at each cell, which is what makes counting learnable in a minute.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as JsonTokenizer
+
+from data import seeded
+from model import InternVL, parse_config
+from runtime import flag, parse_cli, run, write_atomic
+from weights import INDEX, official_name
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
+SHAPES = ("circle", "square", "cross")
+CELL = 8  # pixels
+SIDE = 3  # cells along one side of a tile
+SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+DIRECT = "Answer the question using a single number."
+STEP_BY_STEP = "Think step by step, then give the final answer."
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: its cell (col, row), colour and shape."""
+
+    col: int
+    row: int
+    colour: str
+    shape: str
+
+    @property
+    def words(self) -> str:
+        return f"{'abcdef'[self.col]}{self.row + 1} {self.colour} {self.shape}"
+
+
+def random_things(rng: np.random.Generator, cols: int = SIDE) -> list[Thing]:
+    """3 to 7 objects in different cells, in reading order."""
+    cells = rng.permutation(cols * SIDE)[: rng.integers(3, 8)]
+    return [
+        Thing(
+            int(cell % cols),
+            int(cell // cols),
+            str(rng.choice(list(COLOURS))),
+            str(rng.choice(SHAPES)),
+        )
+        for cell in sorted(cells)
+    ]
+
+
+def draw(things: list[Thing], rng: np.random.Generator, cols: int = SIDE) -> Image.Image:
+    """The picture, with a pixel of jitter, uneven brightness and noise."""
+    image = Image.new("RGB", (cols * CELL, SIDE * CELL), (20, 20, 20))
+    pen = ImageDraw.Draw(image)
+    for thing in things:
+        x, y = thing.col * CELL + rng.integers(0, 2), thing.row * CELL + rng.integers(0, 2)
+        light = rng.uniform(0.8, 1.15)
+        colour = tuple(int(min(255, c * light)) for c in COLOURS[thing.colour])
+        if thing.shape == "circle":
+            pen.ellipse((x, y, x + 6, y + 6), fill=colour)
+        elif thing.shape == "square":
+            pen.rectangle((x, y, x + 5, y + 5), fill=colour)
+        else:
+            pen.line((x, y, x + 6, y + 6), fill=colour, width=2)
+            pen.line((x, y + 6, x + 6, y), fill=colour, width=2)
+    noisy = np.asarray(image) + rng.normal(0, 0.05 * 255, (*image.size[::-1], 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+# --------------------------------------------------------------------------- questions, answers
+
+
+@dataclass(frozen=True)
+class Question:
+    """How many objects have one of `words` (one or two colours, or two shapes)?"""
+
+    words: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        kinds = " and ".join(self.words)
+        return f"How many {kinds} objects are there{' in total' if len(self.words) > 1 else ''}?"
+
+    def matches(self, things: list[Thing]) -> list[Thing]:
+        return [t for t in things if t.colour in self.words or t.shape in self.words]
+
+
+def random_question(rng: np.random.Generator) -> Question:
+    if rng.random() < 0.5:
+        return Question((str(rng.choice(list(COLOURS))),))
+    kind = list(COLOURS) if rng.random() < 0.5 else list(SHAPES)
+    return Question(tuple(str(w) for w in rng.permutation(kind)[:2]))
+
+
+def chain_of_thought(things: list[Thing]) -> str:
+    """The matching objects with a running count, then the answer."""
+    seen = ", ".join(f"{thing.words} {i + 1}" for i, thing in enumerate(things))
+    return f"I see {seen or 'nothing'}.\nFinal answer: {len(things)}"
+
+
+def description(things: list[Thing]) -> str:
+    return f"There are {len(things)} objects: " + ", ".join(t.words for t in things) + "."
+
+
+# --------------------------------------------------------------------------- tokenizer, model
+
+
+def all_texts() -> Iterator[str]:
+    """Texts that between them hold every piece of the world: words, and words that open a line."""
+    yield f"system\nuser\nassistant\n{DIRECT}\n{STEP_BY_STEP}\nYou are a careful observer."
+    yield "Image 1: \nImage-2: \nWhich picture has more objects?\nThe first.\nThe second.\nBoth."
+    yield "What is 1 plus 2?\nIt is 3.\nIs the picture wide?\nYes.\nNo. yes no"
+    yield "Describe the image.\nI see nothing, one.\nFinal answer: \nThere are 3 objects:"
+    yield "Question: Answer: reply with the final answer: ( ) - ' \""
+    for word in [*COLOURS, *SHAPES]:
+        yield f"How many {word} and {word} objects are there in total?\n{word}"
+    for col, row in product("abcdef", "123"):
+        yield f"I see {col}{row} red, {col}{row} blue.\n{col}{row}"
+    for n in range(20):
+        yield f"1 {n} {n}\n{n}. {n}, {n} plus {n}"
+
+
+def build_tokenizer() -> JsonTokenizer:
+    """Word level, lossless: a piece is a word with the blank before it, a mark, or a line break."""
+    pieces = Regex(r" ?[A-Za-z0-9]+|[^A-Za-z0-9]")
+    split = pre_tokenizers.Split(pieces, behavior="isolated")
+    words = {piece for text in all_texts() for piece, _ in split.pre_tokenize_str(text)}
+    names = [*SPECIAL, *sorted(words)]
+    if len(names) % 2 == 0:  # odd, as InternVL2's 92,553: shards of the head are uneven
+        names.append("[UNUSED]")
+    tokenizer = JsonTokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, "<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return tokenizer
+
+
+def model_config(vocab_size: int) -> dict:
+    """A config.json with the keys of the released one and the sizes of a toy."""
+    llm = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "rms_norm_eps": 1e-5,
+        "bias": False,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    vision = {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": CELL * SIDE,
+        "patch_size": CELL // 2,
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+        "drop_path_rate": 0.0,
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": CELL * SIDE,
+        "llm_config": llm,
+        "max_dynamic_patch": 4,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "system_message": "You are a careful observer.",
+        "template": "internlm2-chat",
+        "torch_dtype": "bfloat16",
+        "use_thumbnail": True,
+        "vision_config": vision,
+    }
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """Random bf16 weights in the official layout: two shards and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = model_config(tokenizer.get_vocab_size())
+    write_atomic(folder / "config.json", json.dumps(config, indent=1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = InternVL(parse_config(config), tokenizer.token_to_id("<IMG_CONTEXT>"))
+        torch.nn.init.normal_(model.language_model.model.tok_embeddings.weight, std=0.3)
+    tensors = {official_name(n): p.detach().bfloat16() for n, p in model.named_parameters()}
+    names = list(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[: len(names) // 2]}
+    shards["model-00002-of-00002.safetensors"] = names[len(names) // 2 :]
+    for file, held in shards.items():
+        save_file({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
+    weight_map = {n: file for file, held in shards.items() for n in held}
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_atomic(folder / INDEX, json.dumps(index, indent=1))
+
+
+# --------------------------------------------------------------------------- preference pairs
+
+
+class World:
+    """Draws numbered pictures and questions about them; the same seed gives the same world."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.images, self.seed = folder / "images", seed
+        self.images.mkdir(parents=True, exist_ok=True)
+
+    def picture(self, kind: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
+        """(file name, its objects, a generator to go on with); 'wide' pictures have two tiles."""
+        rng = seeded(self.seed, kind, number)
+        cols = 2 * SIDE if kind == "wide" else SIDE
+        things = random_things(rng, cols)
+        name = f"{kind}-{number:05d}.png"
+        draw(things, rng, cols).save(self.images / name)
+        return name, things, rng
+
+    def counting_pair(self, kind: str, number: int, with_steps: bool) -> dict:
+        """Count objects; the rejected answer misses one or makes one up."""
+        name, things, rng = self.picture(kind, number)
+        question = random_question(rng)
+        right = question.matches(things)
+        if right and rng.random() < 0.6:
+            missed = rng.integers(len(right))
+            wrong = [t for i, t in enumerate(right) if i != missed]
+        else:
+            wrong = [*right, *random_things(rng)[:1]]
+        say = chain_of_thought if with_steps else lambda found: str(len(found))
+        return {
+            "image": name,
+            "question": f"<image>\n{question.text}\n{STEP_BY_STEP if with_steps else DIRECT}",
+            "chosen": say(right),
+            "rejected": say(wrong),
+            "answer_gt": str(len(right)),
+        }
+
+    def two_image_pair(self, number: int) -> dict:
+        first, a, _ = self.picture("pair-a", number)
+        second, b, _ = self.picture("pair-b", number)
+        answers = ["The first.", "The second.", "Both."]
+        right = answers[0 if len(a) > len(b) else 1 if len(b) > len(a) else 2]
+        return {
+            "image": [first, second],
+            "question": "Image 1: <image>\nImage-2: <image>\nWhich picture has more objects?",
+            "chosen": right,
+            "rejected": next(t for t in answers if t != right),
+        }
+
+    def text_pair(self, number: int) -> dict:
+        a, b = divmod(number % 64, 8)
+        return {
+            "question": f"What is {a} plus {b}?",
+            "chosen": f"It is {a + b}.",
+            "rejected": f"It is {a + b + 1}.",
+        }
+
+
+def write_world(out: Path, pairs: int, seed: int) -> None:
+    """All files of the toy; see the module docstring."""
+    write_model(out / "model", seed)
+    world = World(out, seed)
+    few = max(2, pairs // 8)
+    sets = {
+        "toy_steps": [world.counting_pair("square", i, True) for i in range(pairs)],
+        "toy_direct": [world.counting_pair("square", pairs + i, False) for i in range(pairs // 2)],
+        "toy_wide": [world.counting_pair("wide", i, True) for i in range(few)],
+        "toy_two_images": [world.two_image_pair(i) for i in range(few)],
+        "toy_text": [world.text_pair(i) for i in range(few)],
+    }
+    meta = {}
+    for name, records in sets.items():
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        write_atomic(out / f"{name}.jsonl", lines)
+        meta[name] = {
+            "root": "images",
+            "annotation": f"{name}.jsonl",
+            "data_augment": False,
+            "repeat_time": 1,
+            "length": len(records),
+        }
+    write_atomic(out / "meta.json", json.dumps(meta, indent=1) + "\n")
+    train = {
+        "model_dir": str(out / "model"),
+        "meta": str(out / "meta.json"),
+        "out_dir": str(out / "run"),
+        "loss": "mpo",
+        "lr": 2e-3,
+        "batch_size": 32,
+        "epochs": 4,
+        "pack_tokens": 1024,
+        "drop_path": 0.0,
+        "save_every": 10,
+        "seed": seed,
+    }
+    write_atomic(out / "train.json", json.dumps(train, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Write a tiny world in the real formats: model, images, preference pairs, training flags."""
+
+    out: Path = flag(Path("toy"), "folder to write")
+    pairs: int = flag(128, "pairs of the largest data set; the others follow")
+    seed: int = flag(0, "another seed, another world")
+
+    def __post_init__(self) -> None:
+        if self.pairs < 8:
+            raise ValueError(f"pairs must be >= 8, got {self.pairs}")
+
+
+def main() -> None:
+    cfg = parse_cli(ToyConfig)
+    write_world(cfg.out, cfg.pairs, cfg.seed)
+    print(f"wrote {cfg.out}; next: python train.py --config {cfg.out / 'train.json'}")
+
+
+if __name__ == "__main__":
+    run(main)
