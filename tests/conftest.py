@@ -1,6 +1,9 @@
 """Folders that tests read.  GOLDEN and BENCH name folders kept outside the repository."""
 
+import multiprocessing
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +29,37 @@ def golden_tiny() -> Path:
 def bench() -> Path:
     """Published benchmark questions, outputs and scores."""
     return folder_from_environment("BENCH")
+
+
+def start_forks(count: int, function: Callable, *args: object) -> list:
+    """function(*args) in `count` processes that find each other as torchrun's would.
+
+    They fork from a clean server that has torch loaded, which saves its seconds of import and
+    inherits no thread or lock of this process; one README command runs torchrun itself.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "conftest", "train", "toy"])
+    forks = [
+        context.Process(target=as_rank, args=(rank, count, port, function, args))
+        for rank in range(count)
+    ]
+    for fork in forks:
+        fork.start()
+    return forks
+
+
+def as_rank(rank: int, count: int, port: int, function: Callable, args: tuple) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1")
+    function(*args)
+
+
+def run_forks(count: int, function: Callable, *args: object) -> None:
+    """Run `start_forks` to the end; every process must succeed."""
+    forks = start_forks(count, function, *args)
+    for fork in forks:
+        fork.join(240)
+    assert [fork.exitcode for fork in forks] == [0] * count

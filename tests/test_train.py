@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_forks, start_forks
 from safetensors.torch import load_file
 
 from losses import PairLogps
@@ -50,10 +49,7 @@ def base(toy):
 
 def run_here(cfg):
     """Train in this process; returns the metrics of all steps."""
-    try:
-        train(cfg, start_process(cfg.seed))
-    finally:
-        stop_process()
+    train_here(cfg)
     return read_metrics(cfg.out_dir)
 
 
@@ -71,13 +67,16 @@ def command(cfg, processes=1):
     return [*(run if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *flags]
 
 
+def train_here(cfg):
+    try:
+        train(cfg, start_process(cfg.seed))
+    finally:
+        stop_process()
+
+
 def run_there(cfg, processes):
     """Train in processes of their own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(cfg, processes), capture_output=True, text=True, env=environment, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_forks(processes, train_here, cfg)
     return read_metrics(cfg.out_dir)
 
 
@@ -171,23 +170,15 @@ def test_recomputing_blocks_in_backward_changes_nothing(straight, base, toy):
 
 def kill_after(cfg, processes, lines):
     """Start a run, kill -9 its processes once metrics.jsonl has `lines` lines."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(cfg, processes),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    path, deadline = cfg.out_dir / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            break
-        time.sleep(0.01)
-    else:
-        raise AssertionError("the run ended, or made no step, before it could be killed")
-    # torchrun's workers lead sessions of their own: kill all that carry the run's folder
-    subprocess.run(["pkill", "-9", "-f", f"out_dir={cfg.out_dir}"], check=True)
-    process.wait()
+    forks = start_forks(processes, train_here, cfg)
+    path, deadline = cfg.out_dir / "metrics.jsonl", time.time() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert time.time() < deadline and all(fork.is_alive() for fork in forks)
+        time.sleep(0.001)
+    for fork in forks:
+        fork.kill()
+        fork.join()
+    assert all(fork.exitcode == -signal.SIGKILL for fork in forks), "it ended before it was killed"
 
 
 def test_a_killed_run_continues_bit_for_bit(base, toy):
