@@ -847,22 +847,30 @@ def plane(loss: Loss, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (START + x, START + y, START, START, TOKENS, TOKENS) for y, x in zip(r.ravel(), c.ravel())
     ]
     points = make_pairs(rows, torch.float64)
-    if not together:
-        values = loss_and_gradient(loss, points)
-    else:
-        others = [
+    values = loss_and_gradient(among_others(loss) if together else loss, points)
+    return axis, *(v.reshape(GRID, GRID) for v in values)
+
+
+def among_others(loss: Loss) -> Loss:
+    """Each pair in a step of its own, with three fixed others: the sum over the four."""
+    others = make_pairs(
+        [
             (-38, -22, -30, -18, 20, 20),
             (-25, -34, -30, -30, 20, 20),
             (-19, -37, -30, -42, 20, 20),
+        ],
+        torch.float64,
+    )
+
+    def together(x: PairLogps) -> Tensor:
+        names = [f.name for f in fields(x)]
+        steps = [
+            PairLogps(*(torch.cat([getattr(one, n), getattr(others, n)]) for n in names))
+            for one in split_pairs(x)
         ]
-        each = []
-        for row in rows:
-            losses, chosen, rejected = loss_and_gradient(
-                loss, make_pairs([row, *others], torch.float64)
-            )
-            each.append(torch.stack([losses.sum(), chosen[0], rejected[0]]))
-        values = torch.stack(each).T
-    return axis, *(v.reshape(GRID, GRID) for v in values)
+        return torch.stack([loss(step).sum() for step in steps])
+
+    return together
 
 
 def draw(planes: dict[str, tuple[Tensor, ...]], notes: dict[str, str]) -> bytes:

@@ -1,0 +1,725 @@
+"""Objectives against golden values, their properties, the chunked head, the lab, TRL's numbers."""
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import OURS, ROOT
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+from losses import LOSSES, BcoShift, PairLogps, objective, parse_objective
+from runtime import InputError
+
+GOLDEN = json.loads((OURS / "losses.json").read_text())
+DTYPES = [torch.float64, torch.float32]
+TYPICAL = GOLDEN["aot_sharding"][0]["inputs"]
+
+
+def pairs(inputs: dict, dtype: torch.dtype = torch.float64) -> PairLogps:
+    return PairLogps(**{k: torch.tensor(v, dtype=dtype) for k, v in inputs.items()})
+
+
+def close(got, expected, dtype: torch.dtype, gradient: bool = False) -> None:
+    """At the tolerances the golden file states."""
+    rtol, atol = (1e-4, 1e-7) if gradient else (2e-5, 2e-6)
+    if dtype == torch.float64:
+        rtol, atol = 1e-9, 1e-12
+    got, expected = (torch.as_tensor(x, dtype=dtype) for x in (got, expected))
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+def close_grads(grads, expected: dict, dtype: torch.dtype) -> None:
+    close(grads[0], expected["policy_chosen"], dtype, gradient=True)
+    close(grads[1], expected["policy_rejected"], dtype, gradient=True)
+
+
+def rows_of(x: PairLogps, rows) -> PairLogps:
+    return PairLogps(*(getattr(x, f.name)[rows] for f in fields(x)))
+
+
+def mean_gradient(terms, x: PairLogps, **hyper):
+    value, *grads = losses.loss_and_gradient(lambda p: objective(terms, p, **hyper)[0], x)
+    return value, [g / len(value) for g in grads]
+
+
+@pytest.fixture
+def registry():
+    """LOSSES as it was, after a test that registers."""
+    before = dict(LOSSES)
+    yield LOSSES
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
+# --------------------------------------------------------------------------- golden values
+
+
+def test_the_golden_file_holds_a_case_for_every_objective():
+    assert {c["loss"] for c in GOLDEN["cases"]} == set(LOSSES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_equal_the_golden_cases(name, dtype):
+    for case in (c for c in GOLDEN["cases"] if c["loss"] == name):
+        x = pairs(case["inputs"], dtype)
+        value, *grads = losses.loss_and_gradient(lambda p, c=case: LOSSES[name](p, **c["hyper"]), x)
+        expected = torch.tensor(case["expected"]["losses"], dtype=dtype)
+        if case.get("order") == "any":
+            value, expected = value.sort().values, expected.sort().values
+        close(value, expected, dtype)
+        close(value.mean(), case["expected"]["mean"], dtype)
+        close_grads(grads, case["expected"]["grad_of_sum"], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weighted_objectives_equal_the_golden_sums(dtype):
+    for case in GOLDEN["objectives"]:
+        terms = [(w, n) for w, n in case["objective"]]
+        x, expected = pairs(case["inputs"], dtype), case["expected"]
+        total, parts = objective(terms, x, **case["hyper"])
+        close(total.mean(), expected["loss"], dtype)
+        assert parts.keys() == expected["parts"].keys()
+        for name, part in parts.items():
+            close(part.mean(), expected["parts"][name], dtype)
+        close_grads(mean_gradient(terms, x, **case["hyper"])[1], expected["grad_of_loss"], dtype)
+        # the same gradient on gathered vectors, for objectives that look at the whole step
+        grads = losses.coefficients(terms, x, **case["hyper"])
+        close_grads(grads, expected["grad_of_loss"], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bco_shift_follows_the_golden_steps_over_ranks_and_micro_batches(dtype):
+    for sequence in GOLDEN["bco_sequences"]:
+        beta, shift = sequence["beta"], BcoShift()
+        for step in sequence["steps"]:
+            close(shift.mean, step["project_shift_used"], dtype)
+            rewards, values = torch.zeros(2, dtype=torch.float64), []
+            for rank in (r for micro in step["micro_batches"] for r in micro["ranks"]):
+                x = pairs(rank["inputs"], dtype)
+                value, *grads = losses.loss_and_gradient(
+                    lambda p, s=shift.mean, b=beta: LOSSES["bco"](p, beta=b, bco_shift=s), x
+                )
+                close(value, rank["project"]["losses"], dtype)
+                close_grads(grads, rank["project"]["grad_of_sum"], dtype)
+                rewards += losses.bco_rewards(x, beta)
+                values.append(value)
+            close(torch.cat(values).mean(), step["project_loss"], dtype)
+            shift.update(*rewards.tolist())
+            close(shift.mean, step["project_state_after"]["mean"], dtype)
+            assert shift.count == step["project_state_after"]["responses"]
+            resumed = BcoShift()
+            resumed.load_state_dict(json.loads(json.dumps(shift.state_dict())))
+            assert resumed == shift
+            shift = resumed
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_aot_depends_on_how_much_of_the_step_is_sorted(name, dtype):
+    golden = GOLDEN["aot_sharding"][0]
+    x, expected = pairs(golden["inputs"], dtype), golden["expected"][name]
+    loss = LOSSES[name]
+    halves = torch.stack([loss(rows_of(x, slice(0, 3))), loss(rows_of(x, slice(3, 6)))])
+    close(loss(x).mean(), expected["whole_step"], dtype)
+    close(halves.mean(), expected["two_ranks_sorted_apart"], dtype)
+    alone = torch.cat([loss(one) for one in losses.split_pairs(x)])
+    close(alone.mean(), expected["pairs_alone"], dtype)
+    torch.testing.assert_close(alone, LOSSES["dpo"](x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sft_is_the_mean_per_response_then_over_pairs_in_any_layout(dtype):
+    golden = GOLDEN["sft_layouts"][0]
+    ranks = [[r for micro in rank for r in micro] for rank in golden["token_logps"]]
+    responses = [torch.tensor(r, dtype=dtype) for rank in ranks for r in rank]
+    owner = torch.cat([torch.full((len(r),), i) for i, r in enumerate(responses)])
+    rows = torch.cat(responses).requires_grad_()
+    sums, lengths = losses.sum_by_response(rows, owner, len(responses))
+    loss = LOSSES["sft"](PairLogps(sums, sums, None, None, lengths, lengths)).mean()
+    close(loss, golden["expected"]["per_response_mean"], dtype)
+    (grad,) = torch.autograd.grad(loss, rows)
+    expected = [
+        g
+        for rank in golden["expected"]["grad_of_per_response_mean"]
+        for micro in rank
+        for g in micro
+    ]
+    close(grad, torch.tensor(expected, dtype=dtype)[owner], dtype, gradient=True)
+
+
+def test_reference_updates_follow_the_golden_runs_soft_and_hard():
+    golden = GOLDEN["reference_updates"][0]
+    for case in golden["runs"]:
+        reference = torch.tensor(golden["start"], dtype=torch.float64)
+        steps = zip(golden["policy_after_step"], case["reference_after_step"])
+        for t, (policy, expected) in enumerate(steps, 1):
+            if t % case["every"] == 0:
+                losses.blend(reference, torch.tensor(policy, dtype=torch.float64), case["alpha"])
+            close(reference, expected, torch.float64)
+
+
+def test_a_float32_reference_keeps_a_small_blend_with_a_bfloat16_policy():
+    reference = losses.blend(torch.ones(1), torch.full((1,), 2.0, dtype=torch.bfloat16), 1e-3)
+    close(reference, [1.001], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_metrics_equal_the_golden_values_and_ties_are_not_wins(dtype):
+    for case in GOLDEN["metrics"]:
+        metrics = losses.pair_metrics(pairs(case["inputs"], dtype), case["beta"])
+        for name, expected in case["expected"].items():
+            close(metrics[name].mean(), expected, dtype)
+
+
+def test_metrics_without_a_reference_leave_the_rewards_out():
+    x = replace(pairs(TYPICAL), reference_chosen=None, reference_rejected=None)
+    names = {"logps/chosen", "logps/rejected", "nll", "length/chosen", "length/rejected"}
+    assert losses.pair_metrics(x).keys() == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odds_ratio_is_finite_where_an_average_logp_is_exactly_zero(dtype):
+    for case in GOLDEN["finite_only"]:
+        x = pairs(case["inputs"], dtype)
+        for value in losses.loss_and_gradient(LOSSES[case["loss"]], x):
+            assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("text, expected", GOLDEN["parse_objective"]["good"])
+def test_good_objective_texts_are_read_as_in_the_golden_file(text, expected):
+    assert parse_objective(text) == [tuple(term) for term in expected]
+
+
+@pytest.mark.parametrize("text", GOLDEN["parse_objective"]["bad"])
+def test_bad_objective_texts_are_input_errors(text):
+    with pytest.raises(InputError):
+        parse_objective(text)
+
+
+def token_golden(dtype: torch.dtype):
+    tensors = load_file(OURS / "losses_logits.safetensors")
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_logps_and_their_gradient_equal_the_golden_tensors(dtype):
+    golden, expected = token_golden(dtype), GOLDEN["token_logps"][0]
+    logits = golden["logits"].requires_grad_()
+    got = losses.token_logps(logits, golden["labels"])
+    close(got, golden["token_logps"], dtype)
+    close(got.sum(-1), expected["logps"], dtype)
+    assert (golden["labels"][:, 1:] != -100).sum(-1).tolist() == expected["lengths"]
+    got.sum().backward()
+    close(logits.grad, golden["grad_logits_of_sum"], dtype, gradient=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_chunked_head_equals_the_golden_tensors(dtype, chunk):
+    golden, expected = token_golden(dtype), GOLDEN["token_logps"][0]
+    kept = golden["labels"][:, 1:] != -100
+    response, _ = kept.nonzero(as_tuple=True)
+    hidden = golden["logits"][:, :-1][kept].requires_grad_()  # logits as hidden, identity as head
+    sums, lengths = losses.response_logps(
+        hidden,
+        torch.eye(hidden.shape[1], dtype=dtype),
+        golden["labels"][:, 1:][kept],
+        response,
+        len(kept),
+        chunk,
+    )
+    close(sums, expected["logps"], dtype)
+    assert lengths.tolist() == expected["lengths"]
+    sums.sum().backward()
+    close(hidden.grad, golden["grad_logits_of_sum"][:, :-1][kept], dtype, gradient=True)
+
+
+# --------------------------------------------------------------------------- the chunked head
+
+
+def head_case(dtype: torch.dtype, rows: int = 50, d: int = 8, vocab: int = 23):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, d, generator=generator).to(dtype)
+    weight = torch.randn(vocab, d, generator=generator).to(dtype)
+    target = torch.randint(vocab, (rows,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), target
+
+
+def head_grads(logps, hidden, weight):
+    upstream = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
+    return torch.autograd.grad((logps * upstream).sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+def test_a_chunked_head_equals_the_plain_one_in_values_and_gradients(chunk):
+    hidden, weight, target = head_case(torch.float64)
+    chunked = losses.row_logps(hidden, weight, target, chunk)
+    plain = (hidden @ weight.T).log_softmax(-1)[torch.arange(len(target)), target]
+    torch.testing.assert_close(chunked, plain)
+    torch.testing.assert_close(
+        head_grads(chunked, hidden, weight), head_grads(plain, hidden, weight)
+    )
+
+
+def test_the_chunked_head_passes_finite_differences():
+    hidden, weight, target = head_case(torch.float64, rows=5, d=3, vocab=4)
+    assert torch.autograd.gradcheck(
+        lambda h, w: losses.row_logps(h, w, target, 2), (hidden, weight)
+    )
+
+
+def test_no_tensor_of_all_rows_by_the_vocabulary_ever_lives():
+    rows, d, vocab, chunk = 60, 4, 200, 5
+    hidden, weight, target = head_case(torch.float32, rows, d, vocab)
+    made, saved = [], []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in [out] if isinstance(t, torch.Tensor))
+            return out
+
+    def save(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with Record(), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+        losses.row_logps(hidden, weight, target, chunk).sum().backward()
+    assert max(made) == chunk * vocab < rows * vocab
+    assert max(saved) == vocab * d  # the head itself, nothing of a chunk
+
+
+def test_the_heads_gradient_is_added_up_in_float32_under_bfloat16_states():
+    hidden, weight, target = head_case(torch.bfloat16)
+    master = weight.detach().float().requires_grad_()
+    one = losses.row_logps(hidden[:1], master, target[:1])
+    # 1000 times the same row, a chunk each: a bfloat16 sum would stop growing at about 256
+    rows = hidden[:1].expand(1000, -1)
+    many = losses.row_logps(rows, master, target[:1].expand(1000), 1)
+    assert one.dtype == many.dtype == torch.float32
+    (grad_one,) = torch.autograd.grad(one.sum(), master)
+    grad_hidden, grad_many = torch.autograd.grad(many.sum(), (hidden, master))
+    assert (grad_hidden.dtype, grad_many.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(grad_many, 1000 * grad_one, rtol=1e-4, atol=1e-5)
+    exact = losses.row_logps(hidden.double(), weight.double(), target)
+    torch.testing.assert_close(
+        losses.row_logps(hidden, weight, target).double(), exact, rtol=2**-7, atol=2**-5
+    )
+
+
+def test_a_frozen_head_and_an_empty_pack_are_served_too():
+    hidden, weight, target = head_case(torch.float32)
+    logps = losses.row_logps(hidden, weight.detach(), target, 8)
+    assert torch.autograd.grad(logps.sum(), hidden)[0].isfinite().all()
+    sums, lengths = losses.response_logps(hidden[:0], weight, target[:0], target[:0], 2)
+    assert sums.tolist() == lengths.tolist() == [0, 0]
+    assert torch.autograd.grad(sums.sum(), weight)[0].count_nonzero() == 0
+
+
+def test_the_same_rows_in_another_order_give_the_same_float32_sums():
+    generator = torch.Generator().manual_seed(0)
+    logps = -torch.rand(6000, generator=generator)
+    response = torch.arange(6000) % 3
+    shuffled = torch.randperm(6000, generator=generator)
+    sums = losses.sum_by_response(logps, response, 3)[0]
+    assert torch.equal(sums, losses.sum_by_response(logps[shuffled], response[shuffled], 3)[0])
+
+
+# --------------------------------------------------------------------------- properties
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_objective_passes_finite_differences_its_claims_and_extremes(name):
+    checks = losses.check_loss(LOSSES[name])
+    assert all(checks.values()), checks
+    assert len(checks) > 3  # it claims something
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_objective_claims_every_invariance_that_it_has(name):
+    assert {i for i in losses.INVARIANCES if losses.holds(i, LOSSES[name])} == set(
+        LOSSES[name].claims
+    )
+
+
+def test_only_log_ratios_matter_to_all_but_sft_and_odds_ratio():
+    without = {name for name in LOSSES if not losses.holds("shift", LOSSES[name])}
+    assert without == {"sft", "odds_ratio"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_bfloat16_inputs_are_computed_in_float32_to_the_bit(name):
+    x = pairs(TYPICAL, torch.bfloat16)
+    wide = PairLogps(*(getattr(x, f.name).float() for f in fields(x)))
+    assert x.policy_chosen.dtype == torch.float32
+    assert torch.equal(LOSSES[name](x), LOSSES[name](wide))
+
+
+def test_swapping_the_responses_gives_dpo_probabilities_that_sum_to_one():
+    x = pairs(TYPICAL)
+    total = (-LOSSES["dpo"](x)).exp() + (-LOSSES["dpo"](losses.swap(x))).exp()
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_without_label_smoothing_cdpo_and_robust_are_dpo():
+    x = pairs(TYPICAL)
+    for name in ("cdpo", "robust"):
+        torch.testing.assert_close(LOSSES[name](x, label_smoothing=0.0), LOSSES["dpo"](x))
+
+
+@pytest.mark.parametrize("shift", [-30.0, -1.75, 0.0, 4.0])
+def test_bco_is_at_least_dpo_whatever_the_shift(shift):
+    x = pairs(TYPICAL)
+    assert (LOSSES["bco"](x, bco_shift=shift) >= LOSSES["dpo"](x)).all()
+
+
+def test_at_the_start_every_value_and_slope_is_that_of_the_papers_formulas():
+    start = pairs({k: [-30.0] if "length" not in k else [20.0] for k in TYPICAL})
+    ln2 = math.log(2)
+    expected = {  # value, d/d policy_chosen
+        "dpo": (ln2, -0.05),
+        "rso": (1, -0.1),
+        "ipo": (25, -10 / 20),
+        "cdpo": (ln2, -0.04),
+        "robust": (ln2, -0.0625),
+        "bco": (2 * ln2, -0.05),
+        "sppo": (50, -10),
+        "aot": (ln2, -0.05),
+        "aot_unpaired": (ln2, -0.05),
+        "sft": (1.5, -1 / 20),
+    }
+    for name, (value, slope) in expected.items():
+        got, chosen, _ = losses.loss_and_gradient(LOSSES[name], start)
+        assert (got.item(), chosen.item()) == pytest.approx((value, slope)), name
+    mpo = objective(parse_objective("mpo"), start)[0].item()
+    assert mpo == pytest.approx(0.8 * ln2 + 0.2 * 2 * ln2 + 1.5)
+
+
+def test_the_hinge_has_gradient_zero_exactly_at_its_corner():
+    x = losses.make_pairs([(-1, -3, -2, -3, 4, 4)], torch.float64)  # c = 1, r = 0
+    value, chosen, rejected = losses.loss_and_gradient(lambda p: LOSSES["rso"](p, beta=1.0), x)
+    assert value.item() == chosen.item() == rejected.item() == 0
+
+
+def test_log1mexp_is_exact_and_its_gradient_finite_where_e_to_x_rounds_to_one():
+    x = torch.tensor([-1e-9, -(2.0**-27), -0.1, -math.log(2), -3.0, -100.0, -1e4]).requires_grad_()
+    value = losses.log1mexp(x)
+    exact = torch.log(-torch.expm1(x.detach().double()))
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-12)
+    assert torch.autograd.grad(value.sum(), x)[0].isfinite().all()
+
+
+def test_of_the_built_in_objectives_two_need_no_reference_and_two_the_whole_step():
+    terms = {name: [(1.0, name)] for name in LOSSES}
+    assert {n for n in LOSSES if not losses.needs_reference(terms[n])} == {"odds_ratio", "sft"}
+    assert {n for n in LOSSES if losses.whole_step(terms[n])} == {"aot", "aot_unpaired"}
+    assert not losses.needs_reference(parse_objective("orpo"))
+    assert losses.needs_reference(parse_objective("mpo"))
+
+
+@pytest.mark.parametrize("text", ["aot+sft", "0.3*rso+0.7*aot_unpaired+2*bco", "mpo"])
+def test_coefficients_make_micro_batches_equal_to_the_whole_step(text):
+    terms, x = parse_objective(text), pairs(TYPICAL)
+    chosen, rejected = losses.coefficients(terms, x)
+    policy = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)  # scales both log-probs
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        micro = rows_of(x, rows)
+        loss = (chosen[rows] * micro.policy_chosen * policy / 2).sum()
+        loss = loss + (rejected[rows] * micro.policy_rejected * policy / 2).sum()
+        loss.backward()
+    whole = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    moved = replace(
+        x,
+        policy_chosen=x.policy_chosen * whole / 2,
+        policy_rejected=x.policy_rejected * whole / 2,
+    )
+    objective(terms, moved)[0].mean().backward()
+    torch.testing.assert_close(policy.grad, whole.grad)
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("dop", "unknown objective 'dop'; did you mean dpo[?] known: dpo, rso, .*, mpo, orpo"),
+        ("DPO", "did you mean dpo[?]"),
+        ("nan*dpo", "weight 'nan' in 'nan[*]dpo' is not a number above 0"),
+        ("1_0*dpo", "weight '1_0'"),
+        ("0*dpo", "weight of dpo must be finite and above 0, got 0.0"),
+        ("1e999*dpo", "must be finite"),
+        ("dpo+", "cannot read '' of the objective 'dpo[+]'"),
+        ("0.8*dpo,0.2*bco", "joined by [+], for example"),
+        ("dpo+2*dpo", "dpo stands in the objective twice"),
+        ("mpo+sft", "mpo stands for 0.8[*]dpo"),
+        ("  ", "empty"),
+    ],
+)
+def test_objective_errors_say_what_is_wrong_and_what_was_expected(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_objective(text)
+
+
+@pytest.mark.parametrize(
+    "text, given, message",
+    [
+        ("dpo", {"beta": 0.0}, "beta must be finite and above 0, got 0.0"),
+        ("dpo", {"beta": math.nan}, "beta must be"),
+        ("cdpo", {"label_smoothing": 0.5}, "at least 0 and below 0.5, got 0.5"),
+        ("cdpo", {"label_smoothing": -0.1}, "label_smoothing must be"),
+        ("dpo+sft", {"label_smoothing": 0.1}, "dpo[+]sft does not use it; cdpo, robust do"),
+        ("mpo", {"have_reference": False}, "needs a reference .* none: odds_ratio, sft"),
+    ],
+)
+def test_hyperparameters_out_of_range_or_unused_are_refused(text, given, message):
+    with pytest.raises(InputError, match=message):
+        losses.check_hyperparameters(parse_objective(text), **given)
+
+
+def test_label_smoothing_is_a_tenth_where_it_is_used_and_not_given():
+    hyper = losses.check_hyperparameters(parse_objective("cdpo+sft"), beta=0.2)
+    assert hyper == {"beta": 0.2, "label_smoothing": 0.1}
+    losses.check_hyperparameters(parse_objective("orpo"), have_reference=False)
+
+
+def test_an_objective_that_needs_a_reference_says_so_without_one():
+    x = replace(pairs(TYPICAL), reference_chosen=None, reference_rejected=None)
+    for name in LOSSES:
+        if losses.needs_reference([(1.0, name)]):
+            with pytest.raises(InputError, match="needs reference log-probs"):
+                LOSSES[name](x)
+        else:
+            assert LOSSES[name](x).isfinite().all()
+
+
+def test_pairs_of_different_shapes_are_refused_by_field():
+    with pytest.raises(ValueError, match="reference_rejected is .5,.*policy_chosen, .6,"):
+        replace(pairs(TYPICAL), reference_rejected=torch.zeros(5))
+
+
+# --------------------------------------------------------------------------- own file, lab
+
+
+def readme_example() -> str:
+    """The five-line objective in the docstring of losses.py."""
+    found = re.search(r"^    import torch.nn.functional.*?\n\n(?=\S)", losses.__doc__, re.M | re.S)
+    return "\n".join(line[4:] for line in found[0].splitlines()) + "\n"
+
+
+def own_file(folder: Path, text: str, name: str = "my_loss.py") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_the_lab_draws_tabulates_and_checks_a_five_line_objective_of_the_user(tmp_path):
+    mine, out = own_file(tmp_path, readme_example()), tmp_path / "lab" / "losses.png"
+    command = [sys.executable, "losses.py", "--out", out, "--mine", mine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+    row = re.search(r"^simpo .*", done.stdout, re.M)[0].split()
+    assert row[-4:] == ["no", "pair", "per_token", "nonnegative"]
+    assert "simpo: float32 per pair ok, finite differences ok, finite at extremes ok" in done.stdout
+    for name in LOSSES:
+        assert re.search(rf"^{name}: .* ok$", done.stdout, re.M), name
+    assert done.stdout.splitlines()[-1] == "13 objectives, every check passed"
+
+
+def test_the_lab_names_a_failing_check_and_exits_with_1(tmp_path, registry, monkeypatch, capsys):
+    text = (
+        "from losses import claims\n"
+        "@claims('shift', 'length')\n"
+        "def bad(logps):\n"
+        "    return (logps.policy_chosen - logps.policy_rejected.detach() / 2).exp()\n"
+    )
+    mine = own_file(tmp_path, text)
+    monkeypatch.setattr(losses, "draw", lambda *_: b"")
+    monkeypatch.setattr(losses, "GRID", 3)
+    monkeypatch.setattr(sys, "argv", ["losses.py", f"--mine={mine}", f"--out={tmp_path / 'x'}"])
+    with pytest.raises(SystemExit) as stop:
+        losses.main()
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("failed: bad: finite differences;")
+    assert "bad: shift" in message and "bad: length" not in message and "dpo" not in message
+
+
+def test_an_own_objective_is_trainable_by_name_and_found_to_need_what_it_needs(tmp_path, registry):
+    text = readme_example() + (
+        "def centred(logps, beta=0.3):\n"
+        "    z = beta * logps.chosen_logratio\n"
+        "    return (z - z.mean()) ** 2\n"
+        "def _helper(logps): return None\n"
+        "def other(x): return None\n"
+    )
+    assert losses.register_file(own_file(tmp_path, text)) == ["simpo", "centred"]
+    terms = parse_objective("0.5*simpo+centred")
+    assert not losses.needs_reference(terms[:1]) and not losses.whole_step(terms[:1])
+    assert losses.needs_reference(terms[1:]) and losses.whole_step(terms[1:])
+    total, parts = objective(terms, pairs(TYPICAL), beta=0.1)
+    torch.testing.assert_close(total, 0.5 * parts["simpo"] + parts["centred"])
+    assert losses.register_file(tmp_path / "my_loss.py") == ["simpo", "centred"]  # again: the same
+    with pytest.raises(InputError, match="simpo exists already"):
+        losses.register_file(own_file(tmp_path, readme_example(), "another.py"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def dpo(logps): return logps.policy_chosen", "an objective named dpo exists already"),
+        ("def mpo(logps): return logps.policy_chosen", "an objective named mpo exists already"),
+        ("def f(x): return x", "no public function whose first parameter is `logps`"),
+        ("import nosuchmodule", r"my_loss.py line 1: ModuleNotFoundError"),
+        ("def f(logps)\n", r"my_loss.py: SyntaxError: .*line 1"),
+        ("\ndef f(logps): return logps.chosen", r"my_loss.py line 2: AttributeError"),
+        (
+            "def f(logps): return logps.policy_chosen.mean()",
+            r"one value per pair, \(6,\), got \(\)",
+        ),
+        ("def f(logps): return 1.0", "got float"),
+        ("def f(logps): return logps.policy_chosen.sqrt()", "f is not finite on ordinary pairs"),
+        ("def f(logps): return logps.chosen_length", "no gradient with respect to policy_chosen"),
+        ("def f(logps, gamma): return logps.policy_chosen", "parameter gamma of f needs a default"),
+        (
+            "import losses\n@losses.claims('swop')\ndef f(logps): return logps.policy_chosen",
+            "f claims 'swop'; known: shift, ",
+        ),
+    ],
+)
+def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry, text, message):
+    before = copy.copy(registry)
+    with pytest.raises(InputError, match=message):
+        losses.register_file(own_file(tmp_path, text))
+    assert registry == before
+
+
+def test_a_missing_own_file_and_a_wrong_flag_end_with_status_2(tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="expected an existing .py file"):
+        losses.register_file(tmp_path / "absent.py")
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--label_smoothing=0.7"])
+    with pytest.raises(SystemExit) as stop:
+        losses.main()
+    assert stop.value.code == 2
+    assert "label_smoothing must be at least 0 and below 0.5" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- beside TRL 1.16
+# Each formula below is TRL's behaviour in our words; the numbers are those of the README's table.
+
+
+def test_trl_trains_dpo_when_asked_for_label_smoothing():
+    ours = LOSSES["cdpo"](pairs(TYPICAL), label_smoothing=0.1).mean().item()
+    trl = -F.logsigmoid(margin(pairs(TYPICAL), 0.1)).mean().item()  # `sigmoid`
+    assert (ours, trl) == pytest.approx((5.1974, 5.1226), abs=5e-5)
+
+
+def margin(x: PairLogps, beta: float) -> torch.Tensor:
+    return beta * (
+        (x.policy_chosen - x.reference_chosen) - (x.policy_rejected - x.reference_rejected)
+    )
+
+
+def trl_bco(x: PairLogps, beta: float) -> torch.Tensor:
+    """`bco_pair` of DPOTrainer since v0.29: no shift."""
+    chosen = F.logsigmoid(beta * (x.policy_chosen - x.reference_chosen))
+    rejected = F.logsigmoid(-beta * (x.policy_rejected - x.reference_rejected))
+    return -chosen - rejected
+
+
+def test_trl_has_no_reward_shift_in_bco():
+    step = GOLDEN["bco_sequences"][1]["steps"][3]  # the fourth step: the mean reward is -1.01
+    inputs = [rank["inputs"] for micro in step["micro_batches"] for rank in micro["ranks"]]
+    x = pairs({name: sum((i[name] for i in inputs), []) for name in inputs[0]})
+    ours = LOSSES["bco"](x, bco_shift=step["project_shift_used"]).mean().item()
+    assert (ours, trl_bco(x, 0.1).mean().item()) == pytest.approx((0.6693, 1.2213), abs=5e-5)
+
+
+def trl_sft(x: PairLogps) -> torch.Tensor:
+    """Token mean of one micro-batch."""
+    return -x.policy_chosen.sum() / x.chosen_length.sum()
+
+
+def test_trl_averages_sft_over_the_tokens_of_a_micro_batch():
+    golden = GOLDEN["sft_layouts"][0]
+    micros = [micro for rank in golden["token_logps"] for micro in rank]
+    trl = sum(-sum(map(sum, m)) / sum(map(len, m)) for m in micros) / len(micros)
+    assert (golden["expected"]["per_response_mean"], trl) == pytest.approx(
+        (0.4495, 0.5802), abs=5e-5
+    )
+    assert trl == pytest.approx(golden["expected"]["official_mean_of_micro_batch_means"])
+    one = rows_of(pairs(TYPICAL), slice(0, 1))  # with one pair a micro-batch both are the same
+    torch.testing.assert_close(LOSSES["sft"](one)[0], trl_sft(one))
+
+
+def test_trl_mpo_lacks_the_shift_and_weighs_long_responses_more():
+    x = pairs(TYPICAL)
+    ours = objective(parse_objective("mpo"), x, bco_shift=-1.75)[0].mean().item()
+    trl = 0.8 * -F.logsigmoid(margin(x, 0.1)).mean() + 0.2 * trl_bco(x, 0.1).mean() + trl_sft(x)
+    assert (ours, trl.item()) == pytest.approx((6.4571, 6.3354), abs=5e-5)
+
+
+def test_trl_sorts_aot_within_a_device():
+    x = pairs(TYPICAL)
+
+    def per_device(name, size):
+        shards = [rows_of(x, slice(i, i + size)) for i in range(0, 6, size)]
+        return torch.cat([LOSSES[name](shard) for shard in shards]).mean().item()
+
+    aot = [per_device("aot", size) for size in (6, 3, 1)]
+    unpaired = [per_device("aot_unpaired", size) for size in (6, 3, 1)]
+    assert aot == pytest.approx([3.2392, 3.3562, 5.1226], abs=5e-5)
+    assert unpaired == pytest.approx([3.5427, 4.1756, 5.1226], abs=5e-5)
+
+
+def test_trl_averages_micro_batches_of_unequal_size_as_equals():
+    x = pairs(TYPICAL)
+    loss = LOSSES["dpo"](x)
+    trl = (loss[:4].mean() + loss[4:].mean()) / 2  # 4 pairs in one micro-batch, 2 in the other
+    assert (loss.mean().item(), trl.item()) == pytest.approx((5.1226, 4.5760), abs=5e-5)
+
+
+def test_trl_orpo_trains_on_the_prompt_as_well():
+    prompt, response = [-3.0] * 30, [-0.5] * 10  # a prompt nobody trained on, a good response
+    length = torch.tensor([10.0])
+    x = PairLogps(torch.tensor([sum(response)]), length * -2, None, None, length, length)
+    nll_trl = -(sum(prompt) + sum(response)) / 40
+    odds = 0.1 * LOSSES["odds_ratio"](x).item()
+    ours = objective(parse_objective("orpo"), x)[0].item()
+    assert (ours, nll_trl + odds) == pytest.approx((0.5097, 2.3847), abs=5e-5)
+
+
+def test_trl_odds_ratio_has_a_nan_gradient_for_a_sure_response():
+    x = torch.tensor([-(2.0**-27)], requires_grad=True)
+    trl = torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
+    assert torch.autograd.grad(trl.sum(), x)[0].isnan().all()
+    ours = torch.autograd.grad(losses.log1mexp(x).sum(), x)[0].item()
+    assert ours == pytest.approx(-(2.0**27), rel=1e-6)
+
+
+def test_trl_log_probs_of_bfloat16_logits_are_rounded():
+    golden = token_golden(torch.float32)
+    logits, labels = golden["logits"][:1].bfloat16(), golden["labels"][:1]
+    ours = losses.token_logps(logits, labels).sum().item()
+    target = labels[:, 1:].clamp(min=0).unsqueeze(-1)
+    trl = logits[:, :-1].log_softmax(-1).gather(-1, target).squeeze(-1)
+    trl = (trl * (labels[:, 1:] != -100)).sum().item()
+    assert (ours, trl) == pytest.approx((-49.6985, -49.75), abs=5e-5)
+
+
+def test_trl_reference_update_never_fires_in_the_papers_ablation():
+    steps = 100_000 // 256
+    assert steps // 512 == 0  # TRL's default, every 512
+    assert steps // 64 == 6  # every 64, as the paper's code base had it
