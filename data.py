@@ -145,7 +145,9 @@ class DataSet:
             raise InputError(f"{where}: 'image' must be a path or a list of paths")
         try:
             images = tuple(resolve_image(self.root, path) for path in given)
-            question = with_image_placeholders(raw["question"], len(images))
+            question = raw["question"]
+            if images:  # in a text-only question <image> is plain text
+                question = with_image_placeholders(question, len(images))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         return PairRecord(

@@ -277,28 +277,75 @@ def compiled_flex_attention() -> Callable:
 
 
 class KVCache:
-    """Keys and values of every layer, room for `capacity` tokens in each of b rows.
+    """Keys and values of prompts and of their answers, in static memory.
 
-    Keys are stored as they were turned; later steps never turn them again.
+    A group holds one prompt, once, and `rows` answers that continue it: forking a prompt into many
+    samples copies nothing.  Keys are stored as they were turned; later steps never turn them again.
     """
 
     def __init__(
-        self, config: LLMConfig, rows: int, capacity: int, device: object, dtype: torch.dtype
+        self,
+        config: LLMConfig,
+        groups: int,
+        rows: int,
+        prompt_capacity: int,
+        answer_capacity: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> None:
-        shape = (config.num_hidden_layers, rows, capacity)
-        shape += (config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens already stored, the same in every row
+        heads = (config.num_key_value_heads, config.head_dim)
+        layers = config.num_hidden_layers
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        past, total = self.length, self.length + q.shape[1]
-        self.keys[layer, :, past:total], self.values[layer, :, past:total] = k, v
-        keys, values = self.keys[layer, :, :total], self.values[layer, :, :total]
-        if past == 0:
-            return _attention(q, keys, values, is_causal=True)
-        position = torch.arange(total, device=q.device)
-        return _attention(q, keys, values, attn_mask=position[None, :] <= position[past:, None])
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(layers, groups, *shape, *heads, device=device, dtype=dtype)
+
+        self.prompt = (zeros(prompt_capacity), zeros(prompt_capacity))  # layer group t g d
+        self.answer = (zeros(rows, answer_capacity), zeros(rows, answer_capacity))  # ... row t g d
+        self.prompt_length = torch.zeros(groups, dtype=torch.long, device=device)
+        self.answer_length = torch.zeros(groups, rows, dtype=torch.long, device=device)
+        self.shape, self.window = (groups, rows), answer_capacity
+
+    def prefill(self, group: int) -> Attend:
+        """Attention for a prompt's first pass, (1 s ...); fills the group's prompt memory."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for memory, new in zip(self.prompt, (k, v)):
+                memory[layer, group, : new.shape[1]] = new[0]
+            self.prompt_length[group] = k.shape[1]
+            return causal_attention(layer, q, k, v)
+
+        return attend
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one new token a row, (group*row 1 h d): prompt and answer in one softmax.
+
+        Only the first `window` answer tokens are read: what the longest row has, or a static bound.
+        """
+        groups, rows = self.shape
+        place = self.answer_length[:, :, None, None, None]
+        for memory, new in zip(self.answer, (k, v)):
+            new = new.unflatten(0, self.shape)  # group row 1 g d
+            memory[layer].scatter_(2, place.expand_as(new), new)
+        q = rearrange(q, "(n r) 1 (g j) d -> n g (r j) d", n=groups, g=k.shape[2])
+        q = q * q.shape[-1] ** -0.5
+        prompt_k, prompt_v = (rearrange(m[layer], "n t g d -> n g t d") for m in self.prompt)
+        answer_k, answer_v = (
+            rearrange(m[layer, :, :, : self.window], "n r t g d -> n g r t d") for m in self.answer
+        )
+        by_row = "n g (r j) t -> n g r j t"
+        to_prompt = rearrange(q @ prompt_k.transpose(-1, -2), by_row, r=rows).float()
+        own = rearrange(q, "n g (r j) d -> n g r j d", r=rows)
+        to_answer = (own @ answer_k.transpose(-1, -2)).float()  # n g r j t
+        t = torch.arange(max(prompt_k.shape[2], self.window), device=q.device)
+        seen = t[: prompt_k.shape[2]] < self.prompt_length[:, None]  # n t
+        to_prompt = to_prompt.masked_fill(~seen[:, None, None, None], -torch.inf)
+        seen = t[: self.window] <= self.answer_length[:, :, None]  # n r t
+        to_answer = to_answer.masked_fill(~seen[:, None, :, None], -torch.inf)
+        weights = torch.cat([to_prompt, to_answer], dim=-1).softmax(-1).to(q.dtype)
+        on_prompt, on_answer = weights.split([prompt_k.shape[2], self.window], dim=-1)
+        out = rearrange(on_prompt, "n g r j t -> n g (r j) t") @ prompt_v
+        out = rearrange(out, "n g (r j) d -> n g r j d", r=rows) + on_answer @ answer_v
+        return rearrange(out, "n g r j d -> (n r) 1 (g j) d")
 
 
 # --------------------------------------------------------------------------- InternLM2
@@ -485,3 +532,23 @@ class InternVL(nn.Module):
         if head is not None:
             return head(x, self.language_model.output.weight)
         return self.language_model.output(x).float()
+
+
+# --------------------------------------------------------------------------- named sizes
+
+
+def named_config(size: str) -> InternVLConfig:
+    """The shapes of InternVL2-8B ("8b"), -2B ("2b"), or of a toy: for plans and benchmarks."""
+    vit = VisionConfig(1024, 4096, 24, 16, 448, 14, True, False, "layer_norm", 1e-6)
+    rope = {"max_position_embeddings": 32768, "rope_theta": 1e6, "rope_factor": 2.0}
+    rest = rope | {"rms_norm_eps": 1e-5, "bias": False}
+    llm = {
+        "8b": LLMConfig(92553, 4096, 14336, 32, 32, 8, **rest),
+        "2b": LLMConfig(92553, 2048, 8192, 24, 16, 8, **rest),
+        "toy": LLMConfig(2049, 256, 768, 6, 8, 4, **rest),
+    }
+    if size not in llm:
+        raise InputError(f"unknown size {size!r}; known: {', '.join(llm)}")
+    if size == "toy":
+        vit = VisionConfig(128, 256, 4, 4, 112, 14, True, False, "layer_norm", 1e-6)
+    return InternVLConfig(vit, llm[size], "internlm2-chat", vit.image_size, max_tiles=12)

@@ -24,7 +24,8 @@ Differs from the official code:
 - a raw [UNUSED_TOKEN_145] is plain text too (officially it becomes <|im_end|>);
 - a response that opens with a blank line does not merge into `assistant\\n` (no other text would;
   internlm2-chat strips it in training anyway);
-- as many <image> as images, else an error; an <image> in an assistant text is never a slot;
+- as many <image> as images, else an error; an <image> in an assistant text, or in a conversation
+  without images, is plain text;
 - nothing is truncated or padded; NUL is piece 354, as in sentencepiece 0.2.0 (0.2.3: byte token 3).
 """
 
@@ -547,7 +548,7 @@ def _segments(
     """(ids, whether an answer) of the conversation, piece by piece."""
     form = find_template(template)
     slots = sum(question.count(IMAGE) for question, _ in turns)
-    if slots != len(image_tokens):
+    if image_tokens and slots != len(image_tokens):
         raise InputError(
             f"{slots} {IMAGE} in the user's text but {len(image_tokens)} images: one for each, "
             "see with_image_placeholders"
@@ -562,7 +563,8 @@ def _segments(
     images = iter(image_tokens)
     yield [tokenizer.bos_id, *start, *plain(f"system\n{system}"), *end, *after_end], False
     for question, answer in turns:
-        first, *rest = f"user\n{question}".split(IMAGE)
+        # without any image, <image> is plain text
+        first, *rest = f"user\n{question}".split(IMAGE) if image_tokens else [f"user\n{question}"]
         user = plain(first)
         for text in rest:
             context = [tokenizer.image_context_id] * next(images)

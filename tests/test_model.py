@@ -102,19 +102,24 @@ def test_loss_and_every_gradient_equal_the_official_ones(micro):
     model.zero_grad()
 
 
+def decode_all(model, ids, prefilled):
+    """Logits of the tokens after the first `prefilled`, each in a step of its own."""
+    new = ids.shape[1] - prefilled
+    cache = KVCache(model.config.llm, 1, 1, prefilled, new, "cpu", torch.float32)
+    model(ids[:, :prefilled], attend=cache.prefill(0))
+    steps = []
+    for n in range(prefilled, ids.shape[1]):
+        token, position = ids[:, n : n + 1], torch.tensor([[n]])
+        steps.append(model(token, positions=position, attend=cache.decode))
+        cache.answer_length += 1
+    return torch.cat(steps, dim=1)
+
+
 @torch.no_grad()
 def test_cached_decoding_past_the_limit_keeps_the_rotation_of_cached_keys(micro):
     model, golden = micro
     ids = golden["beyond_limit/input_ids"]
-    cache = KVCache(model.config.llm, 1, 106, "cpu", torch.float32)
-    positions = torch.arange(ids.shape[1])[None]
-    model(ids[:, :90], positions=positions[:, :90], attend=cache)
-    cache.length = 90
-    steps = []
-    for n in range(90, 106):
-        steps.append(model(ids[:, n : n + 1], positions=positions[:, n : n + 1], attend=cache))
-        cache.length += 1
-    logits = torch.cat(steps, dim=1)
+    logits = decode_all(model, ids[:, :106], 90)
     torch.testing.assert_close(logits, golden["beyond_limit_cached/logits"], **ABS)
 
 
@@ -185,14 +190,7 @@ def test_long_prompts_follow_the_full_and_the_cached_rule(tiny):
     last = logits[:, -16:, golden["logits_columns"]]
     torch.testing.assert_close(last, golden["f_long_full/logits_cols_last16"], **ABS)
     compare(golden, "f_long_full2", model, model(ids[:, :274])[:, -24:])
-    cache = KVCache(model.config.llm, 1, 274, "cpu", torch.float32)
-    positions = torch.arange(274)[None]
-    model(ids[:, :250], positions=positions[:, :250], attend=cache)
-    cache.length, steps = 250, []
-    for n in range(250, 274):
-        steps.append(model(ids[:, n : n + 1], positions=positions[:, n : n + 1], attend=cache))
-        cache.length += 1
-    compare(golden, "f_long_cached", model, torch.cat(steps, dim=1))
+    compare(golden, "f_long_cached", model, decode_all(model, ids[:, :274], 250))
 
 
 @torch.no_grad()

@@ -1,0 +1,503 @@
+"""Generation: cached equals uncached, and a sample's text depends on nothing but its name."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import OURS, ROOT, run_forks
+from safetensors.torch import load_file
+
+from generate import (
+    Encoded,
+    Generator,
+    Prompt,
+    choose,
+    decode,
+    filtered_probs,
+    make_prompt,
+    prefill,
+    row_key,
+    uniform,
+)
+from model import InternVL, KVCache
+from runtime import InputError, rank_and_world
+from tokenizer import load_tokenizer
+from toy import model_config, parse_config, write_world
+from weights import load_model
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    write_world(folder, 8, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(toy):
+    return sampler(toy)
+
+
+def sampler(toy, **how):
+    how = {"temperature": 1.0, "max_new_tokens": 12, "seed": 3} | how
+    return Generator.load(toy / "model", **how)
+
+
+def prompts(toy, samples=3):
+    """Ragged: no image, one tile, three tiles, two images; other lengths and sample counts."""
+    square = sorted((toy / "images").glob("square-*.png"))
+    wide = sorted((toy / "images").glob("wide-*.png"))
+    return [
+        Prompt("text", "What is 1 plus 2?", num_samples=samples),
+        Prompt("one", "How many red objects are there?", (square[0],), num_samples=1),
+        Prompt("wide", "How many blue objects are there?", (wide[0],), num_samples=samples + 2),
+        Prompt("two", "Which picture has more objects?", (square[0], square[1]), num_samples=2),
+        Prompt("long", "How many red objects are there?\n" * 8, (wide[1],), num_samples=samples),
+        Prompt("other", "How many red objects are there?", (square[1],), max_new_tokens=3),
+    ]
+
+
+def texts(generator, prompts):
+    return {(s.prompt_id, s.sample): s.text for s in generator.run(prompts)}
+
+
+# --------------------------------------------------------------------------- against the official
+
+
+def steps(model, ids, tiles, count, banned=()):
+    """Greedy ids by prefill and decode, and the logits of every step."""
+    cache = KVCache(model.config.llm, 1, 1, len(ids), count + 1, "cpu", torch.float32)
+    logits, out, seen = prefill(model, cache, 0, ids, tiles), [], []
+    for n in range(count):
+        seen.append(logits)
+        out.append(int(logits.index_fill(0, torch.tensor(banned).long(), -torch.inf).argmax()))
+        position = torch.tensor([len(ids) + n])
+        logits = decode(model, cache, torch.tensor(out[-1:]), position)[0]
+        cache.answer_length += 1
+    return out, torch.stack(seen)
+
+
+def test_greedy_ids_equal_the_official_ones():
+    model = load_model(OURS / "internvl2-micro" / "checkpoint")
+    model.image_context_id = 300
+    golden = load_file(OURS / "internvl2-micro" / "cases.safetensors")
+    ids, tiles = golden["greedy/input_ids"][0].tolist(), golden["greedy/tiles"]
+    assert steps(model, ids, tiles, 24)[0] == golden["greedy/output_ids"][0].tolist()
+
+
+class FromIds(Generator):
+    """Takes prompts that are ids and pixels already."""
+
+    def answer(self, rows, pixels, limit):
+        """Sampled ids of each row of prompt ids (pads cut off), all rows in one batch."""
+        self.pixels = {str(n): p for n, p in enumerate(pixels)}
+        self.max_new_tokens = limit
+        window = [
+            Encoded(Prompt(str(n), "", (None,) * (p is not None)), ids, [], 0, [0])
+            for n, (ids, p) in enumerate(zip(rows, pixels))
+        ]
+        found = {int(sample.prompt_id): sample for sample in self._run_window(window)}
+        return [found[n] for n in range(len(rows))]
+
+    def tiles(self, prompt):
+        return self.pixels[prompt.id]
+
+
+@pytest.fixture(scope="module")
+def tiny(golden_tiny):
+    generator = FromIds.load(golden_tiny / "checkpoint")
+    cases = json.loads((golden_tiny / "cases.json").read_text())["cases"]
+    return generator, cases, load_file(golden_tiny / "cases.safetensors")
+
+
+def golden_rows(golden, case):
+    ids = golden[f"{case}/input_ids"]
+    mask = golden.get(f"{case}/attention_mask", torch.ones_like(ids)).bool()
+    return [row[kept].tolist() for row, kept in zip(ids, mask)]
+
+
+@pytest.mark.parametrize(
+    ("case", "pixels", "tiles"),
+    [
+        ("g_chat_text", None, [0]),
+        ("g_chat_image", "c_tiles_thumb", [4]),
+        ("g_chat_image_turn2", "c_tiles_thumb", [4]),
+        ("g_batch_chat", "g_batch_chat", [3, 1]),
+        ("g_batch_chat_text", None, [0, 0, 0]),
+        ("g_long", None, [0]),
+        ("g_eos", None, [0]),
+        ("g_eos_batch", "g_batch_chat", [3, 1]),
+    ],
+)
+def test_every_golden_answer_is_met_id_by_id(tiny, case, pixels, tiles):
+    generator, cases, golden = tiny
+    eos = cases[case].get("eos_token_id", 92542)
+    generator.stop_ids = set(eos) if isinstance(eos, list) else {eos}
+    parts = golden[f"{pixels}/pixel_values"].split(tiles) if pixels else [None] * len(tiles)
+    expected = []
+    for row in golden[f"{case}/output_ids"].tolist():
+        end = next((n + 1 for n, t in enumerate(row) if t in generator.stop_ids), len(row))
+        expected.append(row[:end])  # finished official rows are filled with pads
+    limit = golden[f"{case}/output_ids"].shape[1]
+    samples = generator.answer(golden_rows(golden, case), parts, limit)
+    assert [list(s.ids) for s in samples] == expected
+    assert [s.finish_reason for s in samples] == [
+        "stop" if row[-1] in generator.stop_ids else "length" for row in expected
+    ]
+    response = cases[case].get("responses", cases[case].get("response"))
+    if response is not None:
+        response = [response] if isinstance(response, str) else response
+        assert [s.text.strip() for s in samples] == response
+
+
+def test_a_golden_chat_is_met_from_its_question_and_history(golden_tiny, tiny):
+    _, cases, _ = tiny
+    generator = Generator.load(golden_tiny / "checkpoint", max_new_tokens=24)
+    turn2 = cases["g_chat_image_turn2"]
+    history = tuple((q, a) for q, a in turn2["history"])
+    photo = golden_tiny / "photo.png"
+    encoded = generator.encode(Prompt("x", turn2["question"], (photo,), history, max_tiles=3))
+    golden = load_file(golden_tiny / "cases.safetensors")
+    tail = len(generator.tokenizer.encode_plain(turn2["question"])) + 6
+    assert encoded.ids[-tail:] == golden["g_chat_image_turn2/input_ids"][0, -tail:].tolist()
+    [sample] = generator.run([Prompt("x", cases["g_chat_text"]["question"])])
+    assert sample.text == cases["g_chat_text"]["response"]
+
+
+# --------------------------------------------------------------------------- cached == uncached
+
+
+def test_cached_logits_equal_uncached_ones_at_every_step(toy, generator):
+    for prompt in prompts(toy):
+        encoded, tiles = generator.encode(prompt), generator.tiles(prompt)
+        out, cached = steps(generator.model, encoded.ids, tiles, 8, generator.banned.tolist())
+        for n, logits in enumerate(cached):
+            with torch.no_grad():
+                full = generator.model(torch.tensor([encoded.ids + out[:n]]), tiles)[0, -1]
+            torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
+
+
+def test_past_the_limit_each_step_turns_only_its_own_key(toy):
+    """The reference: keys computed one token at a time, each by the base of its own length."""
+    raw = model_config(167)
+    raw["llm_config"]["max_position_embeddings"] = 20
+    torch.manual_seed(0)
+    model = InternVL(parse_config(raw), 7).eval()
+    ids = torch.randint(10, 160, (36,)).tolist()
+    cache = KVCache(model.config.llm, 1, 1, 16, 21, "cpu", torch.float32)
+    prefill(model, cache, 0, ids[:16], None)
+    memory = {}
+
+    def uncached(n):
+        """Logits after ids[: n + 1] with every key as its own step left it."""
+
+        def attend(layer, q, k, v):
+            if n < 16:
+                memory[layer] = [k, v]
+            else:
+                memory[layer] = [torch.cat([m, x], 1) for m, x in zip(memory[layer], (k, v))]
+            keys, values = (m.repeat_interleave(2, 2).transpose(1, 2) for m in memory[layer])
+            seen = torch.ones(q.shape[1], keys.shape[2]).tril(keys.shape[2] - q.shape[1]).bool()
+            weights = q.transpose(1, 2) @ keys.transpose(2, 3) / q.shape[-1] ** 0.5
+            return (weights.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+
+        new = torch.tensor([ids[:16] if n < 16 else ids[n : n + 1]])
+        positions = torch.arange(16)[None] if n < 16 else torch.tensor([[n]])
+        with torch.inference_mode():
+            return model(new, positions=positions, attend=attend)[0, -1]
+
+    uncached(15)
+    for n in range(16, 36):
+        cached = decode(model, cache, torch.tensor([ids[n]]), torch.tensor([n]))[0]
+        cache.answer_length += 1
+        torch.testing.assert_close(cached, uncached(n), atol=1e-5, rtol=1e-5)
+
+
+def test_forked_rows_equal_separate_prefills(toy, generator):
+    prompt = prompts(toy)[2]
+    encoded, tiles = generator.encode(prompt), generator.tiles(prompt)
+    model, length = generator.model, len(encoded.ids)
+    new = torch.randint(10, 60, (4, 6))
+    forked = KVCache(model.config.llm, 1, 4, length, 8, "cpu", torch.float32)
+    alone = KVCache(model.config.llm, 4, 1, length, 8, "cpu", torch.float32)
+    prefill(model, forked, 0, encoded.ids, tiles)
+    for group in range(4):
+        prefill(model, alone, group, encoded.ids, tiles)
+    for n in range(6):
+        position = torch.full((4,), length + n)
+        a, b = (decode(model, cache, new[:, n], position) for cache in (forked, alone))
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        forked.answer_length += 1
+        alone.answer_length += 1
+
+
+# --------------------------------------------------------------------------- the same text anywhere
+
+
+@pytest.fixture(scope="module")
+def expected(toy, generator):
+    return texts(generator, prompts(toy))
+
+
+def test_a_batch_of_any_size_and_order_gives_the_same_texts(toy, expected):
+    longest = 400
+    for rows in (1, 3, 16):
+        small = sampler(toy, cache_tokens=longest + 12 * rows)
+        assert texts(small, prompts(toy)) == expected
+    assert texts(sampler(toy), prompts(toy)[::-1]) == expected
+    assert len(set(expected.values())) > 5
+
+
+def test_finished_rows_are_refilled_with_the_next_sample(toy, generator):
+    many = [Prompt(f"p{n}", "What is 1 plus 2?", num_samples=5) for n in range(9)]
+    narrow = sampler(toy, cache_tokens=60 + 12 * 2)
+    assert texts(narrow, many) == texts(generator, many)
+
+
+def test_a_restart_draws_only_what_is_missing_and_gets_the_same(toy, generator, expected):
+    some = [replace(p, samples=(1,)) for p in prompts(toy) if p.num_samples > 1]
+    found = texts(generator, some)
+    assert found == {key: expected[key] for key in found}
+    assert {k for _, k in found} == {1}
+    assert not texts(generator, [replace(prompts(toy)[0], samples=())])
+
+
+def one_share(toy, out):
+    rank, world = rank_and_world()
+    found = texts(sampler(toy), prompts(toy)[rank::world])
+    (out / f"{rank}.json").write_text(json.dumps([[*key, text] for key, text in found.items()]))
+
+
+def test_two_processes_give_the_texts_of_one(toy, tmp_path, expected):
+    run_forks(2, one_share, toy, tmp_path)
+    rows = [row for p in tmp_path.glob("*.json") for row in json.loads(p.read_text())]
+    assert {(name, k): text for name, k, text in rows} == expected
+
+
+def test_another_seed_or_prompt_id_gives_other_texts(toy, generator, expected):
+    assert texts(sampler(toy, seed=4), prompts(toy)) != expected
+    renamed = [replace(p, id=p.id + "x") for p in prompts(toy)]
+    assert list(texts(generator, renamed).values()) != list(expected.values())
+
+
+def test_a_compiled_step_gives_the_same_texts(toy, generator):
+    raw = model_config(generator.model.config.llm.vocab_size)
+    raw["llm_config"]["num_hidden_layers"] = 1  # compiling takes long
+    model = InternVL(parse_config(raw), generator.model.image_context_id)
+    how = {"temperature": 1.0, "max_new_tokens": 12, "seed": 3}
+    compiled = Generator(model, generator.tokenizer, compile=True, **how)
+    eager = Generator(model, generator.tokenizer, **how)
+    some = prompts(toy)[:1]
+    assert texts(compiled, some) == texts(eager, some)
+
+
+# --------------------------------------------------------------------------- distributions
+
+
+def test_uniform_numbers_are_uniform_and_differ_by_row_and_index():
+    keys = np.array([row_key(0, "a", k) for k in range(200)], dtype=np.uint64)
+    numbers = np.concatenate([uniform(keys, np.full(200, i)) for i in range(100)])
+    assert (numbers >= 0).all() and (numbers < 1).all()
+    counts = np.histogram(numbers, 20, (0, 1))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
+    assert len(np.unique(numbers)) == len(numbers)
+
+
+def test_sampling_follows_the_softmax():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 12) * 1.5
+    keys = np.array([row_key(0, "chi", k) for k in range(20000)], dtype=np.uint64)
+    numbers = torch.from_numpy(uniform(keys, np.zeros(20000)))
+    tokens = choose(logits.expand(20000, -1), numbers, 0.7, 0, 1.0)
+    wanted = (logits[0].double() / 0.7).softmax(-1) * 20000
+    seen = torch.bincount(tokens, minlength=12)
+    assert ((seen - wanted) ** 2 / wanted).sum() < 31.3  # chi-square, 11 degrees, p = 0.001
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (7, 0.8), (1, 1.0), (50, 0.01)])
+def test_top_k_and_top_p_equal_a_plain_reference(top_k, top_p):
+    torch.manual_seed(1)
+    for row in torch.randn(50, 30) * 3:
+        probs = (row.double() / 0.9).softmax(-1).tolist()
+        ranked = sorted(range(30), key=lambda i: -probs[i])
+        ranked = ranked[: top_k or None]
+        mass = sum(probs[i] for i in ranked)
+        kept, total = [], 0.0
+        for i in ranked:
+            if total >= top_p:
+                break
+            kept.append(i)
+            total += probs[i] / mass
+        found = filtered_probs(row[None], 0.9, top_k, top_p)[0]
+        assert set(found.nonzero()[:, 0].tolist()) == set(kept)
+        scale = sum(probs[i] for i in kept)
+        for i in kept:
+            assert found[i].item() == pytest.approx(probs[i] / scale)
+
+
+def test_greedy_takes_the_most_probable_and_tokens_without_mass_never_come():
+    logits = torch.tensor([[0.0, -torch.inf, 3.0, -torch.inf]])
+    assert choose(logits, torch.zeros(1), 0, 0, 1.0).item() == 2
+    for u in (0.0, 0.04, 0.05, 0.9999999):
+        assert choose(logits, torch.tensor([u]).double(), 1.0, 0, 1.0).item() in (0, 2)
+
+
+def test_log_probs_are_those_of_the_model(toy, generator):
+    [sample] = generator.run([replace(prompts(toy)[0], num_samples=1)])
+    assert sample.logp == pytest.approx(sum(sample.token_logps))
+    assert len(sample.token_logps) == sample.num_tokens
+    ids = generator.encode(prompts(toy)[0]).ids
+    with torch.no_grad():
+        full = generator.model(torch.tensor([ids + list(sample.ids)]))[0].log_softmax(-1)
+    rows = range(len(ids) - 1, len(ids) + sample.num_tokens - 1)
+    again = [full[r, t].item() for r, t in zip(rows, sample.ids)]
+    assert sample.token_logps == pytest.approx(again, abs=1e-4)
+
+
+def test_special_tokens_never_come_out_but_the_end(toy):
+    hot = sampler(toy, temperature=100.0, max_new_tokens=200)
+    for sample in hot.run([Prompt("hot", "What is 1 plus 2?", num_samples=8)]):
+        special = hot.tokenizer.special_ids & set(sample.ids)
+        assert special <= hot.stop_ids
+
+
+# --------------------------------------------------------------------------- text
+
+
+def test_a_prefix_is_continued_without_losing_the_blank_at_the_seam(toy, generator):
+    prompt = Prompt("c", "How many red objects are there?", prefix="I see a1 red", num_samples=6)
+    for sample in generator.run([prompt]):
+        assert sample.text.startswith("I see a1 red")
+        assert sample.text == generator.tokenizer.decode(
+            generator.tokenizer.encode_plain(prompt.prefix)
+            + [i for i in sample.ids if i not in generator.stop_ids]
+        )
+    plain = generator.encode(replace(prompt, prefix=""))
+    continued = generator.encode(prompt)
+    assert continued.ids == plain.ids + generator.tokenizer.encode_plain("I see a1 red")
+
+
+def test_streamed_pieces_make_the_whole_text(toy, generator, expected):
+    for prompt in prompts(toy):
+        assert "".join(generator.stream(prompt)) == expected[prompt.id, 0]
+
+
+def test_a_stop_string_ends_the_text_before_it(toy, expected):
+    (name, k), text = max(expected.items(), key=lambda item: len(item[1]))
+    word = text[len(text) // 2 :][:4]
+    prompt = next(p for p in prompts(toy) if p.id == name)
+    [sample] = sampler(toy, stop_strings=(word,)).run([replace(prompt, samples=(k,))])
+    assert sample.text == text[: text.index(word)]
+    assert sample.finish_reason == "stop"
+
+
+def test_first_token_probabilities_are_the_models(toy, generator):
+    prompt = Prompt("yes", "Is the picture wide?")
+    [found] = generator.first_token_probs([prompt], ["Yes", "No"])
+    with torch.no_grad():
+        ids = generator.encode(prompt).ids
+        probs = generator.model(torch.tensor([ids]))[0, -1].softmax(-1)
+    token = load_tokenizer(toy / "model").encode_plain("Yes")[0]
+    assert found["Yes"] == pytest.approx(probs[token].item(), rel=1e-4)
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": " "}, "prompt text: the question is empty"),
+        ({"question": "<image> what?"}, "question has 1 <image> for 0 images"),
+        ({"images": ("nowhere.png",)}, "no image nowhere.png"),
+    ],
+)
+def test_a_bad_prompt_is_named(toy, generator, change, message):
+    with pytest.raises(InputError, match=message):
+        list(generator.run([replace(prompts(toy)[0], **change)]))
+
+
+def test_a_prompt_longer_than_the_cache_names_both_numbers(toy):
+    with pytest.raises(InputError, match=r"prompt text: \d+ tokens .* --cache_tokens 20"):
+        list(sampler(toy, cache_tokens=20).run(prompts(toy)[:1]))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"temperature": -1}, "temperature must be >= 0"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"top_p": 1.5}, "top_p must be above 0"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),
+    ],
+)
+def test_impossible_sampling_is_refused(toy, how, message):
+    with pytest.raises(InputError, match=message):
+        sampler(toy, **how)
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def ask(toy, *args, stdin=None):
+    return subprocess.run(
+        [sys.executable, ROOT / "generate.py", "--model_dir", toy / "model", *map(str, args)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=120,
+    )
+
+
+def test_the_command_line_prints_the_answer_alone(toy):
+    image = sorted((toy / "images").glob("square-*.png"))[0]
+    question = "How many red objects are there?"
+    flags = ["--image", image, "--max_new_tokens", 8]
+    done = ask(toy, *flags, "--question", question, "--temperature", 0)
+    assert done.returncode == 0, done.stderr
+    generator = Generator.load(toy / "model", max_new_tokens=8)
+    [sample] = generator.run([Prompt("x", question, (image,))])
+    assert done.stdout == sample.text.strip() + "\n"
+    assert "rows at once" in done.stderr
+    done = ask(toy, *flags, "--question", question, "--temperature=1", "--num_samples=3", "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["sample"] for r in rows] == [0, 1, 2]
+    assert set(rows[0]) == {"sample", "text", "tokens", "finish_reason", "logp"}
+
+
+def test_a_chat_answers_each_line_and_remembers(toy):
+    image = sorted((toy / "images").glob("square-*.png"))[0]
+    flags = ["--image", image, "--max_new_tokens", 6]
+    done = ask(toy, *flags, stdin="How many red objects are there?\nDescribe the image.\n\n")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    generator = Generator.load(toy / "model", max_new_tokens=6)
+    [one] = generator.run([Prompt("x", "How many red objects are there?", (image,))])
+    assert first.strip() == one.text.strip()
+    history = (("<image>\nHow many red objects are there?", one.text.strip()),)
+    [two] = generator.run([Prompt("x", "Describe the image.", (image,), history)])
+    assert second.strip() == two.text.strip()
+
+
+def test_bad_files_on_the_command_line_end_in_one_line(toy, tmp_path):
+    (tmp_path / "h.json").write_text('[["q"]]')
+    done = ask(toy, "--question", "x", "--history", tmp_path / "h.json")
+    assert done.returncode == 2
+    assert "h.json: expected a list of [question, answer] pairs" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    (tmp_path / "a.png").write_bytes(b"no image")
+    done = ask(toy, "--question", "x", "--image", tmp_path / "a.png")
+    assert done.returncode == 2 and "a.png cannot be read" in done.stderr
+
+
+def test_the_prompt_of_a_question_does_not_depend_on_where_it_is_asked():
+    class Config:
+        prefix, image, max_tiles, num_samples = "", (), 0, 2
+
+    assert make_prompt(Config, "a", (), 12).id == make_prompt(Config, "a", (), 6).id
+    assert make_prompt(Config, "a", (), 12).id != make_prompt(Config, "b", (), 12).id
