@@ -70,7 +70,7 @@ PROMPTS = {
     "en_v2": "{question}\nAnswer the question above step by step. The last line of your response "
     "must read 'Answer: \\boxed{...}' (without quotes) with your conclusion in the box. If you are "
     "unsure, make a reasoned guess; do not repeat steps endlessly.",
-    "zh_v2": "{question}\n请逐步推理并回答上述问题。回答的最后一行应为“答案：\\boxed{...}”（不含引号），"
+    "zh_v2": "{question}\n请逐步推理并回答上述问题。回答的最后一行应为“答案：\\boxed{...}”，"
     "方框内是你的结论。如果不确定，请做出合理的猜测，不要无休止地重复步骤。",
     "en_r1": _THINK + "{question}\nPut the final answer within \\boxed{}.",
     "zh_r1": _THINK + "{question}\n请详细回答这个问题，并将最终答案放在\\boxed{}中。",
@@ -92,14 +92,15 @@ def strip_instruction(question: str) -> str:
 
 # --------------------------------------------------------------------------- parsing responses
 
-TRIGGER_VERSIONS = ("en", "zh", "en_bg", "en_vis", "en_ground")  # answer after the last trigger
+# answer after the last trigger; "none": the question says itself how to answer
+TRIGGER_VERSIONS = ("none", "en", "zh", "en_bg", "en_vis", "en_ground")
 BOX_VERSIONS = ("en_v2", "zh_v2")  # answer in the last \boxed{}
 THINK_VERSIONS = ("en_r1", "zh_r1")  # the same, after </think>
 
-_TRIGGERS = (  # on lower-cased text: a literal start passes megabytes quickly, IGNORECASE does not
-    re.compile(r"final[ \t]{1,4}answer[*_ \t]{0,8}[:：]"),
-    re.compile(r"答案[*_ \t]{0,8}[:：]"),
-)
+_TRIGGERS = {  # on lower-cased text: a literal start passes megabytes quickly, IGNORECASE does not
+    "final": re.compile(r"final[ \t]{1,4}answer[*_ \t]{0,8}[:：]"),
+    "答案": re.compile(r"答案[*_ \t]{0,8}[:：]"),
+}
 _BOX = "\\boxed{"
 
 
@@ -137,8 +138,8 @@ def _find_triggers(response: str) -> list[tuple[int, int]]:
     if len(lower) != len(response):  # İ becomes two characters
         lower = response.replace("İ", "I").lower()
     spans = []
-    for pattern in _TRIGGERS:
-        for match in itertools.islice(pattern.finditer(lower), 3):
+    for word, pattern in _TRIGGERS.items():
+        for match in itertools.islice(pattern.finditer(lower), 3) if word in lower else ():
             start = match.start()
             spans.append((start - 2 * lower.endswith("最终", 0, start), match.end()))
     return sorted(spans)
@@ -341,7 +342,7 @@ _LATEX = [
         (r"\{,\}", ","),
         (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
         (r"\\(?:left|right|displaystyle|limits|big|Big|bigg|Bigg|q?quad)(?![A-Za-z])|\\[,!;: ]|~", " "),  # noqa: E501
-        (r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text(?:bf|rm)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\(?:circ|degree)(?![A-Za-z])", "°"),
         (r"\\([%${}])", r"\1"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -487,11 +488,14 @@ class _Parser:
 
     def term(self) -> tuple:
         signs = ("*", "/", ":") if self.ratio else ("*", "/")
-        juxtaposed = lambda t: self.starts_atom(t) and not (t[0].isdigit() or t[0] == ".")  # noqa: E731
-        return self.chain(self.factor, lambda token: token in signs or juxtaposed(token))
+
+        def joins(token: str) -> bool:  # 2x, but never 2 3
+            return token in signs or (self.starts_atom(token) and token[0] not in ".0123456789")
+
+        return self.chain(self.factor, joins)
 
     def chain(self, operand: Callable[[], tuple], joins: Callable[[str], bool]) -> tuple:
-        """Left-associative operators; a product may do without a sign.  `prefix` stops at errors."""
+        """Left-associative operators; a product may lack its sign.  `prefix` stops at errors."""
         tree = operand()
         while joins(token := self.peek()):
             start = self.i, self.depth
@@ -1138,7 +1142,7 @@ def read_number(text: str) -> Fraction | None:
     text = text.strip()
     if len(text) > 400 or not _PLAIN_NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", "").replace(" ", ""))
+    return Fraction(re.sub(r"[,\s]", "", text))
 
 
 def _near(pred: Fraction, gold: Fraction, relative: Fraction) -> bool:
@@ -1177,7 +1181,7 @@ def anls_score(pred: str, gold: str) -> bool:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance, bit-parallel (Myers 1999, as in Hyyrö 2003): a column is one integer."""
+    """Levenshtein distance, bit-parallel (Myers 1999, Hyyrö 2003): a column is one integer."""
     if not a or not b:
         return len(a) + len(b)
     positions: dict[str, int] = {}
@@ -1268,8 +1272,11 @@ def check_gold(gold: object) -> str | None:
     return None
 
 
-def matching_mode(answer: str, gold: str, modes: Iterable[str]) -> str | None:
+def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | None:
     """The mode that finds the answer right ("equal" for the same text), or None."""
+    modes = list(modes)
+    if answer is None:  # a format failure; its printed form would equal 0
+        return None
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(MODES)}")
     answer, gold = str(answer), str(gold)
@@ -1283,9 +1290,9 @@ def matching_mode(answer: str, gold: str, modes: Iterable[str]) -> str | None:
     return next((mode for mode in modes if MODES[mode](answer, gold)), None)
 
 
-def is_correct(answer: str, gold: str, modes: Iterable[str]) -> bool:
+def is_correct(answer: str | None, gold: str, modes: Iterable[str]) -> bool:
     """Any of the modes finds the answer right."""
-    return matching_mode(answer, gold, list(modes)) is not None
+    return matching_mode(answer, gold, modes) is not None
 
 
 def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
@@ -1431,7 +1438,7 @@ def _safe_cut(text: str, cut: int) -> int:
 
 
 def _before_command(text: str, cut: int) -> int:
-    r"""Left of a LaTeX command whose name or arguments the cut would split: \fr|ac, \frac{1}|{2}."""
+    r"""Left of a LaTeX command that the cut would split: \fr|ac, \frac{1}|{2}."""
     head = text[:cut]
     if (match := _LATEX_COMMAND_TAIL.search(head)) and re.match(r"[A-Za-z{\[]", text[cut:]):
         return match.start()

@@ -465,7 +465,7 @@ def bench(cfg: "GenerateConfig", device: torch.device, dtype: torch.dtype) -> No
     """Prefill and decode speed on random weights, beside what the memory allows."""
     config = named_config(cfg.size)
     with torch.device("meta"):
-        model = InternVL(config, 1).to(dtype)
+        model = InternVL(config, image_context_id=2).to(dtype)
     model = model.to_empty(device=device).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
@@ -499,6 +499,30 @@ def bench(cfg: "GenerateConfig", device: torch.device, dtype: torch.dtype) -> No
             f"{rows:>4}  {prompt / prefill_s:>13.1f}  {rows / step_s:>12.1f}  {step_s * 1e3:>8.2f}"
             f"  {moved / 1e6:>7.1f}  {share:>17.0%}  {peak_memory(device) / 1e9:>8.2f} GB"
         )
+    bench_fork(model, cfg, device)
+
+
+def bench_fork(model: InternVL, cfg: "GenerateConfig", device: torch.device) -> None:
+    """32 samples of one image prompt: one prefill forked into 32 rows, against 32 single calls."""
+    config, dtype = model.config, model.language_model.output.weight.dtype
+    size, tokens = config.tile_size, 3 * config.tokens_per_tile
+    tiles = torch.randn(3, 3, size, size, device=device)
+    ids = [model.image_context_id] * tokens + [3] * 80
+
+    def sample(rows: int) -> None:
+        cache = KVCache(config.llm, 1, rows, len(ids), cfg.bench_steps, device, dtype)
+        prefill(model, cache, 0, ids, tiles)
+        new = torch.full((rows,), 3, device=device)
+        for n in range(cfg.bench_steps):
+            cache.window = n + 1
+            decode(model, cache, new, torch.full((rows,), len(ids) + n, device=device))
+            cache.answer_length += 1
+
+    together, alone = timed(lambda: sample(32), device, 1), timed(lambda: sample(1), device, 4)
+    print(
+        f"32 samples of {cfg.bench_steps} tokens, 3 tiles: one forked prompt {together:.2f} s, "
+        f"32 single calls {32 * alone:.2f} s, ratio {32 * alone / together:.1f}"
+    )
 
 
 def timed(work: object, device: torch.device, count: int) -> float:

@@ -1,0 +1,594 @@
+"""The preference engine: prompts, part files, pairing, DropoutNTP, the baseline, stats and page."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from conftest import OURS, ROOT
+from PIL import Image
+
+import pairs
+from data import read_meta
+from runtime import InputError
+
+ROWS = [json.loads(line) for line in (OURS / "pairs_in.jsonl").read_text().splitlines()]
+EXPECTED = json.loads((OURS / "pairs_expected.json").read_text())
+
+
+# --------------------------------------------------------------------------- a stand-in engine
+
+
+@dataclasses.dataclass
+class Prompt:
+    id: str
+    question: str
+    images: tuple = ()
+    history: tuple = ()
+    prefix: str = ""
+    max_tiles: int = 12
+    num_samples: int = 1
+    samples: tuple | None = None
+    max_new_tokens: int | None = None
+
+
+@dataclasses.dataclass
+class Sample:
+    prompt_id: str
+    sample: int
+    text: str
+    finish_reason: str = "stop"
+    num_tokens: int = 7
+    prompt_tokens: int = 20
+    image_tokens: int = 9
+    logp: float = 0.0
+
+
+class Generator:
+    """Answers by hash of (seed, prompt id, sample number), finishing in a scrambled order."""
+
+    loads = 0
+    stop_after = None  # raise in the middle of a run
+    prompts: list = []
+
+    @classmethod
+    def load(cls, model_dir, seed=0, **options):
+        cls.loads += 1
+        engine = cls()
+        engine.seed = seed
+        return engine
+
+    def text(self, prompt, k):
+        number = int(hashlib.md5(f"{self.seed} {prompt.id} {k}".encode()).hexdigest(), 16)
+        if prompt.prefix:
+            endings = ["", " and a dog that is not there.", " near a lake.", " by a car."]
+            return prompt.prefix + endings[number % 4]
+        if prompt.id.startswith("claims"):
+            return "- There is a red cross.\n- There is a dog."
+        if prompt.id.startswith("questions"):
+            return "- Is there a red cross?\n- Is there a dog?" if number % 5 else "- Only one?"
+        if "Final answer" in prompt.question:
+            answer = ["Final answer: 3", "Final answer: 4", "**Final answer:** 3", "No idea."]
+            return f"I look at it.\nThought {number % 97}.\n{answer[number % 4]}"
+        return f"The picture shows a red cross and {number % 997} more things in the corner."
+
+    def run(self, prompts):
+        waiting, done = [], 0
+        for prompt in prompts:
+            type(self).prompts.append(prompt)
+            for k in prompt.samples if prompt.samples is not None else range(prompt.num_samples):
+                waiting.append(Sample(prompt.id, k, self.text(prompt, k)))
+            while len(waiting) > 5:
+                done += 1
+                if self.stop_after and done > self.stop_after:
+                    raise KeyboardInterrupt
+                yield waiting.pop(done % 5)
+        yield from waiting
+
+    def first_token_probs(self, prompts, words):
+        out = []
+        for prompt in prompts:
+            yes = int(hashlib.md5(prompt.id.encode()).hexdigest(), 16) % 2
+            out.append({word: 0.4 * (yes == (word in ("Yes", "yes"))) for word in words})
+        return out
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with a model's files, pictures and questions; `generate` is the stand-in."""
+    fake = types.ModuleType("generate")
+    fake.Prompt, fake.Sample, fake.Generator = Prompt, Sample, Generator
+    monkeypatch.setitem(sys.modules, "generate", fake)
+    monkeypatch.setattr(Generator, "stop_after", None)
+    monkeypatch.setattr(Generator, "prompts", [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for i in range(6):
+        Image.new("RGB", (40, 30), (40 * i, 10, 10)).save(tmp_path / "images" / f"{i}.png")
+        rows.append(
+            {"image": f"{i}.png", "question": f"How many {{red}} things, {i}?", "answer": 3}
+        )
+    rows[5] = {"image": ["0.png", "1.png"], "question": "Both?", "answer": "3"}
+    write_lines(tmp_path / "toys.jsonl", rows)
+    return tmp_path
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def sampling(**changes):
+    defaults = {"model_dir": Path("model"), "questions": Path("toys.jsonl"), "root": Path("images")}
+    return pairs.SampleConfig(**{**defaults, "prompts": "en", "num_samples": 8, **changes})
+
+
+def as_rank(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+def responses(folder):
+    """{(qid, k): text} of all part files."""
+    rows = [r for f in pairs.part_files(Path(folder)) for _, _, r in pairs.read_part(f)]
+    found = {(r["qid"], r["k"]): r["response"] for r in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+# --------------------------------------------------------------------------- prompts
+
+
+def test_the_cot_prompt_is_the_benchmarks_wording():
+    assert pairs.wrap_question("Which?\nA. x\nB. y", 1, "en") == (
+        "<image>\nYour task is to answer the question below. Give step by step reasoning before "
+        'you answer, and when you\'re ready to answer, please use the format "Final answer: .."'
+        "\n\nQuestion:\n\nWhich?\nA. x\nB. y"
+    )
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "\nAnswer the question using a single word or phrase.",
+        "\nAnswer with the option's letter from the given choices directly.",
+        " Please answer yes or no.",
+        "\nPlease answer the question and put the final answer within \\boxed{}.",
+    ],
+)
+def test_a_closing_short_answer_instruction_is_cut(instruction):
+    assert pairs.wrap_question("Is {it} red?" + instruction, 0, "en").endswith("\n\nIs {it} red?")
+    assert pairs.wrap_question("Is {it} red?" + instruction, 0, "none").endswith(instruction)
+
+
+def test_one_placeholder_moves_to_the_front_and_several_stay():
+    assert pairs.wrap_question("What is <image> this?", 1, "none") == "<image>\nWhat is  this?"
+    two = "Image 1: <image>\nImage 2: <image>\nWhich?"
+    assert pairs.wrap_question(two, 2, "en").endswith(two)
+    assert pairs.wrap_question("Both?", 2, "none") == "<image>\n<image>\nBoth?"
+    assert pairs.wrap_question("The tag <image> in text", 0, "none") == "The tag <image> in text"
+    with pytest.raises(InputError, match="2 <image>"):
+        pairs.wrap_question("<image> and <image>", 1, "en")
+
+
+def test_identity_tells_a_list_from_its_printed_form(world):
+    rows = [
+        {"image": ["a"], "question": "q", "answer": "1"},
+        {"image": "['a']", "question": "q", "answer": "1"},
+    ]
+    write_lines(world / "q.jsonl", rows)
+    found = pairs.read_questions(Path("q.jsonl"), "q", ["en"], 6)
+    assert len({q.qid for q in found}) == 2
+
+
+# --------------------------------------------------------------------------- judging, pairing
+
+
+def golden_groups():
+    return [ROWS[i : i + 8] for i in range(0, len(ROWS), 8)]
+
+
+def judged_golden():
+    return [pairs.judge_group(rows, EXPECTED["mode"]) for rows in golden_groups()]
+
+
+def test_possible_pairs_equal_the_golden_ones():
+    found = {"correctness": [], "format": []}
+    for query, judged in enumerate(judged_golden()):
+        for kind, made in zip(found, pairs.candidates(judged)):
+            found[kind] += [[query, c["number"], r["number"]] for c, r in made]
+    assert {kind: sorted(made) for kind, made in found.items()} == EXPECTED["ours"]
+
+
+def test_the_cap_is_over_both_kinds_with_wrong_answers_first():
+    judged = judged_golden()[4]  # 12 possible correctness pairs, 3 format pairs
+    for cap, official, want in [(15, False, (12, 3)), (13, False, (12, 1)), (4, False, (4, 0)),
+                                (4, True, (4, 3))]:  # fmt: skip
+        made = pairs.draw_pairs(judged, "key", 0, cap, official)
+        assert tuple(map(len, made)) == want
+    assert pairs.draw_pairs(judged, "key", 0, 4) == pairs.draw_pairs(judged, "key", 0, 4)
+    draws = [pairs.draw_pairs(judged, "key", seed, 4)[0] for seed in range(40)]
+    seen = {(c["number"], r["number"]) for made in draws for c, r in made}
+    assert len(seen) == 12  # every possible pair gets its turn
+
+
+def test_gold_rationales_join_only_where_asked():
+    rows = [{**ROWS[2], "rationale": "It is a van."}]  # answers B, gold is A
+    modes = EXPECTED["mode"]
+    assert not pairs.judge_group(rows, modes).correct
+    judged = pairs.judge_group(rows, modes, "unsolved")
+    assert judged.correct[0]["text"] == "It is a van.\nFinal answer: A"
+    assert judged.correct[0]["meta"]["reason"] == "gold rationale"
+    solved = [{**ROWS[0], "rationale": "It is a van."}]
+    assert len(pairs.judge_group(solved, modes, "unsolved").correct) == 1
+    assert len(pairs.judge_group(solved, modes, "all").correct) == 2
+
+
+def test_a_response_in_the_official_format_is_paired_and_rerun_to_the_same_bytes(tmp_path):
+    command = [sys.executable, str(ROOT / "pairs.py"), "correctness"]
+    command += ["--samples", str(OURS / "pairs_in.jsonl"), "--root", str(tmp_path)]
+    for out in ("a", "b"):
+        done = subprocess.run([*command, "--out_dir", str(tmp_path / out)], capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+    again = subprocess.run([*command, "--out_dir", str(tmp_path / "a")], capture_output=True)
+    assert again.returncode == 0 and "571.2" in again.stdout.decode()
+    first, second = ({p.relative_to(tmp_path / d): p.read_bytes() for p in (tmp_path / d).rglob("*")
+                      if p.is_file()} for d in ("a", "b"))  # fmt: skip
+    assert first == second and len(first) == 4
+    report = json.loads((tmp_path / "a" / "pairs.report.json").read_text())
+    counts = report["correctness"]["sets"]["pairs_in"]
+    assert counts["pairs"] == {"correctness": 36, "format": 15}
+    assert counts["counts"]["guarded responses"] == 1
+    assert counts["counts"]["questions all right"] == 1
+    assert counts["counts"]["duplicate responses"] == 2
+
+
+def test_written_pairs_are_what_training_reads(world):
+    pairs.sample(sampling())
+    pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out")))
+    sets = read_meta(Path("out/meta.json"), max_tiles=12)
+    assert {s.name for s in sets} == {
+        f"toys_pairs_vqa_{k}_rules" for k in ("correctness", "format")
+    }
+    for data_set in sets:
+        assert len(data_set) > 0
+        for i in range(len(data_set)):
+            record = data_set[i]
+            assert record.chosen != record.rejected and all(p.is_file() for p in record.images)
+            assert "Final answer: 3" in record.chosen and "**" not in record.chosen
+
+
+# --------------------------------------------------------------------------- sampling
+
+
+def test_sampling_fills_every_response_once_with_its_prompt(world):
+    pairs.sample(sampling(prompts="en,en_bg", num_samples=8))
+    found = responses("samples/toys")
+    assert len(found) == 6 * 8 and len({qid for qid, _ in found}) == 12
+    row = read_lines("samples/toys/part-0-of-1.jsonl")[0]
+    assert {"k", "seed", "finish_reason", "tokens", "prompt_tokens", "tiles"} <= set(row)
+    asked = Generator.prompts[0]
+    assert asked.images == (Path("images/0.png"),) and asked.max_tiles == 6
+    both = next(p for p in Generator.prompts if len(p.images) == 2)
+    assert both.max_tiles == 3  # the limit is shared among the images
+    loads = Generator.loads
+    pairs.sample(sampling(prompts="en,en_bg", num_samples=8))  # nothing to do, nothing is loaded
+    assert Generator.loads == loads
+
+
+def test_stops_and_other_process_counts_lose_repeat_and_change_nothing(world, monkeypatch):
+    pairs.sample(sampling(out_dir=Path("straight")))
+    want = responses("straight/toys")
+    for rank, count, stop in [(0, 2, 5), (1, 2, 3), (2, 3, 9), (0, 1, 11)]:
+        as_rank(monkeypatch, rank, count)
+        monkeypatch.setattr(Generator, "stop_after", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pairs.sample(sampling())
+        part = Path(f"samples/toys/part-{rank}-of-{count}.jsonl")
+        with open(part, "ab") as f:
+            f.write(b'{"qid": "torn')  # what a kill in the middle of a write leaves
+    monkeypatch.setattr(Generator, "stop_after", None)
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        pairs.sample(sampling())
+    assert responses("samples/toys") == want
+
+
+def test_other_settings_in_the_folder_are_refused_by_name(world):
+    pairs.sample(sampling())
+    with pytest.raises(InputError, match="temperature 1.0, now 0.7"):
+        pairs.sample(sampling(temperature=0.7))
+    (world / "model" / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(InputError, match="model "):
+        pairs.sample(sampling())
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"question": "q"}], "line 1: no 'answer'"),
+        ([{"question": "q", "answer": ""}], "line 1: the gold answer is empty"),
+        ([{"question": "q", "answer": "\\frac{1"}], "line 1: the gold answer cannot be parsed"),
+        ([{"question": "q", "answer": {"a": 1}}], "line 1: the gold answer is dict"),
+        ([{"question": "q", "answer": 1}] * 2, "line 2: the same question as line 1"),
+        ([{"id": 7, "question": f"q{i}", "answer": 1} for i in range(2)], "line 2: id 7 stands in"),
+        ([{"image": 5, "question": "q", "answer": 1}], "line 1: 'image' must be"),
+        ([{"image": "../a.png", "question": "q", "answer": 1}], "leaves its root"),
+        ([{"image": "/etc/passwd", "question": "q", "answer": 1}], "leaves its root"),
+        ([{"image": "none.png", "question": "q", "answer": 1}], "no image"),
+        ([{"video": "a.mp4", "question": "q", "answer": 1}], "video"),
+        ([{"question": " ", "answer": 1}], "no 'question'"),
+        ([], "no questions"),
+    ],
+)
+def test_bad_questions_are_named(world, rows, message):
+    write_lines(world / "bad.jsonl", rows)
+    with pytest.raises(InputError, match=message):
+        pairs.sample(sampling(questions=Path("bad.jsonl")))
+
+
+def test_a_link_out_of_the_root_is_refused(world):
+    (world / "secret.png").write_bytes(b"x")
+    (world / "images" / "link.png").symlink_to(world / "secret.png")
+    write_lines(world / "bad.jsonl", [{"image": "link.png", "question": "q", "answer": 1}])
+    with pytest.raises(InputError, match="leaves its root"):
+        pairs.sample(sampling(questions=Path("bad.jsonl")))
+
+
+def test_a_broken_line_in_the_middle_of_a_part_file_is_an_error(world):
+    pairs.sample(sampling())
+    part = Path("samples/toys/part-0-of-1.jsonl")
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([lines[0], lines[1][:20] + b"\n", *lines[2:]]))
+    for verb in (
+        lambda: pairs.correctness(pairs.CorrectnessConfig()),
+        lambda: pairs.sample(sampling()),
+    ):
+        with pytest.raises(InputError, match="part-0-of-1.jsonl line 2: not valid JSON"):
+            verb()
+
+
+def test_a_response_with_two_texts_is_an_error_and_a_repeated_line_is_not(world):
+    pairs.sample(sampling())
+    rows = read_lines("samples/toys/part-0-of-1.jsonl")
+    write_lines(world / "samples" / "toys" / "part-0-of-2.jsonl", rows[:3])
+    pairs.correctness(pairs.CorrectnessConfig())
+    report = json.loads(Path("pairs/pairs.report.json").read_text())
+    assert report["correctness"]["sets"]["toys"]["counts"]["repeated lines"] == 3
+    write_lines(
+        world / "samples" / "toys" / "part-0-of-2.jsonl", [{**rows[0], "response": "other"}]
+    )
+    with pytest.raises(InputError, match="two part files"):
+        pairs.correctness(pairs.CorrectnessConfig())
+
+
+def test_no_pair_and_too_many_format_failures_end_with_status_1(world, capsys):
+    write_lines(world / "none.jsonl", [r for r in ROWS if r["answer"] == 3])  # all right
+    with pytest.raises(SystemExit) as stop:
+        pairs.correctness(pairs.CorrectnessConfig(samples=Path("none.jsonl"), root="images"))
+    assert stop.value.code == 1 and "none: no pair from 8 responses" in capsys.readouterr().err
+    write_lines(world / "fails.jsonl", ROWS)
+    with pytest.raises(SystemExit) as stop:
+        pairs.correctness(
+            pairs.CorrectnessConfig(samples=Path("fails.jsonl"), root=".", max_format_share=0.1)
+        )
+    assert stop.value.code == 1 and "format failures" in capsys.readouterr().err
+
+
+def test_wrong_flags_and_missing_folders_end_with_status_2(tmp_path):
+    for arguments, message in [
+        (["correctness", "--samples", str(tmp_path)], "no part files"),
+        (["correctness", "--sampels", "x"], "did you mean --samples"),
+        (["corectness"], "did you mean correctness"),
+        (["sample", "--temperature", "0"], "temperature must be > 0"),
+        (["dropout_ntp", "--keep_ratio", "1"], "keep_ratio"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "pairs.py"), *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_grouping_through_many_buckets_gives_the_same_groups(world, monkeypatch):
+    pairs.sample(sampling())
+    files = pairs.part_files(Path("samples/toys"))
+    one = list(pairs.grouped(files, Path("work"), pairs.response_key))
+    monkeypatch.setattr(pairs, "BUCKET_BYTES", 1000)
+    assert list(pairs.grouped(files, Path("work"), pairs.response_key)) == one
+    assert [key for key, _ in one] == sorted(key for key, _ in one) and len(one) == 6
+    assert not list(Path("work").iterdir())
+
+
+# --------------------------------------------------------------------------- DropoutNTP
+
+
+def test_the_image_goes_and_the_wording_stays():
+    two = "Image 1: <image>\nImage 2: <image>\nWhich?"
+    assert pairs.without_image(two) == "Image 1: \nImage 2: \nWhich?"
+    assert pairs.without_image("<image>\n<image>\nBoth?") == "Both?"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("A cat sits there", "ok"),
+        ("A cat", "empty continuation"),
+        ("A cat \n", "empty continuation"),
+        ("A cat  is\nred", "same as chosen"),
+        ("The cat is red", "the kept part came back changed"),
+    ],
+)
+def test_a_useless_continuation_is_named(text, reason):
+    rejected, why = pairs.rejected_text("A cat is red", "A cat", text)
+    assert why == reason and (rejected == text) == (reason == "ok")
+
+
+def test_a_line_break_at_the_cut_is_part_of_the_turn_and_a_blank_is_not():
+    assert pairs.continuation_prefix("one two three four", 0.5) == ("one two", " ", "one two")
+    assert pairs.continuation_prefix("one two \n three four", 0.5)[1:] == (" \n ", "one two \n ")
+
+
+def test_dropout_ntp_pairs_a_response_with_its_blind_continuation(world):
+    pairs.sample(sampling(prompts="none", num_samples=4))
+    Generator.prompts.clear()
+    cfg = pairs.DropoutConfig(model_dir=Path("model"), out_dir=Path("out"))
+    pairs.dropout_ntp(cfg)
+    for prompt in Generator.prompts:
+        assert prompt.images == () and "<image>" not in prompt.question and prompt.prefix
+    rows = read_lines("out/annotations/toys_prefix_pair_sr0.5_wo_image.jsonl")
+    report = json.loads(Path("out/pairs.report.json").read_text())["dropout_ntp sr0.5"]["sets"]
+    counts = report["toys"]["counts"]
+    assert len(rows) == 24 - counts.get("dropped after redraws", 0) > 12
+    assert counts["continuations: empty continuation"] > 0  # these were drawn again
+    for row in rows:
+        kept = row["chosen"][: row["rejected_meta"]["kept"]]
+        assert row["rejected"].startswith(kept) and row["chosen"] != row["rejected"]
+        assert "image" in row and row["rejected_meta"]["finish_reason"] == "stop"
+    assert report["toys"]["tokens"]["per_pair"]["generated"] > 14  # chosen and continuation
+    assert len(read_meta(Path("out/meta.json"), 12)[0]) == len(rows)
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    loads = Generator.loads
+    pairs.dropout_ntp(cfg)
+    assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    assert Generator.loads == loads
+
+
+def test_dropout_ntp_shared_and_stopped_gives_the_same_pairs(world, monkeypatch, capsys):
+    pairs.sample(sampling(prompts="none", num_samples=4))
+    pairs.dropout_ntp(pairs.DropoutConfig(model_dir=Path("model"), out_dir=Path("straight")))
+    name = "annotations/toys_prefix_pair_sr0.5_wo_image.jsonl"
+    want = (Path("straight") / name).read_bytes()
+    shared = pairs.DropoutConfig(model_dir=Path("model"), out_dir=Path("shared"))
+    monkeypatch.setattr(Generator, "stop_after", 3)
+    with pytest.raises(KeyboardInterrupt):
+        pairs.dropout_ntp(shared)
+    monkeypatch.setattr(Generator, "stop_after", None)
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        pairs.dropout_ntp(shared)
+    assert (Path("shared") / name).read_bytes() == want
+    assert "left to other processes" in capsys.readouterr().out
+
+
+def test_dropout_ntp_refuses_wrapped_questions(world):
+    pairs.sample(sampling())
+    with pytest.raises(InputError, match="--prompts none"):
+        pairs.dropout_ntp(pairs.DropoutConfig(model_dir=Path("model"), out_dir=Path("out")))
+
+
+# --------------------------------------------------------------------------- divide and conquer
+
+
+def test_claims_by_rule_are_sentences():
+    text = "There is a cat. It is red!\n- No dog is there\n三只猫。没有狗。"
+    want = ["There is a cat.", "It is red!", "No dog is there", "三只猫。", "没有狗。"]
+    assert pairs.split_sentences(text) == want
+    assert pairs.bullets("Claims:\n- one\n 2. two\n* three\nplain") == ["one", "two", "three"]
+
+
+def test_score_counts_claims_judged_no():
+    assert pairs.claims_score([(0.6, 0.3), (0.2, 0.5), (0.1, 0.9)]) == -2
+
+
+def test_pairs_by_score_skip_ties_mismatches_and_equal_texts():
+    rows = [
+        {"k": k, "score": s, "response": t}
+        for k, (s, t) in enumerate([(0, "a"), (-1, "b"), (-1, "c"), (None, "d"), (-2, "a")])
+    ]
+    made = {(c["k"], r["k"]) for c, r in pairs.score_pairs(rows, 99, 0)}
+    assert made == {(0, 1), (0, 2), (1, 4), (2, 4)}
+    assert len(pairs.score_pairs(rows, 2, 0)) == 2
+
+
+def test_the_length_limit_brings_the_means_together():
+    lengths = [(10, 12)] * 5 + [(12, 10)] * 5 + [(5, 50)] * 5
+    limit = pairs.length_threshold(lengths)
+    kept = [(c, r) for c, r in lengths if (r - c) / r <= limit]
+    assert len(kept) == 10 and sum(c - r for c, r in kept) == 0
+
+
+@pytest.mark.parametrize("split", ["model", "rule"])
+def test_divide_and_conquer_runs_from_samples_to_pairs(world, split):
+    pairs.sample(sampling(prompts="none", num_samples=6))
+    cfg = pairs.DivideConfig(model_dir=Path("model"), out_dir=Path("out"), split=split)
+    pairs.divide_and_conquer(cfg)
+    rows = read_lines("out/annotations/toys_pairs_divide_and_conquer.jsonl")
+    assert 0 < len(rows) <= 12
+    for row in rows:
+        assert row["chosen_meta"]["score"] > row["rejected_meta"]["score"]
+    report = json.loads(Path("out/pairs.report.json").read_text())["divide_and_conquer"]["sets"]
+    spent = report["toys"]["tokens"]["spent"]["generated"]
+    part = read_lines("out/divide/toys/part-0-of-1.jsonl")
+    judged = sum(len(row["yes_no"]) for row in part)
+    assert spent == 36 * 7 * (3 if split == "model" else 1) + judged  # answers, claims, questions
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    pairs.divide_and_conquer(cfg)
+    assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+
+
+def test_both_kinds_of_pairs_share_one_meta_file(world):
+    pairs.sample(sampling())
+    pairs.sample(sampling(prompts="none", name="plain"))
+    pairs.correctness(pairs.CorrectnessConfig(samples=Path("samples/toys"), out_dir=Path("out")))
+    pairs.dropout_ntp(
+        pairs.DropoutConfig(
+            model_dir=Path("model"), samples=Path("samples/plain"), out_dir=Path("out")
+        )
+    )
+    assert len(read_meta(Path("out/meta.json"), 12)) == 3
+
+
+# --------------------------------------------------------------------------- cost, stats, page
+
+
+def test_token_cost_counts_a_prompt_once_and_says_when_it_does_not_know():
+    cost = pairs.Counter()
+    for k in range(4):
+        pairs.spend(cost, {"k": k, "tokens": 10, "prompt_tokens": 30, "image_tokens": 20})
+    per_pair = pairs.token_cost(cost, 2)["per_pair"]
+    assert per_pair == {"generated": 20.0, "with_prompt": 25.0, "with_prompt_and_image": 35.0}
+    pairs.spend(cost, {"k": 4})
+    assert pairs.token_cost(cost, 2)["per_pair"]["generated"] is None
+
+
+def test_stats_stand_beside_the_papers_table(world, capsys):
+    pairs.sample(sampling())
+    pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out")))
+    capsys.readouterr()
+    pairs.stats(pairs.StatsConfig(meta=Path("out/meta.json")))
+    text = capsys.readouterr().out
+    assert "about 2.5M" in text and "350.5 / 33 / 4,097" in text and "missing images" in text
+    summary = json.loads(Path("out/stats.json").read_text())
+    assert summary["unit"] == "words" and "with gold" in summary["kinds"]
+    assert Path("out/stats.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_is_self_contained_escaped_and_marks_where_responses_part():
+    evil = '<script>alert("x")</script>'
+    record = {"question": evil, "chosen": "Same start, right", "rejected": f"Same start, {evil}"}
+    record |= {"answer_gt": evil, "chosen_meta": {"verdict": "correct"}}
+    page = pairs.render_page([(f"set{evil}", record, ["data:image/jpeg;base64,AAAA"])])
+    assert evil not in page and page.count("&lt;script&gt;") >= 4
+    assert 'Same start, <span class="apart">right</span>' in page
+    assert "http:" not in page and "https:" not in page and "verdict: correct" in page
+
+
+def test_the_page_holds_small_pictures(world):
+    pairs.sample(sampling())
+    pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out")))
+    pairs.show(pairs.ShowConfig(meta=Path("out/meta.json"), limit=6, image_size=16))
+    page = Path("pairs.html").read_text()
+    data = base64.b64decode(page.split("data:image/jpeg;base64,")[1].split('"')[0])
+    assert data.startswith(b"\xff\xd8") and page.count("<article") == 6
