@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model import InternVL, LLMConfig, load_config
 from runtime import InputError, flag, parse_command, run, sync_folder, write_atomic
-from tokenizer import load_tokenizer
+from tokenizer import chat_template, load_tokenizer, tokenizer_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -401,6 +401,20 @@ def llama_config(llm: dict) -> dict:
     return config
 
 
+def write_llama_tokenizer(like: Path, template: str, out: Path) -> None:
+    """A tokenizer that loads without remote code, with the model's chat format."""
+    if not any((Path(like) / name).is_file() for name in TOKENIZER_FILES[:2]):
+        return
+    for name in TOKENIZER_FILES:
+        if name != "generation_config.json":
+            (out / name).unlink(missing_ok=True)
+    write_atomic(out / "tokenizer.json", tokenizer_json(load_tokenizer(like)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    settings |= {"eos_token": "<|im_end|>", "pad_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"clean_up_tokenization_spaces": False, "chat_template": chat_template(template)}
+    write_atomic(out / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=1))
+
+
 def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path, limit: int = 4 << 30) -> None:
     """Official-style shards of at most `limit` bytes with their index, one in memory at a time."""
     shards: list[list[str]] = []
@@ -467,6 +481,7 @@ def export(cfg: ExportConfig) -> None:
         write_atomic(partial / "config.json", json.dumps(raw["llm_config"], indent=1))
     if cfg.llama:
         write_atomic(partial / "config.json", json.dumps(llama_config(raw["llm_config"]), indent=1))
+        write_llama_tokenizer(cfg.like, config.template, partial)
     write_shards(tensors(), partial)
     replace_folder(partial, cfg.out)
     print(f"wrote {cfg.out}")

@@ -5,11 +5,13 @@ import os
 import shutil
 
 import pytest
+import tokenizers
 import torch
 from conftest import OURS
 from safetensors.torch import load_file, save_file
 
 from runtime import InputError
+from tokenizer import encode_chat, load_tokenizer
 from weights import INDEX, ExportConfig, export, load_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
@@ -85,6 +87,34 @@ def test_transformers_loads_the_llama_layout_and_gives_our_logits(release, train
         ids = golden[f"{case}/input_ids"]
         expected = ours(ids)
         torch.testing.assert_close(theirs(ids).logits.float(), expected, atol=1e-4, rtol=0)
+
+
+def test_the_llama_layout_has_a_tokenizer_without_code_that_gives_our_ids(
+    release, trained, tmp_path
+):
+    for path in (OURS / "tokenizer").glob("*token*"):
+        shutil.copy(path, release)
+    export(ExportConfig(trained, release, tmp_path / "out", llama=True))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    ours = load_tokenizer(release)
+    for text in (
+        "The cat sat on a mat.",
+        "<|im_start|>user\nA   b<|im_end|>",
+        "猫 é \U0001f600",
+        "",
+    ):
+        assert theirs.encode(text).ids == [ours.bos_id, *ours.encode(text)]
+        assert theirs.decode(ours.encode_plain(text)) == ours.decode(ours.encode_plain(text))
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    jinja2 = pytest.importorskip("jinja2")  # comes with torch
+    rendered = jinja2.Template(settings["chat_template"]).render(
+        bos_token="<s>",
+        messages=[{"role": "system", "content": "S"}, {"role": "user", "content": "hi"}],
+        add_generation_prompt=True,
+    )
+    prompt = encode_chat(ours, "internlm2-chat", [("hi", None)], [], "S")
+    assert ours.encode(rendered) == prompt
 
 
 def test_an_export_refuses_a_model_of_another_shape(release, trained, tmp_path):
