@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from answers import PROMPTS as COT_PROMPTS
 from answers import edit_distance, parse_expression
 from runtime import (
     AppendLog,
@@ -50,10 +51,7 @@ from runtime import (
 )
 
 PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt below does
-COT = (
-    "Your task is to answer the question below. Give step by step reasoning before you answer, "
-    'and when you\'re ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
-)
+COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
 COT_FREE = (  # MM-Vet: nothing is extracted, the judge reads it all
     "Your task is to answer the question below. Give step by step reasoning. \n\nQuestion:\n\n"
 )

@@ -132,7 +132,8 @@ def description(things: list[Thing]) -> str:
 
 def all_texts() -> Iterator[str]:
     """Texts that between them hold every piece of the world: words, and words that open a line."""
-    yield f"system\nuser\nassistant\n{DIRECT}\n{STEP_BY_STEP}\nYou are a careful observer."
+    yield f"system\nuser\nassistant\n{DIRECT} {DIRECT}\nYou are a careful observer."
+    yield f"{STEP_BY_STEP} {STEP_BY_STEP}"
     yield "Image 1: \nImage-2: \nWhich picture has more objects?\nThe first.\nThe second.\nBoth."
     yield "What is 1 plus 2?\nIt is 3.\nIs the picture wide?\nYes.\nNo. yes no"
     yield "Describe the image.\nI see nothing, one.\nFinal answer: \nThere are 3 objects:"
@@ -272,7 +273,7 @@ class World:
         say = chain_of_thought if with_steps else lambda found: str(len(found))
         return {
             "image": name,
-            "question": f"<image>\n{question.text}\n{STEP_BY_STEP if with_steps else DIRECT}",
+            "question": f"<image>\n{question.text} {STEP_BY_STEP if with_steps else DIRECT}",
             "chosen": say(right),
             "rejected": say(wrong),
             "answer_gt": str(len(right)),

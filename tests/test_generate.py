@@ -1,14 +1,15 @@
 """Generation: cached equals uncached, and a sample's text depends on nothing but its name."""
 
+import io
 import json
-import subprocess
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import OURS, ROOT, run_forks
+from conftest import OURS, run_forks
 from safetensors.torch import load_file
 
 from generate import (
@@ -18,13 +19,14 @@ from generate import (
     choose,
     decode,
     filtered_probs,
+    main,
     make_prompt,
     prefill,
     row_key,
     uniform,
 )
 from model import InternVL, KVCache
-from runtime import InputError, rank_and_world
+from runtime import InputError, rank_and_world, run
 from tokenizer import load_tokenizer
 from toy import model_config, parse_config, write_world
 from weights import load_model
@@ -444,36 +446,50 @@ def test_impossible_sampling_is_refused(toy, how, message):
 # --------------------------------------------------------------------------- command line
 
 
-def ask(toy, *args, stdin=None):
-    return subprocess.run(
-        [sys.executable, ROOT / "generate.py", "--model_dir", toy / "model", *map(str, args)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_the_command_line_prints_the_answer_alone(toy):
+@pytest.fixture
+def ask(toy, monkeypatch, capsys):
+    """Run generate.py's command line on the toy model, in this process."""
+
+    def run_main(*args, stdin=""):
+        flags = ["generate.py", "--model_dir", toy / "model", *args]
+        monkeypatch.setattr(sys, "argv", list(map(str, flags)))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            run(main)
+        except SystemExit as stop:
+            code = stop.code
+        return Done(code, *capsys.readouterr())
+
+    return run_main
+
+
+def test_the_command_line_prints_the_answer_alone(toy, ask):
     image = sorted((toy / "images").glob("square-*.png"))[0]
     question = "How many red objects are there?"
     flags = ["--image", image, "--max_new_tokens", 8]
-    done = ask(toy, *flags, "--question", question, "--temperature", 0)
+    done = ask(*flags, "--question", question, "--temperature", 0)
     assert done.returncode == 0, done.stderr
     generator = Generator.load(toy / "model", max_new_tokens=8)
     [sample] = generator.run([Prompt("x", question, (image,))])
     assert done.stdout == sample.text.strip() + "\n"
     assert "rows at once" in done.stderr
-    done = ask(toy, *flags, "--question", question, "--temperature=1", "--num_samples=3", "--json")
+    done = ask(*flags, "--question", question, "--temperature=1", "--num_samples=3", "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["sample"] for r in rows] == [0, 1, 2]
     assert set(rows[0]) == {"sample", "text", "tokens", "finish_reason", "logp"}
 
 
-def test_a_chat_answers_each_line_and_remembers(toy):
+def test_a_chat_answers_each_line_and_remembers(toy, ask):
     image = sorted((toy / "images").glob("square-*.png"))[0]
     flags = ["--image", image, "--max_new_tokens", 6]
-    done = ask(toy, *flags, stdin="How many red objects are there?\nDescribe the image.\n\n")
+    done = ask(*flags, stdin="How many red objects are there?\nDescribe the image.\n\n")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     generator = Generator.load(toy / "model", max_new_tokens=6)
@@ -484,14 +500,14 @@ def test_a_chat_answers_each_line_and_remembers(toy):
     assert second.strip() == two.text.strip()
 
 
-def test_bad_files_on_the_command_line_end_in_one_line(toy, tmp_path):
+def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
     (tmp_path / "h.json").write_text('[["q"]]')
-    done = ask(toy, "--question", "x", "--history", tmp_path / "h.json")
+    done = ask("--question", "x", "--history", tmp_path / "h.json")
     assert done.returncode == 2
     assert "h.json: expected a list of [question, answer] pairs" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     (tmp_path / "a.png").write_bytes(b"no image")
-    done = ask(toy, "--question", "x", "--image", tmp_path / "a.png")
+    done = ask("--question", "x", "--image", tmp_path / "a.png")
     assert done.returncode == 2 and "a.png cannot be read" in done.stderr
 
 
