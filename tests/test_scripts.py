@@ -1,0 +1,152 @@
+"""Every command of the README, run as it stands there on the toy world."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT, start_forks
+
+README = (ROOT / "README.md").read_text()
+# The toy is small and so is the test machine.  Nothing else of a command is changed.
+SHORTER = {
+    "train.py": ["--max_steps", "2", "--batch_size", "16"],
+    "train.py all": ["--max_steps", "20", "--batch_size", "8", "--save_every", "100"],
+    "toy.py": ["--pairs", "16"],
+    "sample": ["--prompts", "none", "--num_samples", "6", "--max_new_tokens", "48"],
+    "dropout_ntp": ["--max_new_tokens", "48"],
+    "eval.py generate": ["--max_new_tokens", "16"],
+    "generate.py": ["--max_new_tokens", "16"],
+    "generate.py --bench": ["--bench_steps", "4"],
+}
+
+
+def shorter(command):
+    """The flags of the most specific entry whose words all stand in the command."""
+    fitting = [key for key in SHORTER if set(key.split()) <= set(command)]
+    return SHORTER[max(fitting, key=len)] if fitting else []
+
+
+def commands():
+    """Indented lines of the README that start a script, without their comments."""
+    for line in README.splitlines():
+        line = line.split("    # ")[0] if line.startswith("    ") else line
+        if re.match(r"    (python|torchrun|\.venv/bin/(python|torchrun)) ", line):
+            yield line.strip().removeprefix(".venv/bin/")
+
+
+def python_files():
+    """{file name: text} of the README's indented Python blocks: `def name(logps` -> my_loss.py."""
+    block = re.search(r"((?:    .*\n|\n)+?)(?=\S)", README[README.index("    import torch.nn") :])
+    text = "\n".join(
+        line[4:] for line in block[1].splitlines() if not line.startswith("    python")
+    )
+    return {"my_loss.py": text}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder in which the README's relative paths exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    run(folder, ["python", "toy.py", "--out", "toy"], [])
+    # a model that has learned the form of an answer, so that its samples make pairs
+    short = ["--loss", "sft", "--lr", "5e-3", "--batch_size", "16", "--epochs", "6"]
+    short += ["--limit", "128", "--out_dir", "base", "--save_every", "1000"]
+    run(folder, ["python", "train.py", "--config", "toy/train.json"], short)
+    for name, target in {
+        "weights/InternVL2-8B": "base/model",
+        "toy/run/model": "base/model",
+        "runs/mpo/model": "base/model",
+        "MMPR": "toy",
+        "cat.png": "toy/images/square-00000.png",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(folder / target)
+    rows = [json.loads(line) for line in (folder / "toy/toy_steps.jsonl").read_text().splitlines()]
+    with open(folder / "questions.jsonl", "w") as questions:
+        for r in rows[:24]:
+            line = {"image": r["image"], "question": r["question"], "answer": r["answer_gt"]}
+            questions.write(json.dumps(line) + "\n")
+    with open(folder / "m3cot_test.jsonl", "w") as benchmark:
+        for n, r in enumerate(rows[:8]):
+            line = {"id": f"q{n}", "image": r["image"], "question": r["question"][8:], "hint": ""}
+            line |= {"choices": ["0", "1", "2", "3"], "answer": min(3, int(r["answer_gt"]))}
+            benchmark.write(json.dumps(line) + "\n")
+    for name, text in python_files().items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def run(folder, words, extra=None):
+    """The command in `folder`, in processes forked with torch already loaded; its output."""
+    words = [w for w in words if not w.startswith("--standalone")]
+    processes = 2 if any(w.startswith("--nproc_per_node=") for w in words) else 1
+    words = [w for w in words if not w.startswith("--nproc_per_node=")][1:]
+    script, *flags = words
+    flags += shorter(words) if extra is None else extra
+    out = folder / ".output"
+    forks = start_forks(processes, run_script, script, flags, folder, out)
+    for fork in forks:
+        fork.join(240)
+    text = out.with_suffix(".stdout").read_text(), out.with_suffix(".stderr").read_text()
+    assert [fork.exitcode for fork in forks] == [0] * processes, f"{shlex.join(words)}\n{text}"
+    return text
+
+
+def run_script(script, flags, folder, out):
+    os.chdir(folder)
+    for number, name in ((1, ".stdout"), (2, ".stderr")):
+        how = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+        if os.environ["RANK"] == "0":
+            out.with_suffix(name).unlink(missing_ok=True)
+        os.dup2(os.open(out.with_suffix(name), how), number)
+    sys.argv = [script, *flags]
+    if os.environ["WORLD_SIZE"] == "1":  # as plain `python`, without torchrun's variables
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_the_readme_has_commands():
+    assert len(list(commands())) >= 20
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_a_command_of_the_readme_runs(world, command):
+    stdout, stderr = run(world, shlex.split(command))
+    if "generate.py" in command and "--question" in command:
+        assert stdout.strip() and "<|im_end|>" not in stdout
+    if "--loss all" in command:
+        check_rows(stdout)
+    if "train.py" in command:
+        assert "read back and equal to the trained policy" in stderr
+
+
+def check_rows(table):
+    """20 steps of each row: the margin grows, or by its own measure (NLL) the row learns."""
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+    assert len(rows) == 17
+    start = 5.0  # nats a token of an untrained toy
+    for name, (loss, chosen, rejected, margin, accuracy, nll) in rows.items():
+        assert "nan" not in (loss, chosen, rejected, margin, accuracy, nll)
+        assert float(nll) < start if margin == "-" else float(margin) > 0, name
+
+
+def test_the_two_first_commands_are_those_that_ci_runs():
+    first = re.findall(r"^    (make \w+)", README, re.M)[:2]
+    assert first == ["make demo", "make test"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert all(command in ci for command in first)
+    makefile = (ROOT / "Makefile").read_text()
+    for line in README.splitlines():
+        if line.startswith("    .venv/bin/"):
+            script = re.search(r"\w+\.py", line)[0]
+            assert script in makefile, line
+
+
+def test_every_file_of_the_table_exists():
+    listed = set(re.findall(r"^\|.*?`(\w+\.py)`", README, re.M))
+    assert listed == {p.name for p in ROOT.glob("*.py")}
