@@ -24,7 +24,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import load_image, open_image
@@ -137,7 +138,7 @@ def choose(
 # --------------------------------------------------------------------------- prefill and decode
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(
     model: InternVL, cache: KVCache, group: int, ids: list[int], tiles: Tensor | None
 ) -> Tensor:  # (vocab)
@@ -153,10 +154,47 @@ def prefill(
     return last
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(model: InternVL, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """One step: (group*row) tokens at their positions -> (group*row vocab) logits."""
-    return model(tokens[:, None], positions=positions[:, None], attend=cache.decode)[:, 0]
+    """One step: (group*row) tokens at their positions -> (group*row vocab) logits.
+
+    Text only, so not through InternVL.forward, which counts image slots on the host.
+    """
+    llm, rows = model.language_model, len(tokens)
+    extra = (0, max(0, cache.least_rows - rows))
+    tokens, positions = F.pad(tokens, extra), F.pad(positions, extra)
+    x = llm.model.tok_embeddings(tokens[:, None])
+    x = llm.model(x, positions[:, None], positions + 1, cache.decode())
+    return llm.output(x[:, 0])[:rows].float()
+
+
+class GraphedDecode:
+    """`decode` on CUDA as one captured graph: no launch costs.  Needs static shapes and memory."""
+
+    def __init__(self, step: Callable, model: InternVL, cache: KVCache) -> None:
+        self.cache, rows = cache, cache.answer_length.numel()
+        self.tokens, self.positions = torch.zeros(
+            2, rows, dtype=torch.long, device=cache.answer_length.device
+        )
+        work = lambda: step(model, cache, self.tokens, self.positions)  # noqa: E731
+        side = torch.cuda.Stream()  # capture wants a warmed-up allocator, off the main stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                work()  # writes where the first real step will write
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = work()
+
+    def __call__(
+        self, model: InternVL, cache: KVCache, tokens: Tensor, positions: Tensor
+    ) -> Tensor:
+        assert cache is self.cache
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.logits
 
 
 # --------------------------------------------------------------------------- the generator
@@ -218,10 +256,13 @@ class Generator:
         banned = [i for i in tokenizer.special_ids if i not in self.stop_ids]
         banned += range(tokenizer.vocab_size, vocab)  # rows of the head that no token has
         self.banned = torch.tensor(sorted(banned), device=self.device)
-        # on a GPU "reduce-overhead" replays the step as a captured graph
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
+        # that hardly matters, and one row alone is faster without company
+        self.least_rows = 8 if self.device.type == "cpu" and temperature > 0 else 1
+        if self.dtype != torch.float32:
+            self.least_rows = 1
         self.static = compile
-        self.decode = torch.compile(decode, mode=mode) if compile else decode
+        self.decode = torch.compile(decode, dynamic=False) if compile else decode
 
     @classmethod
     def load(
@@ -245,6 +286,8 @@ class Generator:
         """Ids of the prompt; reads the sizes of its images."""
         try:
             question = prompt.question
+            if not question.strip():
+                raise InputError("the question is empty")
             if prompt.images or (IMAGE in question and not prompt.history):
                 if not prompt.history:
                     question = with_image_placeholders(question, len(prompt.images))
@@ -254,8 +297,6 @@ class Generator:
                     tiles = num_tiles(*image.size, prompt.max_tiles, self.model.config.tile_size)
                 tokens.append(tiles * self.model.config.tokens_per_tile)
             turns = [*prompt.history, (question, None)]
-            if not any(turn[0].strip() for turn in turns):
-                raise InputError("the question is empty")
             config = self.model.config
             ids = encode_chat(
                 self.tokenizer, config.template, turns, tokens, config.system_message or None
@@ -294,10 +335,17 @@ class Generator:
                 f"prompt {longest.prompt.id}: {prompt} tokens and up to {answer} new ones do not "
                 f"fit --cache_tokens {self.cache_tokens}; raise it, or use fewer tiles"
             )
-        rows = max(len(e.wanted) for e in window)
-        rows = max(1, min(rows, MAX_ROWS, (self.cache_tokens - prompt) // answer))
-        groups = min(len(window), self.cache_tokens // (prompt + rows * answer), MAX_ROWS // rows)
-        return max(1, groups), rows, prompt, answer
+
+        def groups(rows: int) -> int:
+            fitting = self.cache_tokens // (prompt + rows * answer)
+            return min(len(window), fitting, MAX_ROWS // rows)
+
+        # as many rows as possible; among such layouts one whose groups get several rounds of
+        # samples, since the rows of a group that wait for its last answer do nothing
+        most = min(MAX_ROWS, max(len(e.wanted) for e in window))
+        rounds = sum(len(e.wanted) for e in window) / len(window) / 2
+        rows = max(range(1, most + 1), key=lambda r: (r * groups(r), -abs(r - rounds)))
+        return groups(rows), rows, prompt, answer
 
     def _run_window(self, window: list[Encoded]) -> Iterator[Sample]:
         groups, rows, prompt, answer = self.layout(window)
@@ -305,7 +353,8 @@ class Generator:
             tokens = groups * (prompt + rows * answer)
             print(f"{groups} prompts x {rows} rows at once, {tokens} cache tokens", file=sys.stderr)
         shape = (groups, rows, prompt, answer)
-        cache = KVCache(self.model.config.llm, *shape, self.device, self.dtype)
+        cache = KVCache(self.model.config.llm, *shape, self.device, self.dtype, self.least_rows)
+        graphs: dict[int, GraphedDecode] = {}
         coming = iter(window)
         left: list[tuple[Encoded, list[int]] | None] = [None] * groups
         first = torch.zeros(groups, self.model.config.llm.vocab_size, device=self.device)
@@ -338,7 +387,10 @@ class Generator:
             busy = [i for i, row in enumerate(active) if row is not None]
             if not busy:
                 return
-            logits = self._step(cache, tokens)
+            longest = max(len(left[i // rows][0].ids) for i in busy)
+            logits = self._step(
+                cache, tokens, longest, max(len(active[i].ids) for i in busy), graphs
+            )
             chosen = self._choose(logits[busy], [active[i] for i in busy])
             for i, (token, logp) in zip(busy, chosen):
                 tokens[i] = token
@@ -346,14 +398,31 @@ class Generator:
                     active[i] = None
                     yield sample
 
-    def _step(self, cache: KVCache, tokens: np.ndarray) -> Tensor:
-        """Feed each row its last token; rows without work compute rubbish nobody reads."""
+    def _step(
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        prompt: int,
+        answer: int,
+        graphs: dict[int, GraphedDecode],
+    ) -> Tensor:
+        """Feed each row its last token; rows without work compute rubbish nobody reads.
+
+        prompt, answer: keys of the longest ones that are alive.  Static shapes: all prompt keys,
+        and answers in powers of two, each compiled or captured when first met.
+        """
+        if self.static:
+            prompt, answer = cache.prompt[0].shape[3], 1 << (max(answer, 64) - 1).bit_length()
+        cache.narrow(prompt, answer)
         positions = (cache.prompt_length[:, None] + cache.answer_length).view(-1)
-        capacity = cache.answer[0].shape[3]
-        if not self.static:  # read no further than the longest row has written
-            cache.window = min(capacity, int(cache.answer_length.max()) + 1)
-        logits = self.decode(self.model, cache, torch.from_numpy(tokens).to(self.device), positions)
-        cache.answer_length.add_(1).clamp_(max=capacity - 1)
+        step = self.decode
+        if self.static and self.device.type == "cuda":
+            if cache.window not in graphs:
+                graphs[cache.window] = GraphedDecode(step, self.model, cache)
+            step = graphs[cache.window]
+        with torch.inference_mode(not self.static):  # faster, but nothing for torch.compile
+            logits = step(self.model, cache, torch.from_numpy(tokens).to(self.device), positions)
+        cache.answer_length.add_(1).clamp_(max=cache.answer[0].shape[4] - 1)
         return logits
 
     def _start(self, encoded: Encoded, sample: int) -> Row:
@@ -379,6 +448,11 @@ class Generator:
 
     def _push(self, row: Row, token: int, logp: float) -> Sample | None:
         """Add a token to a row; the sample if this was its last."""
+        if not math.isfinite(logp):
+            raise RuntimeError(
+                f"prompt {row.prompt.id}, sample {row.sample}, token {len(row.ids)}: the model's "
+                "logits are not finite; check the weights, or use another --dtype"
+            )
         row.ids.append(token)
         row.logps.append(logp)
         reason, ids = "", row.ids
@@ -416,7 +490,9 @@ class Generator:
         """The text of sample 0, piece by piece; together equal to run()'s text without prefix."""
         encoded = self.encode(prompt)
         _, _, length, answer = self.layout([encoded])
-        cache = KVCache(self.model.config.llm, 1, 1, length, answer, self.device, self.dtype)
+        shape = (1, 1, length, answer)
+        cache = KVCache(self.model.config.llm, *shape, self.device, self.dtype, self.least_rows)
+        graphs: dict[int, GraphedDecode] = {}
         logits = prefill(self.model, cache, 0, encoded.ids, self.tiles(prompt))[None]
         row, decoder = self._start(encoded, 0), StreamDecoder(self.tokenizer)
         while True:
@@ -427,7 +503,7 @@ class Generator:
             if done:
                 yield decoder.flush()
                 return
-            logits = self._step(cache, np.array([token]))
+            logits = self._step(cache, np.array([token]), length, len(row.ids), graphs)
 
     def first_token_probs(
         self, prompts: Iterable[Prompt], words: list[str]
@@ -474,7 +550,7 @@ def bench(cfg: "GenerateConfig", device: torch.device, dtype: torch.dtype) -> No
     print(f"{name}; measured copy bandwidth {copy_rate / 1e9:.1f} GB/s")
     prompt, steps = cfg.bench_prompt, cfg.bench_steps
     ids = torch.randint(3, config.llm.vocab_size, (prompt,)).tolist()
-    step = torch.compile(decode) if cfg.compile else decode
+    compiled = torch.compile(decode, dynamic=False) if cfg.compile else decode
     weights = sum(p.numel() for p in model.language_model.parameters()) * dtype.itemsize
     weights -= model.language_model.model.tok_embeddings.weight.nbytes  # one row of it is read
     print("rows  prefill tok/s  decode tok/s   ms/step  MB/step  of copy bandwidth  peak memory")
@@ -483,9 +559,13 @@ def bench(cfg: "GenerateConfig", device: torch.device, dtype: torch.dtype) -> No
         prefill_s = timed(lambda: prefill(model, cache, 0, ids, None), device, 2)  # noqa: B023
         tokens = torch.ones(rows, dtype=torch.long, device=device)
 
-        def one_step(cache: KVCache = cache, tokens: Tensor = tokens) -> None:
-            if not cfg.compile:
-                cache.window = int(cache.answer_length.max()) + 1
+        step = compiled
+        if cfg.compile and device.type == "cuda":
+            step = GraphedDecode(compiled, model, cache)
+
+        def one_step(
+            cache: KVCache = cache, tokens: Tensor = tokens, step: Callable = step
+        ) -> None:
             positions = (cache.prompt_length[:, None] + cache.answer_length).view(-1)
             step(model, cache, tokens, positions)
             cache.answer_length += 1
@@ -514,7 +594,7 @@ def bench_fork(model: InternVL, cfg: "GenerateConfig", device: torch.device) -> 
         prefill(model, cache, 0, ids, tiles)
         new = torch.full((rows,), 3, device=device)
         for n in range(cfg.bench_steps):
-            cache.window = n + 1
+            cache.narrow(len(ids), n + 1)
             decode(model, cache, new, torch.full((rows,), len(ids) + n, device=device))
             cache.answer_length += 1
 

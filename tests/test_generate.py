@@ -67,6 +67,11 @@ def texts(generator, prompts):
     return {(s.prompt_id, s.sample): s.text for s in generator.run(prompts)}
 
 
+def bits(generator, prompts):
+    """Every number of every sample: on a CPU they do not depend on the batch either."""
+    return {(s.prompt_id, s.sample): s for s in generator.run(prompts)}
+
+
 # --------------------------------------------------------------------------- against the official
 
 
@@ -246,12 +251,27 @@ def expected(toy, generator):
 
 
 def test_a_batch_of_any_size_and_order_gives_the_same_texts(toy, expected):
-    longest = 400
-    for rows in (1, 3, 16):
-        small = sampler(toy, cache_tokens=longest + 12 * rows)
-        assert texts(small, prompts(toy)) == expected
-    assert texts(sampler(toy), prompts(toy)[::-1]) == expected
     assert len(set(expected.values())) > 5
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = bits(sampler(toy, dtype=dtype), prompts(toy))
+        if dtype == torch.float32:
+            assert {name: s.text for name, s in wide.items()} == expected
+        longest = max(s.prompt_tokens for s in wide.values())
+        for rows in (1, 3, 16):
+            narrow = sampler(toy, dtype=dtype, cache_tokens=longest + 12 * rows)
+            assert bits(narrow, prompts(toy)) == wide
+        assert bits(sampler(toy, dtype=dtype), prompts(toy)[::-1]) == wide
+
+
+def test_many_prompts_of_few_samples_share_the_rows(toy, generator):
+    window = [generator.encode(Prompt(f"p{n}", "What is 1 plus 2?")) for n in range(300)]
+    groups, rows, _, _ = generator.layout(window)
+    assert (groups, rows) == (256, 1)
+    window[0] = replace(window[0], wanted=list(range(32)))  # one that wants many idles no others
+    assert generator.layout(window)[:2] == (256, 1)
+    groups, rows, prompt, answer = generator.layout(window[:1])
+    assert (groups, rows) == (1, 32)
+    assert groups * (prompt + rows * answer) <= generator.cache_tokens
 
 
 def test_finished_rows_are_refilled_with_the_next_sample(toy, generator):
@@ -294,7 +314,11 @@ def test_a_compiled_step_gives_the_same_texts(toy, generator):
     compiled = Generator(model, generator.tokenizer, compile=True, **how)
     eager = Generator(model, generator.tokenizer, **how)
     some = prompts(toy)[:1]
+    torch._dynamo.reset()
     assert texts(compiled, some) == texts(eager, some)
+    counts = torch._dynamo.utils.counters
+    assert not counts["graph_break"], "a captured graph must hold the whole step"
+    assert counts["stats"]["unique_graphs"] == 1
 
 
 # --------------------------------------------------------------------------- distributions
@@ -414,6 +438,7 @@ def test_first_token_probabilities_are_the_models(toy, generator):
     ("change", "message"),
     [
         ({"question": " "}, "prompt text: the question is empty"),
+        ({"question": "", "images": ("nowhere.png",)}, "prompt text: the question is empty"),
         ({"question": "<image> what?"}, "question has 1 <image> for 0 images"),
         ({"images": ("nowhere.png",)}, "no image nowhere.png"),
     ],
@@ -421,6 +446,14 @@ def test_first_token_probabilities_are_the_models(toy, generator):
 def test_a_bad_prompt_is_named(toy, generator, change, message):
     with pytest.raises(InputError, match=message):
         list(generator.run([replace(prompts(toy)[0], **change)]))
+
+
+def test_logits_that_are_no_numbers_stop_the_run(toy):
+    broken = sampler(toy)
+    with torch.no_grad():
+        broken.model.language_model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="prompt text, sample 0, token 0: .* not finite"):
+        list(broken.run(prompts(toy)[:1]))
 
 
 def test_a_prompt_longer_than_the_cache_names_both_numbers(toy):

@@ -110,7 +110,7 @@ def decode_all(model, ids, prefilled):
     steps = []
     for n in range(prefilled, ids.shape[1]):
         token, position = ids[:, n : n + 1], torch.tensor([[n]])
-        steps.append(model(token, positions=position, attend=cache.decode))
+        steps.append(model(token, positions=position, attend=cache.decode()))
         cache.answer_length += 1
     return torch.cat(steps, dim=1)
 
