@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT)]
 
 from runtime import read_whole_lines  # noqa: E402  (the repository is not installed)
 
-FLAGS = "--prompts none --num_samples 8 --max_new_tokens 64 --cache_tokens 800".split()
+FLAGS = "--prompts none --num_samples 8 --max_new_tokens 32 --cache_tokens 800".split()
 
 
 def command(world: Path, out: Path, processes: int) -> list[str]:
@@ -38,7 +38,7 @@ def responses(out: Path) -> dict:
 def main(kills: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
-        toy = [sys.executable, str(ROOT / "toy.py"), "--out", str(world), "--pairs", "64"]
+        toy = [sys.executable, str(ROOT / "toy.py"), "--out", str(world), "--pairs", "24"]
         subprocess.run(toy, check=True, capture_output=True)
         lines = (world / "toy_steps.jsonl").read_text().replace('"answer_gt"', '"answer"')
         (world / "questions.jsonl").write_text(lines)
