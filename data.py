@@ -266,6 +266,11 @@ class Tree:
         return len(self.trunk) + sum(map(len, self.responses))
 
     @property
+    def size_apart(self) -> int:
+        """Tokens in a pack when every response gets a trunk of its own."""
+        return self.size + len(self.trunk) * (len(self.responses) - 1)
+
+    @property
     def longest(self) -> int:
         """Tokens of the prompt with its longest response: what the length limit is about."""
         return len(self.trunk) + max(map(len, self.responses))
@@ -306,6 +311,55 @@ def encode_tree(
     )
 
 
+def same_question(a: Tree, b: Tree) -> bool:
+    return a.trunk == b.trunk and a.images == b.images
+
+
+def merge(a: Tree, b: Tree) -> Tree:
+    """Two trees of one question as one bush; a response that both have is there once."""
+    responses = list(a.responses)
+    place = []
+    for response in b.responses:
+        if response not in responses:
+            responses.append(response)
+        place.append(responses.index(response))
+    return Tree(
+        a.trunk,
+        responses,
+        a.chosen + [place[i] for i in b.chosen],
+        a.rejected + [place[i] for i in b.rejected],
+        a.images,
+        a.tiles,
+        a.where + b.where,
+    )
+
+
+def grow_bushes(trees: list[Tree], pairs: int, budget: int) -> list[Tree]:
+    """Neighbours of one question merged, up to `pairs` pairs and `budget` tokens a bush."""
+    bushes: list[Tree] = []
+    for tree in trees:
+        if bushes and len(bushes[-1].where) < pairs and same_question(bushes[-1], tree):
+            merged = merge(bushes[-1], tree)
+            if merged.size <= budget:
+                bushes[-1] = merged
+                continue
+        bushes.append(tree)
+    return bushes
+
+
+def gather_questions(rows: np.ndarray, questions: list[object], pairs: int) -> np.ndarray:
+    """`rows` (n 2) reordered: up to `pairs` rows of a question stand where its first one stood."""
+    groups: list[list[int]] = []
+    open_group: dict[object, list[int]] = {}
+    for n, question in enumerate(questions):
+        group = open_group.get(question)
+        if group is None or len(group) == pairs:
+            group = open_group[question] = []
+            groups.append(group)
+        group.append(n)
+    return rows[[n for group in groups for n in group]]
+
+
 # --------------------------------------------------------------------------- packs
 
 
@@ -340,28 +394,33 @@ class Pack:
         return Pack(**moved)
 
 
-def lay_out(trees: list[Tree]) -> Pack:
-    """The token side of a pack; `add_tiles` brings the pixels."""
+def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
+    """The token side of a pack; `add_tiles` brings the pixels.
+
+    With share_prefix=False every response stands in a tree of its own, after a copy of the trunk.
+    """
     ids, positions, tree, branch, predictor, target, owner = [], [], [], [], [], [], []
-    chosen, rejected, responses = [], [], 0
-    for number, t in enumerate(trees):
-        start = len(ids)
-        end = start + len(t.trunk) - 1  # the trunk's last token predicts every branch's first
-        ids += t.trunk
-        positions += range(len(t.trunk))
-        branch += [0] * len(t.trunk)
+    chosen, rejected, responses, number = [], [], 0, 0
+    for t in trees:
         chosen += [responses + i for i in t.chosen]
         rejected += [responses + i for i in t.rejected]
-        for i, response in enumerate(t.responses):
-            first, length = len(ids), len(response)
-            predictor += [end, *range(first, first + length - 1)]
-            target += response
-            owner += [responses + i] * length
-            ids += response
-            positions += range(len(t.trunk), len(t.trunk) + length)
-            branch += [i + 1] * length
-        responses += len(t.responses)
-        tree += [number] * (len(ids) - start)
+        for group in [t.responses] if share_prefix else [[r] for r in t.responses]:
+            start = len(ids)
+            end = start + len(t.trunk) - 1  # the trunk's last token predicts every branch's first
+            ids += t.trunk
+            positions += range(len(t.trunk))
+            branch += [0] * len(t.trunk)
+            for i, response in enumerate(group):
+                first, length = len(ids), len(response)
+                predictor += [end, *range(first, first + length - 1)]
+                target += response
+                owner += [responses + i] * length
+                ids += response
+                positions += range(len(t.trunk), len(t.trunk) + length)
+                branch += [i + 1] * length
+            responses += len(group)
+            tree += [number] * (len(ids) - start)
+            number += 1
     as_tensor = torch.tensor
     return Pack(
         as_tensor(ids)[None],
@@ -375,7 +434,6 @@ def lay_out(trees: list[Tree]) -> Pack:
         as_tensor(rejected, dtype=torch.long),
         responses,
         where=[where for t in trees for where in t.where],
-        keys=[key for t in trees for key in response_keys(t)],
     )
 
 
@@ -392,22 +450,31 @@ def response_keys(tree: Tree) -> list[str]:
     return keys
 
 
-def add_tiles(pack: Pack, trees: list[Tree], tile_size: int, share: bool = True) -> Pack:
-    """Decode each distinct image of the pack once (with share=False: once per tree)."""
+def add_tiles(
+    pack: Pack, trees: list[Tree], tile_size: int, share: bool = True, share_prefix: bool = True
+) -> Pack:
+    """Decode each distinct image of the pack once (with share=False: wherever it stands)."""
     first_tile: dict[tuple, int] = {}
     parts, order, count = [], [], 0
-    for number, t in enumerate(trees):
-        for image, tiles in zip(t.images, t.tiles):
-            key = image if share else (image, number)
-            if key not in first_tile:
-                first_tile[key] = count
-                parts.append(image_tiles(*image, tile_size))
-                count += tiles
-                assert len(parts[-1]) == tiles, (image, len(parts[-1]), tiles)
-            order += range(first_tile[key], first_tile[key] + tiles)
+    for image, tiles, place in images_of(trees, share_prefix):
+        key = image if share else place
+        if key not in first_tile:
+            first_tile[key] = count
+            parts.append(image_tiles(*image, tile_size))
+            count += tiles
+            assert len(parts[-1]) == tiles, (image, len(parts[-1]), tiles)
+        order += range(first_tile[key], first_tile[key] + tiles)
     if parts:
         pack.tiles, pack.tile_order = torch.cat(parts), torch.tensor(order)
     return pack
+
+
+def images_of(trees: list[Tree], share_prefix: bool = True) -> Iterator[tuple[tuple, int, tuple]]:
+    """(image, its tiles, its place) in the order of the prompts as `lay_out` writes them."""
+    for number, t in enumerate(trees):
+        for copy in range(1 if share_prefix else len(t.responses)):
+            for slot, (image, tiles) in enumerate(zip(t.images, t.tiles)):
+                yield image, tiles, (number, copy, slot)
 
 
 def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> Tensor:
@@ -465,12 +532,15 @@ class PairData:
         overlong: Literal["drop", "fewer_tiles", "error"] = "drop",
         only_chosen: bool = False,
         share_images: bool = True,
+        share_prefix: bool = True,
+        pairs_per_prompt: int = 1,
         limit: int = 0,
     ) -> None:
         self.sets, self.tokenizer, self.config = sets, tokenizer, config
         self.batch_size, self.pack_tokens, self.seed = batch_size, pack_tokens, seed
         self.max_length = min(max_length, config.llm.max_position_embeddings)
         self.overlong, self.only_chosen, self.share_images = overlong, only_chosen, share_images
+        self.share_prefix, self.pairs_per_prompt = share_prefix, pairs_per_prompt
         self.limit = limit
         self.orders: dict[int, np.ndarray] = {}
         self.steps_per_epoch = -(-len(self.order(0)) // batch_size)
@@ -480,7 +550,12 @@ class PairData:
     def order(self, epoch: int) -> np.ndarray:
         if epoch not in self.orders:
             order = epoch_order(self.sets, self.seed, epoch)
-            self.orders = {epoch: order[: self.limit] if self.limit else order}
+            order = order[: self.limit] if self.limit else order
+            if self.pairs_per_prompt > 1:  # reads every record once an epoch
+                found = [self.sets[i][int(n)] for i, n in order]
+                questions = [(r.images, r.question, r.max_tiles, r.augment) for r in found]
+                order = gather_questions(order, questions, self.pairs_per_prompt)
+            self.orders = {epoch: order}
         return self.orders[epoch]
 
     def records(self, step: int) -> list[PairRecord]:
@@ -511,11 +586,17 @@ class PairData:
         trees = [self.fitted_tree(record) for record in records]
         dropped = [record.where for record, tree in zip(records, trees) if tree is None]
         kept = [tree for tree in trees if tree is not None]
-        packs = first_fit([tree.size for tree in kept], self.pack_tokens)
+        if self.pairs_per_prompt > 1:
+            kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)
+        sizes = [tree.size if self.share_prefix else tree.size_apart for tree in kept]
+        packs = first_fit(sizes, self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped
 
     def build(self, trees: list[Tree]) -> Pack:
-        return add_tiles(lay_out(trees), trees, self.config.tile_size, self.share_images)
+        pack = lay_out(trees, self.share_prefix)
+        pack.keys = [key for t in trees for key in response_keys(t)]
+        size = self.config.tile_size
+        return add_tiles(pack, trees, size, self.share_images, self.share_prefix)
 
 
 def prefetch(make: Callable[[int], Any], numbers: range) -> Iterator[Any]:

@@ -3,6 +3,8 @@
     torchrun --standalone --nproc_per_node=8 train.py --model_dir weights/InternVL2-8B \\
         --meta MMPR/meta.json --out_dir runs/mpo
     python train.py --config toy/train.json           the same on a laptop
+    python train.py --plan --size 8b --gpus 8         what it needs a GPU, without weights
+    python train.py --bench --size 8b                 what each idea below saves
 
 Reads top to bottom as the algorithm: shard the policy, get the reference's log-probs, and for each
 step score the packs of a global batch, weigh the objectives, clip, update, log.  Every loss is a
@@ -18,20 +20,43 @@ import io
 import json
 import math
 import signal
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from tqdm import tqdm
 
+from bench import (
+    Load,
+    Plan,
+    bench,
+    device_peak,
+    example_pack,
+    example_trees,
+    flops,
+    load_of,
+    make_plan,
+    meta_model,
+    total_flops,
+    units_of,
+)
 from data import Pack, PairData, Tree, prefetch, read_meta, response_keys, seeded
 from losses import (
     BcoShift,
@@ -47,9 +72,10 @@ from losses import (
     parse_objective,
     register_file,
     response_logps,
+    sum_by_response,
     whole_step,
 )
-from model import InternVL, TreeAttention, load_config
+from model import Attend, InternVL, InternVLConfig, TreeAttention, load_config, named_config
 from runtime import (
     AppendLog,
     InputError,
@@ -72,11 +98,14 @@ from weights import (
     load_checkpoint,
     load_weights,
     local,
+    local_rows,
     named_tensors,
     newest_checkpoint,
+    official_name,
     save_checkpoint,
     save_model,
     weight_files,
+    whole,
 )
 
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
@@ -118,35 +147,51 @@ class TrainConfig:
     max_length: int = flag(6144, "tokens of prompt + response, at most")
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's")
     overlong: Literal["drop", "fewer_tiles", "error"] = flag("drop", "what a too long record gets")
-    head_rows: int = flag(1024, "scored tokens that meet the vocabulary at once")
-    recompute: bool = flag(True, "keep only each block's input for backward")
+    pairs_per_prompt: int = flag(1, "pairs of one question trained as one tree, at most")
+    share_prefix: bool = flag(True, "compute a prompt once for all its responses")
+    share_images: bool = flag(True, "encode an image once a pack")
+    head_rows: int = flag(128, "scored tokens that meet the vocabulary at once; 0 = all, kept")
+    recompute: Literal["full", "selective", "off"] = flag(
+        "full", "of a block, keep for backward: its input, narrow products and attention, all"
+    )
     compile: bool = flag(False, "torch.compile each block")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "compute; auto = bf16 on GPU, else fp32")
+    state_dtype: Literal["fp32", "bf16"] = flag(
+        "fp32", "weights, gradients and AdamW's moments; bf16 rounds at random: half the memory"
+    )
+    lora_rank: int = flag(0, "train only adapters of this rank; 0 = train the weights")
+    lora_alpha: float = flag(32.0, "adapters count alpha / rank times")
+    lora_parts: Literal["language", "vision", "both"] = flag("language", "blocks with adapters")
+    replicate: int = flag(1, "groups of GPUs with a whole copy each, sharded within (HSDP)")
     save_every: int = flag(200, "steps between checkpoints")
     keep: int = flag(2, "checkpoints kept")
     seed: int = flag(42, "order of the data, stochastic depth")
+    gpu_memory: float = flag(0.0, "GB a GPU has; 0 = ask the device")
+    plan: bool = flag(False, "only print what a run would need a GPU, without weights")
+    bench: bool = flag(False, "only measure a step, with each idea switched on in turn")
+    size: Literal["", "8b", "2b", "toy"] = flag("", "for --plan and --bench: instead of model_dir")
+    gpus: int = flag(1, "for --plan")
 
     def __post_init__(self) -> None:
-        for name in ("lr", "beta", "batch_size", "epochs", "pack_tokens", "save_every", "keep"):
+        positive = "lr beta batch_size epochs pack_tokens save_every keep pairs_per_prompt gpus"
+        for name in [*positive.split(), "replicate"]:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if not 0 <= self.drop_path < 1 or not 0 <= self.warmup <= 1:
             raise ValueError("drop_path must be in [0, 1) and warmup in [0, 1]")
+        if self.state_dtype == "bf16" and self.dtype == "fp32":
+            raise ValueError("state_dtype bf16 computes in bf16; dtype fp32 needs fp32 weights")
+        if self.lora_rank < 0 or self.head_rows < 0:
+            raise ValueError("lora_rank and head_rows must be >= 0")
         if min(self.lr_vision, self.lr_projector, self.lr_language) < 0:
             raise ValueError("lr_vision, lr_projector and lr_language must be >= 0")
 
 
 # flags that may differ between a run and its continuation
-FREE_FLAGS = {
-    "out_dir",
-    "reference_cache",
-    "save_every",
-    "keep",
-    "compile",
-    "recompute",
-    "head_rows",
-    "model_dir",
-}
+FREE_FLAGS = set(
+    """out_dir reference_cache save_every keep compile recompute head_rows model_dir replicate
+    gpu_memory plan bench size gpus""".split()
+)
 
 
 # --------------------------------------------------------------------------- models
@@ -159,28 +204,159 @@ def sharded_model(
 
     Parameters are fp32 for the policy; compute is cfg.dtype, gradients are reduced in fp32.
     """
-    model = empty_model(cfg.model_dir, drop_path).float()
-    for name, scale in part_rates(cfg).items():
-        getattr(model, name).requires_grad_(trained and scale > 0)
-    blocks = [*model.vision_model.encoder.layers, *model.language_model.model.layers]
-    mesh = init_device_mesh(process.device.type, (process.world,))
+    dtype = state_dtype(cfg) if trained else torch.float32  # TR-DPO's small steps need float32
+    model = prepare(empty_model(cfg.model_dir, drop_path).to(dtype), cfg, trained)
+    shard(model, cfg, process)
+    model.to_empty(device=process.device)
+    load_weights(model, cfg.model_dir)
+    start_adapters(model, cfg)
+    return model.train(trained)
+
+
+def state_dtype(cfg: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if cfg.state_dtype == "bf16" else torch.float32
+
+
+def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
+    """FSDP over the processes: each block is gathered alone, all the rest together."""
+    mesh = make_mesh(cfg, process)
     precision = MixedPrecisionPolicy()
-    if compute_dtype(cfg, process) is torch.bfloat16:
+    if compute_dtype(cfg, process.device) is torch.bfloat16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        block.recompute = cfg.recompute and trained
+    for block in units_of(model):
         if cfg.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
-    model.to_empty(device=process.device)
-    load_weights(model, cfg.model_dir)
-    return model.train(trained)
 
 
-def compute_dtype(cfg: TrainConfig, process: Process) -> torch.dtype:
+def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL:
+    """What is trained, and what is computed again in backward."""
+    for name in PARTS:
+        getattr(model, name).requires_grad_(trained and name in trained_parts(cfg))
+    if cfg.lora_rank and trained:
+        add_adapters(model, cfg)
+    for block in units_of(model):
+        block.recompute = trained and cfg.recompute == "full"
+        if trained and cfg.recompute == "selective":
+            block.forward = partial(keep_some, block.forward)
+    return model
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def keep_some(forward: Callable, *inputs: Any) -> Tensor:
+    """A block's forward that keeps attention, and products no wider than their input."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
+        keep = narrow or op in ATTENTION
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+# --------------------------------------------------------------------------- adapters
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer plus a trained product of low rank (arXiv:2106.09685)."""
+
+    on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return out
+        return out + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up)
+
+
+def add_adapters(model: InternVL, cfg: TrainConfig) -> None:
+    """Give every linear layer of the chosen blocks an adapter; only adapters are trained."""
+    for part in ("language_model", "vision_model"):
+        if cfg.lora_parts not in ("both", part.removesuffix("_model")):
+            continue
+        for name, m in getattr(model, part).named_modules():
+            if type(m) is nn.Linear and "layers." in name:
+                m.__class__, m.scale = LoraLinear, cfg.lora_alpha / cfg.lora_rank
+                rows, cols = m.weight.shape
+                m.lora_down = nn.Parameter(m.weight.new_empty(cfg.lora_rank, cols))
+                m.lora_up = nn.Parameter(m.weight.new_empty(rows, cfg.lora_rank))
+
+
+def adapters(model: InternVL) -> dict[str, LoraLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+@torch.no_grad()
+def start_adapters(model: InternVL, cfg: TrainConfig) -> None:
+    """Noise below, zeros above: the start is the model itself, for any number of processes."""
+    for name, m in adapters(model).items():
+        noise = seeded(cfg.seed, "lora", name).standard_normal(tuple(m.lora_down.shape))
+        noise = torch.from_numpy(noise) / m.in_features**0.5
+        local(m.lora_down).copy_(noise[local_rows(m.lora_down)])
+        local(m.lora_up).zero_()
+
+
+@torch.no_grad()
+def merge_adapters(model: InternVL) -> None:
+    """Add what was learned to the weights, each process to its own rows."""
+    for m in adapters(model).values():
+        learned = m.scale * whole(m.lora_up).float() @ whole(m.lora_down).float()
+        local(m.weight).add_(learned[local_rows(m.weight)])
+        m.on = False
+
+
+class BareReference:
+    """The policy with its adapters off is the reference: no second model."""
+
+    def __init__(self, policy: InternVL) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def __call__(self, pack: Pack, cfg: TrainConfig, process: Process) -> Tensor:
+        layers = adapters(self.policy).values()
+        for m in layers:
+            m.on = False
+        self.policy.eval()
+        sums = score(self.policy, pack, cfg)[0]
+        self.policy.train()
+        for m in layers:
+            m.on = True
+        return sums
+
+
+# --------------------------------------------------------------------------- processes
+
+
+def make_mesh(cfg: TrainConfig, process: Process) -> DeviceMesh:
+    """One dimension, shard; with --replicate two: (copy of the model, shard)."""
+    if process.world % cfg.replicate:
+        raise InputError(
+            f"{process.world} processes do not divide into --replicate {cfg.replicate} groups"
+        )
+    if cfg.replicate == 1:
+        return init_device_mesh(process.device.type, (process.world,))
+    shape = (cfg.replicate, process.world // cfg.replicate)
+    return init_device_mesh(process.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
+    if cfg.state_dtype == "bf16":
+        return torch.bfloat16  # no float32 weights are there to compute with
     if cfg.dtype == "auto":
-        return torch.bfloat16 if process.device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
 
 
@@ -191,6 +367,14 @@ def part_rates(cfg: TrainConfig) -> dict[str, float]:
         "projector": cfg.lr_projector,
         "language_model": cfg.lr_language,
     }
+
+
+PARTS = ("vision_model", "projector", "language_model")
+
+
+def trained_parts(cfg: TrainConfig) -> set[str]:
+    """Parts whose own weights are trained."""
+    return {part for part, scale in part_rates(cfg).items() if scale > 0 and not cfg.lora_rank}
 
 
 def make_optimizer(cfg: TrainConfig, policy: InternVL, process: Process) -> torch.optim.AdamW:
@@ -206,9 +390,63 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL, process: Process) -> torc
                 groups.append({"params": chosen, "weight_decay": decay, "scale": scale})
     if not groups:
         raise InputError("nothing to train: lr_vision, lr_projector and lr_language are all 0")
-    return torch.optim.AdamW(
-        groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, fused=process.device.type == "cuda"
-    )
+    how = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if cfg.state_dtype == "bf16":
+        return RandomRoundingAdamW(groups, **how, seed=cfg.seed)
+    return torch.optim.AdamW(groups, **how, fused=process.device.type == "cuda")
+
+
+class RandomRoundingAdamW(torch.optim.AdamW):
+    """AdamW on bfloat16 weights and moments, computed in float32, a piece at a time.
+
+    bfloat16 has 8 bits: at lr 5e-6 rounding to nearest would lose every update of a weight above
+    0.003, and the second moment's decay of 0.1 %.  Rounding up or down at random, by how near each
+    is, keeps them on average.  The draws are a function of (seed, step, tensor, shard).
+    """
+
+    PIECE = 1 << 24
+
+    def __init__(self, groups: list[dict], *, seed: int, **how: Any) -> None:
+        super().__init__(groups, **how)
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self.update(p, group, (number, index))
+
+    def update(self, p: Tensor, group: dict, place: tuple[int, int]) -> None:
+        state, (b1, b2) = self.state[p], group["betas"]
+        if not state:
+            state |= {"step": torch.tensor(0.0)}
+            state |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        state["step"] += 1
+        t = int(state["step"].item())
+        shard_number = p.device_mesh.get_coordinate()[-1] if isinstance(p, DTensor) else 0
+        w, grad, mean, square = (
+            local(x).view(-1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+        )
+        generator = torch.Generator(w.device)
+        key = (self.seed, "rounding", t, place, shard_number)
+        generator.manual_seed(int(seeded(*key).integers(2**62)))
+        for i in range(0, len(w), self.PIECE):
+            at = slice(i, i + self.PIECE)
+            g = grad[at].float()
+            m = mean[at].float().lerp(g, 1 - b1)
+            v = square[at].float() * b2 + (1 - b2) * g * g
+            update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + group["eps"])
+            new = w[at].float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+            for kept, exact in ((w, new), (mean, m), (square, v)):
+                kept[at] = round_at_random(exact, generator)
+
+
+def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up with the chance that makes the mean exact."""
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
 
 
 def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
@@ -222,7 +460,9 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
 # --------------------------------------------------------------------------- scoring
 
 
-def score(model: InternVL, pack: Pack, cfg: TrainConfig, process: Process) -> tuple[Tensor, Tensor]:
+def score(
+    model: InternVL, pack: Pack, cfg: TrainConfig, attend: Attend | None = None
+) -> tuple[Tensor, Tensor]:
     """(sums of log-probs, token counts) of the pack's responses, each (response) float32.
 
     Only the scored positions reach the vocabulary, in chunks that backward recomputes.
@@ -230,6 +470,10 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig, process: Process) -> tu
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # (1 T d), (vocab d)
         rows = hidden[0, pack.predictor]
+        if not cfg.head_rows:  # the readable way: all logits at once, kept for backward
+            logps = (rows @ weight.T).float().log_softmax(-1)
+            logps = logps.gather(-1, pack.target[:, None])[:, 0]
+            return sum_by_response(logps, pack.response, pack.num_responses)
         return response_logps(
             rows, weight, pack.target, pack.response, pack.num_responses, cfg.head_rows
         )
@@ -238,7 +482,7 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig, process: Process) -> tu
         pack.input_ids,
         pack.tiles,
         positions=pack.positions,
-        attend=TreeAttention(pack.tree, pack.branch),
+        attend=attend or TreeAttention(pack.tree, pack.branch),
         head=head,
         tile_order=pack.tile_order,
         always_vision=True,
@@ -279,7 +523,7 @@ class OnlineReference:
 
     @torch.no_grad()
     def __call__(self, pack: Pack, cfg: TrainConfig, process: Process) -> Tensor:
-        return score(self.model, pack, cfg, process)[0]
+        return score(self.model, pack, cfg)[0]
 
     @torch.no_grad()
     def move(self, policy: InternVL, mix: float) -> None:
@@ -338,7 +582,7 @@ class CachedReference:
             n = i * process.world + process.rank
             trees = todo[n] if n < len(todo) else blank_tree(todo[0])
             pack = data.build(trees).to(process.device)
-            sums, lengths = score(policy, pack, cfg, process)
+            sums, lengths = score(policy, pack, cfg)
             if n < len(todo):
                 for key, logp, length in zip(pack.keys, sums.tolist(), lengths.tolist()):
                     part.append({"key": key, "logp": logp, "length": int(length)})
@@ -356,7 +600,7 @@ class CachedReference:
         return torch.tensor(logps, device=process.device)
 
 
-Reference = OnlineReference | CachedReference
+Reference = OnlineReference | BareReference | CachedReference
 
 
 def cache_facts(cfg: TrainConfig, process: Process) -> dict[str, str]:
@@ -371,7 +615,7 @@ def cache_facts(cfg: TrainConfig, process: Process) -> dict[str, str]:
     return {
         "weights": share_text(hashes[0], process),
         "config": hashlib.blake2b(repr(load_config(cfg.model_dir)).encode()).hexdigest()[:32],
-        "dtype": str(compute_dtype(cfg, process)),
+        "dtype": str(compute_dtype(cfg, process.device)),
         "scoring": SCORING_VERSION,
     }
 
@@ -393,7 +637,7 @@ class Step:
     number: int
     packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, first pair), -1 for blanks
     pairs: int  # of the whole step, all processes
-    tokens: int  # likewise
+    load: Load  # likewise: tokens, tiles, ...
     dropped: list[str]
     where: list[str]  # (pair) record names
 
@@ -408,11 +652,10 @@ def make_step(data: PairData, number: int, process: Process) -> Step:
     for n in range(process.rank, -(-len(planned) // process.world) * process.world, process.world):
         real = n < len(planned)
         trees = planned[n] if real else blank_tree(planned[0])
-        pack = data.build(trees).to(process.device)
-        mine.append((pack, n, firsts[n] if real else -1))
-    tokens = sum(tree.size for pack in planned for tree in pack)
+        mine.append((data.build(trees), n, firsts[n] if real else -1))
+    load = sum((load_of(pack, data.share_prefix, data.share_images) for pack in planned), Load())
     where = [name for pack in planned for name in tree_pairs(pack)]
-    return Step(number, mine, firsts[-1], tokens, dropped, where)
+    return Step(number, mine, firsts[-1], load, dropped, where)
 
 
 def tree_pairs(pack: list[Tree]) -> list[str]:
@@ -423,8 +666,9 @@ def forward_pack(
     policy: InternVL, reference: Reference | None, pack: Pack, cfg: TrainConfig, process: Process
 ) -> PairLogps:
     """Log-probs of the pack's pairs, with gradient where it is enabled."""
-    scored, lengths = score(policy, pack, cfg, process)
+    pack = pack.to(process.device)
     fixed = reference(pack, cfg, process) if reference else None
+    scored, lengths = score(policy, pack, cfg)
     return pair_up(pack, scored, fixed, lengths)
 
 
@@ -581,8 +825,10 @@ def state_tensors(
 ) -> dict[str, Tensor]:
     """All tensors of a run by name; AdamW's moments are made where there are none yet."""
     tensors = {}
-    for name, p in named_tensors(policy).items():
-        tensors[f"model/{name}"] = p
+    everything = {official_name(name): p for name, p in policy.named_parameters()}
+    for name, p in everything.items():
+        if p.requires_grad or not adapters(policy):
+            tensors[f"model/{name}"] = p
         if not p.requires_grad:
             continue
         if not optimizer.state[p]:
@@ -601,7 +847,8 @@ def state_tensors(
 
 def run_flags(cfg: TrainConfig) -> dict[str, str]:
     """The flags that a continuation must share with the run it continues."""
-    return {k: str(v) for k, v in asdict(cfg).items() if k not in FREE_FLAGS}
+    free = FREE_FLAGS - ({"model_dir"} if cfg.lora_rank else set())  # adapters belong to weights
+    return {k: str(v) for k, v in asdict(cfg).items() if k not in free}
 
 
 def restore(
@@ -626,6 +873,90 @@ def restore(
     return state["step"]
 
 
+# --------------------------------------------------------------------------- the plan
+
+
+def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device) -> Plan:
+    """What a GPU needs for packs full of image tokens, found by running shapes alone."""
+    dtype = compute_dtype(cfg, device)
+    model = meta_model(config.with_drop_path(cfg.drop_path), dtype)
+    prepare(model, cfg).train()
+    scored = max(1, cfg.pack_tokens // 8)
+    trees = example_trees(config, cfg.pack_tokens, (scored, scored))
+    terms = parse_objective(cfg.loss if cfg.loss != "all" else "mpo")
+    return make_plan(
+        model,
+        example_pack(config, trees, "meta"),
+        lambda model, pack, attend: score(model, pack, cfg, attend),
+        shards=shards,
+        head_rows=cfg.head_rows,
+        state_bytes=state_dtype(cfg).itemsize,
+        second_model=cfg.reference == "online" and needs_reference(terms) and not cfg.lora_rank,
+        flex=device.type == "cuda",
+    )
+
+
+def say_plan(
+    cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, say: Callable
+) -> None:
+    """Print the plan; InputError with a way out where it exceeds the GPU's memory."""
+    plan = plan_of(cfg, config, shards, device)
+    say(plan)
+    memory = cfg.gpu_memory * 1e9
+    if not memory and device.type == "cuda" and not cfg.plan:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    if not memory:
+        return
+    if plan.total <= memory:
+        say(f"fits into {memory / 1e9:.4g} GB")
+        return
+    ways = {
+        "--reference cached": {"reference": "cached"},
+        "--recompute full": {"recompute": "full"},
+        "--head_rows 128": {"head_rows": 128},
+        f"--pack_tokens {cfg.pack_tokens // 2}": {"pack_tokens": cfg.pack_tokens // 2},
+        "--lora_rank 16": {"lora_rank": cfg.lora_rank or 16},
+    }
+    smaller = {}
+    for words, change in ways.items():
+        if replace(cfg, **change) == cfg:
+            continue
+        cfg = replace(cfg, **change)
+        smaller[words] = plan_of(cfg, config, shards, device).total
+        if smaller[words] <= memory:
+            break
+    helped, fits = f"this would fit: {' '.join(smaller)}", min(smaller.values()) <= memory
+    for more in () if fits else (2, 4, 8, 16, 32, 64):
+        if plan_of(cfg, config, shards * more, device).total <= memory:
+            helped = f"this would fit: {shards * more} GPUs a model copy, {' '.join(smaller)}"
+            break
+    else:
+        if not fits:
+            helped = "lower --pack_tokens far more, or take larger GPUs"
+    raise InputError(
+        f"the plan needs {plan.total / 1e9:.4g} GB a GPU and there are {memory / 1e9:.4g}; {helped}"
+    )
+
+
+def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
+    """Shapes alone for a model that does not fit here, and seconds of one that does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    how = {"head_rows": cfg.head_rows, "prepare": partial(prepare, cfg=cfg)}
+
+    def scorer(model: InternVL, pack: Pack, attend: Attend | None = None) -> tuple[Tensor, Tensor]:
+        return score(model, pack, cfg, attend)
+
+    bench(config, scorer, torch.device("cuda"), torch.bfloat16, dry=True, **how)
+    need = 3 * 2 * sum(p.numel() for p in meta_model(config, torch.bfloat16).parameters())
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2e9
+    if need > memory:
+        config = named_config("2b" if device.type == "cuda" else "toy")
+        print(f"that is too large for this device; measured on a smaller model, {device}:")
+    compile_too = cfg.compile or device.type == "cuda"
+    dtype = compute_dtype(cfg, device)
+    bench(config, scorer, device, dtype, dry=False, compile_too=compile_too, **how)
+
+
 # --------------------------------------------------------------------------- the run
 
 
@@ -646,6 +977,9 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
         seed=cfg.seed,
         overlong=cfg.overlong,
         only_chosen=trains_only_chosen(terms),
+        share_images=cfg.share_images,
+        share_prefix=cfg.share_prefix,
+        pairs_per_prompt=cfg.pairs_per_prompt,
         limit=cfg.limit,
     )
     for number, data_set in enumerate(data.sets):
@@ -678,8 +1012,10 @@ def make_reference(
         )
     if not needs_reference(terms):
         return None
+    if moving and cfg.lora_rank:
+        raise InputError("a moving reference cannot be the policy without adapters: no --lora_rank")
     if cfg.reference == "online":
-        return OnlineReference(cfg, process)
+        return BareReference(policy) if cfg.lora_rank else OnlineReference(cfg, process)
     folder = cfg.reference_cache if str(cfg.reference_cache) != "." else cfg.out_dir / "reference"
     reference = CachedReference(folder, cache_facts(cfg, process), process)
     reference.fill(policy, data, total, cfg)
@@ -694,6 +1030,10 @@ def train(cfg: TrainConfig, process: Process) -> None:
     data = open_data(cfg, terms, process)
     total = data.steps_per_epoch * cfg.epochs
     total = min(total, cfg.max_steps) if cfg.max_steps else total
+    config = load_config(cfg.model_dir)
+    say_plan(cfg, config, process.world // cfg.replicate, process.device, process.say)
+    peak, origin = device_peak(process.device, compute_dtype(cfg, process.device))
+    process.say(f"MFU is of {peak / 1e12:.3g} TFLOP/s a process ({origin})")
 
     policy = sharded_model(cfg, process, cfg.drop_path)
     optimizer, shift = make_optimizer(cfg, policy, process), BcoShift()
@@ -718,7 +1058,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
         if not math.isfinite(norm):
             stop_at(step, f"gradient norm is {norm}", step.where, cfg, process)
         if step.number == 0 and reference and cfg.drop_path == 0:
-            process.say(check_start(terms, logps, used, compute_dtype(cfg, process)))
+            process.say(check_start(terms, logps, used, compute_dtype(cfg, process.device)))
         optimizer.step()
         optimizer.zero_grad()
         if reference:
@@ -729,8 +1069,9 @@ def train(cfg: TrainConfig, process: Process) -> None:
         metrics = step_metrics(terms, logps, used, cfg.beta)
         seconds, began = time.perf_counter() - began, time.perf_counter()
         metrics |= {"bco_shift": used["bco_shift"], "lr": lr, "grad_norm": norm}
-        metrics |= {"pairs": step.pairs, "tokens": step.tokens, "dropped": len(step.dropped)}
-        metrics |= {"tokens_per_s": step.tokens / seconds, "pairs_per_s": step.pairs / seconds}
+        metrics |= {"pairs": step.pairs, "tokens": step.load.tokens, "dropped": len(step.dropped)}
+        metrics |= {"tokens_per_s": step.load.tokens / seconds, "pairs_per_s": step.pairs / seconds}
+        metrics["mfu"] = step_flops(step, config, cfg, reference) / (seconds * peak * process.world)
         log(step.number + 1, metrics, SHOWN)
         for name in step.dropped:
             process.say(f"dropped, longer than max_length {cfg.max_length}: {name}")
@@ -750,11 +1091,21 @@ def train(cfg: TrainConfig, process: Process) -> None:
             log.close()
             return
     log.close()
+    merge_adapters(policy)
     save_model(policy, cfg.out_dir / "model", like=cfg.model_dir)
     process.say(f"saved {cfg.out_dir / 'model'}: read back and equal to the trained policy")
 
 
-SHOWN = ["loss", "rewards/margin", "rewards/accuracy", "nll", "lr", "grad_norm"]
+SHOWN = "loss rewards/margin rewards/accuracy nll lr grad_norm tokens_per_s mfu".split()
+
+
+def step_flops(
+    step: Step, config: InternVLConfig, cfg: TrainConfig, reference: Reference | None
+) -> int:
+    """Useful FLOPs of a step, all processes: the policy's, and an online reference's forward."""
+    parts = flops(config, step.load, trained_parts(cfg))
+    online = isinstance(reference, (OnlineReference, BareReference))
+    return total_flops(parts) + online * total_flops(parts, backward=False)
 
 
 def clip_gradient(policy: InternVL, max_norm: float) -> float:
@@ -877,6 +1228,15 @@ def main() -> None:
     mine = register_file(cfg.mine) if str(cfg.mine) != "." else []
     if cfg.loss != "all":
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
+    if cfg.plan or cfg.bench:
+        config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
+        if cfg.gpus % cfg.replicate:
+            raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
+        if cfg.plan:
+            say_plan(cfg, config, cfg.gpus // cfg.replicate, torch.device("cuda"), print)
+        else:
+            run_bench(cfg, config)
+        return
     process = start_process(cfg.seed)
     signal.signal(signal.SIGTERM, lambda number, frame: _STOP.append(number))
     try:
@@ -884,8 +1244,28 @@ def main() -> None:
             train_all(cfg, mine, process)
         else:
             train(cfg, process)
+    except FileNotFoundError:
+        raise
+    except (OSError, FloatingPointError) as error:
+        end_with(f"rank {process.rank}: {error}")
+    except RuntimeError as error:
+        if process.world == 1 or not is_lost_connection(error):
+            raise
+        end_with(
+            f"rank {process.rank}: another process has died or does not answer; its message says "
+            "why; the same command continues from the newest checkpoint"
+        )
     finally:
         stop_process()
+
+
+def end_with(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 if __name__ == "__main__":

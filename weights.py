@@ -53,8 +53,9 @@ def official_name(name: str) -> str:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Official name -> parameter (a DTensor where the model is sharded)."""
-    return {official_name(name): p for name, p in model.named_parameters()}
+    """Official name -> parameter (a DTensor where the model is sharded); adapters have none."""
+    named = model.named_parameters()
+    return {official_name(name): p for name, p in named if ".lora_" not in name}
 
 
 # --------------------------------------------------------------------------- reading
@@ -223,8 +224,7 @@ def save_model(model: nn.Module, out_dir: Path, like: Path) -> None:
                     shard[name] = full.to("cpu", SAFETENSORS_DTYPE[dtype]).contiguous()
             metadata = f.metadata() or {"format": "pt"}
         if is_writer():
-            save_file(shard, partial / path.name, metadata=metadata)
-            sync_file(partial / path.name)
+            write_tensors(shard, partial / path.name, metadata=metadata)
     if is_writer():
         sync_folder(partial)
     barrier()
@@ -246,6 +246,15 @@ def copy_small_files(like: Path, out_dir: Path) -> None:
         if (like / name).is_file():
             shutil.copyfile(like / name, out_dir / name)
             sync_file(out_dir / name)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, **how: object) -> None:
+    """save_file, durable; an error (a full disk) names the file."""
+    try:
+        save_file(tensors, path, **how)
+        sync_file(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}; what was saved before is intact") from error
 
 
 def sync_file(path: Path) -> None:
@@ -271,6 +280,18 @@ def replace_folder(partial: Path, final: Path) -> None:
 # spread over the shards as torch.chunk does, so any number of processes can read them back.
 
 
+def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
+    """(number of this process's shard, how many shards there are, whether it is ours to write).
+
+    With replicated groups (a mesh of two dimensions) only the first group writes.
+    """
+    meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
+    if not meshes:
+        return 0, 1, is_writer()
+    *replica, number = meshes[0].get_coordinate()
+    return number, meshes[0].size(-1), not any(replica)
+
+
 @torch.no_grad()
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
     """Write <folder>/step-<n>, complete or absent.  Every process calls it with its own shards.
@@ -279,18 +300,18 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     """
     final = Path(folder) / f"step-{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    number, count, ours = shard_place(tensors)
     if is_writer():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    path = partial / f"shard-{rank:03d}-of-{world:03d}.safetensors"
-    save_file({name: local(t).contiguous() for name, t in tensors.items()}, path)
-    sync_file(path)
+    path = partial / f"shard-{number:03d}-of-{count:03d}.safetensors"
+    if ours:
+        write_tensors({name: local(t).contiguous() for name, t in tensors.items()}, path)
     barrier()
     if is_writer():
         shapes = {name: list(t.shape) for name, t in tensors.items()}
-        text = json.dumps({**state, "step": step, "world": world, "shapes": shapes})
+        text = json.dumps({**state, "step": step, "world": count, "shapes": shapes})
         write_atomic(partial / "state.json", text)
         replace_folder(partial, final)
     barrier()

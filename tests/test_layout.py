@@ -11,7 +11,7 @@ FLOORS = {
     **dict.fromkeys(["vision", "losses", "tokenizer", "answers"], 0),
     **dict.fromkeys(["model"], 1),
     **dict.fromkeys(["weights", "data"], 2),
-    **dict.fromkeys(["generate"], 3),
+    **dict.fromkeys(["generate", "bench"], 3),
     **dict.fromkeys(["pairs", "train", "eval"], 4),
     **dict.fromkeys(["toy"], 5),
 }

@@ -121,7 +121,7 @@ def test_a_command_of_the_readme_runs(world, command):
         assert stdout.strip() and "<|im_end|>" not in stdout
     if "--loss all" in command:
         check_rows(stdout)
-    if "train.py" in command:
+    if "train.py" in command and "--plan" not in command:
         assert "read back and equal to the trained policy" in stderr
 
 

@@ -177,8 +177,10 @@ def kill_after(cfg, processes, lines):
         time.sleep(0.001)
     for fork in forks:
         fork.kill()
+    for fork in forks:
         fork.join()
-    assert all(fork.exitcode == -signal.SIGKILL for fork in forks), "it ended before it was killed"
+    ended = [fork.exitcode for fork in forks]  # a lost peer may end one before its own signal does
+    assert ended[0] == -signal.SIGKILL and 0 not in ended, "it ended before it was killed"
 
 
 def test_a_killed_run_continues_bit_for_bit(base, toy):

@@ -1,0 +1,519 @@
+"""What makes training fast and small changes no number, and its stated costs are its costs."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_forks, start_forks
+from safetensors.torch import save_file
+from test_train import (
+    base,
+    close,
+    command,
+    kill_after,
+    read_metrics,
+    run_here,
+    run_there,
+    toy,
+    train_here,
+    weights,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train as train_module
+import weights as weights_module
+from bench import (
+    MODES,
+    PARTS,
+    example_pack,
+    example_trees,
+    flops,
+    head_peak,
+    load_of,
+    measured_peak,
+    meta_model,
+    packs_of,
+    paper_tree,
+    run_mode,
+    total_flops,
+)
+from data import PairData, gather_questions, grow_bushes, lay_out, merge, read_meta
+from model import InternVL, TreeAttention, load_config, named_config
+from runtime import InputError, start_process, stop_process
+from tokenizer import load_tokenizer
+from train import (
+    RandomRoundingAdamW,
+    TrainConfig,
+    adapters,
+    clip_gradient,
+    make_mesh,
+    make_optimizer,
+    merge_adapters,
+    plan_of,
+    prepare,
+    say_plan,
+    score,
+    shard,
+    sharded_model,
+    start_adapters,
+)
+from weights import empty_model, load_model, local, named_tensors, newest_checkpoint
+
+__all__ = ["base", "toy"]  # fixtures
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def process():
+    yield start_process(0)
+    stop_process()
+
+
+# --------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"recompute": "off"}, {"recompute": "selective", "pack_tokens": 512}]
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
+    cfg = replace(TrainConfig(pack_tokens=256, head_rows=64, dtype="fp32"), **change)
+    config = named_config("toy")
+    scored = cfg.pack_tokens // 8
+    trees = example_trees(config, cfg.pack_tokens, (scored, scored))
+
+    def two_steps():
+        policy = prepare(InternVL(config.with_drop_path(cfg.drop_path), 0), cfg).train()
+        shard(policy, cfg, process)
+        optimizer = make_optimizer(cfg, policy, process)
+        for _ in range(2):
+            for _ in range(2):
+                score(policy, example_pack(config, trees, "cpu"), cfg)[0].sum().backward()
+            clip_gradient(policy, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    measured = measured_peak(two_steps, CPU)
+    assert plan_of(cfg, config, 1, CPU).total == pytest.approx(measured, rel=0.15)
+
+
+def test_a_plan_that_does_not_fit_stops_with_a_way_out():
+    cfg = TrainConfig(pack_tokens=2048, recompute="off", gpu_memory=0.25)
+    said = []
+    with pytest.raises(InputError, match="the plan needs .* GB a GPU .*--recompute full"):
+        say_plan(cfg, named_config("toy"), 1, GPU, said.append)
+    say_plan(replace(cfg, gpu_memory=80.0), named_config("toy"), 1, GPU, said.append)
+    assert said[-1] == "fits into 80 GB"
+    assert all(word in str(said[0]) for word in ("weights", "optimizer", "logits", "reference"))
+
+
+# --------------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("frozen", ["", "vision", "language"])
+def test_useful_flops_are_those_that_torch_counts(frozen):
+    config = named_config("toy")
+    cfg = TrainConfig(recompute="off", head_rows=0, drop_path=0.0)
+    cfg = replace(cfg, **{f"lr_{frozen}": 0.0}) if frozen else cfg
+    trees = example_trees(config, 120, (20, 13)) + example_trees(config, 90, (7, 9))
+    trees[1].images = [("y", 1, False)]
+    model = prepare(InternVL(config, 0), cfg).train()
+    pack = example_pack(config, trees, "cpu")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        score(model, pack, cfg)[0].sum().backward()
+    load = load_of(trees)
+    assert load.tokens == pack.input_ids.shape[1] and load.tiles == len(pack.tiles)
+    load = replace(load, pairs=load.tokens**2)  # torch multiplies what the mask hides, too
+    trained = set(PARTS) - {f"{frozen}_model"}
+    assert total_flops(flops(config, load, trained)) == counted.get_total_flops()
+
+
+def test_visible_pairs_are_those_of_the_mask(toy):
+    config = named_config("toy")
+    trees = example_trees(config, 60, (5, 9)) + example_trees(config, 40, (3, 2))
+    for share in (True, False):
+        pack = lay_out(trees, share)
+        mask = TreeAttention(pack.tree, pack.branch, flex=False).mask
+        assert load_of(trees, share).pairs == int(mask.sum())
+
+
+def test_a_pair_of_the_8b_shape_costs_what_is_promised():
+    config = named_config("8b")
+    tree = paper_tree(config)
+    plain, *_, online, cached, _ = (mode.flops(config, tree) for mode in MODES)
+    assert online / plain <= 0.55
+    assert cached / plain <= 0.42
+    rows = sum(map(len, tree.responses))
+    longer = max(load.tokens for load in MODES[0].loads(tree))
+    one = head_peak(config, rows, TrainConfig().head_rows, torch.bfloat16)
+    assert one / head_peak(config, longer, 0, torch.bfloat16) <= 0.1
+
+
+def test_counted_flops_of_the_8b_shape_agree_with_the_formula(monkeypatch):
+    config, mode = named_config("8b"), MODES[4]
+    cfg = TrainConfig(recompute="off", drop_path=0.0)
+    model, tree = prepare(meta_model(config, torch.bfloat16), cfg), paper_tree(config)
+    packs = packs_of(mode, config, tree, "meta")
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, *a, **k: q)
+    scorer = partial(score, cfg=cfg)
+    with FlopCounterMode(display=False) as counted:
+        run_mode(mode, model, packs, lambda m, p, a: scorer(m, p, attend=a), lambda n, q, k, v: q)
+    load = sum(mode.loads(tree), start=type(mode.loads(tree)[0])())
+    parts = flops(config, replace(load, pairs=0))
+    expected, v = total_flops(parts), config.vision
+    expected -= 3 * 4 * load.tiles * 1025**2 * v.hidden_size * v.num_hidden_layers  # no attention
+    again = parts["head"][0] if mode.chunked else 0  # chunks are computed again in backward
+    assert counted.get_total_flops() == expected + again
+
+
+# --------------------------------------------------------------------------- switches
+
+
+def grads_of(toy, cfg, **how):
+    """(scores, gradients) of the same eight records under some switches."""
+    config = load_config(toy / "model")
+    tokenizer = load_tokenizer(toy / "model")
+    data = PairData(
+        read_meta(toy / "meta.json", config.max_tiles),
+        tokenizer,
+        config,
+        batch_size=8,
+        pack_tokens=4000,
+        max_length=512,
+        seed=1,
+        **how,
+    )
+    pack = data.build(data.plan(0)[0][0])
+    model = prepare(load_model(toy / "model"), cfg)
+    sums, _ = score(model, pack, cfg)
+    weight = torch.randn(len(sums), generator=torch.Generator().manual_seed(0))
+    (sums * weight).mean().backward()
+    return sums.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def all_off(toy):
+    cfg = TrainConfig(head_rows=0, recompute="off")
+    return cfg, grads_of(toy, cfg, share_prefix=False, share_images=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        ({}, {"share_images": False}),
+        ({}, {"share_prefix": False}),
+        ({"head_rows": 7}, {"share_prefix": False, "share_images": False}),
+        ({"recompute": "full"}, {}),
+        ({"recompute": "selective"}, {}),
+        ({"recompute": "selective", "head_rows": 64}, {}),
+    ],
+)
+def test_every_switch_on_is_off(toy, all_off, change, how):
+    cfg, (sums, grads) = all_off
+    found, found_grads = grads_of(toy, replace(cfg, **change), **how)
+    torch.testing.assert_close(found, sums, atol=1e-5, rtol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(found_grads[name], grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(
+    not shutil.which("g++") or not os.environ.get("SLOW"),
+    reason="compiling takes a minute: set SLOW=1; needs a C++ compiler",
+)
+def test_compiled_blocks_give_the_numbers_of_plain_ones(base, toy):
+    cfg = replace(base, max_steps=1, limit=2, batch_size=2)
+    plain = run_here(replace(cfg, out_dir=toy / "uncompiled"))
+    close(run_here(replace(cfg, out_dir=toy / "compiled", compile=True)), plain, bound=1e-5)
+
+
+# --------------------------------------------------------------------------- bushes
+
+
+def write_bushes(toy, folder):
+    """Two questions, three pairs each, some responses in several pairs, shuffled among others."""
+    lines = (toy / "toy_steps.jsonl").read_text().splitlines()
+    a, b, *others = (json.loads(line) for line in lines[:6])
+    pairs = []
+    for q in (a, b):
+        right, wrong = [q["chosen"], "It is 3."], [q["rejected"], "It is 4."]
+        pairs += [
+            q | {"chosen": right[i], "rejected": wrong[j]} for i, j in ((0, 0), (0, 1), (1, 1))
+        ]
+    records = [pairs[0], others[0], pairs[3], pairs[1], others[1], pairs[4], pairs[2], pairs[5]]
+    (folder / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    entry = {"root": str(toy / "images"), "annotation": "b.jsonl", "repeat_time": 1}
+    (folder / "meta.json").write_text(json.dumps({"b": entry}))
+    return folder / "meta.json"
+
+
+def test_questions_are_gathered_where_their_first_record_stands():
+    rows = np.arange(12).reshape(6, 2)
+    order = gather_questions(rows, list("abacaa"), 2)
+    assert [int(r[0]) // 2 for r in order] == [0, 2, 1, 3, 4, 5]
+
+
+def test_a_bush_of_pairs_trains_as_its_pairs_alone_and_scores_no_response_twice(base, toy):
+    folder = toy / "bush"
+    folder.mkdir()
+    meta = write_bushes(toy, folder)
+    cfg = replace(base, meta=meta, max_steps=2, save_every=9, drop_path=0.0, loss="mpo")
+    cfg = replace(cfg, reference_cache=folder / "reference")
+    alone = run_here(replace(cfg, out_dir=folder / "one"))
+    found = run_here(replace(cfg, out_dir=folder / "many", pairs_per_prompt=3))
+    assert found[0]["tokens"] < 0.7 * alone[0]["tokens"]
+    for metrics in (*alone, *found):
+        del metrics["tokens"]
+    close(found, alone, bound=1e-5)  # a response of two pairs counts twice, in sft as well
+
+
+def test_a_bush_keeps_to_its_limits(toy):
+    config = load_config(toy / "model")
+    one, other = example_trees(config, 60, (5, 9))[0], example_trees(config, 80, (5, 9))[0]
+    two = replace(one, responses=[[1] * 5, [1] * 3], where=["y"])
+    assert merge(one, two).responses == [[1] * 5, [1] * 9, [1] * 3]
+    assert (merge(one, two).chosen, merge(one, two).rejected) == ([0, 0], [1, 2])
+    assert [len(b.where) for b in grow_bushes([one, two, one, other], 2, 999)] == [2, 1, 1]
+    assert [len(b.where) for b in grow_bushes([one, two], 9, one.size + 2)] == [1, 1]
+
+
+# --------------------------------------------------------------------------- many processes
+
+
+def test_replicas_train_as_one_process_and_continue_in_other_numbers(base, toy):
+    cfg = replace(base, out_dir=toy / "hsdp", replicate=2, save_every=1)
+    expected = run_here(replace(base, out_dir=toy / "hsdp-one"))
+    run_there(replace(cfg, max_steps=4), 2)
+    close(read_metrics(cfg.out_dir), expected)
+    newest = sorted((cfg.out_dir / "checkpoints").glob("step-*"))[-1]
+    assert [p.name for p in newest.glob("shard-*")] == ["shard-000-of-001.safetensors"]
+    one = weights(replace(base, out_dir=toy / "hsdp-one"))
+    for name, w in weights(cfg).items():
+        torch.testing.assert_close(w, one[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_an_odd_vocabulary_survives_two_one_and_two_processes(base, toy):
+    """Each continuation reads shards that another number of processes wrote."""
+    cfg = replace(base, out_dir=toy / "odd", save_every=1)
+    assert load_config(toy / "model").llm.vocab_size % 2
+    expected = run_here(replace(base, out_dir=toy / "odd-one"))
+    for processes, upto, replicate in ((2, 2, 1), (1, 3, 1), (2, 4, 2)):
+        run_forks(processes, train_until, replace(cfg, replicate=replicate), upto)
+    close(read_metrics(cfg.out_dir), expected)
+
+
+def train_until(cfg, last):
+    """Train, asked to stop after step `last`."""
+    checkpoint = newest_checkpoint(cfg.out_dir / "checkpoints")
+    steps = [int(checkpoint.name[5:]) if checkpoint else 0]
+    real = train_module.asked_to_stop
+
+    def stop(process):
+        steps.append(1)
+        if sum(steps) >= last:
+            train_module._STOP.append(1)
+        return real(process)
+
+    train_module.asked_to_stop = stop
+    train_here(cfg)
+
+
+# --------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("reference", ["cached", "online"])
+def test_adapters_train_alone_and_are_merged_into_the_export(base, toy, reference):
+    out = toy / f"lora-{reference}"
+    cfg = replace(base, out_dir=out, lora_rank=4, lora_parts="both", reference=reference, lr=3e-3)
+    metrics = run_here(cfg)
+    assert metrics[0]["rewards/margin"] == 0 and metrics[-1]["rewards/margin"] != 0
+    newest = sorted((out / "checkpoints").glob("step-*"))[-1]
+    names = json.loads((newest / "state.json").read_text())["shapes"]
+    assert names and all(".lora_" in name for name in names)
+    start = dict(load_model(toy / "model").named_parameters())
+    for name, p in load_model(out / "model").named_parameters():
+        adapted = "layers." in name and p.ndim == 2
+        assert torch.equal(p, start[name]) != adapted, name
+    assert metrics == run_here(cfg), "the finished run is found and exported again"
+
+
+def test_adapters_with_the_bare_model_as_reference_give_cached_numbers(base, toy):
+    cfg = replace(base, lora_rank=4, lora_parts="both", lr=3e-3)
+    cached = run_here(replace(cfg, out_dir=toy / "lora-a", drop_path=0.2))
+    online = run_here(replace(cfg, out_dir=toy / "lora-b", drop_path=0.2, reference="online"))
+    close(online, cached)
+    close(run_there(replace(cfg, out_dir=toy / "lora-c", drop_path=0.2), 2), cached, bound=1e-5)
+
+
+def test_merged_adapters_compute_what_they_did_apart(process, toy):
+    cfg = TrainConfig(lora_rank=3, lora_parts="both")
+    model = prepare(load_model(toy / "model"), cfg)
+    start_adapters(model, cfg)
+    for m in adapters(model).values():
+        torch.nn.init.normal_(m.lora_up, std=0.1)
+    config = load_config(toy / "model")
+    pack = lay_out(example_trees(config, 40, (5, 9)))
+    pack.input_ids[pack.input_ids == 0] = 1
+    with torch.no_grad():
+        apart = score(model, pack, cfg)[0]
+        merge_adapters(model)
+        torch.testing.assert_close(score(model, pack, cfg)[0], apart, atol=1e-4, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------- bfloat16 states
+
+
+def test_tiny_updates_do_not_stall_in_bfloat16():
+    """At lr 5e-6 rounding to nearest moves no weight of 1; rounding at random does, on average."""
+    p = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
+    exact = torch.nn.Parameter(torch.ones(20000))
+    tiny = RandomRoundingAdamW([{"params": [p]}], lr=5e-6, weight_decay=0.0, seed=0)
+    plain = torch.optim.AdamW([exact], lr=5e-6, weight_decay=0.0)
+    for _ in range(100):
+        p.grad, exact.grad = torch.ones_like(p), torch.ones_like(exact)
+        tiny.step()
+        plain.step()
+    moved = 1 - exact.mean().item()
+    assert moved == pytest.approx(5e-4, rel=0.01)
+    assert 1 - p.float().mean().item() == pytest.approx(moved, rel=0.1)
+    second = tiny.state[p]["exp_avg_sq"].float().mean().item()
+    assert second == pytest.approx(plain.state[exact]["exp_avg_sq"].mean().item(), rel=0.02)
+
+
+def test_bfloat16_states_learn_and_resume_bit_for_bit(base, toy):
+    cfg = replace(base, out_dir=toy / "bf16", state_dtype="bf16", save_every=2)
+    cfg = replace(cfg, reference_cache=toy / "bf16-reference", batch_size=2, max_steps=3)
+    expected = run_here(cfg)
+    assert {w.dtype for w in weights(cfg).values()} == {torch.bfloat16}
+    full = run_here(replace(base, out_dir=toy / "fp32", batch_size=2, max_steps=3))
+    assert expected[-1]["nll"] == pytest.approx(full[-1]["nll"], rel=0.05)
+    killed = replace(cfg, out_dir=toy / "bf16-killed")
+    kill_after(killed, 1, 2)
+    assert run_here(killed) == expected
+
+
+# --------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_holds_one_tensor_beside_the_shard(tmp_path, toy):
+    """A checkpoint of 100 MB: memory that is not mapped files, for each process of two."""
+    model_dir = tmp_path / "model"
+    shutil.copytree(toy / "model", model_dir)
+    config = json.loads((model_dir / "config.json").read_text())
+    config["llm_config"] |= {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    model = empty_model(model_dir)
+    tensors = {
+        n: torch.zeros(p.shape, dtype=torch.float32) for n, p in named_tensors(model).items()
+    }
+    (model_dir / "model.safetensors.index.json").unlink()
+    for path in model_dir.glob("*.safetensors"):
+        path.unlink()
+    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
+    largest = max(t.nbytes for t in tensors.values())
+    total = sum(t.nbytes for t in tensors.values())
+    assert total > 90e6
+    run_forks(2, load_within, TrainConfig(model_dir=model_dir), total // 2 + 2 * largest + 10e6)
+
+
+def load_within(cfg, limit):
+    process, peak = start_process(0), [0]
+    make_mesh(cfg, process)  # what gloo needs is not what is measured
+    before, done = private_bytes(), threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], private_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = sharded_model(cfg, process, 0.0)
+    done.set()
+    watcher.join()
+    stop_process()
+    held = sum(local(p).nbytes for p in model.parameters())
+    assert held <= peak[0] + 10e6, "the watcher slept"
+    assert peak[0] <= limit, (peak[0], limit)
+
+
+def private_bytes():
+    """Resident memory of this process that is not mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+# --------------------------------------------------------------------------- faults
+
+
+def test_a_full_disk_names_the_file_and_the_old_checkpoint_survives(base, toy, monkeypatch):
+    cfg = replace(base, out_dir=toy / "full", save_every=1)
+    real, calls = weights_module.save_file, []
+
+    def save(tensors, path, **how):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **how)
+
+    monkeypatch.setattr(weights_module, "save_file", save)
+    with pytest.raises(OSError, match=r"cannot write .*step-00000003.*shard-000.*No space left"):
+        run_here(cfg)
+    assert newest_checkpoint(cfg.out_dir / "checkpoints").name == "step-00000002"
+    monkeypatch.setattr(weights_module, "save_file", real)
+    run_here(cfg)
+    assert newest_checkpoint(cfg.out_dir / "checkpoints").name == "step-00000004"
+
+
+def test_a_failure_while_running_ends_with_one_line_and_status_1(base, toy, monkeypatch, capsys):
+    cfg = replace(base, out_dir=toy / "failing", reference_cache=toy / "reference")
+    monkeypatch.setattr("sys.argv", command(cfg)[1:])
+    monkeypatch.setattr(weights_module, "save_file", fail_to_save)
+    with pytest.raises(SystemExit) as ended:
+        train_module.main()
+    assert ended.value.code == 1
+    assert "error: rank 0: cannot write" in capsys.readouterr().err
+
+
+def fail_to_save(*args, **how):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_nan_gradient_stops_the_run_and_names_the_records(base, toy, monkeypatch):
+    monkeypatch.setattr("train.clip_gradient", lambda policy, norm: float("nan"))
+    cfg = replace(base, out_dir=toy / "nan", loss="sft")
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 1; records: toy_"):
+        run_here(cfg)
+    assert not (cfg.out_dir / "checkpoints").exists()
+
+
+def test_when_a_process_dies_the_other_stops_with_a_message(base, toy):
+    cfg = replace(base, out_dir=toy / "dies", max_steps=200, epochs=99)
+    log = toy / "dies.log"
+    forks = start_forks(2, main_there, cfg, log)
+    deadline = time.time() + 60
+    while not (cfg.out_dir / "metrics.jsonl").exists():
+        assert time.time() < deadline
+        time.sleep(0.01)
+    forks[1].kill()
+    forks[0].join(30)
+    alive = forks[0].is_alive()
+    for fork in forks:
+        fork.kill()
+    assert not alive, "it hangs"
+    assert forks[0].exitcode == 1
+    assert "another process has died" in log.read_text()
+
+
+def main_there(cfg, log):
+    sys.argv = command(cfg)[1:]
+    sys.stderr = open(log, "a")  # noqa: SIM115  (until the process ends)
+    train_module.main()
