@@ -123,10 +123,6 @@ def chain_of_thought(things: list[Thing]) -> str:
     return f"I see {seen or 'nothing'}.\nFinal answer: {len(things)}"
 
 
-def description(things: list[Thing]) -> str:
-    return f"There are {len(things)} objects: " + ", ".join(t.words for t in things) + "."
-
-
 # --------------------------------------------------------------------------- tokenizer, model
 
 

@@ -33,7 +33,6 @@ from runtime import InputError, flag, parse_command, run, sync_folder, write_ato
 from tokenizer import chat_template, load_tokenizer, tokenizer_json
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
