@@ -48,6 +48,7 @@ _THINK = (
 # script and of the benchmarks; the paper does not publish its three special prompts (section 4.2).
 PROMPTS = {
     "none": "{question}",
+    "direct": "{question}\nAnswer the question using a single word or phrase.",
     "en": _STEPS.replace("{how}", "Give step by step reasoning before you answer, and "),
     "en_bg": _STEPS.replace(
         "{how}",
@@ -94,6 +95,7 @@ def strip_instruction(question: str) -> str:
 
 # answer after the last trigger; "none": the question says itself how to answer
 TRIGGER_VERSIONS = ("none", "en", "zh", "en_bg", "en_vis", "en_ground")
+WHOLE_VERSIONS = ("direct",)  # the response is the answer
 BOX_VERSIONS = ("en_v2", "zh_v2")  # answer in the last \boxed{}
 THINK_VERSIONS = ("en_r1", "zh_r1")  # the same, after </think>
 
@@ -124,11 +126,13 @@ def parse_response(response: str, prompt_version: str, finish_reason: str | None
         return Parsed(failure="cut off at the token limit")
     if prompt_version in TRIGGER_VERSIONS:
         return _parse_after_trigger(response)
+    if prompt_version in WHOLE_VERSIONS:
+        return _parse_whole(response)
     if prompt_version in BOX_VERSIONS:
         return _parse_box(response)
     if prompt_version in THINK_VERSIONS:
         return _parse_thinking(response)
-    known = ", ".join((*TRIGGER_VERSIONS, *BOX_VERSIONS, *THINK_VERSIONS))
+    known = ", ".join((*TRIGGER_VERSIONS, *WHOLE_VERSIONS, *BOX_VERSIONS, *THINK_VERSIONS))
     raise InputError(f"unknown prompt_version {prompt_version!r}; known are {known}")
 
 
@@ -220,6 +224,15 @@ def extract_answer_from_box(text: str) -> str:
     r"""Content of the last \boxed{}; the whole text without one, as in the official script."""
     content = _last_box(text)[1]
     return text if content is None else content
+
+
+def _parse_whole(response: str) -> Parsed:
+    answer = response.strip()
+    if not answer:
+        return Parsed(failure="empty answer")
+    if "\n" in answer or len(answer.split()) > 10 or _find_triggers(answer):
+        return Parsed(failure="not a word or phrase")
+    return Parsed("", answer)
 
 
 def _parse_box(response: str) -> Parsed:

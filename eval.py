@@ -14,6 +14,7 @@ model in the official output formats can be scored.  Whose rule each one follows
     crpe                             OpenGVLab/all-seeing, eval_crpe.py; VLMEvalKit, utils/crpe.py
     mmvet, llava_bench               yuweihao/MM-Vet; haotian-liu/LLaVA, llava/eval
     object_halbench                  LisaAnne/Hallucination, utils/chair.py; RLHF-V/RLAIF-V
+    own                              your own questions, read by the judge of the pairs
     text_mc, text_em, gsm8k          a checkpoint against its own baseline, never against Table 5
 
 `generate` keeps the raw reply: reading it is a matter of scoring.  A score names its n, standard
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from answers import PROMPTS as COT_PROMPTS
-from answers import edit_distance, parse_expression
+from answers import edit_distance, get_mode, is_correct, parse_answer, parse_expression
 from runtime import (
     AppendLog,
     InputError,
@@ -61,7 +62,7 @@ COT_MMHAL = (
 )
 COT_TOKENS = 4096
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-PHRASE_SUFFIX = "\nAnswer the question using a single word or phrase."
+PHRASE_SUFFIX = COT_PROMPTS["direct"].removeprefix("{question}")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Item = dict[str, Any]  # a row of the official file, with our "id" (text, unique)
@@ -394,6 +395,13 @@ def read_match(item: Item, reply: str, said: Judgement | None, how: How) -> Read
     golds = [g for gold in item["golds"] if (g := plain_words(gold))]
     right = text in golds if how.mode == "exact" else any(gold in text for gold in golds)
     return Reading(text, right, text != "")
+
+
+def read_own(item: Item, reply: str, said: Judgement | None, how: How) -> Reading:
+    """The judge of the preference pairs: format failures, then the matching modes."""
+    parsed = parse_answer(reply, "en" if how.cot else "direct")
+    right = any(is_correct(parsed, gold, get_mode("own")) for gold in item["golds"] if parsed)
+    return Reading(parsed, right, parsed is not None)
 
 
 def read_gsm8k(item: Item, reply: str, said: Judgement | None, how: How) -> Reading:
@@ -1220,6 +1228,10 @@ BENCHES = {
             "accuracy", modes=("substring", "exact"), image=False, note=_OWN_BASELINE,
         ),
         Bench(
+            "own", ("*.jsonl",), ("question", "answer", "image"), item_text, ask_phrase, 50,
+            read_own, "accuracy", note="your own questions, in the format of pairs.py sample",
+        ),
+        Bench(
             "gsm8k", ("test.jsonl", "*.jsonl"), ("question", "answer"), item_gsm8k, ask_plain, 512,
             read_gsm8k, "accuracy", image=False, note=_OWN_BASELINE,
         ),
@@ -1227,7 +1239,7 @@ BENCHES = {
 }  # fmt: skip
 BenchName = Literal[
     "m3cot", "mathvista", "mathvision", "mathvision_mini", "pope", "crpe", "mmvet", "llava_bench",
-    "mmhal", "object_halbench", "text_mc", "text_em", "gsm8k",
+    "mmhal", "object_halbench", "text_mc", "text_em", "own", "gsm8k",
 ]  # fmt: skip
 
 # --------------------------------------------------------------------------- generate

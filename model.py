@@ -202,10 +202,12 @@ class TreeAttention:
         k <= q  and  tree[k] == tree[q]  and  branch[k] in (0, branch[q])
 
     On CUDA a FlexAttention block mask (no (s s) tensor); elsewhere, and as the reference to test
-    against, a boolean mask.
+    against, boolean masks of spans of whole trees, about `span` tokens each.
     """
 
-    def __init__(self, tree: Tensor, branch: Tensor, flex: bool | None = None) -> None:
+    def __init__(
+        self, tree: Tensor, branch: Tensor, flex: bool | None = None, span: int = 128
+    ) -> None:
         """tree, branch: (s) integers of the one flat row; branch 0 is the trunk."""
         self.flex = tree.is_cuda if flex is None else flex
 
@@ -214,18 +216,38 @@ class TreeAttention:
             return (k <= q) & (tree[k] == tree[q]) & own_branch
 
         self.visible = visible  # a plain function: FlexAttention takes nothing else
-        self.mask = block_mask(tree, branch, visible) if self.flex else self.dense_mask(tree)
+        if self.flex:
+            self.mask = block_mask(tree, branch, visible)
+        else:
+            self.spans = whole_trees(tree, span)
+            self.masks = [self.dense_mask(torch.arange(*s, device=tree.device)) for s in self.spans]
 
-    def dense_mask(self, tree: Tensor) -> Tensor:  # (s s) bool
-        index = torch.arange(len(tree), device=tree.device)
+    def dense_mask(self, index: Tensor) -> Tensor:  # (s) -> (s s) bool
         return self.visible(index, index, index[:, None], index[None, :])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.flex:
-            return _attention(q, k, v, attn_mask=self.mask)
+            parts = [
+                _attention(*(x[:, slice(*span)] for x in (q, k, v)), attn_mask=mask)
+                for span, mask in zip(self.spans, self.masks)
+            ]
+            return torch.cat(parts, dim=1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attend = compiled_flex_attention() if q.is_cuda else flex_attention
         return attend(q, k, v, block_mask=self.mask, enable_gqa=True).transpose(1, 2)
+
+
+def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
+    """(start, end) of consecutive trees that together hold `span` tokens, or of one longer tree."""
+    if tree.is_meta:  # shapes alone: as if all were one tree
+        return [(0, len(tree))]
+    spans, start, end = [], 0, 0
+    for length in torch.unique_consecutive(tree, return_counts=True)[1].tolist():
+        if end > start and end + length - start > span:
+            spans.append((start, end))
+            start = end
+        end += length
+    return [*spans, (start, end)]
 
 
 BLOCK = 128  # tokens a side of a mask block

@@ -135,7 +135,8 @@ class TrainConfig:
     lr_vision: float = flag(1.0, "times lr for the ViT; 0 = frozen")
     lr_projector: float = flag(1.0, "times lr for the projector; 0 = frozen")
     lr_language: float = flag(1.0, "times lr for the language model; 0 = frozen")
-    warmup: float = flag(0.05, "share of the steps with rising rate; cosine to 0 after it")
+    warmup: float = flag(0.05, "share of the steps with rising rate; above 1: their number")
+    decay: int = flag(-1, "last steps with falling rate, constant before; -1 = cosine to 0")
     weight_decay: float = flag(0.05, "AdamW's, for matrices")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0 = off")
     batch_size: int = flag(256, "pairs a step, over all processes")
@@ -177,8 +178,8 @@ class TrainConfig:
         for name in [*positive.split(), "replicate"]:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.drop_path < 1 or not 0 <= self.warmup <= 1:
-            raise ValueError("drop_path must be in [0, 1) and warmup in [0, 1]")
+        if not 0 <= self.drop_path < 1 or self.warmup < 0 or self.decay < -1:
+            raise ValueError("drop_path must be in [0, 1), warmup >= 0 and decay >= -1")
         if self.state_dtype == "bf16" and self.dtype == "fp32":
             raise ValueError("state_dtype bf16 computes in bf16; dtype fp32 needs fp32 weights")
         if self.lora_rank < 0 or self.head_rows < 0:
@@ -393,7 +394,7 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL, process: Process) -> torc
     how = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": 1e-8}
     if cfg.state_dtype == "bf16":
         return RandomRoundingAdamW(groups, **how, seed=cfg.seed)
-    return torch.optim.AdamW(groups, **how, fused=process.device.type == "cuda")
+    return torch.optim.AdamW(groups, **how, fused=True)
 
 
 class RandomRoundingAdamW(torch.optim.AdamW):
@@ -450,10 +451,12 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
-    """Linear warm-up over the first steps, then cosine to 0; step counts from 0."""
-    warm = math.ceil(cfg.warmup * total)
+    """Linear warm-up, then cosine or constant and linear to 0; step counts from 0."""
+    warm = math.ceil(cfg.warmup if cfg.warmup > 1 else cfg.warmup * total)
     if step < warm:
         return cfg.lr * step / warm
+    if cfg.decay >= 0:
+        return cfg.lr * min(1.0, (total - step) / (cfg.decay + 1))
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
@@ -848,7 +851,11 @@ def state_tensors(
 def run_flags(cfg: TrainConfig) -> dict[str, str]:
     """The flags that a continuation must share with the run it continues."""
     free = FREE_FLAGS - ({"model_dir"} if cfg.lora_rank else set())  # adapters belong to weights
-    return {k: str(v) for k, v in asdict(cfg).items() if k not in free}
+    if cfg.decay >= 0:  # a constant rate does not know the run's length: it may be prolonged
+        free = free | {"max_steps", "epochs", "decay"}
+    return {k: str(v) for k, v in asdict(cfg).items() if k not in free} | {
+        "schedule": "constant" if cfg.decay >= 0 else "cosine"
+    }
 
 
 def restore(

@@ -324,7 +324,7 @@ def test_the_mask_is_the_one_line_of_its_docstring():
         ]
         for q in range(15)
     ]
-    assert dense.mask.tolist() == [[bool(x) for x in row] for row in by_hand]
+    assert dense.masks[0].tolist() == [[bool(x) for x in row] for row in by_hand]
 
 
 def trees_of(sizes):
@@ -348,7 +348,7 @@ def test_no_visible_pair_lies_outside_the_block_mask(sizes):
     tree, branch = trees_of(sizes)
     s = len(tree)
     flex = TreeAttention(tree, branch, flex=True)
-    dense = TreeAttention(tree, branch, flex=False).mask
+    [dense] = TreeAttention(tree, branch, flex=False, span=s).masks
     blocks = -(-s // 128)
     padded = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
     padded[:s, :s] = dense
@@ -363,6 +363,23 @@ def test_no_visible_pair_lies_outside_the_block_mask(sizes):
     assert not (met & full).any()
     assert not (cells.any((2, 3)) & ~(met | full)).any(), "a visible pair would be lost"
     assert cells.all(3).all(2)[full].all(), "a full block hides something"
+
+
+@pytest.mark.parametrize("span", [1, 60, 128])
+def test_attention_over_spans_of_whole_trees_is_attention_over_all(span):
+    tree, branch = trees_of([(50, 25, 25), (30, 20, 10), (4,), (20, 60, 40), (3, 2)])
+    s, gradients = len(tree), []
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, s, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    outs = []
+    for size in (s, span):
+        attend = TreeAttention(tree, branch, flex=False, span=size)
+        assert (len(attend.spans) > 1) == (size < s)
+        outs.append(attend(0, *qkv))
+        gradients.append(torch.autograd.grad(outs[-1].sin().sum(), qkv))
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

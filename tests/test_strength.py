@@ -129,7 +129,8 @@ def test_useful_flops_are_those_that_torch_counts(frozen):
     model = prepare(InternVL(config, 0), cfg).train()
     pack = example_pack(config, trees, "cpu")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        score(model, pack, cfg)[0].sum().backward()
+        attend = TreeAttention(pack.tree, pack.branch, span=len(pack.tree))
+        score(model, pack, cfg, attend)[0].sum().backward()
     load = load_of(trees)
     assert load.tokens == pack.input_ids.shape[1] and load.tiles == len(pack.tiles)
     load = replace(load, pairs=load.tokens**2)  # torch multiplies what the mask hides, too
@@ -142,7 +143,7 @@ def test_visible_pairs_are_those_of_the_mask(toy):
     trees = example_trees(config, 60, (5, 9)) + example_trees(config, 40, (3, 2))
     for share in (True, False):
         pack = lay_out(trees, share)
-        mask = TreeAttention(pack.tree, pack.branch, flex=False).mask
+        [mask] = TreeAttention(pack.tree, pack.branch, flex=False, span=len(pack.tree)).masks
         assert load_of(trees, share).pairs == int(mask.sum())
 
 
