@@ -531,6 +531,9 @@ def judge_group(
             judged.counts[f"format: {verdict.reason}"] += 1
         elif clean and verdict.answer is not None:
             text = fix_answer(text)
+        if not text.strip():  # nothing to train on
+            judged.counts["empty responses"] += 1
+            continue
         if (verdict.label, text) in seen:
             judged.counts["duplicate responses"] += 1
             continue

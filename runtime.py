@@ -158,6 +158,15 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def agree(self, number: int) -> int:
+        """Rank 0's number, on every rank; all of them wait for each other here."""
+        import torch  # noqa: PLC0415  (see the module docstring)
+        import torch.distributed as dist  # noqa: PLC0415
+
+        shared = torch.tensor(number if self.is_main else 0, device=self.device)
+        dist.all_reduce(shared)
+        return int(shared)
+
     def say(self, *words: Any) -> None:
         """Print on rank 0 only, to stderr: stdout belongs to results."""
         if self.is_main:

@@ -103,6 +103,17 @@ def test_a_question_without_wrapper_may_ask_for_the_trigger_itself():
     assert answers.parse_answer("Two and one.\nFinal answer: 3", "none") == "3"
 
 
+def test_a_direct_answer_is_the_whole_response_if_it_is_a_word_or_phrase():
+    assert answers.parse_answer(" 3 \n", "direct") == "3"
+    for bad in (
+        "",
+        "3\n4",
+        "Final answer: 3",
+        "one two three four five six seven eight nine ten 11",
+    ):
+        assert answers.parse_answer(bad, "direct") is None
+
+
 def test_an_unknown_prompt_version_or_mode_is_named():
     with pytest.raises(InputError, match="unknown prompt_version 'fr'"):
         answers.parse_answer("a", "fr")

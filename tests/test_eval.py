@@ -358,6 +358,17 @@ def test_text_benchmarks_read_letters_matches_and_last_numbers(tmp_path):
     )
     said = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": "the answer is: the Nile!\nx"}])
     assert scored("text_em", em, said)["score"] == 100
+    own = [{"question": "?", "answer": 3, "image": "a.png"}]
+    own = write_jsonl(tmp_path / "own.jsonl", own)
+    for reply, cot, right, unparsed in (
+        ("3", False, 100, 0),
+        ("Final answer: 3", False, 0, 1),
+        ("So.\nFinal answer: 3", True, 100, 0),
+        ("3", True, 0, 1),
+    ):
+        said = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": reply}])
+        result = scored("own", own, said, cot=cot)
+        assert (result["score"], result["unparsed"]) == (right, unparsed)
     gsm = write_jsonl(tmp_path / "g.jsonl", [{"question": "?", "answer": "so\n#### 1,200"}])
     for reply, right in (("1 + 2 = 1,200.00 $", 100), ("1200 or 12", 0), ("none", 0)):
         said = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": reply}])

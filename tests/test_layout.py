@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FLOORS = {
     **dict.fromkeys(["runtime"], -1),  # the base: anyone may import it
-    **dict.fromkeys(["vision", "losses", "tokenizer", "answers"], 0),
+    **dict.fromkeys(["vision", "losses", "tokenizer", "answers", "report"], 0),
     **dict.fromkeys(["model"], 1),
     **dict.fromkeys(["weights", "data"], 2),
     **dict.fromkeys(["generate", "bench"], 3),

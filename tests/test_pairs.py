@@ -224,6 +224,13 @@ def test_the_cap_is_over_both_kinds_with_wrong_answers_first():
     assert len(seen) == 12  # every possible pair gets its turn
 
 
+def test_empty_responses_are_counted_and_never_paired():
+    rows = [ROWS[0], {**ROWS[0], "response": " \n", "k": 9}]
+    judged = pairs.judge_group(rows, EXPECTED["mode"])
+    assert not judged.format and judged.counts["empty responses"] == 1
+    assert judged.counts["format responses"] == 1
+
+
 def test_gold_rationales_join_only_where_asked():
     rows = [{**ROWS[2], "rationale": "It is a van."}]  # answers B, gold is A
     modes = EXPECTED["mode"]

@@ -16,6 +16,7 @@ SHORTER = {
     "train.py": ["--max_steps", "2", "--batch_size", "16"],
     "train.py all": ["--max_steps", "20", "--batch_size", "8", "--save_every", "100"],
     "toy.py": ["--pairs", "16"],
+    "toy.py --story": ["--tiny", "--no-quick"],
     "sample": ["--prompts", "none", "--num_samples", "6", "--max_new_tokens", "48"],
     "dropout_ntp": ["--max_new_tokens", "48"],
     "eval.py generate": ["--max_new_tokens", "16"],
@@ -121,8 +122,22 @@ def test_a_command_of_the_readme_runs(world, command):
         assert stdout.strip() and "<|im_end|>" not in stdout
     if "--loss all" in command:
         check_rows(stdout)
+    if "--story" in command and "toy.py" in command:
+        check_story(world / "toy/story", stdout)
     if "train.py" in command and "--plan" not in command:
         assert "read back and equal to the trained policy" in stderr
+
+
+def check_story(folder, stdout):
+    """Base, pairs, three objectives and the report, through the ordinary scripts."""
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["row"] for row in results["rows"]] == ["base", "SFT", "DPO", "MPO"]
+    assert all(row["seeds"] == [1] for row in results["rows"])
+    assert results["pairs"]["1"]["correctness"]["pairs"] > 8
+    assert len(stdout.split("report: ")[1].splitlines()) == 2 + 4 + len(results["claims"])
+    log = (folder / "seed-1/rows/MPO/log.txt").read_text()
+    assert "$ python train.py" in log and "start check: rewards are 0" in log
+    assert "<h2>All rows</h2>" in (folder / "report.html").read_text()
 
 
 def check_rows(table):

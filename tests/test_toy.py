@@ -1,14 +1,34 @@
 """The toy world: real formats, learnable, and the same for the same seed."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from model import load_config
-from runtime import read_jsonl
+from runtime import InputError, read_jsonl
 from tokenizer import load_tokenizer
-from toy import Question, Thing, World, random_things, write_world
+from toy import (
+    TINY,
+    CommandFailed,
+    Question,
+    Story,
+    Thing,
+    ToyConfig,
+    World,
+    chain_of_thought,
+    describe,
+    draw,
+    hallucination,
+    random_things,
+    write_lessons,
+    write_model,
+    write_world,
+)
+from vision import preprocess
+from weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +102,58 @@ def test_pictures_hold_three_to_seven_objects_in_different_cells(tmp_path):
         assert 3 <= len(things) <= 7
         assert len({(t.col, t.row) for t in things}) == len(things)
         assert all(t.col < 6 for t in random_things(rng, 6))
+
+
+# --------------------------------------------------------------------------- the story
+
+SMALL = replace(TINY, pictures=12, dev=4, test=5, questions=6, direct_questions=3, described=4)
+
+
+def test_a_model_that_sees_starts_with_the_words_of_every_cell(tmp_path):
+    write_model(tmp_path, 3, sees=True)
+    model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+    words = model.language_model.model.tok_embeddings.weight
+    rng, found = np.random.default_rng(9), []
+    for _ in range(20):
+        things = random_things(rng)
+        cells = model.image_features(preprocess(draw(things, rng), 1, 24))[0]
+        for thing in things:
+            names = [tokenizer.token_id(f" {word}") for word in thing.words.split()]
+            nearest = (words @ cells[thing.row * 3 + thing.col] / words.norm(dim=1)).topk(3)
+            found.append(set(nearest.indices.tolist()) == set(names))
+    assert sum(found) / len(found) > 0.95
+
+
+def test_lessons_development_and_test_questions_share_no_picture(tmp_path):
+    write_lessons(tmp_path, 1, replace(SMALL, wide=0.5))
+    splits = ("direct", "steps", "dev", "tune", "test", "new")
+    shown = {
+        split: {r["image"] for _, r in read_jsonl(tmp_path / f"{split}.jsonl")} for split in splits
+    }
+    assert shown["direct"] == shown["steps"]  # several lessons a picture
+    apart = [shown[split] for split in splits[1:]]
+    assert sum(map(len, apart)) == len(set().union(*apart)) == 12 + 4 + 20 + 5 + 6
+    assert any("wide" in name for name in shown["test"])
+    assert load_config(tmp_path / "model").max_tiles >= 2
+
+
+def test_hallucination_counts_answers_and_mentions_of_what_is_not_there():
+    red, blue = Thing(0, 0, "red", "circle"), Thing(1, 2, "blue", "cross")
+    truth = {"a.png": [red.words], "b.png": [red.words, blue.words]}
+    said = [("a.png", describe([red, blue])), ("b.png", chain_of_thought([red, blue]))]
+    assert hallucination(said, truth) == {"responses": 50.0, "mentions": 25.0, "n": 2}
+    assert hallucination([("a.png", describe([]))], truth)["mentions"] == 0
+
+
+def test_a_script_that_fails_ends_the_story_with_its_command_and_last_lines(tmp_path):
+    story = Story(ToyConfig(out=tmp_path, story=True, tiny=True, seeds=(1,), jobs=1))
+    with pytest.raises(CommandFailed, match=r"(?s)train.py --lss=mpo.*unknown flag --lss"):
+        story.call(tmp_path / "log", "train.py", lss="mpo")
+
+
+def test_a_folder_holds_one_setting_of_the_story(tmp_path):
+    cfg = ToyConfig(out=tmp_path, story=True, tiny=True, seeds=(1,))
+    Story(cfg).start()
+    Story(cfg).start()
+    with pytest.raises(InputError, match="another pictures: pass another --out"):
+        Story(replace(cfg, tiny=False, quick=True)).start()

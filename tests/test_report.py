@@ -1,0 +1,136 @@
+"""The report of a story: every figure follows from the files."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import report
+from runtime import InputError
+
+FLAGS = {"loss": "mpo", "lr": 1e-3}
+
+
+def model(row, seed, direct, cot, malformed=0.0, shift=None, **more):
+    test = {"direct": {"score": direct, "malformed": 0.0, "n": 100}}
+    test["cot"] = {"score": cot, "malformed": malformed, "n": 100}
+    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": FLAGS, "test": test}
+    return record | {"describe": None, "chosen_shift": shift, "rejected_shift": shift} | more
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def write_model(folder, record, right):
+    """result.json, a short curve, and one answer a setting."""
+    write(folder / "result.json", record)
+    steps = [
+        {"step": i, "nll": 1 / (i + 1), "rewards/chosen": -i, "rewards/margin": i} for i in (0, 1)
+    ]
+    write(folder / "metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps))
+    for setting in ("direct", "cot"):
+        answer = {"id": "test-0", "response": f"<b>{record['row']}</b>"}
+        write(folder / f"test-{setting}/answers.jsonl", json.dumps(answer) + "\n")
+        item = {"id": "test-0", "correct": right}
+        write(folder / f"test-{setting}/items.jsonl", json.dumps(item) + "\n")
+
+
+@pytest.fixture
+def story(tmp_path):
+    """Two seeds with a base, SFT, DPO and MPO; the second one's DPO is not there yet."""
+    about = {"settings": {"steps": 2}, "seeds": [1, 2], "quick": False, "date": "2026-01-02"}
+    about |= {"machine": "a laptop", "commit": "abc", "torch": "2"}
+    write(tmp_path / "story.json", about)
+    for seed, more in ((1, 0.0), (2, 4.0)):
+        folder = tmp_path / f"seed-{seed}"
+        rates = {"n": 100, "mentions": 2.0, "responses": 4.0}
+        lost = {"n": 100, "mentions": 10.0, "responses": 6.0}
+        dropout = {"0.5": {"pairs": 100, "chosen": rates, "rejected": lost}}
+        write(folder / "pairs.json", {"dropout": dropout})
+        question = {"id": "test-0", "image": "a.png", "question": "How many?", "answer": "3"}
+        write(folder / "test.jsonl", json.dumps(question) + "\n")
+        (folder / "images").mkdir()
+        Image.new("RGB", (24, 24), "red").save(folder / "images/a.png")
+        write_model(folder, model("base", seed, 60.0, 50.0 + more), False)
+        rows = [model("SFT", seed, 62.0, 60.0 + more)]
+        rows.append(model("MPO", seed, 66.0, 63.0 + more, 1.0, -0.5))
+        if seed == 1:
+            rows.append(model("DPO", seed, 55.0, 45.0, 8.0, -3.0))
+        for row in rows:
+            write_model(folder / "rows" / row["row"], row, row["row"] == "MPO")
+    return tmp_path
+
+
+def test_rows_stand_in_the_papers_order_with_means_and_paired_differences(story):
+    lines = report.tables(report.collect(story))
+    assert [line["row"] for line in lines] == ["base", "SFT", "DPO", "MPO"]
+    mpo = lines[-1]
+    assert (mpo["cot"], mpo["seeds"], mpo["paper"]) == (65.0, [1, 2], (77.7, 79.1))
+    assert mpo["cot_std"] == pytest.approx(8**0.5)
+    assert (mpo["cot_minus_base"], mpo["cot_minus_base_se"]) == (13.0, 0.0)
+    assert mpo["cot_minus_SFT"] == 3.0
+    assert lines[2]["cot_std"] is None  # one seed has no spread
+
+
+def test_claims_are_judged_on_every_seed_or_on_the_mean_as_they_say(story):
+    found = {g.claim.split(" (")[0]: g for g in report.gates(report.collect(story))}
+    verdicts = {claim: g.verdict for claim, g in found.items()}
+    assert verdicts["MPO improves chain of thought"] == "agrees"
+    assert found["MPO improves chain of thought"].values == {1: 13.0, 2: 13.0}
+    assert verdicts["MPO beats DPO"] == "agrees"  # on the seed that has both
+    assert verdicts["DPO lowers the log-prob of chosen answers more than MPO"] == "agrees"
+    base = found["The base answers worse with a chain of thought than directly"]
+    assert base.values == {1: -10.0, 2: -6.0} and base.holds
+    assert verdicts["After MPO a chain of thought is better than a direct answer"] == "fails"
+    assert verdicts["DropoutNTP pairs lower hallucination"] == "not run"
+    made_up = [g for g in report.gates(report.collect(story)) if "make up" in g.claim]
+    assert [g.number for g in made_up] == [5.0, 1.5]
+    assert [g.verdict for g in made_up] == ["agrees", "fails"]
+
+
+def test_a_claim_fails_where_a_single_seed_misses_it(story):
+    path = story / "seed-2/rows/MPO/result.json"
+    write(path, model("MPO", 2, 66.0, 65.0, 0.0, -0.5))
+    found = {g.claim.split(" (")[0]: g for g in report.gates(report.collect(story))}
+    assert found["MPO improves chain of thought"].values == {1: 13.0, 2: 11.0}
+    assert found["MPO improves chain of thought"].verdict == "fails"
+
+
+def test_orderings_count_pairs_that_the_paper_sets_apart(story):
+    order = report.orderings(report.tables(report.collect(story)))
+    # base < SFT < DPO < MPO in the paper; here DPO is last
+    assert (order["agree"], order["of"], order["rows"]) == (4, 6, 4)
+    assert order["spearman"] == pytest.approx(0.4)
+
+
+def test_the_page_is_one_file_with_escaped_answers_and_names_what_is_missing(story):
+    page = report.write_report(story).read_text()
+    assert "Not there yet: DPO, seed 2" in page
+    assert "&lt;b&gt;MPO&lt;/b&gt; (right)" in page and "<b>MPO</b> cot" in page
+    assert page.count("data:image/png;base64,") == 3  # two plots and one picture
+    assert "http" not in page and "<script" not in page
+    results = json.loads((story / "results.json").read_text())
+    assert results["rows"][-1]["cot"] == 65.0 and len(results["claims"]) == 10
+
+
+def test_ablations_stand_beside_the_plain_run(story):
+    for value, cot in (("0.5", 61.0), ("2.0", 64.0)):
+        record = model("MPO", 1, 60.0, cot, study="w_g", value=value)
+        write(story / f"seed-1/ablate/w_g={value}/result.json", record)
+    lines = report.ablation_lines(report.collect(story))
+    assert [(line["value"], report.cot(line["result"])) for line in lines] == [
+        ("0.5", 61.0),
+        ("1.0", 63.0),
+        ("2.0", 64.0),
+    ]
+    assert "ablations" in report.write_report(story).read_text()
+
+
+def test_a_folder_without_a_story_or_with_a_broken_file_is_named(tmp_path, story):
+    with pytest.raises(InputError, match="story.json; run `python toy.py --story`"):
+        report.collect(tmp_path / "none")
+    write(story / "seed-1/rows/MPO/result.json", {"row": "MPO"})
+    with pytest.raises(InputError, match="MPO/result.json: no 'seed'"):
+        report.collect(story)
