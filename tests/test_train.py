@@ -370,7 +370,7 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine():
 def test_a_constant_rate_may_be_prolonged_and_falls_at_the_end(base, toy):
     cfg = replace(base, decay=2, warmup=2.0, lr=1.0)
     assert [lr_at(step, 8, cfg) for step in range(8)] == [0, 0.5, 1, 1, 1, 1, 2 / 3, 1 / 3]
-    short = replace(base, decay=0, warmup=2.0, max_steps=3, loss="sft", out_dir=toy / "prolonged")
+    short = replace(base, decay=0, warmup=2.0, max_steps=3, epochs=2, out_dir=toy / "prolonged")
     whole = replace(short, max_steps=5, decay=2, out_dir=toy / "whole")
     run_here(short)
     assert run_here(replace(short, max_steps=5, decay=2)) == run_here(whole)
