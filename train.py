@@ -92,9 +92,9 @@ from runtime import (
 )
 from tokenizer import load_tokenizer
 from weights import (
+    CheckpointWriter,
     checkpoint_state,
     empty_model,
-    keep_newest,
     load_checkpoint,
     load_weights,
     local,
@@ -102,7 +102,6 @@ from weights import (
     named_tensors,
     newest_checkpoint,
     official_name,
-    save_checkpoint,
     save_model,
     weight_files,
     whole,
@@ -166,6 +165,9 @@ class TrainConfig:
     replicate: int = flag(1, "groups of GPUs with a whole copy each, sharded within (HSDP)")
     save_every: int = flag(200, "steps between checkpoints")
     keep: int = flag(2, "checkpoints kept")
+    async_save: Literal["auto", "on", "off"] = flag(
+        "auto", "write checkpoints while training goes on; auto = beside a GPU"
+    )
     seed: int = flag(42, "order of the data, stochastic depth")
     gpu_memory: float = flag(0.0, "GB a GPU has; 0 = ask the device")
     plan: bool = flag(False, "only print what a run would need a GPU, without weights")
@@ -190,8 +192,8 @@ class TrainConfig:
 
 # flags that may differ between a run and its continuation
 FREE_FLAGS = set(
-    """out_dir reference_cache save_every keep compile recompute head_rows model_dir replicate
-    gpu_memory plan bench size gpus""".split()
+    """out_dir reference_cache save_every keep async_save compile recompute head_rows model_dir
+    replicate gpu_memory plan bench size gpus""".split()
 )
 
 
@@ -1051,6 +1053,10 @@ def train(cfg: TrainConfig, process: Process) -> None:
         process.say(f"continuing after step {done}")
     if process.is_main:
         write_atomic(cfg.out_dir / "config.json", config_json(cfg))
+    background = (
+        process.device.type == "cuda" if cfg.async_save == "auto" else cfg.async_save == "on"
+    )
+    writer = CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
     log = MetricsLog(cfg.out_dir, process, total, done)
     history, told = log.kept, set()
 
@@ -1091,12 +1097,14 @@ def train(cfg: TrainConfig, process: Process) -> None:
         last, stop = step.number + 1 == total, asked_to_stop(process)
         if last or stop or (step.number + 1) % cfg.save_every == 0:
             state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
-            save_checkpoint(cfg.out_dir / "checkpoints", step.number + 1, tensors, state)
-            keep_newest(cfg.out_dir / "checkpoints", cfg.keep)
+            writer.save(step.number + 1, tensors, state)
+        writer.settle()
         if stop and not last:
+            writer.finish()
             process.say(f"asked to stop: saved step {step.number + 1}; the same command continues")
             log.close()
             return
+    writer.finish()
     log.close()
     merge_adapters(policy)
     save_model(policy, cfg.out_dir / "model", like=cfg.model_dir)

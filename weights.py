@@ -3,7 +3,7 @@
     load_model                 a folder in the official layout -> the model, every key accounted for
     load_weights               the same, straight into a model that may be sharded over processes
     save_model                 back into the official layout: names, dtypes, shards, index
-    save_checkpoint, ...       model + AdamW + run state, complete or absent, for any process count
+    CheckpointWriter, ...      model + AdamW + run state, complete or absent, for any process count
     export                     the layouts of other programs:
                                python weights.py export --model_dir M --like ORIG --out DIR
 
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +189,16 @@ def is_writer() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def all_of(here: bool) -> bool:
+    """Whether it holds in every process."""
+    if not dist.is_initialized():
+        return here
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor(float(here), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -291,43 +302,71 @@ def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
     return number, meshes[0].size(-1), not any(replica)
 
 
-@torch.no_grad()
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
-    """Write <folder>/step-<n>, complete or absent.  Every process calls it with its own shards.
+class CheckpointWriter:
+    """Writes <folder>/step-<n>, complete or absent, and keeps the newest `keep` of them.
 
-    `state` is plain JSON; "world" and "shapes" are added.
+    In the background a thread writes a copy in host memory while training goes on: worth it where
+    the copy is fast and the disk slow, as beside a GPU.  The checkpoint counts once every process
+    has written its shard and process 0 has renamed the folder; only the main thread talks to other
+    processes, in `save`, `settle` and `finish`.
     """
-    final = Path(folder) / f"step-{step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
-    number, count, ours = shard_place(tensors)
-    if is_writer():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    path = partial / f"shard-{number:03d}-of-{count:03d}.safetensors"
-    if ours:
-        write_tensors({name: local(t).contiguous() for name, t in tensors.items()}, path)
-    barrier()
-    if is_writer():
+
+    def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self.pool = ThreadPoolExecutor(1) if background else None
+        self.pending: tuple[Path, dict, Future | None] | None = None
+
+    @torch.no_grad()
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
+        """Every process calls it with its own shards; `state` is plain JSON, "world" and "shapes"
+        are added.  OSError where the disk is full, in the background at the next call."""
+        self.finish()
+        partial = self.folder / f".step-{step:08d}.partial"
+        number, count, ours = shard_place(tensors)
+        if is_writer():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier()
+        path = partial / f"shard-{number:03d}-of-{count:03d}.safetensors"
         shapes = {name: list(t.shape) for name, t in tensors.items()}
-        text = json.dumps({**state, "step": step, "world": count, "shapes": shapes})
-        write_atomic(partial / "state.json", text)
-        replace_folder(partial, final)
-    barrier()
-    return final
+        state = {**state, "step": step, "world": count, "shapes": shapes}
+        self.pending = (partial, state, None)
+        if ours and self.pool:
+            shard = {name: local(t).to("cpu", copy=True) for name, t in tensors.items()}
+            self.pending = (partial, state, self.pool.submit(write_tensors, shard, path))
+        elif ours:
+            write_tensors({name: local(t).contiguous() for name, t in tensors.items()}, path)
+        if not self.pool:
+            self.finish()
+
+    def settle(self) -> None:
+        """Once a step: complete a checkpoint that all processes have written by now."""
+        if self.pending:
+            written = self.pending[2] is None or self.pending[2].done()
+            if all_of(written):
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way and complete it."""
+        if not self.pending:
+            return
+        partial, state, future = self.pending
+        self.pending = None
+        if future:
+            future.result()
+        barrier()
+        if is_writer():
+            write_atomic(partial / "state.json", json.dumps(state))
+            replace_folder(partial, self.folder / f"step-{state['step']:08d}")
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        barrier()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step; half-written ones have another name."""
     found = sorted(p for p in Path(folder).glob("step-*") if (p / "state.json").is_file())
     return found[-1] if found else None
-
-
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    if is_writer():
-        for old in sorted(Path(folder).glob("step-*"))[:-count]:
-            shutil.rmtree(old)
 
 
 def checkpoint_state(checkpoint: Path) -> dict:

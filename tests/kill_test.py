@@ -2,9 +2,10 @@
 
     python tests/kill_test.py --kills 20
 
-Each kill falls into the reference pass, a step, a checkpoint or the export, at a moment drawn
-from the length of an uninterrupted run; the same command then continues until it ends.  In the
-end the last checkpoint and the exported model must equal the uninterrupted run's byte for byte.
+Each run is killed four times: in the pass of the reference, in a checkpoint, at a moment drawn from
+the length of an uninterrupted run, and in the export; the same command then continues until it
+ends.  In the end the last checkpoint and the exported model must equal the uninterrupted run's
+byte for byte.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,16 +34,12 @@ def contents(out_dir: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in files if p.suffix == ".safetensors"}
 
 
-def stage_of(out_dir: Path) -> str:
+def stage_of(out_dir: Path, since: int) -> str:
     """Where a run was when it was killed, from what lies in its folder."""
-    if (out_dir / ".model.partial").exists():
-        return "export"
-    if list((out_dir / "checkpoints").glob(".step-*")):
-        return "checkpoint"
-    metrics = out_dir / "metrics.jsonl"
-    if metrics.exists():
-        return f"step {len(metrics.read_bytes().splitlines()) + 1}"
-    return "reference pass" if (out_dir / "reference").exists() else "start"
+    for place in ("export", "checkpoint"):
+        if reached(out_dir, place, since):
+            return place
+    return "step" if (out_dir / "config.json").exists() else "reference pass"
 
 
 def finish(cfg: TrainConfig) -> float:
@@ -55,24 +53,35 @@ def finish(cfg: TrainConfig) -> float:
     return time.time() - began
 
 
-def kill(cfg: TrainConfig, after: float) -> str:
-    """Start the run and kill both processes `after` seconds after its first new file."""
-    forks, old = start_forks(2, train_here, cfg), stamp(cfg.out_dir)
-    while stamp(cfg.out_dir) == old and all(fork.is_alive() for fork in forks):
-        time.sleep(0.001)
-    time.sleep(after)
+MARKS = {  # files that stand in out_dir only while a run is in that place
+    "reference pass": "reference/part-*.jsonl",
+    "checkpoint": "checkpoints/.step-*.partial",
+    "export": ".model.partial",
+}
+
+
+def reached(out_dir: Path, place: str, since: int) -> bool:
+    """Whether a file of that place was made or written after `since` (ns)."""
+    marks = out_dir.glob(MARKS.get(place, "config.json"))
+    try:
+        return any(m.stat().st_mtime_ns > since and (m.is_dir() or m.stat().st_size) for m in marks)
+    except FileNotFoundError:  # gone between glob and stat
+        return False
+
+
+def kill(cfg: TrainConfig, place: str, wait: float) -> str:
+    """Start the run, wait for `place` and `wait` seconds more, kill both; says where they were."""
+    since = time.time_ns()
+    forks = start_forks(2, train_here, cfg)
+    while not reached(cfg.out_dir, place, since) and any(fork.is_alive() for fork in forks):
+        pass
+    time.sleep(wait)
     ended = not any(fork.is_alive() for fork in forks)
     for fork in forks:
         fork.kill()
     for fork in forks:
         fork.join()
-    return "already ended" if ended else stage_of(cfg.out_dir)
-
-
-def stamp(out_dir: Path) -> int:
-    path = out_dir / "config.json"  # written anew by every start, after the reference pass
-    first = out_dir / "reference" / "run.json"
-    return sum(p.stat().st_mtime_ns for p in (path, first) if p.exists())
+    return "already ended" if ended else stage_of(cfg.out_dir, since)
 
 
 def main() -> None:
@@ -98,21 +107,23 @@ def main() -> None:
         seconds = finish(cfg)
         expected = contents(cfg.out_dir)
         print(f"uninterrupted: {seconds:.1f} s, {len(expected)} files", flush=True)
-        number, done = 0, 0
-        while done < args.kills:
-            number += 1
+        places, done, runs = Counter(), 0, -(-args.kills // 4)
+        for number in range(1, runs + 1):
             run = replace(cfg, out_dir=folder / f"killed-{number}")
-            for _ in range(min(3, args.kills - done)):  # up to three kills of one run
-                stage = kill(run, draw.uniform(0, seconds))
+            for place in ("reference pass", "checkpoint", "any", "export")[: args.kills - done]:
+                wait = draw.uniform(0, seconds) if place == "any" else draw.uniform(0, 0.002)
+                found = kill(run, place, wait)
                 done += 1
-                print(f"kill {done}: run {number}, in: {stage}", flush=True)
+                places[found] += 1
+                print(f"kill {done}: run {number}, wanted: {place}, was in: {found}", flush=True)
             finish(run)
             found = contents(run.out_dir)
             assert found.keys() == expected.keys(), (sorted(found), sorted(expected))
             differ = [n for n in expected if found[n] != expected[n]]
             assert not differ, f"run {number} differs in {differ}"
             print(f"run {number}: equal to the uninterrupted run, bit for bit", flush=True)
-    print(f"{done} kills, {number} runs: every one equal, bit for bit")
+    where = ", ".join(f"{count} in: {place}" for place, count in places.most_common())
+    print(f"{done} kills ({where}), {runs} runs: every one equal, bit for bit")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_a_killed_run_continues_bit_for_bit(base, toy):
 def test_a_killed_run_of_two_processes_continues_bit_for_bit(base, toy):
     straight = replace(base, out_dir=toy / "two-straight", drop_path=0.2)
     expected = run_there(straight, 2)
-    killed = replace(straight, out_dir=toy / "two-killed")
+    killed = replace(straight, out_dir=toy / "two-killed", async_save="on")
     kill_after(killed, 2, 3)
     assert run_there(killed, 2) == expected
     for name, w in weights(killed).items():

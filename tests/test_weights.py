@@ -2,21 +2,22 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 from conftest import OURS
 from safetensors.torch import load_file, save_file
 
+import weights
 from runtime import InputError
 from weights import (
     INDEX,
-    keep_newest,
+    CheckpointWriter,
     load_checkpoint,
     load_config,
     load_model,
     newest_checkpoint,
-    save_checkpoint,
     save_model,
 )
 
@@ -143,17 +144,21 @@ def test_the_config_of_the_release_is_read():
 
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
     tensors = {"a": torch.arange(7.0)}
-    save_checkpoint(tmp_path, 3, tensors, {"x": 1})
+    CheckpointWriter(tmp_path, 2).save(3, tensors, {"x": 1})
     partial = tmp_path / ".step-00000009.partial"
     shutil.copytree(tmp_path / "step-00000003", partial)
     (tmp_path / "step-00000005").mkdir()  # without its state.json
     assert newest_checkpoint(tmp_path).name == "step-00000003"
 
 
-def test_checkpoints_come_back_exactly_and_only_the_newest_are_kept(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_checkpoints_come_back_exactly_and_only_the_newest_are_kept(tmp_path, background):
+    writer, tensors = CheckpointWriter(tmp_path, 2, background), {"a": torch.zeros(5, 2)}
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {"a": torch.full((5, 2), step / 3)}, {"x": step})
-    keep_newest(tmp_path, 2)
+        tensors["a"].fill_(step / 3)
+        writer.save(step, tensors, {"x": step})
+        tensors["a"].fill_(9)  # training goes on: what is written is the moment of `save`
+    writer.finish()
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
     into = {"a": torch.zeros(5, 2)}
     state = load_checkpoint(newest_checkpoint(tmp_path), into)
@@ -161,8 +166,37 @@ def test_checkpoints_come_back_exactly_and_only_the_newest_are_kept(tmp_path):
     assert torch.equal(into["a"], torch.full((5, 2), 1.0))
 
 
+def test_a_checkpoint_in_the_background_counts_once_it_is_written(tmp_path, monkeypatch):
+    writer, gate = CheckpointWriter(tmp_path, 2, background=True), threading.Event()
+    real = weights.write_tensors
+    monkeypatch.setattr(weights, "write_tensors", lambda *a: (gate.wait(20), real(*a)))
+    writer.save(1, {"a": torch.zeros(3)}, {})
+    writer.settle()
+    assert newest_checkpoint(tmp_path) is None
+    gate.set()
+    while newest_checkpoint(tmp_path) is None:
+        writer.settle()
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_a_full_disk_in_the_background_is_told_and_spares_the_last_one(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, 2, background=True)
+    writer.save(1, {"a": torch.zeros(3)}, {})
+    writer.finish()
+
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    writer.save(2, {"a": torch.ones(3)}, {})
+    with pytest.raises(OSError, match="shard-000-of-001.*No space.*saved before is intact"):
+        writer.finish()
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    checkpoint = save_checkpoint(tmp_path, 1, {"a": torch.zeros(3)}, {})
+    CheckpointWriter(tmp_path, 1).save(1, {"a": torch.zeros(3)}, {})
+    checkpoint = newest_checkpoint(tmp_path)
     with pytest.raises(InputError, match=r"a has shape \[3\], this run \[4\]"):
         load_checkpoint(checkpoint, {"a": torch.zeros(4)})
     with pytest.raises(InputError, match="1 missing \\(b\\), 1 unexpected \\(a\\)"):
