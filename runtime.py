@@ -163,7 +163,7 @@ class Process:
         import torch  # noqa: PLC0415  (see the module docstring)
         import torch.distributed as dist  # noqa: PLC0415
 
-        shared = torch.tensor(number if self.is_main else 0, device=self.device)
+        shared = torch.tensor(int(number) if self.is_main else 0, device=self.device)
         dist.all_reduce(shared)
         return int(shared)
 

@@ -15,6 +15,8 @@ times; the loss does not depend on how pairs fall on processes; BCO's shift is u
 after use, and is part of the checkpoint (losses.py says why); weight decay spares vectors.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -22,7 +24,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
@@ -107,6 +109,7 @@ from weights import (
     whole,
 )
 
+LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
 
 
@@ -562,16 +565,22 @@ class CachedReference:
                     "another --reference_cache, or delete that folder"
                 )
         self.logps: dict[str, float] = {}
-        for part in sorted(folder.glob("part-*.jsonl")):
-            for record in read_whole_lines(part)[0]:
-                self.logps[record["key"]] = record["logp"]
-        dist.barrier()  # nobody appends before everybody has read
 
     @torch.no_grad()
     def fill(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
         """Score what is missing, with the policy before its first step: it is the reference."""
-        process = self.process
-        todo, seen = [], set(self.logps)
+        with alone_in(self.folder, self.process, math.inf):
+            self.read()  # another run may have scored them meanwhile
+            self.score_missing(policy, data, total, cfg)
+
+    def read(self) -> None:
+        for part in sorted(self.folder.glob("part-*.jsonl")):
+            for record in read_whole_lines(part)[0]:
+                self.logps[record["key"]] = record["logp"]
+        dist.barrier()  # nobody appends before everybody has read
+
+    def score_missing(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
+        process, todo, seen = self.process, [], set(self.logps)
         for step in range(total):
             for pack in data.plan(step)[0]:
                 keys = [key for tree in pack for key in response_keys(tree)]
@@ -595,9 +604,7 @@ class CachedReference:
         policy.train()
         policy.reshard()  # a forward without backward leaves the root's parameters gathered
         dist.barrier()
-        for path in sorted(self.folder.glob("part-*.jsonl")):
-            for record in read_whole_lines(path)[0]:
-                self.logps[record["key"]] = record["logp"]
+        self.read()
 
     def __call__(self, pack: Pack, cfg: TrainConfig, process: Process) -> Tensor:
         blank = pack.where == [BLANK]
@@ -1031,7 +1038,38 @@ def make_reference(
     return reference
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path, process: Process, seconds: float) -> Iterator[None]:
+    """One run at a time: wait `seconds` for another one that works in `folder`, then refuse.
+
+    The kernel lifts the lock when its process ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "wb") as file:
+        locked, told, began = not process.is_main, False, time.monotonic()
+        while not locked and time.monotonic() - began < seconds:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                if not told:
+                    process.say(f"{folder}: waiting for another run that works there")
+                told = True
+                time.sleep(0.1)
+        if not process.agree(locked):
+            raise InputError(
+                f"{folder}: another run works there; wait for it, end it, or pass another --out_dir"
+            )
+        yield
+
+
 def train(cfg: TrainConfig, process: Process) -> None:
+    """One run in its folder; processes of a killed one may take a moment to end."""
+    with alone_in(cfg.out_dir, process, LOCK_SECONDS):
+        train_in_folder(cfg, process)
+
+
+def train_in_folder(cfg: TrainConfig, process: Process) -> None:
     """The whole run: data, policy, reference, the steps, the export."""
     terms = parse_objective(cfg.loss)
     smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing

@@ -1,5 +1,6 @@
 """The training loop: the same update for any number of processes, and nothing lost on a crash."""
 
+import fcntl
 import json
 import math
 import signal
@@ -210,6 +211,17 @@ def test_a_checkpoint_of_two_processes_continues_in_one(straight, base, toy):
     close(run_here(mixed), metrics)
     for name, w in weights(mixed).items():
         torch.testing.assert_close(w, weights(cfg)[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_two_runs_do_not_write_one_folder(base, toy, monkeypatch):
+    cfg = replace(base, out_dir=toy / "taken")
+    cfg.out_dir.mkdir()
+    monkeypatch.setattr("train.LOCK_SECONDS", 0.3)
+    with open(cfg.out_dir / ".lock", "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="taken: another run works there; wait"):
+            train_here(cfg)
+    train_here(replace(cfg, max_steps=1))
 
 
 def test_sigterm_saves_and_ends_cleanly(base, toy, straight):
