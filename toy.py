@@ -463,13 +463,17 @@ TUNING_SEED = 100
 BETA = 0.1
 RATIOS = (0.25, 0.5, 0.75)
 SPEED = {"pack_tokens": 1280, "recompute": "off", "drop_path": 0.0, "head_rows": 256}
-CHOSEN_RATES = dict.fromkeys(ROWS, 1e-3)  # what `--tune` found
+CHOSEN_RATES = {  # what `--tune` found
+    "SFT": 1e-3, "DPO": 2.5e-4, "RSO": 2.5e-4, "IPO": 2.5e-4, "cDPO": 2.5e-4, "RobustDPO": 2.5e-4,
+    "BCO": 2.5e-4, "SPPO": 1e-3, "AOT": 2.5e-4, "TR-DPO": 2.5e-4, "ORPO": 1e-3, "DPO+": 1e-3,
+    "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 1e-3, "AOT+": 2e-3, "MPO": 2e-3,
+}  # fmt: skip
 QUICK_ROWS = ("SFT", "DPO", "MPO")
 WITH_DROPOUT = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 DESCRIBED = ("base", *QUICK_ROWS, WITH_DROPOUT)  # rows whose descriptions are measured, too
 ABLATIONS: dict[str, dict[str, dict]] = {  # the paper's Figure 4 and Table 9; flags of MPO
     "data scale": {str(share): {"limit": share} for share in (0.1, 0.4, 0.7)},
-    "learning rate": {str(lr): {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
+    "learning rate": {str(lr): {"lr": lr} for lr in (2e-4, 8e-4, 8e-3, 2e-2)},
     "w_p : w_q": {
         f"{p}:{q}": {"loss": f"{p / (p + q):g}*dpo+{q / (p + q):g}*bco+sft"}
         for p, q in ((1, 1), (3, 1), (5, 1), (9, 1))
@@ -828,8 +832,9 @@ class Story:
         """Train one objective from the base and measure it."""
         if not (cached := (folder / "result.json").exists()):
             began, r, start = time.time(), self.recipe, self.of(seed)
-            of_row = ROWS.get(name, {"loss": "mpo" if name == WITH_DROPOUT else name})
-            flags = dict(of_row) | {"lr": CHOSEN_RATES.get(name, 1e-3)} | more.get("flags", {})
+            of_paper = "MPO" if name == WITH_DROPOUT else name
+            of_row = ROWS.get(of_paper, {"loss": name})
+            flags = dict(of_row) | {"lr": CHOSEN_RATES.get(of_paper, 1e-3)} | more.get("flags", {})
             ratio = flags.pop("keep_ratio", self.recipe.keep_ratio)
             meta, cache = start / "pairs/meta.json", start / "reference"
             if name == WITH_DROPOUT:
