@@ -10,8 +10,7 @@ demo: .venv/installed
 	$(BIN)/python toy.py --out $(TOY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train.py --config $(TOY)/train.json
 	$(BIN)/python generate.py --model_dir $(TOY)/run/model --image $(TOY)/images/square-00000.png \
-	    --question "$$(printf 'How many red objects are there?\nAnswer the question using a single word or phrase.')" \
-	    --max_new_tokens 40 --temperature 0
+	    --question "How many red objects are there? Answer the question using a single word or phrase." --max_new_tokens 40 --temperature 0
 	@echo "above: the answer of a model that has seen 240 pairs four times: a number, often wrong"
 
 # the paper in miniature: every objective on three seeds, and a report; about 40 minutes on two cores

@@ -76,6 +76,7 @@ SIDE = 3  # cells along one side of a tile
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
 STEPS, DIRECT = PROMPTS["en"], PROMPTS["direct"]
+ON_ONE_LINE = DIRECT.replace("\n", " ")  # to type in a shell
 DESCRIBE = "Describe the image."
 
 
@@ -187,7 +188,7 @@ def build_tokenizer() -> JsonTokenizer:
 
     The long instructions that every question repeats are one piece each: they cost one token.
     """
-    instructions = [prompt.replace("{question}", "") for prompt in (STEPS, DIRECT)]
+    instructions = [prompt.replace("{question}", "") for prompt in (STEPS, DIRECT, ON_ONE_LINE)]
     pieces = "|".join(map(re.escape, instructions)) + r"| ?[A-Za-z0-9]+|[^A-Za-z0-9]"
     split = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     words = {piece for text in all_texts() for piece, _ in split.pre_tokenize_str(text)}
@@ -357,7 +358,7 @@ class World:
         else:
             wrong = [*right, *random_things(rng)[:1]]
         say = chain_of_thought if with_steps else direct
-        prompt = STEPS if with_steps else DIRECT
+        prompt = STEPS if with_steps else ON_ONE_LINE
         return {
             "image": name,
             "question": "<image>\n" + prompt.replace("{question}", question.text),
