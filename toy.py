@@ -660,13 +660,13 @@ class Story:
             raise CommandFailed(f"python {shlex.join(argv)}\nends with{shown}\nin {folder}/log.txt")
         self.together()
 
-    def tell(self, seed: int, what: str, units: int, cached: bool = False) -> None:
+    def tell(self, seed: int, what: str, units: float, cached: bool = False) -> None:
         """A line a stage, with the time left; what was there already took no time."""
         with self.lock:
             self.done += 0 if cached else units
             self.units -= units if cached else 0
             spent = time.time() - self.began
-            left = spent / max(1, self.done) * max(0, self.units - self.done)
+            left = spent / max(0.5, self.done) * max(0, self.units - self.done)
             if self.rank == 0:
                 print(f"{clock(spent)}  seed {seed}  {what}  (left {clock(left)})", flush=True)
 
@@ -720,7 +720,7 @@ class Story:
             if self.rank == 0:
                 write_lines(folder / "legs.jsonl", legs)
             said = f"{scores['direct']['score']:.1f} Direct, {scores['cot']['score']:.1f} CoT"
-            self.tell(seed, f"base, step {steps}: {said} (development questions)", 0)
+            self.tell(seed, f"base, step {steps}: {said} (development questions)", 0.5)
 
     def describe(self, model: Path, folder: Path, seed: int, questions: str) -> list[dict]:
         """Greedy descriptions of pictures, as rows of a part file."""
@@ -803,7 +803,7 @@ class Story:
             legs = read_whole_lines(folder / "base/legs.jsonl")[0]
             more = {"dev": {k: legs[-1][k] for k in ("direct", "cot")}, "steps": legs[-1]["steps"]}
             self.result(folder, seed, "base", folder / "base/model", **more)
-        self.tell(seed, f"base, {self.shown(folder)}", 6, cached)
+        self.tell(seed, f"base, {self.shown(folder)}", 1, cached)
         if not (cached := (folder / "pairs.json").exists()):
             self.pairs(seed)
             dropout = {}
@@ -903,7 +903,8 @@ class Story:
         found = [(name, self.row_folder(seed, name), {}) for name in self.rows()[1:]]
         if self.cfg.tune:
             found = [self.trial(name, seed, lr) for name in self.rows() for lr in RATES]
-        for study, values in ABLATIONS.items() if self.cfg.ablate else ():
+        ablate = self.cfg.ablate and seed == self.cfg.seeds[0]
+        for study, values in ABLATIONS.items() if ablate else ():
             name = WITH_DROPOUT if study == "keep ratio" else "MPO"
             for value, flags in values.items():
                 more = {"study": study, "value": value, "flags": flags}

@@ -112,20 +112,55 @@ def test_the_page_is_one_file_with_escaped_answers_and_names_what_is_missing(sto
     assert page.count("data:image/png;base64,") == 3  # two plots and one picture
     assert "http" not in page and "<script" not in page
     results = json.loads((story / "results.json").read_text())
-    assert results["rows"][-1]["cot"] == 65.0 and len(results["claims"]) == 10
+    assert results["rows"][-1]["cot"] == 65.0 and len(results["claims"]) == 11
 
 
-def test_ablations_stand_beside_the_plain_run(story):
-    for value, cot in (("0.5", 61.0), ("2.0", 64.0)):
-        record = model("MPO", 1, 60.0, cot, study="w_g", value=value)
-        write(story / f"seed-1/ablate/w_g={value}/result.json", record)
+def test_an_ablated_value_is_one_line_over_its_seeds_beside_the_plain_run(story):
+    for seed, more in ((1, 0.0), (2, 4.0)):
+        for value, cot in (("0.5", 61.0), ("1", 63.0), ("2.0", 64.0)):  # 1 is the plain run's
+            record = model("MPO", seed, 60.0, cot + more, study="w_g", value=value)
+            write(story / f"seed-{seed}/ablate/w_g={value}/result.json", record)
+    record = model(report.NTP, 1, 60.0, 61.0, study="keep ratio", value="0.25")  # not described
+    write(story / "seed-1/ablate/keep/result.json", record)
     lines = report.ablation_lines(report.collect(story))
-    assert [(line["value"], report.cot(line["result"])) for line in lines] == [
-        ("0.5", 61.0),
-        ("1.0", 63.0),
-        ("2.0", 64.0),
-    ]
-    assert "ablations" in report.write_report(story).read_text()
+    shown = [(line["value"], line["cot"], line["seeds"]) for line in lines]
+    assert shown[1:] == [("0.5", 63.0, [1, 2]), ("1", 65.0, [1, 2]), ("2.0", 66.0, [1, 2])]
+    assert shown[0] == ("0.25", 61.0, [1]) and lines[0]["paper"] == (9.3, 4.8)
+    assert "0.01, 0.5, 1, 2, 5" in report.write_report(story).read_text()
+    assert (story / "ablations.png").exists()
+
+
+def test_a_verdict_on_some_of_the_seeds_says_so(story):
+    text = report.summary(report.collect(story))
+    assert (
+        "MPO beats DPO (CoT, MPO - DPO): +18.0 [+18.0] >= +8 on average (on 1 of 2 seeds)" in text
+    )
+    assert text.count("(on 1 of 2 seeds)") == 2  # both of DPO's
+
+
+def test_open_questions_are_not_counted_among_the_claims(story):
+    c = report.collect(story)
+    assert sum(g.open for g in report.gates(c)) == 3
+    assert "7 of 8 claims of the paper that were tested here agree, and 0 of 1" in report.headline(
+        c
+    )
+
+
+def test_equal_scores_leave_the_rank_correlation_open(story):
+    for path in story.glob("seed-*/**/result.json"):
+        record = json.loads(path.read_text())
+        record["test"]["cot"]["score"] = 0.0  # a story that learned nothing still has a report
+        write(path, record)
+    assert report.orderings(report.tables(report.collect(story)))["spearman"] is None
+    assert "rank correlation -" in report.write_report(story).read_text()
+
+
+def test_the_same_folder_gives_the_same_page_and_numbers(story):
+    def written():
+        report.write_report(story)
+        return [(story / name).read_bytes() for name in ("results.json", "report.html")]
+
+    assert written() == written()
 
 
 def test_a_folder_without_a_story_or_with_a_broken_file_is_named(tmp_path, story):
@@ -133,4 +168,10 @@ def test_a_folder_without_a_story_or_with_a_broken_file_is_named(tmp_path, story
         report.collect(tmp_path / "none")
     write(story / "seed-1/rows/MPO/result.json", {"row": "MPO"})
     with pytest.raises(InputError, match="MPO/result.json: no 'seed'"):
+        report.collect(story)
+    write(story / "seed-1/rows/MPO/result.json", {"row": "MPO", "seed": 1, "test": {"direct": {}}})
+    with pytest.raises(InputError, match="MPO/result.json: no 'cot'"):
+        report.collect(story)
+    write(story / "story.json", {"settings": {}})
+    with pytest.raises(InputError, match="story.json: no 'seeds'"):
         report.collect(story)
