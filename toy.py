@@ -991,7 +991,7 @@ class ToyConfig:
     pairs: int = flag(128, "pairs of the largest data set; the others follow")
     seed: int = flag(0, "another seed, another world")
     story: bool = flag(False, "the paper in miniature: train, answer, pair, compare, report")
-    quick: bool = flag(False, "story: one seed; SFT, DPO and MPO; under 4 minutes")
+    quick: bool = flag(False, "story: one seed; SFT, DPO and MPO; some minutes")
     ablate: bool = flag(False, "story: also the paper's Figure 4 and Table 9, on the first seed")
     seeds: tuple[int, ...] = flag((), "story: may be repeated; default 1, 2 and 3 (quick: 1)")
     jobs: int = flag(2, "story: commands at a time, or processes of one where there is one seed")
