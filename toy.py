@@ -464,7 +464,7 @@ TUNING_SEED = 100
 BETA = 0.1
 RATIOS = (0.25, 0.5, 0.75)
 SPEED = {"pack_tokens": 1280, "recompute": "off", "drop_path": 0.0, "head_rows": 256}
-CHOSEN_RATES = {  # what `--tune` found
+CHOSEN_RATES = {  # what `--tune` found with an earlier mix of lessons (3 direct : 3 step by step)
     "SFT": 1e-3, "DPO": 2.5e-4, "RSO": 2.5e-4, "IPO": 2.5e-4, "cDPO": 2.5e-4, "RobustDPO": 2.5e-4,
     "BCO": 2.5e-4, "SPPO": 1e-3, "AOT": 2.5e-4, "TR-DPO": 2.5e-4, "ORPO": 1e-3, "DPO+": 1e-3,
     "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 1e-3, "AOT+": 2e-3, "MPO": 2e-3,
@@ -807,7 +807,8 @@ class Story:
         if not (cached := (folder / "pairs.json").exists()):
             self.pairs(seed)
             dropout = {}
-            ratios = [self.recipe.keep_ratio] if self.cfg.quick or self.cfg.tiny else RATIOS
+            few = (self.cfg.quick or self.cfg.tiny) and not self.cfg.ablate
+            ratios = [self.recipe.keep_ratio] if few else RATIOS
             for ratio in () if self.cfg.tune else ratios:
                 dropout[str(ratio)] = self.dropout(seed, ratio)
             report = json.loads((folder / "pairs/pairs.report.json").read_text())["correctness"]
