@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -56,9 +57,15 @@ def resolve_image(root: Path, relative: str) -> Path:
     if relative.startswith(("s3://", "http://", "https://")) or Path(relative).is_absolute():
         raise InputError(f"image {relative!r}: give a path relative to root {root}")
     path = Path(root) / relative
-    if not path.resolve().is_relative_to(Path(root).resolve()):
+    if not path.resolve().is_relative_to(resolved(Path(root).absolute())):
         raise InputError(f"image {relative!r} leaves its root {root}")
     return path
+
+
+@lru_cache(maxsize=64)
+def resolved(root: Path) -> Path:
+    """The folder without links, looked up once: it is asked for with every image."""
+    return root.resolve()
 
 
 def open_image(path: Path) -> Image.Image:

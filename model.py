@@ -227,11 +227,10 @@ class TreeAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.flex:
-            parts = [
-                _attention(*(x[:, slice(*span)] for x in (q, k, v)), attn_mask=mask)
-                for span, mask in zip(self.spans, self.masks)
-            ]
-            return torch.cat(parts, dim=1)
+            # split, not slices: the gradient of each slice would be as long as the row
+            lengths = [end - start for start, end in self.spans]
+            parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), self.masks)
+            return torch.cat([_attention(*qkv, attn_mask=mask) for *qkv, mask in parts], dim=1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attend = compiled_flex_attention() if q.is_cuda else flex_attention
         return attend(q, k, v, block_mask=self.mask, enable_gqa=True).transpose(1, 2)

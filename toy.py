@@ -438,28 +438,29 @@ class Recipe:
     pictures: int = 4000  # of the base's lessons: 4 direct, 1 step-by-step question, 1 description
     wide: float = 0.0  # share of pictures with two tiles and a thumbnail
     base_lr: float = 3e-3
-    leg: int = 100  # steps between looks at the development questions
+    first_leg: int = 500  # steps until the first look at the development questions
+    leg: int = 100  # and between the others
     stop_at: float = 58.0  # Direct accuracy from which the base cools down
     cap: int = 1200  # steps after which it does so anyway
     cooldown: int = 80
     dev: int = 200
-    test: int = 700
+    test: int = 600
     questions: int = 1800  # new ones, to sample answers to
     direct_questions: int = 1800  # the first of them, to sample direct answers to, too
     samples: int = 8
     pairs_per_query: int = 4
     described: int = 600  # pictures to describe for DropoutNTP
     keep_ratio: float = 0.5
-    steps: int = 200
+    steps: int = 240
     batch_size: int = 32
 
 
 QUICK = Recipe(questions=900, direct_questions=900, test=400, steps=120)
 TINY = Recipe(
-    pictures=400, leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
+    pictures=400, first_leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
     direct_questions=8, described=8, steps=6, batch_size=16,
 )  # fmt: skip
-RATES = (5e-4, 1e-3)  # tried for every row on the tuning seed, then one beyond the better one
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # to tune: the middle ones, then the neighbour of the better one
 TUNING_SEED = 100
 BETA = 0.1
 RATIOS = (0.25, 0.5, 0.75)
@@ -613,7 +614,7 @@ class Story:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts: small products
         os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["train", "pairs", "eval"])
+        self.context.set_forkserver_preload(["train", "pairs", "eval", "torch._dynamo"])
         self.began, self.units, self.done, self.lock = time.time(), 0, 0, threading.Lock()
 
     # ------------------------------------------------------------------ calling the scripts
@@ -672,11 +673,15 @@ class Story:
 
     # ------------------------------------------------------------------ stages
 
-    def evaluate(self, model: Path, folder: Path, seed: int, split: str) -> dict:
-        """Direct and CoT accuracy in percent on a split, with the share of malformed answers."""
+    def evaluate(
+        self, model: Path, folder: Path, seed: int, split: str,
+        settings: tuple[str, ...] = ("direct", "cot"),
+    ) -> dict:  # fmt: skip
+        """Accuracy in percent on a split, with the share of malformed answers, of each setting."""
         data = self.of(seed) / f"{split}.jsonl"
         scores = {}
-        for setting, cot in (("direct", False), ("cot", True)):
+        for setting in settings:
+            cot = setting == "cot"
             out = folder / f"{split}-{setting}"
             common = {"bench": "own", "data": data, "cot": cot}
             self.call(
@@ -706,20 +711,22 @@ class Story:
         flags = SPEED | {
             "model_dir": self.of(seed) / "model", "meta": self.of(seed) / "lessons.json",
             "out_dir": folder, "loss": "sft", "lr": r.base_lr, "lr_vision": 0, "lr_projector": 0,
-            "warmup": 40 if r.leg > 40 else 2, "epochs": 100, "batch_size": r.batch_size,
+            "warmup": 40, "epochs": 100, "batch_size": r.batch_size,
             "seed": seed,
         }  # fmt: skip
         while not legs or not legs[-1]["last"]:
             steps = legs[-1]["steps"] if legs else 0
             cooled = steps >= r.cap or (legs and legs[-1]["direct"]["score"] >= r.stop_at)
-            steps += r.cooldown if cooled else r.leg
+            steps += r.cooldown if cooled else r.leg if legs else r.first_leg
             decay = r.cooldown if cooled else 0
             self.call(folder, "train.py", **flags, decay=decay, max_steps=steps)
-            scores = self.evaluate(folder / "model", folder / f"step-{steps}", seed, "dev")
+            settings = ("direct", "cot") if cooled else ("direct",)
+            look = folder / f"step-{steps}"
+            scores = self.evaluate(folder / "model", look, seed, "dev", settings)
             legs.append({"steps": steps, "last": bool(cooled), **scores})
             if self.rank == 0:
                 write_lines(folder / "legs.jsonl", legs)
-            said = f"{scores['direct']['score']:.1f} Direct, {scores['cot']['score']:.1f} CoT"
+            said = ", ".join(f"{of['score']:.1f} {setting}" for setting, of in scores.items())
             self.tell(seed, f"base, step {steps}: {said} (development questions)", 0.5)
 
     def describe(self, model: Path, folder: Path, seed: int, questions: str) -> list[dict]:
@@ -903,7 +910,7 @@ class Story:
         """(row, folder, what differs) of everything that follows `first`."""
         found = [(name, self.row_folder(seed, name), {}) for name in self.rows()[1:]]
         if self.cfg.tune:
-            found = [self.trial(name, seed, lr) for name in self.rows() for lr in RATES]
+            found = [self.trial(name, seed, lr) for name in self.rows() for lr in RATES[1:-1]]
         ablate = self.cfg.ablate and seed == self.cfg.seeds[0]
         for study, values in ABLATIONS.items() if ablate else ():
             name = WITH_DROPOUT if study == "keep ratio" else "MPO"
@@ -929,7 +936,7 @@ class Story:
             wait_for(rest)
             if self.cfg.tune:
                 beyond = [
-                    self.trial(name, seed, lr * 2 if lr == max(RATES) else lr / 2)
+                    self.trial(name, seed, RATES[0 if lr == RATES[1] else -1])
                     for name, lr in self.best_rates(seed).items()
                 ]
                 wait_for([self.submit(pool, seed, task) for task in beyond])
