@@ -599,6 +599,19 @@ def dropout_rows(c: Collected) -> Iterable[list[str]]:
             yield [str(seed), ratio, str(of["pairs"]), *rates]
 
 
+def how_tuned(settings: dict) -> str:
+    """Where the learning rates of the rows come from, as story.json tells."""
+    if not (tuning := settings.get("tuning")):
+        return ""
+    low, *first, high = (f"{rate:g}" for rate in tuning["tried"])
+    return (
+        f" Learning rates: every row was tried at {' and '.join(first)}, then at {low} or {high}, "
+        f"beyond the better of these, for {tuning['steps']} steps on seed {tuning['seed']}; the "
+        "best mean of Direct and CoT on its development questions was chosen. The settings below "
+        "hold the rates of this story."
+    )
+
+
 def page(c: Collected, pictures: dict[str, bytes]) -> str:
     lines, about = tables(c), c.about
     order, ablations = orderings(lines), ablation_lines(c)
@@ -635,10 +648,8 @@ def page(c: Collected, pictures: dict[str, bytes]) -> str:
         "<p>Accuracy on test questions, greedy, %: mean ± standard deviation over seeds. "
         "Differences are paired (same base, same pairs), mean ± standard error. Malformed: no "
         "answer, or not a number; the worse of the two settings. Chosen shift: mean change of a "
-        "chosen answer's summed log-prob over the last 10 steps, nats. Learning rates: `toy.py "
-        "--story --tune` tries each row at 5e-4 and 1e-3, then at one beyond the better of the "
-        "two, on development questions of a seed kept for that; the settings below hold what "
-        "this story used.</p>",
+        "chosen answer's summed log-prob over the last 10 steps, nats."
+        f"{html.escape(how_tuned(about['settings']))}</p>",
         *([f"<p>No rate of their own in the settings: {html.escape(', '.join(untuned))}.</p>"]
           if untuned else []),
         f"<img alt='accuracy of every row' src='{data_uri(pictures['rows.png'])}'>",

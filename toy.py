@@ -455,7 +455,7 @@ class Recipe:
     batch_size: int = 32
 
 
-QUICK = Recipe(questions=900, direct_questions=900, test=400, steps=120)
+QUICK = Recipe(questions=900, direct_questions=900, described=200, test=400, steps=120)
 TINY = Recipe(
     pictures=400, first_leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
     direct_questions=8, described=8, steps=6, batch_size=16,
@@ -607,7 +607,8 @@ class Story:
         self.out, self.cfg = cfg.out, cfg
         self.recipe = TINY if cfg.tiny else QUICK if cfg.quick else Recipe()
         self.rank, self.world = rank_and_world()
-        # alone: so many commands at a time; while there is but one, on so many processes
+        # alone: so many commands at a time; while there is but one, it samples on so many
+        # processes and trains on one: what they would exchange each step takes longer than a step
         self.jobs = cfg.jobs if self.world == 1 else 1
         self.processes = self.jobs if len(cfg.seeds) == 1 else 1
         self.group = start_process(0) if self.world > 1 else None
@@ -639,26 +640,30 @@ class Story:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = self.together(s.getsockname()[1])
-        count = 1 if alone else self.world * self.processes
-        here = range(self.processes) if self.world == 1 else [self.rank]
+        if self.world > 1:
+            count, here = self.world, [self.rank]
+        else:
+            count = 1 if script == "train.py" else self.processes
+            here = range(count)
         if alone:
-            here = [0] if self.rank == 0 else []
+            count, here = 1, [0] if self.rank == 0 else []
         folder.mkdir(parents=True, exist_ok=True)
-        forks = []
+        forks: dict[Path, Any] = {}  # by log
         for rank in here:
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             if count > 1:  # they meet at a port of their own, not at torchrun's
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 env |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
             log = folder / (f"log-{rank}.txt" if rank else "log.txt")
-            forks.append(self.context.Process(target=as_script, args=(argv, env, str(log))))
-            forks[-1].start()
-        for fork in forks:
+            forks[log] = self.context.Process(target=as_script, args=(argv, env, str(log)))
+            forks[log].start()
+        for fork in forks.values():
             fork.join()
-        if any(fork.exitcode for fork in forks):
-            tail = (folder / "log.txt").read_text().splitlines()[-6:]
-            shown = "\n  ".join(["", *tail])
-            raise CommandFailed(f"python {shlex.join(argv)}\nends with{shown}\nin {folder}/log.txt")
+        if failed := [log for log, fork in forks.items() if fork.exitcode]:
+            said = [f"python {shlex.join(argv)}"]
+            for log in failed:
+                said += [f"{log} ends with", *(f"  {s}" for s in log.read_text().splitlines()[-6:])]
+            raise CommandFailed("\n".join(said))
         self.together()
 
     def tell(self, seed: int, what: str, units: float, cached: bool = False) -> None:
@@ -870,6 +875,7 @@ class Story:
     def start(self) -> None:
         """Claim the folder: one set of settings a folder."""
         settings = asdict(self.recipe) | {"beta": BETA, "rates": CHOSEN_RATES} | SPEED
+        settings["tuning"] = {"tried": RATES, "seed": TUNING_SEED, "steps": Recipe().steps}
         path = self.out / "story.json"
         if path.exists():
             found = json.loads(path.read_text())["settings"]
@@ -935,16 +941,11 @@ class Story:
                 rest += [self.submit(pool, seed, task) for task in plan[seed]]
             wait_for(rest)
             if self.cfg.tune:
-                beyond = [
-                    self.trial(name, seed, RATES[0 if lr == RATES[1] else -1])
-                    for name, lr in self.best_rates(seed).items()
-                ]
-                wait_for([self.submit(pool, seed, task) for task in beyond])
+                wait_for([self.submit(pool, seed, task) for task in self.beyond(seed)])
         finally:  # a failure ends the story once the commands under way have ended
             pool.shutdown(cancel_futures=True)
         if self.cfg.tune and self.rank == 0:
-            chosen = self.best_rates(seed, tell=True)
-            write_atomic(self.out / "tuning.json", json.dumps(chosen, indent=1) + "\n")
+            self.write_tuning(seed)
         elif self.rank == 0:
             print(f"report: {write_report(self.out)}")
             print(summary(collect(self.out)))
@@ -958,20 +959,40 @@ class Story:
     def trial(self, name: str, seed: int, lr: float) -> tuple:
         return name, self.row_folder(seed, f"{name} {lr:g}"), {"flags": {"lr": lr}}
 
-    def best_rates(self, seed: int, tell: bool = False) -> dict[str, float]:
-        """Row -> the tried rate with the best mean of Direct and CoT on the tuning questions."""
-        chosen = {}
+    def tried(self, seed: int) -> dict[str, dict[float, tuple[float, float]]]:
+        """Row -> rate -> (Direct, CoT) on the tuning questions."""
+        found = {}
         for name in self.rows():
-            scores = {}
+            found[name] = {}
             for path in self.row_folder(seed, "").glob(f"{name} */result.json"):
                 result = json.loads(path.read_text())
-                both = (result[self.cfg.split][setting]["score"] for setting in ("direct", "cot"))
-                scores[result["flags"]["lr"]] = sum(both) / 2
-            chosen[name] = max(sorted(scores), key=scores.get)
-            if tell:
-                tried = ", ".join(f"{lr:g}: {scores[lr]:.1f}" for lr in sorted(scores))
-                print(f"{name}: {tried}; chosen {chosen[name]:g}")
-        return chosen
+                scores = result[self.cfg.split]
+                both = scores["direct"]["score"], scores["cot"]["score"]
+                found[name][result["flags"]["lr"]] = both
+        return found
+
+    def beyond(self, seed: int) -> Iterator[tuple]:
+        """For each row one more rate, beyond the better of the two tried first."""
+        low, high = RATES[1:-1]
+        for name, scores in self.tried(seed).items():
+            better = best_rate({low: scores[low], high: scores[high]})
+            yield self.trial(name, seed, RATES[0] if better == low else RATES[-1])
+
+    def write_tuning(self, seed: int) -> None:
+        """tuning.json, and a line a row: every rate that was tried and the one chosen."""
+        rows = {}
+        for name, scores in self.tried(seed).items():
+            tried = {f"{lr:g}": scores[lr] for lr in sorted(scores)}
+            rows[name] = {"Direct, CoT": tried, "chosen": best_rate(scores)}
+            said = ", ".join(f"{lr}: {d:.1f} {cot:.1f}" for lr, (d, cot) in tried.items())
+            print(f"{name}: {said}; chosen {best_rate(scores):g}")
+        about = json.loads((self.out / "story.json").read_text()) | {"rows": rows}
+        write_atomic(self.out / "tuning.json", json.dumps(about, indent=1) + "\n")
+
+
+def best_rate(scores: dict[float, tuple[float, float]]) -> float:
+    """The rate with the best mean of Direct and CoT; the lowest of equals."""
+    return max(sorted(scores), key=lambda lr: sum(scores[lr]))
 
 
 def wait_for(futures: list[Future]) -> None:

@@ -41,7 +41,8 @@ def start_forks(count: int, function: Callable, *args: object) -> list:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "conftest", "train", "toy", "pairs", "eval"])
+    modules = ["pytest", "conftest", "train", "toy", "pairs", "eval", "torch._dynamo"]
+    context.set_forkserver_preload(modules)
     forks = [
         context.Process(target=as_rank, args=(rank, count, port, function, args))
         for rank in range(count)

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -306,7 +309,12 @@ def test_another_seed_or_prompt_id_gives_other_texts(toy, generator, expected):
     assert list(texts(generator, renamed).values()) != list(expected.values())
 
 
-def test_a_compiled_step_gives_the_same_texts(toy, generator):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_gives_the_same_texts(toy, generator, backend, monkeypatch):
+    """aot_eager traces the step as inductor does, and runs it without a compiler."""
+    if backend == "inductor" and not (shutil.which("g++") and os.environ.get("SLOW")):
+        pytest.skip("inductor takes half a minute: set SLOW=1; needs a C++ compiler")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     raw = model_config(generator.model.config.llm.vocab_size)
     raw["llm_config"]["num_hidden_layers"] = 1  # compiling takes long
     model = InternVL(parse_config(raw), generator.model.image_context_id)

@@ -74,6 +74,12 @@ def test_rows_stand_in_the_papers_order_with_means_and_paired_differences(story)
     assert lines[2]["cot_std"] is None  # one seed has no spread
 
 
+def test_the_page_tells_how_the_rates_were_chosen():
+    said = report.how_tuned({"tuning": {"tried": [1, 2, 3, 4], "seed": 9, "steps": 7}})
+    assert "tried at 2 and 3, then at 1 or 4, beyond the better of these" in said
+    assert "for 7 steps on seed 9" in said
+
+
 def test_claims_are_judged_on_every_seed_or_on_the_mean_as_they_say(story):
     found = {g.claim.split(" (")[0]: g for g in report.gates(report.collect(story))}
     verdicts = {claim: g.verdict for claim, g in found.items()}

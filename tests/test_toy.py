@@ -12,6 +12,7 @@ from runtime import InputError, read_jsonl
 from tokenizer import load_tokenizer
 from toy import (
     COLOURS,
+    RATES,
     SHAPES,
     TINY,
     CommandFailed,
@@ -29,6 +30,7 @@ from toy import (
     write_model,
     write_world,
 )
+from train import ROWS
 from vision import preprocess
 from weights import load_model
 
@@ -151,8 +153,34 @@ def test_hallucination_counts_answers_and_mentions_of_what_is_not_there():
 
 def test_a_script_that_fails_ends_the_story_with_its_command_and_last_lines(tmp_path):
     story = Story(ToyConfig(out=tmp_path, story=True, tiny=True, seeds=(1,), jobs=1))
-    with pytest.raises(CommandFailed, match=r"(?s)train.py --lss=mpo.*unknown flag --lss"):
+    with pytest.raises(CommandFailed, match=r"(?s)train.py --lss=mpo.*log.txt.*unknown flag --lss"):
         story.call(tmp_path / "log", "train.py", lss="mpo")
+
+
+def test_every_row_is_tried_at_three_rates_and_the_best_mean_is_chosen(tmp_path):
+    story = Story(ToyConfig(out=tmp_path, story=True, tune=True, seeds=(100,)))
+    story.start()
+
+    def measured(name, folder, more, direct, cot):
+        tune = {"direct": {"score": direct}, "cot": {"score": cot}}
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"tune": tune} | more))
+
+    low, high = RATES[1:-1]
+    for task in story.tasks(100):  # DPO is better at the lower rate, all others at the higher one
+        better = task[2]["flags"]["lr"] == (low if task[0] == "DPO" else high)
+        measured(*task, 60 + better, 50)
+    beyond = {task[0]: task[2]["flags"]["lr"] for task in story.beyond(100)}
+    assert beyond == dict.fromkeys(ROWS, RATES[-1]) | {"DPO": RATES[0]}
+    for task in story.beyond(100):
+        measured(*task, 60, 52 if task[0] == "DPO" else 40)
+    story.write_tuning(100)
+    told = json.loads((tmp_path / "tuning.json").read_text())
+    assert {n: row["chosen"] for n, row in told["rows"].items()} == dict.fromkeys(ROWS, high) | {
+        "DPO": RATES[0]
+    }
+    assert told["rows"]["DPO"]["Direct, CoT"] == {"0.0001": [60, 52], "0.0003": [61, 50],
+                                                  "0.001": [60, 50]}  # fmt: skip
 
 
 def test_a_folder_holds_one_setting_of_the_story(tmp_path):

@@ -335,10 +335,18 @@ def test_a_run_that_cannot_be_is_refused_before_it_starts(base, tmp_path, change
 
 
 def test_a_batch_that_does_not_divide_is_refused(base, tmp_path):
-    cfg = replace(base, out_dir=tmp_path, batch_size=7)
-    done = subprocess.run(command(cfg, 2), capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "batch_size 7 does not divide by 2 processes" in done.stderr
+    cfg = replace(base, out_dir=tmp_path / "run", batch_size=7)
+    forks = start_forks(2, refused_here, cfg, tmp_path / "said")
+    for fork in forks:
+        fork.join(120)
+    assert "batch_size 7 does not divide by 2 processes" in (tmp_path / "said").read_text()
+
+
+def refused_here(cfg, said):
+    try:
+        train_here(cfg)
+    except InputError as error:
+        said.write_text(str(error))
 
 
 def test_an_unknown_flag_gets_a_suggestion():
