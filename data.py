@@ -565,6 +565,18 @@ class PairData:
             self.orders = {epoch: order}
         return self.orders[epoch]
 
+    def digest(self, steps: int) -> str:
+        """Of all that decides which responses the first `steps` steps hold, but for image files."""
+        digest = hashlib.blake2b(digest_size=16)
+        facts = (steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong)
+        digest.update(repr((*facts, self.pairs_per_prompt, self.config)).encode())
+        for of in self.sets:
+            facts = (of.name, of.root, of.repeat_time, of.max_tiles, of.augment)
+            digest.update(repr(facts).encode())
+            with open(of.annotation, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
     def records(self, step: int) -> list[PairRecord]:
         """The records of step 0, 1, 2, ...; the last step of an epoch may have fewer."""
         epoch, batch = divmod(step, self.steps_per_epoch)

@@ -1,6 +1,6 @@
 """What came out of a story beside the paper's numbers: tables, verdicts, curves, one HTML page.
 
-    python report.py --story toy/story        report.html, results.json and PNGs in that folder
+    python report.py --story toy/story    report.html, report.md, results.json, PNGs in that folder
 
 Reads the files that `toy.py --story` leaves (result.json of every model, metrics.jsonl of every
 run) and computes everything that it says; an unfinished story gets a report of what is there.
@@ -499,6 +499,31 @@ def summary(c: Collected) -> str:
     return "\n".join(lines)
 
 
+def markdown(c: Collected) -> str:
+    """Where it ran, the table and the verdicts; for a README."""
+    about = c.about
+    took = (f"{what} {s / 60:.0f} minutes" for what, s in about.get("seconds", {}).items())
+    seeds = ", ".join(map(str, about["seeds"]))
+    verdicts = []
+    for g in gates(c):
+        each = ", ".join(show(x, sign=True) for x in g.values.values()) + partly(c, g)
+        claim = f"open question: {g.claim}" if g.open else g.claim
+        verdicts.append((claim, g.needed, show(g.number, sign=True), each, g.verdict))
+    header = ("claim", "needed", "mean", "each seed", "")
+    return "\n".join([
+        f"{about['date']}, {about['machine']}, torch {about['torch']}, commit {about['commit']}, "
+        f"{', '.join([f'seeds {seeds}', *took])}:",
+        "", *table_markdown(HEADER, map(cells, tables(c))),
+        "", *table_markdown(header, verdicts),
+    ])  # fmt: skip
+
+
+def table_markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
 def partly(c: Collected, g: Gate) -> str:
     """A verdict on some of the seeds says so."""
     some = 0 < len(g.values) < len(c.about["seeds"])
@@ -684,7 +709,7 @@ def page(c: Collected, pictures: dict[str, bytes]) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """results.json, PNGs and report.html of the story in `folder`; the path of the page."""
+    """results.json, PNGs, report.md and report.html of the story in `folder`; the page's path."""
     c = collect(folder)
     lines, ablations = tables(c), ablation_lines(c)
     pictures = {"rows.png": draw_bars(lines), "curves.png": draw_curves(c)}
@@ -701,6 +726,7 @@ def write_report(folder: Path) -> Path:
         "pairs": c.pairs,
         "ablations": ablations,
     }
+    write_atomic(c.folder / "report.md", markdown(c) + "\n")
     write_atomic(c.folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomic(c.folder / "report.html", page(c, pictures))
     return c.folder / "report.html"

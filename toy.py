@@ -465,17 +465,17 @@ TUNING_SEED = 100
 BETA = 0.1
 RATIOS = (0.25, 0.5, 0.75)
 SPEED = {"pack_tokens": 1280, "recompute": "off", "drop_path": 0.0, "head_rows": 256}
-CHOSEN_RATES = {  # what `--tune` found with an earlier mix of lessons (3 direct : 3 step by step)
-    "SFT": 1e-3, "DPO": 2.5e-4, "RSO": 2.5e-4, "IPO": 2.5e-4, "cDPO": 2.5e-4, "RobustDPO": 2.5e-4,
-    "BCO": 2.5e-4, "SPPO": 1e-3, "AOT": 2.5e-4, "TR-DPO": 2.5e-4, "ORPO": 1e-3, "DPO+": 1e-3,
-    "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 1e-3, "AOT+": 2e-3, "MPO": 2e-3,
+CHOSEN_RATES = {  # what `--tune` found: paper/tuning.json
+    "SFT": 1e-3, "DPO": 3e-4, "RSO": 3e-4, "IPO": 1e-4, "cDPO": 3e-4, "RobustDPO": 3e-4,
+    "BCO": 3e-4, "SPPO": 1e-3, "AOT": 3e-4, "TR-DPO": 3e-4, "ORPO": 1e-3, "DPO+": 1e-3,
+    "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 1e-3, "AOT+": 1e-3, "MPO": 1e-3,
 }  # fmt: skip
 QUICK_ROWS = ("SFT", "DPO", "MPO")
 WITH_DROPOUT = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 DESCRIBED = ("base", *QUICK_ROWS, WITH_DROPOUT)  # rows whose descriptions are measured, too
 ABLATIONS: dict[str, dict[str, dict]] = {  # the paper's Figure 4 and Table 9; flags of MPO
     "data scale": {str(share): {"limit": share} for share in (0.1, 0.4, 0.7)},
-    "learning rate": {str(lr): {"lr": lr} for lr in (2e-4, 8e-4, 8e-3, 2e-2)},
+    "learning rate": {str(lr): {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
     "w_p : w_q": {
         f"{p}:{q}": {"loss": f"{p / (p + q):g}*dpo+{q / (p + q):g}*bco+sft"}
         for p, q in ((1, 1), (3, 1), (5, 1), (9, 1))
@@ -605,7 +605,8 @@ class Story:
 
     def __init__(self, cfg: "ToyConfig") -> None:
         self.out, self.cfg = cfg.out, cfg
-        self.recipe = TINY if cfg.tiny else QUICK if cfg.quick else Recipe()
+        recipe = TINY if cfg.tiny else QUICK if cfg.quick else Recipe()
+        self.recipe = replace(recipe, wide=cfg.wide)
         self.rank, self.world = rank_and_world()
         # alone: so many commands at a time; while there is but one, it samples on so many
         # processes and trains on one: what they would exchange each step takes longer than a step
@@ -732,7 +733,8 @@ class Story:
             if self.rank == 0:
                 write_lines(folder / "legs.jsonl", legs)
             said = ", ".join(f"{of['score']:.1f} {setting}" for setting, of in scores.items())
-            self.tell(seed, f"base, step {steps}: {said} (development questions)", 0.5)
+            units = (steps - (legs[-2]["steps"] if len(legs) > 1 else 0)) / r.steps / 2
+            self.tell(seed, f"base, step {steps}: {said} (development questions)", units)
 
     def describe(self, model: Path, folder: Path, seed: int, questions: str) -> list[dict]:
         """Greedy descriptions of pictures, as rows of a part file."""
@@ -815,7 +817,7 @@ class Story:
             legs = read_whole_lines(folder / "base/legs.jsonl")[0]
             more = {"dev": {k: legs[-1][k] for k in ("direct", "cot")}, "steps": legs[-1]["steps"]}
             self.result(folder, seed, "base", folder / "base/model", **more)
-        self.tell(seed, f"base, {self.shown(folder)}", 1, cached)
+        self.tell(seed, f"base, {self.shown(folder)}", 0.2, cached)
         if not (cached := (folder / "pairs.json").exists()):
             self.pairs(seed)
             dropout = {}
@@ -836,7 +838,7 @@ class Story:
         said = json.loads((folder / "pairs.json").read_text())
         counts = f"{said['correctness']['pairs']} CoT and {said['direct']['pairs']} Direct pairs"
         right = f"{said['correctness']['right']:.0f} % of CoT samples right"
-        self.tell(seed, f"{counts}, {right}", 3, cached)
+        self.tell(seed, f"{counts}, {right}", 1.3, cached)
 
     def shown(self, folder: Path) -> str:
         scores = json.loads((folder / "result.json").read_text())[self.cfg.split]
@@ -876,11 +878,11 @@ class Story:
         """Claim the folder: one set of settings a folder."""
         settings = asdict(self.recipe) | {"beta": BETA, "rates": CHOSEN_RATES} | SPEED
         settings["tuning"] = {"tried": RATES, "seed": TUNING_SEED, "steps": Recipe().steps}
-        path = self.out / "story.json"
+        path, before = self.out / "story.json", {}
         if path.exists():
-            found = json.loads(path.read_text())["settings"]
+            before = json.loads(path.read_text())
             settings = json.loads(json.dumps(settings))
-            if changed := [k for k in settings if found.get(k) != settings[k]]:
+            if changed := [k for k in settings if before["settings"].get(k) != settings[k]]:
                 raise InputError(
                     f"{path} was made with another {changed[0]}: pass another --out, or delete "
                     f"{self.out}"
@@ -893,6 +895,7 @@ class Story:
             "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}",
             "commit": commit(),
             "torch": torch.__version__,
+            "seconds": before.get("seconds", {}),  # of calls that came to their end
         }
         if self.rank == 0:
             write_atomic(path, json.dumps(about, indent=1) + "\n")
@@ -930,7 +933,8 @@ class Story:
         """Every seed's base and pairs, then every row, as many at a time as there are jobs."""
         self.start()
         plan = {seed: self.tasks(seed) for seed in self.cfg.seeds}
-        self.units = sum(10 + len(tasks) for tasks in plan.values())
+        self.units = sum(4.5 + len(tasks) for tasks in plan.values())  # a row is 1, a base 3.5
+        self.units += len(self.rows()) if self.cfg.tune else 0  # the rates beyond
         pool = ThreadPoolExecutor(self.jobs)
         try:
             firsts = {pool.submit(self.first, seed): seed for seed in plan}
@@ -944,13 +948,23 @@ class Story:
                 wait_for([self.submit(pool, seed, task) for task in self.beyond(seed)])
         finally:  # a failure ends the story once the commands under way have ended
             pool.shutdown(cancel_futures=True)
-        if self.cfg.tune and self.rank == 0:
-            self.write_tuning(seed)
-        elif self.rank == 0:
-            print(f"report: {write_report(self.out)}")
-            print(summary(collect(self.out)))
+        if self.rank == 0:
+            self.tell_result()
         if self.group:
             stop_process()
+
+    def tell_result(self) -> None:
+        """Add the time taken to story.json; write and print the report, or what tuning found."""
+        path, what = self.out / "story.json", "ablations" if self.cfg.ablate else "rows"
+        about = json.loads(path.read_text())
+        took = about["seconds"].get(what, 0) + time.time() - self.began
+        about["seconds"] |= {what: round(took)}
+        write_atomic(path, json.dumps(about, indent=1) + "\n")
+        if self.cfg.tune:
+            self.write_tuning(self.cfg.seeds[0])
+        else:
+            print(f"report: {write_report(self.out)}")
+            print(summary(collect(self.out)))
 
     def submit(self, pool: ThreadPoolExecutor, seed: int, task: tuple) -> Future:
         name, folder, more = task
@@ -987,6 +1001,7 @@ class Story:
             said = ", ".join(f"{lr}: {d:.1f} {cot:.1f}" for lr, (d, cot) in tried.items())
             print(f"{name}: {said}; chosen {best_rate(scores):g}")
         about = json.loads((self.out / "story.json").read_text()) | {"rows": rows}
+        del about["settings"]["rates"]  # those of before
         write_atomic(self.out / "tuning.json", json.dumps(about, indent=1) + "\n")
 
 
@@ -1027,13 +1042,16 @@ class ToyConfig:
     mine: Path = flag(Path(""), "story: Python file with objectives of your own, a row each")
     tune: bool = flag(False, "story: try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "story: a few seconds a stage, to see that everything works")
+    wide: float = flag(0.0, "story: share of pictures with two tiles and a thumbnail")
 
     def __post_init__(self) -> None:
         if self.pairs < 8:
             raise ValueError(f"pairs must be >= 8, got {self.pairs}")
+        if not 0 <= self.wide <= 1:
+            raise ValueError(f"wide must be in [0, 1], got {self.wide}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be >= 1, got {self.jobs}")
-        only = [name for name in ("quick", "ablate", "tune", "tiny") if getattr(self, name)]
+        only = [n for n in ("quick", "ablate", "tune", "tiny", "wide") if getattr(self, n)]
         if only and not self.story:
             raise ValueError(f"--{only[0]} belongs to --story")
 

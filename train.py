@@ -545,7 +545,8 @@ class CachedReference:
     """Log-probs of every response of the run under the start weights, scored once.
 
     A folder of append-only part files shared by all runs on the same start weights; `run.json`
-    says what the numbers depend on, and another value there is refused.
+    says what the numbers depend on, and another value there is refused.  `covers-*.json` marks
+    runs of which every response is there.
     """
 
     def __init__(self, folder: Path, facts: dict[str, str], process: Process) -> None:
@@ -568,10 +569,18 @@ class CachedReference:
 
     @torch.no_grad()
     def fill(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
-        """Score what is missing, with the policy before its first step: it is the reference."""
+        """Score what is missing, with the policy before its first step: it is the reference.
+
+        A run's steps are looked through once; its mark tells the next runs that nothing is missing.
+        """
+        self.mark = self.folder / f"covers-{data.digest(total)}.json"
         with alone_in(self.folder, self.process, math.inf):
             self.read()  # another run may have scored them meanwhile
-            self.score_missing(policy, data, total, cfg)
+            marked = json.loads(self.mark.read_text())["responses"] if self.mark.exists() else None
+            if self.process.agree(marked is None or marked > len(self.logps)):
+                self.score_missing(policy, data, total, cfg)
+                if self.process.is_main:
+                    write_atomic(self.mark, json.dumps({"responses": len(self.logps)}) + "\n")
 
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
@@ -608,6 +617,11 @@ class CachedReference:
 
     def __call__(self, pack: Pack, cfg: TrainConfig, process: Process) -> Tensor:
         blank = pack.where == [BLANK]
+        if not blank and not self.logps.keys() >= set(pack.keys):
+            raise InputError(
+                f"{self.folder} lacks log-probs of responses in {', '.join(pack.where)}: an image "
+                f"has changed since they were scored; delete {self.mark} and start again"
+            )
         logps = [0.0 if blank else self.logps[key] for key in pack.keys]
         return torch.tensor(logps, device=process.device)
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import report
 from runtime import InputError
+from toy import CHOSEN_RATES
 
 FLAGS = {"loss": "mpo", "lr": 1e-3}
 
@@ -72,6 +74,25 @@ def test_rows_stand_in_the_papers_order_with_means_and_paired_differences(story)
     assert (mpo["cot_minus_base"], mpo["cot_minus_base_se"]) == (13.0, 0.0)
     assert mpo["cot_minus_SFT"] == 3.0
     assert lines[2]["cot_std"] is None  # one seed has no spread
+
+
+def test_markdown_tells_where_it_ran_and_has_the_table_and_the_verdicts(story):
+    about = json.loads((story / "story.json").read_text()) | {"seconds": {"rows": 120}}
+    write(story / "story.json", about)
+    lines = report.markdown(report.collect(story)).splitlines()
+    assert lines[0] == "2026-01-02, a laptop, torch 2, commit abc, seeds 1, 2, rows 2 minutes:"
+    mpo = next(line for line in lines if line.startswith("| MPO |")).split(" | ")
+    assert mpo[1:4] == ["66.0 ± 0.0", "65.0 ± 2.8", "-1.0"]
+    verdicts = [line for line in lines if line.startswith("| MPO beats DPO")]
+    assert verdicts[0].endswith("| >= +8 on average | +18.0 | +18.0 (on 1 of 2 seeds) | agrees |")
+
+
+def test_the_rates_of_the_rows_are_those_that_tuning_chose():
+    tuning = json.loads((ROOT / "paper/tuning.json").read_text())
+    assert {row: of["chosen"] for row, of in tuning["rows"].items()} == CHOSEN_RATES
+    for row, of in tuning["rows"].items():
+        means = {float(lr): sum(both) for lr, both in of["Direct, CoT"].items()}
+        assert len(means) == 3 and means[of["chosen"]] == max(means.values()), row
 
 
 def test_the_page_tells_how_the_rates_were_chosen():

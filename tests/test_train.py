@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT, run_forks, start_forks
 from safetensors.torch import load_file
 
+from data import PairData
 from losses import PairLogps
 from runtime import InputError, start_process, stop_process
 from toy import write_world
@@ -256,6 +258,34 @@ def test_a_shared_reference_cache_is_not_scored_again(straight, base, toy):
     before = {p: p.read_bytes() for p in parts}
     run_here(replace(base, out_dir=toy / "again", loss="dpo", max_steps=2))
     assert {p: p.read_bytes() for p in parts} == before
+
+
+def test_only_the_first_run_on_some_pairs_looks_them_through_for_the_reference(
+    base, toy, tmp_path, monkeypatch
+):
+    for folder in ("images", "toy_steps.jsonl"):
+        (shutil.copytree if folder == "images" else shutil.copy)(toy / folder, tmp_path / folder)
+    entry = {"root": "images", "annotation": "toy_steps.jsonl", "repeat_time": 1}
+    (tmp_path / "meta.json").write_text(json.dumps({"own": entry}))
+    cfg = replace(base, meta=tmp_path / "meta.json", reference_cache=tmp_path / "reference")
+    planned = []
+    plan = PairData.plan
+    monkeypatch.setattr(PairData, "plan", lambda s, n: planned.append(n) or plan(s, n))
+
+    def steps_planned(name):
+        planned.clear()
+        run_here(replace(cfg, out_dir=tmp_path / name, max_steps=2))
+        return sorted(planned)
+
+    assert steps_planned("first") == [0, 0, 1, 1]
+    assert steps_planned("second") == [0, 1]
+    lines = (tmp_path / "toy_steps.jsonl").read_text().splitlines()
+    (tmp_path / "toy_steps.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    assert steps_planned("other order") == [0, 0, 1, 1]
+    for image in (tmp_path / "images").glob("*.png"):
+        image.write_bytes(image.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"toy_steps.jsonl line .*delete .*covers-\w+.json"):
+        steps_planned("changed images")
 
 
 # --------------------------------------------------------------------------- objectives
