@@ -241,8 +241,10 @@ def find_sets(path: Path) -> list[SampleSet]:
     sets = []
     for folder in folders:
         run_file = folder / "run.json"
-        record = json.loads(run_file.read_text()) if run_file.exists() else {}
-        sets.append(SampleSet(folder.name, part_files(folder), record.get("info", {})))
+        info = json.loads(run_file.read_text()).get("info", {}) if run_file.exists() else {}
+        if "root" in info:  # it stands there relative to the folder
+            info["root"] = str(folder / info["root"])
+        sets.append(SampleSet(folder.name, part_files(folder), info))
     return sets
 
 
@@ -455,7 +457,7 @@ def sample(cfg: SampleConfig) -> None:
     share = math.ceil(cfg.num_samples / len(versions))
     rank, world = rank_and_world()
     info = {
-        "root": str(cfg.root),
+        "root": os.path.relpath(cfg.root.resolve(), folder.resolve()),
         "domain": cfg.domain,
         "modes": split_names(cfg.modes),
         "responses": share * len(questions),

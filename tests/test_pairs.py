@@ -277,6 +277,15 @@ def test_written_pairs_are_what_training_reads(world):
             assert "Final answer: 3" in record.chosen and "**" not in record.chosen
 
 
+def test_pairs_find_their_images_wherever_they_are_made_from(world, monkeypatch):
+    pairs.sample(sampling())
+    (world / "elsewhere").mkdir()
+    monkeypatch.chdir(world / "elsewhere")
+    pairs.correctness(pairs.CorrectnessConfig(samples=Path("../samples"), out_dir=Path("out")))
+    for data_set in read_meta(Path("out/meta.json"), max_tiles=12):
+        assert all(path.is_file() for path in data_set[0].images)
+
+
 # --------------------------------------------------------------------------- sampling
 
 
