@@ -97,22 +97,27 @@ class Thing:
         return f"{'abcdef'[self.col]}{self.row + 1} {self.colour} {self.shape}"
 
 
-def random_things(rng: np.random.Generator, cols: int = SIDE) -> list[Thing]:
-    """3 to 7 objects in different cells, in reading order."""
+def random_things(
+    rng: np.random.Generator, cols: int = SIDE, habit: float = 0.0
+) -> list[Thing]:  # fmt: skip
+    """3 to 7 objects in different cells, in reading order.
+
+    `habit`: the share whose shape is the usual one of its colour; of the others any shape.
+    """
     cells = rng.permutation(cols * SIDE)[: rng.integers(3, 8)]
-    return [
-        Thing(
-            int(cell % cols),
-            int(cell // cols),
-            str(rng.choice(list(COLOURS))),
-            str(rng.choice(SHAPES)),
-        )
-        for cell in sorted(cells)
-    ]
+    things = []
+    for cell in sorted(cells):
+        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        if habit and rng.random() < habit:
+            shape = SHAPES[list(COLOURS).index(colour)]
+        things.append(Thing(int(cell % cols), int(cell // cols), colour, shape))
+    return things
 
 
-def draw(things: list[Thing], rng: np.random.Generator, cols: int = SIDE) -> Image.Image:
-    """The picture, with a pixel of jitter, uneven brightness and noise."""
+def draw(
+    things: list[Thing], rng: np.random.Generator, cols: int = SIDE, noise: float = 0.05
+) -> Image.Image:
+    """The picture, with a pixel of jitter, uneven brightness and noise (share of full white)."""
     image = Image.new("RGB", (cols * CELL, SIDE * CELL), (20, 20, 20))
     pen = ImageDraw.Draw(image)
     for thing in things:
@@ -126,7 +131,7 @@ def draw(things: list[Thing], rng: np.random.Generator, cols: int = SIDE) -> Ima
         else:
             pen.line((x, y, x + 6, y + 6), fill=colour, width=2)
             pen.line((x, y + 6, x + 6, y), fill=colour, width=2)
-    noisy = np.asarray(image) + rng.normal(0, 0.05 * 255, (*image.size[::-1], 3))
+    noisy = np.asarray(image) + rng.normal(0, noise * 255, (*image.size[::-1], 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
@@ -334,17 +339,19 @@ def set_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
 class World:
     """Draws numbered pictures and questions about them; the same seed gives the same world."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.images, self.seed = folder / "images", seed
+    def __init__(self, folder: Path, seed: int, noise: float = 0.05) -> None:
+        self.images, self.seed, self.noise = folder / "images", seed, noise
         self.images.mkdir(parents=True, exist_ok=True)
 
-    def picture(self, kind: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
+    def picture(
+        self, kind: str, number: int, habit: float = 0.0
+    ) -> tuple[str, list[Thing], np.random.Generator]:
         """(file name, its objects, a generator to go on with); 'wide' pictures have two tiles."""
         rng = seeded(self.seed, kind, number)
         cols = 2 * SIDE if kind.endswith("wide") else SIDE
-        things = random_things(rng, cols)
+        things = random_things(rng, cols, habit)
         name = f"{kind}-{number:05d}.png"
-        draw(things, rng, cols).save(self.images / name)
+        draw(things, rng, cols, self.noise).save(self.images / name)
         return name, things, rng
 
     def counting_pair(self, kind: str, number: int, with_steps: bool) -> dict:
@@ -437,6 +444,8 @@ class Recipe:
 
     pictures: int = 4000  # of the base's lessons: 4 direct, 1 step-by-step question, 1 description
     wide: float = 0.0  # share of pictures with two tiles and a thumbnail
+    noise: float = 0.05  # of the pictures
+    habit: float = 0.0  # share of the lessons' objects with the usual shape of their colour
     base_lr: float = 3e-3
     first_leg: int = 500  # steps until the first look at the development questions
     leg: int = 100  # and between the others
@@ -519,11 +528,12 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
     """All files that a seed starts from; pictures and questions of dev and test are their own."""
     write_model(folder / "model", seed, sees=True)
-    world, truth = World(folder, seed), {}
+    world, truth = World(folder, seed, recipe.noise), {}
 
     def scene(split: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
         wide = seeded(seed, split, number).random() < recipe.wide
-        name, things, rng = world.picture(f"{split}-wide" if wide else split, number)
+        habit = recipe.habit if split == "lesson" else 0.0
+        name, things, rng = world.picture(f"{split}-wide" if wide else split, number, habit)
         truth[name] = [thing.words for thing in things]
         return name, things, rng
 
@@ -535,7 +545,7 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
     sets: dict[str, list[dict]] = {"direct": [], "steps": [], "describe": [], "blind": []}
     for number in range(recipe.pictures):
         name, things, rng = scene("lesson", number)
-        others = random_things(rng)
+        others = random_things(rng, habit=recipe.habit)
         for kind in ("direct",) * 4 + ("steps",):
             question = random_question(rng)
             right, wrong = question.matches(things), question.matches(others)
@@ -606,7 +616,8 @@ class Story:
     def __init__(self, cfg: "ToyConfig") -> None:
         self.out, self.cfg = cfg.out, cfg
         recipe = TINY if cfg.tiny else QUICK if cfg.quick else Recipe()
-        self.recipe = replace(recipe, wide=cfg.wide)
+        task = {"wide": cfg.wide, "noise": cfg.noise, "habit": cfg.habit}
+        self.recipe = replace(recipe, **task, steps=cfg.steps or recipe.steps)
         self.rank, self.world = rank_and_world()
         # alone: so many commands at a time; while there is but one, it samples on so many
         # processes and trains on one: what they would exchange each step takes longer than a step
@@ -887,13 +898,14 @@ class Story:
                     f"{path} was made with another {changed[0]}: pass another --out, or delete "
                     f"{self.out}"
                 )
+        commits = [*before.get("commit", "").split(", "), commit()]  # whose results lie here
         about = {
             "settings": settings,
             "seeds": list(self.cfg.seeds),
             "quick": self.cfg.quick,
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}",
-            "commit": commit(),
+            "commit": ", ".join(dict.fromkeys(filter(None, commits))),
             "torch": torch.__version__,
             "seconds": before.get("seconds", {}),  # of calls that came to their end
         }
@@ -905,7 +917,9 @@ class Story:
         """The rows of this story; MPO first, alone: it fills the cache of the reference."""
         mine = register_file(self.cfg.mine) if str(self.cfg.mine) != "." else []
         few = self.cfg.quick or self.cfg.tiny
-        names = list(QUICK_ROWS) if few else [*ROWS, *([] if self.cfg.tune else [WITH_DROPOUT])]
+        names = list(QUICK_ROWS if few else ROWS)
+        if not (self.cfg.tune or few) or self.recipe.habit:
+            names.append(WITH_DROPOUT)
         return sorted([*names, *mine], key=lambda name: (name != "MPO", name not in QUICK_ROWS))
 
     def first(self, seed: int) -> None:
@@ -1042,16 +1056,21 @@ class ToyConfig:
     mine: Path = flag(Path(""), "story: Python file with objectives of your own, a row each")
     tune: bool = flag(False, "story: try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "story: a few seconds a stage, to see that everything works")
+    steps: int = flag(0, "story: steps of every row; 0 = 240, quick 120, tiny 6")
     wide: float = flag(0.0, "story: share of pictures with two tiles and a thumbnail")
+    noise: float = flag(0.05, "story: noise of the pictures, as a share of full white")
+    habit: float = flag(0.0, "story: share of lesson objects with the usual shape of their colour")
 
     def __post_init__(self) -> None:
         if self.pairs < 8:
             raise ValueError(f"pairs must be >= 8, got {self.pairs}")
-        if not 0 <= self.wide <= 1:
-            raise ValueError(f"wide must be in [0, 1], got {self.wide}")
+        for name in ("wide", "noise", "habit"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be >= 1, got {self.jobs}")
-        only = [n for n in ("quick", "ablate", "tune", "tiny", "wide") if getattr(self, n)]
+        of_story = ("quick", "ablate", "tune", "tiny", "steps", "wide", "habit")
+        only = [name for name in of_story if getattr(self, name)]
         if only and not self.story:
             raise ValueError(f"--{only[0]} belongs to --story")
 
