@@ -13,7 +13,7 @@ demo: .venv/installed
 	    --question "How many red objects are there? Answer the question using a single word or phrase." --max_new_tokens 40 --temperature 0
 	@echo "above: the answer of a model that has seen 240 pairs four times: a number, often wrong"
 
-# the paper in miniature: every objective on three seeds, and a report; some 45 minutes on two cores
+# the paper in miniature: every objective on three seeds, and a report; under 40 minutes on two cores
 paper: .venv/installed
 	$(BIN)/python toy.py --story --out $(TOY)
 

@@ -464,7 +464,10 @@ class Recipe:
     batch_size: int = 32
 
 
-QUICK = Recipe(questions=900, direct_questions=900, described=200, test=400, steps=120)
+QUICK = Recipe(
+    pictures=2500, stop_at=50.0, questions=900, direct_questions=900, described=200, test=400,
+    steps=100,
+)  # fmt: skip
 TINY = Recipe(
     pictures=400, first_leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
     direct_questions=8, described=8, steps=6, batch_size=16,
@@ -1056,7 +1059,7 @@ class ToyConfig:
     mine: Path = flag(Path(""), "story: Python file with objectives of your own, a row each")
     tune: bool = flag(False, "story: try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "story: a few seconds a stage, to see that everything works")
-    steps: int = flag(0, "story: steps of every row; 0 = 240, quick 120, tiny 6")
+    steps: int = flag(0, "story: steps of every row; 0 = 240, quick 100, tiny 6")
     wide: float = flag(0.0, "story: share of pictures with two tiles and a thumbnail")
     noise: float = flag(0.05, "story: noise of the pictures, as a share of full white")
     habit: float = flag(0.0, "story: share of lesson objects with the usual shape of their colour")

@@ -87,6 +87,14 @@ def test_markdown_tells_where_it_ran_and_has_the_table_and_the_verdicts(story):
     assert verdicts[0].endswith("| >= +8 on average | +18.0 | +18.0 (on 1 of 2 seeds) | agrees |")
 
 
+def test_the_readme_repeats_the_committed_results_word_for_word():
+    paper, readme = ROOT / "paper", (ROOT / "README.md").read_text()
+    assert (paper / "report.md").read_text() in readme
+    results = json.loads((paper / "results.json").read_text())
+    assert results["about"]["commit"] in readme and "dirty" not in results["about"]["commit"]
+    assert results["about"]["settings"]["rates"] == CHOSEN_RATES
+
+
 def test_the_rates_of_the_rows_are_those_that_tuning_chose():
     tuning = json.loads((ROOT / "paper/tuning.json").read_text())
     assert {row: of["chosen"] for row, of in tuning["rows"].items()} == CHOSEN_RATES

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 # The toy is small and so is the test machine.  Nothing else of a command is changed.
 SHORTER = {
     "train.py": ["--max_steps", "2", "--batch_size", "16"],
-    "train.py all": ["--max_steps", "20", "--batch_size", "8", "--save_every", "100"],
+    "train.py all": ["--max_steps", "10", "--batch_size", "8", "--save_every", "100"],
     "toy.py": ["--pairs", "16"],
     "toy.py --story": ["--tiny", "--no-quick"],
     "sample": ["--prompts", "none", "--num_samples", "6", "--max_new_tokens", "48"],
@@ -141,7 +141,7 @@ def check_story(folder, stdout):
 
 
 def check_rows(table):
-    """20 steps of each row: the margin grows, or by its own measure (NLL) the row learns."""
+    """10 steps of each row: the margin grows, or by its own measure (NLL) the row learns."""
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert len(rows) == 17
     start = 5.0  # nats a token of an untrained toy
