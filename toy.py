@@ -465,8 +465,8 @@ class Recipe:
 
 
 QUICK = Recipe(
-    pictures=2500, stop_at=50.0, questions=900, direct_questions=900, described=200, test=400,
-    steps=100,
+    pictures=3000, stop_at=50.0, questions=700, direct_questions=700, described=200, test=400,
+    steps=180,
 )  # fmt: skip
 TINY = Recipe(
     pictures=400, first_leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
@@ -476,7 +476,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # to tune: the middle ones, then the neighbour
 TUNING_SEED = 100
 BETA = 0.1
 RATIOS = (0.25, 0.5, 0.75)
-SPEED = {"pack_tokens": 1280, "recompute": "off", "drop_path": 0.0, "head_rows": 256}
+SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
 CHOSEN_RATES = {  # what `--tune` found: paper/tuning.json
     "SFT": 1e-3, "DPO": 3e-4, "RSO": 3e-4, "IPO": 1e-4, "cDPO": 3e-4, "RobustDPO": 3e-4,
     "BCO": 3e-4, "SPPO": 1e-3, "AOT": 3e-4, "TR-DPO": 3e-4, "ORPO": 1e-3, "DPO+": 1e-3,
@@ -594,9 +594,10 @@ class CommandFailed(RuntimeError):
     """A script of the story ended with an error."""
 
 
-def as_script(argv: list[str], env: dict[str, str], log: str) -> None:
+def as_script(argv: list[str], env: dict[str, str], log: str, threads: int) -> None:
     """Run `python argv` in this (forked) process, its output appended to `log`."""
     os.environ.update(env)
+    torch.set_num_threads(threads)
     parent = os.getppid()
 
     def end_with_parent() -> None:
@@ -622,8 +623,8 @@ class Story:
         task = {"wide": cfg.wide, "noise": cfg.noise, "habit": cfg.habit}
         self.recipe = replace(recipe, **task, steps=cfg.steps or recipe.steps)
         self.rank, self.world = rank_and_world()
-        # alone: so many commands at a time; while there is but one, it samples on so many
-        # processes and trains on one: what they would exchange each step takes longer than a step
+        # alone: so many commands at a time; while there is but one, it samples on so many processes
+        # and trains on so many threads: processes would exchange for longer than a step takes
         self.jobs = cfg.jobs if self.world == 1 else 1
         self.processes = self.jobs if len(cfg.seeds) == 1 else 1
         self.group = start_process(0) if self.world > 1 else None
@@ -655,11 +656,11 @@ class Story:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = self.together(s.getsockname()[1])
-        if self.world > 1:
-            count, here = self.world, [self.rank]
-        else:
-            count = 1 if script == "train.py" else self.processes
-            here = range(count)
+        count, here, threads = self.world, [self.rank], 1
+        if self.world == 1 and script == "train.py":
+            threads = self.processes
+        elif self.world == 1:
+            count, here = self.processes, range(self.processes)
         if alone:
             count, here = 1, [0] if self.rank == 0 else []
         folder.mkdir(parents=True, exist_ok=True)
@@ -670,7 +671,8 @@ class Story:
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 env |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
             log = folder / (f"log-{rank}.txt" if rank else "log.txt")
-            forks[log] = self.context.Process(target=as_script, args=(argv, env, str(log)))
+            how = (argv, env, str(log), threads)
+            forks[log] = self.context.Process(target=as_script, args=how)
             forks[log].start()
         for fork in forks.values():
             fork.join()
@@ -1059,7 +1061,7 @@ class ToyConfig:
     mine: Path = flag(Path(""), "story: Python file with objectives of your own, a row each")
     tune: bool = flag(False, "story: try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "story: a few seconds a stage, to see that everything works")
-    steps: int = flag(0, "story: steps of every row; 0 = 240, quick 100, tiny 6")
+    steps: int = flag(0, "story: steps of every row; 0 = 240, quick 180, tiny 6")
     wide: float = flag(0.0, "story: share of pictures with two tiles and a thumbnail")
     noise: float = flag(0.05, "story: noise of the pictures, as a share of full white")
     habit: float = flag(0.0, "story: share of lesson objects with the usual shape of their colour")
