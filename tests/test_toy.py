@@ -143,6 +143,18 @@ def test_lessons_development_and_test_questions_share_no_picture(tmp_path):
     assert load_config(tmp_path / "model").max_tiles >= 2
 
 
+def test_habits_are_of_the_lessons_alone(tmp_path):
+    write_lessons(tmp_path, 1, replace(SMALL, habit=1.0))
+    truth = json.loads((tmp_path / "truth.json").read_text())
+
+    def usual(split):
+        words = [w for image, all_ in truth.items() if image.startswith(split) for w in all_]
+        return {tuple(w.split()[1:]) in set(zip(COLOURS, SHAPES)) for w in words}
+
+    assert usual("lesson") == {True}
+    assert usual("test") == usual("new") == {True, False}
+
+
 def test_hallucination_counts_answers_and_mentions_of_what_is_not_there():
     red, blue = Thing(0, 0, "red", "circle"), Thing(1, 2, "blue", "cross")
     truth = {"a.png": [red.words], "b.png": [red.words, blue.words]}
