@@ -80,9 +80,10 @@ def test_questions_count_objects_of_any_of_their_words():
         Thing(0, 0, "red", "circle"),
         Thing(1, 0, "blue", "cross"),
         Thing(2, 0, "red", "cross"),
+        Thing(1, 1, "green", "cross"),
     ]
     assert len(Question(("red",)).matches(things)) == 2
-    assert len(Question(("circle", "cross")).matches(things)) == 3
+    assert len(Question(("red", "blue")).matches(things)) == 3
     assert Question(("red", "blue")).text == ("How many red and blue objects are there in total?")
 
 
