@@ -477,9 +477,9 @@ BETA = 0.1
 RATIOS = (0.25, 0.5, 0.75)
 SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
 CHOSEN_RATES = {  # what `--tune` found: paper/tuning.json
-    "SFT": 1e-3, "DPO": 3e-4, "RSO": 3e-4, "IPO": 1e-4, "cDPO": 3e-4, "RobustDPO": 3e-4,
-    "BCO": 3e-4, "SPPO": 1e-3, "AOT": 3e-4, "TR-DPO": 3e-4, "ORPO": 1e-3, "DPO+": 1e-3,
-    "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 1e-3, "AOT+": 1e-3, "MPO": 1e-3,
+    "SFT": 1e-3, "DPO": 3e-4, "RSO": 3e-4, "IPO": 1e-4, "cDPO": 3e-4, "RobustDPO": 1e-4,
+    "BCO": 3e-4, "SPPO": 1e-3, "AOT": 3e-4, "TR-DPO": 1e-4, "ORPO": 1e-3, "DPO+": 1e-3,
+    "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 3e-3, "AOT+": 1e-3, "MPO": 1e-3,
 }  # fmt: skip
 QUICK_ROWS = ("SFT", "DPO", "MPO")
 WITH_DROPOUT = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
