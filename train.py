@@ -95,6 +95,7 @@ from runtime import (
 from tokenizer import load_tokenizer
 from weights import (
     CheckpointWriter,
+    all_of,
     checkpoint_state,
     empty_model,
     load_checkpoint,
@@ -1146,7 +1147,7 @@ def train_in_folder(cfg: TrainConfig, process: Process) -> None:
                 told.add(name)
                 process.say(f"diagnosis at step {step.number + 1}: {advice}")
 
-        last, stop = step.number + 1 == total, asked_to_stop(process)
+        last, stop = step.number + 1 == total, asked_to_stop()
         if last or stop or (step.number + 1) % cfg.save_every == 0:
             state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
             writer.save(step.number + 1, tensors, state)
@@ -1283,11 +1284,9 @@ def draw_rows(curves: dict[str, list[dict]]) -> bytes:
 _STOP: list[int] = []
 
 
-def asked_to_stop(process: Process) -> bool:
+def asked_to_stop() -> bool:
     """Whether any process got SIGTERM; all of them learn it at the same step."""
-    asked = torch.tensor(float(bool(_STOP)), device=process.device)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked.item())
+    return not all_of(not _STOP)
 
 
 def main() -> None:

@@ -320,11 +320,11 @@ def train_until(cfg, last):
     steps = [int(checkpoint.name[5:]) if checkpoint else 0]
     real = train_module.asked_to_stop
 
-    def stop(process):
+    def stop():
         steps.append(1)
         if sum(steps) >= last:
             train_module._STOP.append(1)
-        return real(process)
+        return real()
 
     train_module.asked_to_stop = stop
     train_here(cfg)
