@@ -465,7 +465,7 @@ class Recipe:
 
 
 QUICK = Recipe(
-    pictures=3000, questions=800, direct_questions=200, described=200, test=400, steps=300,
+    pictures=3000, cap=700, questions=800, direct_questions=200, described=200, test=400, steps=200,
 )  # fmt: skip
 TINY = Recipe(
     pictures=400, first_leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
@@ -689,8 +689,9 @@ class Story:
             self.units -= units if cached else 0
             spent = time.time() - self.began
             left = spent / max(0.5, self.done) * max(0, self.units - self.done)
+            then = f"  (left {clock(left)})" if self.done else ""
             if self.rank == 0:
-                print(f"{clock(spent)}  seed {seed}  {what}  (left {clock(left)})", flush=True)
+                print(f"{clock(spent)}  seed {seed}  {what}{then}", flush=True)
 
     # ------------------------------------------------------------------ stages
 
@@ -951,6 +952,10 @@ class Story:
         """Every seed's base and pairs, then every row, as many at a time as there are jobs."""
         self.start()
         plan = {seed: self.tasks(seed) for seed in self.cfg.seeds}
+        for seed, tasks in plan.items():
+            plan[seed] = [task for task in tasks if not (task[1] / "result.json").exists()]
+            if there := len(tasks) - len(plan[seed]):
+                self.tell(seed, f"{there} rows are there already", 0)
         self.units = sum(4.5 + len(tasks) for tasks in plan.values())  # a row is 1, a base 3.5
         self.units += len(self.rows()) if self.cfg.tune else 0  # the rates beyond
         pool = ThreadPoolExecutor(self.jobs)
