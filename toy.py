@@ -34,7 +34,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -624,8 +623,7 @@ class Story:
         self.rank, self.world = rank_and_world()
         # alone: so many commands at a time; while there is but one, it samples on so many processes
         # and trains on so many threads: processes would exchange for longer than a step takes
-        self.jobs = cfg.jobs if self.world == 1 else 1
-        self.processes = self.jobs if len(cfg.seeds) == 1 else 1
+        self.processes = cfg.jobs if len(cfg.seeds) == 1 else 1
         self.group = start_process(0) if self.world > 1 else None
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts: small products
         os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -726,8 +724,11 @@ class Story:
             write_lessons(self.of(seed), seed, self.recipe)
         self.together()
 
-    def base(self, seed: int) -> None:
-        """SFT on the lessons at a constant rate until Direct works somewhat, then cool down."""
+    def base(self, seed: int) -> dict:
+        """SFT on the lessons at a constant rate until Direct works somewhat, then cool down.
+
+        Returns the last leg: its steps and its accuracy on the development questions.
+        """
         folder, r = self.of(seed) / "base", self.recipe
         legs = read_whole_lines(folder / "legs.jsonl")[0]
         flags = SPEED | {
@@ -751,6 +752,7 @@ class Story:
             said = ", ".join(f"{of['score']:.1f} {setting}" for setting, of in scores.items())
             units = (steps - (legs[-2]["steps"] if len(legs) > 1 else 0)) / r.steps / 2
             self.tell(seed, f"base, step {steps}: {said} (development questions)", units)
+        return legs[-1]  # of this process: rank 0 may still be writing it
 
     def describe(self, model: Path, folder: Path, seed: int, questions: str) -> list[dict]:
         """Greedy descriptions of pictures, as rows of a part file."""
@@ -828,10 +830,9 @@ class Story:
         """Base, its test results, its pairs, the reference's log-probs (with the MPO row)."""
         folder = self.of(seed)
         self.lessons(seed)
-        self.base(seed)
+        leg = self.base(seed)
         if not (cached := (folder / "result.json").exists()):
-            legs = read_whole_lines(folder / "base/legs.jsonl")[0]
-            more = {"dev": {k: legs[-1][k] for k in ("direct", "cot")}, "steps": legs[-1]["steps"]}
+            more = {"dev": {k: leg[k] for k in ("direct", "cot")}, "steps": leg["steps"]}
             self.result(folder, seed, "base", folder / "base/model", **more)
         self.tell(seed, f"base, {self.shown(folder)}", 0.2, cached)
         if not (cached := (folder / "pairs.json").exists()):
@@ -958,23 +959,37 @@ class Story:
                 self.tell(seed, f"{there} rows are there already", 0)
         self.units = sum(4.5 + len(tasks) for tasks in plan.values())  # a row is 1, a base 3.5
         self.units += len(self.rows()) if self.cfg.tune else 0  # the rates beyond
-        pool = ThreadPoolExecutor(self.jobs)
+        (self.at_once if self.world == 1 else self.in_order)(plan)
+        if self.rank == 0:
+            self.tell_result()
+        if self.group:
+            stop_process()
+
+    def in_order(self, plan: dict[int, list[tuple]]) -> None:
+        """One stage after another: every process of torchrun must take part in each."""
+        for seed in plan:
+            self.first(seed)
+        for seed, tasks in plan.items():
+            for task in tasks:
+                self.play_row(seed, task)
+        for task in self.beyond(seed) if self.cfg.tune else ():
+            self.play_row(seed, task)
+
+    def at_once(self, plan: dict[int, list[tuple]]) -> None:
+        """As many at a time as there are jobs; rows of a seed as soon as its base is there."""
+        pool = ThreadPoolExecutor(self.cfg.jobs)
         try:
             firsts = {pool.submit(self.first, seed): seed for seed in plan}
             rest = []
             for future in as_completed(firsts):
                 future.result()
                 self.processes, seed = 1, firsts[future]
-                rest += [self.submit(pool, seed, task) for task in plan[seed]]
+                rest += [pool.submit(self.play_row, seed, task) for task in plan[seed]]
             wait_for(rest)
             if self.cfg.tune:
-                wait_for([self.submit(pool, seed, task) for task in self.beyond(seed)])
+                wait_for([pool.submit(self.play_row, seed, task) for task in self.beyond(seed)])
         finally:  # a failure ends the story once the commands under way have ended
             pool.shutdown(cancel_futures=True)
-        if self.rank == 0:
-            self.tell_result()
-        if self.group:
-            stop_process()
 
     def tell_result(self) -> None:
         """Add the time taken to story.json; write and print the report, or what tuning found."""
@@ -989,9 +1004,9 @@ class Story:
             print(f"report: {write_report(self.out)}")
             print(summary(collect(self.out)))
 
-    def submit(self, pool: ThreadPoolExecutor, seed: int, task: tuple) -> Future:
+    def play_row(self, seed: int, task: tuple) -> None:
         name, folder, more = task
-        return pool.submit(partial(self.row, seed, name, folder, **more))
+        self.row(seed, name, folder, **more)
 
     def trial(self, name: str, seed: int, lr: float) -> tuple:
         return name, self.row_folder(seed, f"{name} {lr:g}"), {"flags": {"lr": lr}}
@@ -1065,7 +1080,7 @@ class ToyConfig:
     mine: Path = flag(Path(""), "story: Python file with objectives of your own, a row each")
     tune: bool = flag(False, "story: try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "story: a few seconds a stage, to see that everything works")
-    steps: int = flag(0, "story: steps of every row; 0 = 400, quick 300, tiny 6")
+    steps: int = flag(0, "story: steps of every row; 0 = 400, quick 200, tiny 6")
     wide: float = flag(0.0, "story: share of pictures with two tiles and a thumbnail")
     noise: float = flag(0.05, "story: noise of the pictures, as a share of full white")
     habit: float = flag(0.0, "story: share of lesson objects with the usual shape of their colour")
