@@ -123,18 +123,19 @@ def test_a_command_of_the_readme_runs(world, command):
     if "--loss all" in command:
         check_rows(stdout)
     if "--story" in command and "toy.py" in command:
-        check_story(world / "toy/story", stdout)
+        check_story(world / "toy/story", stdout, ["simpo"] if "--mine" in command else [])
     if "train.py" in command and "--plan" not in command:
         assert "read back and equal to the trained policy" in stderr
 
 
-def check_story(folder, stdout):
+def check_story(folder, stdout, mine):
     """Base, pairs, three objectives and the report, through the ordinary scripts."""
-    results = json.loads((folder / "results.json").read_text())
-    assert [row["row"] for row in results["rows"]] == ["base", "SFT", "DPO", "MPO"]
+    results, rows = json.loads((folder / "results.json").read_text()), ["base", "SFT", "DPO", "MPO"]
+    assert [row["row"] for row in results["rows"]] == rows + mine
     assert all(row["seeds"] == [1] for row in results["rows"])
     assert results["pairs"]["1"]["correctness"]["pairs"] > 8
-    assert len(stdout.split("report: ")[1].splitlines()) == 2 + 4 + len(results["claims"])
+    said = stdout.split("report: ")[1].splitlines()
+    assert len(said) == 2 + len(rows + mine) + len(results["claims"])
     log = (folder / "seed-1/rows/MPO/log.txt").read_text()
     assert "$ python train.py" in log and "start check: rewards are 0" in log
     assert "<h2>All rows</h2>" in (folder / "report.html").read_text()

@@ -1,14 +1,17 @@
 """The toy world: real formats, learnable, and the same for the same seed."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import run_forks
 from PIL import Image
 
+import toy as toy_module
 from model import load_config
-from runtime import InputError, read_jsonl
+from runtime import InputError, read_jsonl, write_atomic
 from tokenizer import load_tokenizer
 from toy import (
     COLOURS,
@@ -168,6 +171,48 @@ def test_a_script_that_fails_ends_the_story_with_its_command_and_last_lines(tmp_
     story = Story(ToyConfig(out=tmp_path, story=True, tiny=True, seeds=(1,), jobs=1))
     with pytest.raises(CommandFailed, match=r"(?s)train.py --lss=mpo.*log.txt.*unknown flag --lss"):
         story.call(tmp_path / "log", "train.py", lss="mpo")
+
+
+def play_without_scripts(out):
+    """The story of two seeds in one of its processes; in place of scripts their calls are noted."""
+    story, calls = Story(ToyConfig(out=out, story=True, tiny=True, seeds=(1, 2))), []
+    scores = {setting: {"score": 60.0, "malformed": 0.0} for setting in ("direct", "cot")}
+
+    def call(folder, script, *verb, **flags):
+        calls.append([str(folder), script, *verb])
+        story.together()
+
+    def pairs(seed):
+        sets = {"counts": {}, "responses": 1, "pairs": {"random": 1}}
+        report = {"correctness": {"sets": {"new": sets, "new_direct": sets}}}
+        if story.rank == 0:
+            write_atomic(story.of(seed) / "pairs/pairs.report.json", json.dumps(report))
+        story.together()
+
+    def write_late(path, records):
+        time.sleep(0.3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def evaluate(model, folder, seed, split, settings=("direct", "cot")):
+        return {setting: scores[setting] for setting in settings}
+
+    toy_module.write_lines, toy_module.write_lessons = write_late, lambda *how: None
+    story.call, story.pairs, story.evaluate = call, pairs, evaluate
+    story.describe, story.dropout = lambda *how: [], lambda seed, ratio: {}
+    story.truth, story.tell_result = lambda seed: {}, lambda: None
+    story.play()
+    (out / f"calls-{story.rank}.json").write_text(json.dumps(calls))
+
+
+def test_two_processes_play_the_story_in_one_order_though_one_writes_late(tmp_path):
+    run_forks(2, play_without_scripts, tmp_path)
+    first, second = (json.loads((tmp_path / f"calls-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    trained = [folder.removeprefix(f"{tmp_path}/") for folder, script in first]
+    rows = [f"seed-{seed}/rows/{name}" for seed in (1, 2) for name in ("SFT", "DPO")]
+    base = ["base", "base", "rows/MPO"]
+    assert trained == [f"seed-{seed}/{name}" for seed in (1, 2) for name in base] + rows
 
 
 def test_every_row_is_tried_at_three_rates_and_the_best_mean_is_chosen(tmp_path):
