@@ -10,11 +10,13 @@ import sys
 import pytest
 from conftest import ROOT, start_forks
 
+from losses import LOSSES
+
 README = (ROOT / "README.md").read_text()
 # The toy is small and so is the test machine.  Nothing else of a command is changed.
 SHORTER = {
     "train.py": ["--max_steps", "2", "--batch_size", "16"],
-    "train.py all": ["--max_steps", "10", "--batch_size", "8", "--save_every", "100"],
+    "train.py all": ["--max_steps", "8", "--batch_size", "8", "--lr", "4e-3", "--save_every", "9"],
     "toy.py": ["--pairs", "16"],
     "toy.py --story": ["--tiny", "--no-quick"],
     "sample": ["--prompts", "none", "--num_samples", "6", "--max_new_tokens", "48"],
@@ -78,6 +80,7 @@ def world(tmp_path_factory):
             benchmark.write(json.dumps(line) + "\n")
     for name, text in python_files().items():
         (folder / name).write_text(text)
+    run(folder, ["python", "toy.py", "--out", "toy"])  # the commands train on fewer pairs
     return folder
 
 
@@ -120,12 +123,25 @@ def test_a_command_of_the_readme_runs(world, command):
     stdout, stderr = run(world, shlex.split(command))
     if "generate.py" in command and "--question" in command:
         assert stdout.endswith("\n") and "<|im_end|>" not in stdout  # may be empty: 2 steps
+    if "losses.py" in command:
+        check_lab(world / "losses.png", stdout)
     if "--loss all" in command:
         check_rows(stdout)
     if "--story" in command and "toy.py" in command:
         check_story(world / "toy/story", stdout, ["simpo"] if "--mine" in command else [])
     if "train.py" in command and "--plan" not in command:
         assert "read back and equal to the trained policy" in stderr
+
+
+def check_lab(png, stdout):
+    """Every objective is drawn, tabulated and checked, and the five lines of the user, too."""
+    assert png.read_bytes().startswith(b"\x89PNG")
+    row = re.search(r"^simpo .*", stdout, re.M)[0].split()
+    assert row[-4:] == ["no", "pair", "per_token", "nonnegative"]
+    assert "simpo: float32 per pair ok, finite differences ok, finite at extremes ok" in stdout
+    for name in LOSSES:
+        assert re.search(rf"^{name}: .* ok$", stdout, re.M), name
+    assert stdout.splitlines()[-1] == "13 objectives, every check passed"
 
 
 def check_story(folder, stdout, mine):
@@ -142,7 +158,7 @@ def check_story(folder, stdout, mine):
 
 
 def check_rows(table):
-    """10 steps of each row: the margin grows, or by its own measure (NLL) the row learns."""
+    """8 steps of each row: the margin grows, or by its own measure (NLL) the row learns."""
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert len(rows) == 17
     start = 5.0  # nats a token of an untrained toy

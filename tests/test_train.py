@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from data import PairData
 from losses import PairLogps
-from runtime import InputError, start_process, stop_process
+from runtime import InputError, run, start_process, stop_process
 from toy import write_world
-from train import TrainConfig, diagnose, lr_at, train
+from train import TrainConfig, diagnose, lr_at, main, train
 from weights import load_model
 
 TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
@@ -65,9 +65,9 @@ def command(cfg, processes=1):
     flags = [f"--{k}={v}" for k, v in vars(cfg).items() if not isinstance(v, bool)]
     flags += [f"--{'' if v else 'no-'}{k}" for k, v in vars(cfg).items() if isinstance(v, bool)]
     flags = [f for f in flags if not f.endswith("=.")]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run += [f"--nproc_per_node={processes}"]
-    return [*(run if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *flags]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += [f"--nproc_per_node={processes}"]
+    return [*(start if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *flags]
 
 
 def train_here(cfg):
@@ -379,12 +379,12 @@ def refused_here(cfg, said):
         said.write_text(str(error))
 
 
-def test_an_unknown_flag_gets_a_suggestion():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--batchsize", "3"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "did you mean --batch_size?" in done.stderr
+def test_an_unknown_flag_gets_a_suggestion(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--batchsize", "3"])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    assert "did you mean --batch_size?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"lr": -1}, {"batch_size": 0}, {"drop_path": 1.0}])
