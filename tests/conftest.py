@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime import read_jsonl, start_process, stop_process
+from toy import write_world
+from train import TrainConfig, train
+
 ROOT = Path(__file__).parent.parent
 OURS = Path(__file__).parent / "golden"  # golden files kept in the repository
 
@@ -23,6 +27,37 @@ def folder_from_environment(name: str) -> Path:
 def golden_tiny() -> Path:
     """The large golden folder internvl2-tiny, with the real tokenizer."""
     return folder_from_environment("GOLDEN") / "internvl2-tiny"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A toy world of 48 pairs and in base/model a model that has learned the form of an answer."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_world(folder, 48, 0)
+    cfg = TrainConfig(
+        model_dir=folder / "model",
+        meta=folder / "meta.json",
+        out_dir=folder / "base",
+        loss="sft",
+        lr=5e-3,
+        batch_size=16,
+        epochs=12,
+        pack_tokens=2000,
+        drop_path=0.0,
+        recompute=False,
+        save_every=10_000,
+    )
+    assert train_in_process(cfg)[-1]["nll"] < 1
+    return folder
+
+
+def train_in_process(cfg: TrainConfig) -> list[dict]:
+    """A run in this process; its metrics."""
+    try:
+        train(cfg, start_process(cfg.seed))
+    finally:
+        stop_process()
+    return [r for _, r in read_jsonl(cfg.out_dir / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="session")

@@ -7,49 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import run_forks, start_forks
+from conftest import run_forks, start_forks, train_in_process
 
 import eval as benchmarks
 import pairs
 from data import read_meta
-from runtime import read_jsonl, start_process, stop_process
-from toy import write_world
-from train import TrainConfig, train
-
-
-def train_here(cfg):
-    try:
-        train(cfg, start_process(cfg.seed))
-    finally:
-        stop_process()
-    return [r for _, r in read_jsonl(cfg.out_dir / "metrics.jsonl")]
+from runtime import read_jsonl
+from train import TrainConfig
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A toy world whose model has learned the form of an answer, and questions to ask it."""
-    folder = tmp_path_factory.mktemp("engine")
-    write_world(folder, 48, 0)
-    cfg = TrainConfig(
-        model_dir=folder / "model",
-        meta=folder / "meta.json",
-        out_dir=folder / "base",
-        loss="sft",
-        lr=5e-3,
-        batch_size=16,
-        epochs=12,
-        pack_tokens=2000,
-        drop_path=0.0,
-        recompute=False,
-        save_every=10_000,
-    )
-    metrics = train_here(cfg)
-    assert metrics[-1]["nll"] < 1
-    with open(folder / "questions.jsonl", "w") as f:
-        for _, r in read_jsonl(folder / "toy_steps.jsonl"):
+def world(trained):
+    """The trained world, and questions to ask its model."""
+    with open(trained / "questions.jsonl", "w") as f:
+        for _, r in read_jsonl(trained / "toy_steps.jsonl"):
             line = {"image": r["image"], "question": r["question"], "answer": r["answer_gt"]}
             f.write(json.dumps(line) + "\n")
-    return folder
+    return trained
 
 
 def sample_config(world, out, **changes):
@@ -124,7 +98,7 @@ def test_correctness_pairs_are_right_against_wrong_and_train_as_they_are(world, 
     assert gold
     for r in records:
         assert r.chosen != r.rejected and len(r.images) == 1
-    metrics = train_here(
+    metrics = train_in_process(
         TrainConfig(
             model_dir=world / "base" / "model",
             meta=tmp_path / "pairs" / "meta.json",
@@ -157,7 +131,7 @@ def test_dropout_pairs_reject_a_continuation_without_the_image(world, sampled, t
     for r in records:
         half = r.chosen.split(" ")[: len(r.chosen.split(" ")) // 2]
         assert r.rejected.startswith(" ".join(half)[:10].strip())
-    metrics = train_here(
+    metrics = train_in_process(
         TrainConfig(
             model_dir=world / "base" / "model",
             meta=tmp_path / "one" / "meta.json",
