@@ -467,7 +467,7 @@ QUICK = Recipe(
     pictures=3000, cap=700, questions=800, direct_questions=200, described=200, test=400, steps=200,
 )  # fmt: skip
 TINY = Recipe(
-    pictures=400, first_leg=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
+    pictures=400, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
     direct_questions=8, described=8, steps=6,
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # to tune: the middle ones, then the neighbour of the better one
@@ -480,6 +480,7 @@ CHOSEN_RATES = {  # what `--tune` found: paper/tuning.json
     "BCO": 3e-4, "SPPO": 1e-3, "AOT": 3e-4, "TR-DPO": 1e-4, "ORPO": 1e-3, "DPO+": 1e-3,
     "cDPO+": 1e-3, "RobustDPO+": 1e-3, "BCO+": 3e-3, "AOT+": 1e-3, "MPO": 1e-3,
 }  # fmt: skip
+PAIRS_UNITS = 1.5  # time to measure a base and to make its pairs, for the progress: a row takes 1
 QUICK_ROWS = ("SFT", "DPO", "MPO")
 WITH_DROPOUT = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 DESCRIBED = ("base", *QUICK_ROWS, WITH_DROPOUT)  # rows whose descriptions are measured, too
@@ -630,6 +631,7 @@ class Story:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["train", "pairs", "eval", "torch._dynamo"])
         self.began, self.units, self.done, self.lock = time.time(), 0, 0, threading.Lock()
+        self.base_units = (self.recipe.cap + self.recipe.cooldown) / self.recipe.steps  # at most
 
     # ------------------------------------------------------------------ calling the scripts
 
@@ -730,7 +732,7 @@ class Story:
         Returns the last leg: its steps and its accuracy on the development questions.
         """
         folder, r = self.of(seed) / "base", self.recipe
-        legs = read_whole_lines(folder / "legs.jsonl")[0]
+        legs, spare = read_whole_lines(folder / "legs.jsonl")[0], self.base_units
         flags = SPEED | {
             "model_dir": self.of(seed) / "model", "meta": self.of(seed) / "lessons.json",
             "out_dir": folder, "loss": "sft", "lr": r.base_lr, "lr_vision": 0, "lr_projector": 0,
@@ -750,8 +752,11 @@ class Story:
             if self.rank == 0:
                 write_lines(folder / "legs.jsonl", legs)
             said = ", ".join(f"{of['score']:.1f} {setting}" for setting, of in scores.items())
-            units = (steps - (legs[-2]["steps"] if len(legs) > 1 else 0)) / r.steps / 2
+            units = (steps - (legs[-2]["steps"] if len(legs) > 1 else 0)) / r.steps
+            spare -= units
             self.tell(seed, f"base, step {steps}: {said} (development questions)", units)
+        with self.lock:
+            self.units -= spare
         return legs[-1]  # of this process: rank 0 may still be writing it
 
     def describe(self, model: Path, folder: Path, seed: int, questions: str) -> list[dict]:
@@ -834,7 +839,7 @@ class Story:
         if not (cached := (folder / "result.json").exists()):
             more = {"dev": {k: leg[k] for k in ("direct", "cot")}, "steps": leg["steps"]}
             self.result(folder, seed, "base", folder / "base/model", **more)
-        self.tell(seed, f"base, {self.shown(folder)}", 0.2, cached)
+        self.tell(seed, f"base, {self.shown(folder)}", 0.2 * PAIRS_UNITS, cached)
         if not (cached := (folder / "pairs.json").exists()):
             self.pairs(seed)
             dropout = {}
@@ -855,7 +860,7 @@ class Story:
         said = json.loads((folder / "pairs.json").read_text())
         counts = f"{said['correctness']['pairs']} CoT and {said['direct']['pairs']} Direct pairs"
         right = f"{said['correctness']['right']:.0f} % of CoT samples right"
-        self.tell(seed, f"{counts}, {right}", 1.3, cached)
+        self.tell(seed, f"{counts}, {right}", 0.8 * PAIRS_UNITS, cached)
 
     def shown(self, folder: Path) -> str:
         scores = json.loads((folder / "result.json").read_text())[self.cfg.split]
@@ -957,7 +962,8 @@ class Story:
             plan[seed] = [task for task in tasks if not (task[1] / "result.json").exists()]
             if there := len(tasks) - len(plan[seed]):
                 self.tell(seed, f"{there} rows are there already", 0)
-        self.units = sum(4.5 + len(tasks) for tasks in plan.values())  # a row is 1, a base 3.5
+        first = self.base_units + PAIRS_UNITS + 1  # the MPO row, too
+        self.units = sum(first + len(tasks) for tasks in plan.values())
         self.units += len(self.rows()) if self.cfg.tune else 0  # the rates beyond
         (self.at_once if self.world == 1 else self.in_order)(plan)
         if self.rank == 0:
