@@ -904,11 +904,12 @@ class Story:
         if path.exists():
             before = json.loads(path.read_text())
             settings = json.loads(json.dumps(settings))
-            if changed := [k for k in settings if before["settings"].get(k) != settings[k]]:
-                raise InputError(
-                    f"{path} was made with another {changed[0]}: pass another --out, or delete "
-                    f"{self.out}"
-                )
+            for name, value in settings.items():
+                if (found := before["settings"].get(name)) != value:
+                    raise InputError(
+                        f"{path} was made with another {name} ({found}, now {value}): pass another "
+                        f"--out, or delete {self.out}"
+                    )
         commits = [*before.get("commit", "").split(", "), commit()]  # whose results lie here
         about = {
             "settings": settings,
@@ -956,8 +957,8 @@ class Story:
 
     def play(self) -> None:
         """Every seed's base and pairs, then every row, as many at a time as there are jobs."""
+        plan = {seed: self.tasks(seed) for seed in self.cfg.seeds}  # --mine read: nothing written
         self.start()
-        plan = {seed: self.tasks(seed) for seed in self.cfg.seeds}
         for seed, tasks in plan.items():
             plan[seed] = [task for task in tasks if not (task[1] / "result.json").exists()]
             if there := len(tasks) - len(plan[seed]):
@@ -1099,6 +1100,10 @@ class ToyConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be >= 1, got {self.jobs}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise ValueError(f"seeds must differ and be >= 0, got {self.seeds}")
         of_story = ("quick", "ablate", "tune", "tiny", "steps", "wide", "habit")
         only = [name for name in of_story if getattr(self, name)]
         if only and not self.story:

@@ -245,5 +245,16 @@ def test_a_folder_holds_one_setting_of_the_story(tmp_path):
     cfg = ToyConfig(out=tmp_path, story=True, tiny=True, seeds=(1,))
     Story(cfg).start()
     Story(cfg).start()
-    with pytest.raises(InputError, match="another pictures: pass another --out"):
+    with pytest.raises(InputError, match=r"another pictures \(400, now 3000\): pass another --out"):
         Story(replace(cfg, tiny=False, quick=True)).start()
+
+
+def test_a_story_refused_leaves_nothing_behind(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    story = ToyConfig(out=tmp_path / "story", story=True, tiny=True, mine=tmp_path / "mine.py")
+    with pytest.raises(InputError, match="defines no public function"):
+        Story(replace(story, seeds=(1,))).play()
+    assert not (tmp_path / "story").exists()
+    for wrong in ({"steps": -5}, {"seeds": (1, 1)}, {"seeds": (-1,)}, {"jobs": 0}, {"noise": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must "):
+            replace(story, **wrong)
