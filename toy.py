@@ -35,6 +35,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from multiprocessing.connection import wait as wait_for_pipes
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -613,6 +615,24 @@ def as_script(argv: list[str], env: dict[str, str], log: str, threads: int) -> N
     run(importlib.import_module(argv[0].removesuffix(".py")).main)
 
 
+EXIT_STATUS = threading.Lock()
+
+
+def run_processes(forks: list[BaseProcess]) -> None:
+    """Start processes and wait for their end; threads may do so at once.
+
+    multiprocessing reads an exit status from a pipe, once, when any thread starts or joins a
+    process; two that read at the same time leave 255 where a command ended well.
+    """
+    with EXIT_STATUS:
+        for fork in forks:
+            fork.start()
+    for fork in forks:
+        wait_for_pipes([fork.sentinel])
+        with EXIT_STATUS:
+            fork.join()
+
+
 class Story:
     """The stages of the story, each done once: what is on disk is not done again."""
 
@@ -672,9 +692,7 @@ class Story:
             log = folder / (f"log-{rank}.txt" if rank else "log.txt")
             how = (argv, env, str(log), threads)
             forks[log] = self.context.Process(target=as_script, args=how)
-            forks[log].start()
-        for fork in forks.values():
-            fork.join()
+        run_processes(list(forks.values()))
         if failed := [log for log, fork in forks.items() if fork.exitcode]:
             said = [f"python {shlex.join(argv)}"]
             for log in failed:

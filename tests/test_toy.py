@@ -1,8 +1,11 @@
 """The toy world: real formats, learnable, and the same for the same seed."""
 
 import json
+import multiprocessing
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from toy import (
     draw,
     hallucination,
     random_things,
+    run_processes,
     write_lessons,
     write_model,
     write_world,
@@ -239,6 +243,22 @@ def test_every_row_is_tried_at_three_rates_and_the_best_mean_is_chosen(tmp_path)
     }
     assert told["rows"]["DPO"]["Direct, CoT"] == {"0.0001": [60, 52], "0.0003": [61, 50],
                                                   "0.001": [60, 50]}  # fmt: skip
+
+
+def test_commands_that_end_at_the_same_time_keep_their_exit_status(monkeypatch):
+    context = multiprocessing.get_context("forkserver")
+    read = forkserver.read_signed
+    monkeypatch.setattr(forkserver, "read_signed", lambda pipe: (time.sleep(0.02), read(pipe))[1])
+
+    def play_rows(_):
+        forks = [context.Process(target=time.sleep, args=(0.01,)) for _ in range(10)]
+        for fork in forks:
+            run_processes([fork])
+        return forks
+
+    with ThreadPoolExecutor(3) as pool:
+        forks = sum(pool.map(play_rows, range(3)), [])
+    assert [fork.exitcode for fork in forks] == [0] * len(forks)
 
 
 def test_a_folder_holds_one_setting_of_the_story(tmp_path):
