@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for_pipes
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -469,8 +470,8 @@ QUICK = Recipe(
     pictures=3000, cap=700, questions=800, direct_questions=200, described=200, test=400, steps=200,
 )  # fmt: skip
 TINY = Recipe(
-    pictures=400, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8, test=20, questions=24,
-    direct_questions=8, described=8, steps=6,
+    pictures=400, base_batch_size=16, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8,
+    test=20, questions=24, direct_questions=8, described=8, steps=6,
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # to tune: the middle ones, then the neighbour of the better one
 TUNING_SEED = 100
@@ -977,6 +978,7 @@ class Story:
         """Every seed's base and pairs, then every row, as many at a time as there are jobs."""
         plan = {seed: self.tasks(seed) for seed in self.cfg.seeds}  # --mine read: nothing written
         self.start()
+        forkserver.ensure_running()  # loads torch while the lessons are drawn
         for seed, tasks in plan.items():
             plan[seed] = [task for task in tasks if not (task[1] / "result.json").exists()]
             if there := len(tasks) - len(plan[seed]):
