@@ -429,6 +429,7 @@ def write_world(out: Path, pairs: int, seed: int) -> None:
         "batch_size": 32,
         "epochs": 4,
         "pack_tokens": 1024,
+        "recompute": "off",  # memory is no concern here
         "drop_path": 0.0,
         "save_every": 10,
         "seed": seed,
