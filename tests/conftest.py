@@ -7,10 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime import read_jsonl, start_process, stop_process
 from toy import write_world
 from train import TrainConfig, train
+
+# one thread a process, as torchrun sets: processes of these tests share the cores, and how matrix
+# libraries split a product over threads can change its last bits, which resuming tests compare
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 OURS = Path(__file__).parent / "golden"  # golden files kept in the repository
