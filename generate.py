@@ -258,9 +258,7 @@ class Generator:
         self.banned = torch.tensor(sorted(banned), device=self.device)
         # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
         # that hardly matters, and one row alone is faster without company
-        self.least_rows = 8 if self.device.type == "cpu" and temperature > 0 else 1
-        if self.dtype != torch.float32:
-            self.least_rows = 1
+        self.least_rows = 16 if self.device.type == "cpu" and temperature > 0 else 1
         self.static = compile
         self.decode = torch.compile(decode, dynamic=False) if compile else decode
 

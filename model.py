@@ -307,7 +307,8 @@ class KVCache:
     samples copies nothing.  Keys are stored as they were turned; later steps never turn them again.
 
     Capacities and windows are multiples of BLOCK_KEYS, and products have at least `least_rows`
-    rows: matrix libraries round alike for such shapes, so a row's bits depend on no other row.
+    rows: MKL with AVX-512 rounds alike for such shapes, so a row's bits depend on no other row
+    (with AVX2 only under MKL_CBWR=AUTO,STRICT).
     """
 
     def __init__(

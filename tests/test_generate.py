@@ -4,15 +4,17 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import OURS, run_forks
+from conftest import OURS, ROOT, run_forks
 from safetensors.torch import load_file
 
 from generate import (
@@ -264,6 +266,40 @@ def test_a_batch_of_any_size_and_order_gives_the_same_texts(toy, expected):
             narrow = sampler(toy, dtype=dtype, cache_tokens=longest + 12 * rows)
             assert bits(narrow, prompts(toy)) == wide
         assert bits(sampler(toy, dtype=dtype), prompts(toy)[::-1]) == wide
+
+
+def logps_that_differ(toy):
+    """How many log-probs of 2 prompts at once differ from those of 40 at once."""
+    many = [
+        Prompt(f"p{n}", "Red objects? " * (1 + n % 3), num_samples=1 + n % 6) for n in range(40)
+    ]
+    few, all_at_once = (bits(sampler(toy, cache_tokens=c), many) for c in (300, 65536))
+    return sum(
+        x != y
+        for name, s in all_at_once.items()
+        for x, y in zip(few[name].token_logps, s.token_logps, strict=True)
+    )
+
+
+def test_strict_mkl_rounds_alike_for_any_batch_without_avx512(toy):
+    cpu = Path("/proc/cpuinfo")
+    if not torch.backends.mkl.is_available() or not cpu.exists() or "Intel" not in cpu.read_text():
+        pytest.skip("needs an Intel CPU and MKL")
+    code = "import sys, test_generate as t; "
+    code += "print(t.logps_that_differ(t.Path(sys.argv[1])))"
+    settings = {
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "AUTO,STRICT",
+        "PYTHONPATH": "tests:.",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(toy)],
+        env=os.environ | settings,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "0", done.stderr
 
 
 def test_many_prompts_of_few_samples_share_the_rows(toy, generator):

@@ -146,7 +146,13 @@ def test_two_processes_make_the_same_updates_as_one(straight, base, toy):
     two = replace(base, out_dir=toy / "two")
     close(run_there(two, 2), metrics)
     for name, w in weights(two).items():
-        torch.testing.assert_close(w, weights(cfg)[name], atol=1e-6, rtol=0, msg=name)
+        expected = weights(cfg)[name]
+        if name.endswith("attn.qkv.bias"):
+            # a key's bias adds the same to all scores of a query: softmax loses it, its gradient
+            # is rounding alone, and Adam makes steps of any gradient's sign
+            (q, _, v), (expected_q, _, expected_v) = w.chunk(3), expected.chunk(3)
+            w, expected = torch.cat([q, v]), torch.cat([expected_q, expected_v])
+        torch.testing.assert_close(w, expected, atol=1e-6, rtol=0, msg=name)
 
 
 def test_how_pairs_are_packed_changes_no_update(straight, base, toy):
