@@ -307,8 +307,9 @@ class KVCache:
     samples copies nothing.  Keys are stored as they were turned; later steps never turn them again.
 
     Capacities and windows are multiples of BLOCK_KEYS, and products have at least `least_rows`
-    rows: MKL with AVX-512 rounds alike for such shapes, so a row's bits depend on no other row
-    (with AVX2 only under MKL_CBWR=AUTO,STRICT).
+    rows: with AVX-512 and one thread MKL and oneDNN round alike for such shapes, so a row's bits
+    depend on no other row (MKL with AVX2, or with two threads and 1024 terms, only under
+    MKL_CBWR=AUTO,STRICT).
     """
 
     def __init__(
