@@ -860,7 +860,8 @@ def state_tensors(
             continue
         if not optimizer.state[p]:
             optimizer.state[p] = {
-                "step": torch.tensor(0.0),
+                # beside its parameter: the fused kernel reads it there, also on a GPU
+                "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
