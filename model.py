@@ -233,7 +233,8 @@ class TreeAttention:
             return torch.cat([_attention(*qkv, attn_mask=mask) for *qkv, mask in parts], dim=1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attend = compiled_flex_attention() if q.is_cuda else flex_attention
-        return attend(q, k, v, block_mask=self.mask, enable_gqa=True).transpose(1, 2)
+        out = attend(q, k, v, None, self.mask, enable_gqa=True, kernel_options=FLEX_OPTIONS)
+        return out.transpose(1, 2)
 
 
 def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
@@ -250,6 +251,8 @@ def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
 
 
 BLOCK = 128  # tokens a side of a mask block
+# below 128 tokens inductor would pick its decoding kernel, which has no choice for some lengths
+FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import OURS
 from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import flex_attention
 
 from losses import row_logps, token_logps
 from model import (
@@ -421,3 +422,20 @@ def test_head_scores_only_the_rows_it_is_given(micro):
 
     expected = token_logps(model(ids), ids)[0]
     torch.testing.assert_close(model(ids, head=head), expected, atol=1e-5, rtol=0)
+
+
+def test_short_packs_ask_for_the_training_kernel_of_flex_attention(monkeypatch):
+    options = []
+
+    def kernel(q, k, v, score_mod, mask, enable_gqa, kernel_options):
+        options.append(kernel_options)
+        return flex_attention(q, k, v, score_mod, mask, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr("model.flex_attention", kernel)
+    for s in (2, 40, 127):
+        tree, branch = torch.zeros(s, dtype=torch.long), (torch.arange(s) > s // 2).long()
+        q, k = torch.randn(1, s, 4, 16), torch.randn(1, s, 2, 16)
+        fast = TreeAttention(tree, branch, flex=True)(0, q, k, k)
+        plain = TreeAttention(tree, branch, flex=False)(0, q, k, k)
+        torch.testing.assert_close(fast, plain)
+    assert options == [{"FORCE_USE_FLEX_ATTENTION": True}] * 3
