@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 import torch.distributed as dist
@@ -111,6 +111,7 @@ from weights import (
 )
 
 LOCK_SECONDS = 20
+LOCK_VOTE_SECONDS = 5
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
 
 
@@ -639,10 +640,14 @@ def cache_facts(cfg: TrainConfig, process: Process) -> dict[str, str]:
             with open(path, "rb") as f:
                 digest.update(hashlib.file_digest(f, "blake2b").digest())
         hashes = [digest.hexdigest()]
+    dtype = compute_dtype(cfg, process.device)
+    # in bfloat16 the shape of a pack moves single tokens by 0.01 to 0.1 nats, in float32 by 1e-6
+    packing = f"{cfg.pack_tokens} {cfg.share_prefix} {cfg.share_images}"
     return {
         "weights": share_text(hashes[0], process),
         "config": hashlib.blake2b(repr(load_config(cfg.model_dir)).encode()).hexdigest()[:32],
-        "dtype": str(compute_dtype(cfg, process.device)),
+        "dtype": str(dtype),
+        "packing": packing if dtype is torch.bfloat16 else "any",
         "scoring": SCORING_VERSION,
     }
 
@@ -795,15 +800,18 @@ def step_metrics(
 
 def check_start(terms: Terms, logps: PairLogps, hyper: dict[str, float], dtype: torch.dtype) -> str:
     """A fresh policy is its reference: every log-ratio is 0 and the loss is known beforehand."""
-    per_token = 1e-3 if dtype is torch.bfloat16 else 1e-5
     for ratio, length in (
         (logps.chosen_logratio, logps.chosen_length),
         (logps.rejected_logratio, logps.rejected_length),
     ):
-        if (worst := (ratio.abs() / length).max().item()) > per_token:
+        # bfloat16 moves single tokens by up to 0.1 nats with the shape of a pack, up and down
+        bound = 0.1 * length.sqrt() if dtype is torch.bfloat16 else 1e-5 * length
+        if (excess := ratio.abs() / bound).max() > 1:
+            worst = int(excess.argmax())
             raise RuntimeError(
-                f"start check failed: a fresh policy is {worst:.2e} nats a token off its reference"
-                "; the reference comes from other weights or another scoring"
+                f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference "
+                f"on a response of {int(length[worst])} tokens; at most {bound[worst]:.2e} can be "
+                "rounding: the reference comes from other weights or another scoring"
             )
     same = replace(
         logps, reference_chosen=logps.policy_chosen, reference_rejected=logps.policy_rejected
@@ -1062,21 +1070,34 @@ def alone_in(folder: Path, process: Process, seconds: float) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
-        locked, told, began = not process.is_main, False, time.monotonic()
-        while not locked and time.monotonic() - began < seconds:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError:
-                if not told:
-                    process.say(f"{folder}: waiting for another run that works there")
-                told = True
-                time.sleep(0.1)
-        if not process.agree(locked):
-            raise InputError(
-                f"{folder}: another run works there; wait for it, end it, or pass another --out_dir"
-            )
+        began, told = time.monotonic(), False
+        # one vote every few seconds: a rank that waits in a collective for longer than the group's
+        # timeout (30 minutes under NCCL) would be taken for dead
+        while not process.agree(
+            process.is_main and try_lock(file, min(seconds, LOCK_VOTE_SECONDS))
+        ):
+            if process.agree(time.monotonic() - began >= seconds):
+                raise InputError(
+                    f"{folder}: another run works there; wait for it, end it, or pass another "
+                    "--out_dir"
+                )
+            if not told:
+                process.say(f"{folder}: waiting for another run that works there")
+            told = True
         yield
+
+
+def try_lock(file: BinaryIO, seconds: float) -> bool:
+    """Take the file's lock, trying for `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
 
 
 def train(cfg: TrainConfig, process: Process) -> None:
@@ -1311,6 +1332,7 @@ def main() -> None:
             train_all(cfg, mine, process)
         else:
             train(cfg, process)
+        stop_process()  # not after an error: it would wait for peers that are inside a collective
     except FileNotFoundError:
         raise
     except (OSError, FloatingPointError) as error:
@@ -1322,8 +1344,6 @@ def main() -> None:
             f"rank {process.rank}: another process has died or does not answer; its message says "
             "why; the same command continues from the newest checkpoint"
         )
-    finally:
-        stop_process()
 
 
 def end_with(message: str) -> None:

@@ -16,11 +16,12 @@ import torch
 from conftest import ROOT, run_forks, start_forks
 from safetensors.torch import load_file
 
+import train as train_module
 from data import PairData
 from losses import PairLogps
 from runtime import InputError, run, start_process, stop_process
 from toy import write_world
-from train import TrainConfig, diagnose, lr_at, main, state_tensors, train
+from train import TrainConfig, check_start, diagnose, lr_at, main, state_tensors, train
 from weights import load_model
 
 TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
@@ -473,3 +474,47 @@ def test_the_optimizer_s_step_count_lies_beside_its_parameter():
     state_tensors(policy, optimizer, None, moving=False)
     states = list(optimizer.state.values())
     assert len(states) == 2 and all(t.device.type == "meta" for s in states for t in s.values())
+
+
+def test_the_start_check_knows_rounding_from_other_weights():
+    length = torch.tensor([1.0, 400.0])
+    policy = torch.tensor([-1.0, -300.0])
+
+    def check(off, dtype):
+        logps = PairLogps(policy, policy, policy + off, policy, length, length)
+        return check_start([(1.0, "dpo")], logps, {"beta": 0.1}, dtype)
+
+    rounding, other = torch.tensor([0.05, 1.5]), torch.tensor([0.0, 2.5])
+    assert "rewards are 0" in check(rounding, torch.bfloat16)
+    for off, dtype in ((other, torch.bfloat16), (rounding, torch.float32)):
+        with pytest.raises(RuntimeError, match="start check failed.*a response of"):
+            check(off, dtype)
+
+
+def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
+    cfg = replace(base, dtype="bf16", max_steps=1, reference_cache=tmp_path / "reference")
+    train_here(replace(cfg, out_dir=tmp_path / "first"))
+    with pytest.raises(InputError, match="was made with another packing"):
+        train_here(replace(cfg, out_dir=tmp_path / "second", pack_tokens=cfg.pack_tokens + 1))
+
+
+def two_wait_for_a_lock(folder):
+    """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
+    train_module.LOCK_VOTE_SECONDS = 0.2
+    process = start_process(0)
+    votes = []
+    agree = type(process).agree
+    train_module.Process.agree = lambda self, number: votes.append(1) or agree(self, number)
+    with train_module.alone_in(folder, process, 30):
+        assert len(votes) >= 5, votes
+    stop_process()
+
+
+def test_processes_vote_while_one_waits_for_a_lock(tmp_path):
+    with open(tmp_path / ".lock", "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        forks = start_forks(2, two_wait_for_a_lock, tmp_path)
+        time.sleep(2.5)
+    for fork in forks:
+        fork.join(60)
+    assert [fork.exitcode for fork in forks] == [0, 0]
