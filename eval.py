@@ -37,8 +37,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from answers import PROMPTS as COT_PROMPTS
-from answers import edit_distance, get_mode, is_correct, parse_answer, parse_expression
+from benchmarks.answers import PROMPTS as COT_PROMPTS
+from benchmarks.answers import edit_distance, get_mode, is_correct, parse_answer, parse_expression
 from runtime import (
     AppendLog,
     InputError,

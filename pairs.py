@@ -36,7 +36,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from answers import (
+from benchmarks.answers import (
     PROMPTS,
     check_gold,
     fix_answer,

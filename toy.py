@@ -50,7 +50,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
 from torch import Tensor, nn
 
-from answers import PROMPTS
+from benchmarks.answers import PROMPTS
 from data import seeded
 from losses import register_file
 from model import InternVL, parse_config

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from conftest import OURS
 
-import answers
+from benchmarks import answers
 from runtime import InputError
 
 CASES = json.loads((OURS / "answers.json").read_text())["cases"]

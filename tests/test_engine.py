@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import run_forks, start_forks, train_in_process
 
-import eval as benchmarks
+import eval as evaluation
 import pairs
 from data import read_meta
 from runtime import read_jsonl
@@ -160,7 +160,7 @@ def write_benchmark(world):
 
 
 def generate_config(world, out, cot):
-    return benchmarks.Generate(
+    return evaluation.Generate(
         bench="m3cot",
         data=(write_benchmark(world),),
         model_dir=world / "base" / "model",
@@ -175,9 +175,9 @@ def test_benchmarks_run_from_questions_to_the_report(world, tmp_path):
     folders = []
     for cot in (False, True):
         out = tmp_path / ("cot" if cot else "direct")
-        benchmarks.generate(generate_config(world, out, cot))
-        score = benchmarks.score(
-            benchmarks.Score(
+        evaluation.generate(generate_config(world, out, cot))
+        score = evaluation.score(
+            evaluation.Score(
                 bench="m3cot",
                 data=(world / "m3cot_test.jsonl",),
                 answers=(out,),
@@ -185,9 +185,9 @@ def test_benchmarks_run_from_questions_to_the_report(world, tmp_path):
         )
         assert score["n"] == 24 and score["setting"] == ("CoT" if cot else "Direct")
         folders.append(out)
-    run_forks(2, benchmarks.generate, generate_config(world, tmp_path / "two", False))
+    run_forks(2, evaluation.generate, generate_config(world, tmp_path / "two", False))
     same = [(tmp_path / name / "answers.jsonl").read_bytes() for name in ("direct", "two")]
     assert same[0] == same[1]
-    text = benchmarks.report(benchmarks.Report(tuple(folders), tmp_path / "report"))
+    text = evaluation.report(evaluation.Report(tuple(folders), tmp_path / "report"))
     assert "Direct" in text and "CoT" in text
     assert (tmp_path / "report" / "report.json").exists()

@@ -1,4 +1,4 @@
-"""The house: which file may import which, and what may be imported at all."""
+"""The house: two rings, which file may import which, and what may be imported at all."""
 
 import ast
 import sys
@@ -6,52 +6,59 @@ import sys
 import pytest
 from conftest import ROOT
 
-FLOORS = {
-    **dict.fromkeys(["runtime"], -1),  # the base: anyone may import it
-    **dict.fromkeys(["vision", "losses", "tokenizer", "answers", "report"], 0),
-    **dict.fromkeys(["model"], 1),
-    **dict.fromkeys(["weights", "data"], 2),
-    **dict.fromkeys(["generate", "bench"], 3),
-    **dict.fromkeys(["pairs", "train", "eval"], 4),
-    **dict.fromkeys(["toy"], 5),
-}
+# the first ring, in reading order: each file imports only what stands before it
+ORDER = """runtime vision tokenizer losses model weights data generate bench plain memory train
+pairs eval report toy""".split()
+FOLDERS = ("benchmarks", "tools", "paper")  # the second ring
 PACKAGES = {"torch", "safetensors", "tokenizers", "PIL", "einops", "numpy", "tqdm", "matplotlib"}
-DISTRIBUTED = {"runtime", "weights", "train"}
-FILES = sorted(ROOT.glob("*.py"))
+DISTRIBUTED = {"runtime.py", "weights.py", "train.py"}
+FIRST = sorted(ROOT.glob("*.py"))
+FILES = FIRST + sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def imported(path):
-    """(dotted module, line) of every import statement, wherever it stands."""
+    """(dotted module, line, at the top of the file) of every import statement."""
     for node in ast.walk(ast.parse(path.read_text())):
+        top = getattr(node, "col_offset", 1) == 0
         if isinstance(node, ast.Import):
-            yield from ((name.name, node.lineno) for name in node.names)
+            yield from ((name.name, node.lineno, top) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module, node.lineno
+            yield node.module, node.lineno, top
 
 
-def test_every_file_has_its_floor():
-    assert {p.stem for p in FILES} <= set(FLOORS)
+@pytest.mark.parametrize("path", FIRST, ids=name_of)
+def test_a_file_of_the_first_ring_imports_only_what_is_read_before_it(path):
+    place = ORDER.index(path.stem)
+    for module, line, at_top in imported(path):
+        first = module.split(".")[0]
+        if first in ORDER:
+            assert ORDER.index(first) < place, f"{path.name}:{line} imports {module} upwards"
+        if first in FOLDERS and at_top:
+            answers = first == "benchmarks" and path.stem in ("pairs", "eval", "toy")
+            assert answers, f"{path.name}:{line} imports the folder {first}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_files_import_only_from_floors_below(path):
-    for module, line in imported(path):
-        top = module.split(".")[0]
-        if top in FLOORS:
-            assert FLOORS[top] < FLOORS[path.stem], f"{path.name}:{line} imports {module} upwards"
-        else:
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_known_packages_are_imported(path):
+    for module, line, _ in imported(path):
+        first = module.split(".")[0]
+        if first not in ORDER and first not in FOLDERS:
             known = PACKAGES | set(sys.stdlib_module_names)
-            assert top in known, f"{path.name}:{line} imports {module}"
-            assert top not in ("pickle", "marshal", "shelve"), f"{path.name}:{line}"
+            assert first in known, f"{path}:{line} imports {module}"
+            assert first not in ("pickle", "marshal", "shelve"), f"{path}:{line}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_three_files_know_of_processes(path):
-    uses = any(module.startswith("torch.distributed") for module, _ in imported(path))
-    assert not uses or path.stem in DISTRIBUTED
+    uses = any(module.startswith("torch.distributed") for module, _, _ in imported(path))
+    assert not uses or name_of(path) in DISTRIBUTED
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_evaluates_text_or_catches_everything(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
@@ -64,7 +71,7 @@ def test_nothing_evaluates_text_or_catches_everything(path):
             assert node.end_lineno - node.lineno <= 90, f"{path.name}: {node.name} is too long"
 
 
-def test_only_the_toy_knows_of_the_toy():
+def test_only_the_paper_knows_of_the_toy():
     for path in FILES:
-        if path.stem != "toy":
-            assert not any(m.split(".")[0] == "toy" for m, _ in imported(path)), path.name
+        if path.stem != "toy" and path.parent.name != "paper":
+            assert not any(m.split(".")[0] == "toy" for m, _, _ in imported(path)), path.name
