@@ -1,45 +1,67 @@
-"""What every script shares: flags from a dataclass, the process group, files that survive a crash.
+"""What every script shares: flags, the process group, JSON that people write, files that survive.
 
-A closed list, never "utils": a thing enters here when two rooms on different floors need it.
+A closed list, never "utils": a thing enters here when two rooms need it.
 
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
-    InputError, run                  the user's mistakes end in one line and exit status 2
+    InputError, run                  every failure of input or disk ends in one line
     start_process, Process           the process group: always one, also alone
-    write_atomic, read_jsonl,        whole files or none; whole lines or none
-    AppendLog
+    read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
+    write_atomic, AppendLog          whole files or none; whole lines or none
+    fingerprint, claim, alone_in     which weights; one run a folder; one run at a time
     MetricsLog                       one JSON line a step in out_dir/metrics.jsonl, one for the eye
 
-torch is imported only where a process group is made, so that scoring scripts start without it.
+torch is imported only where a process group is made, so that flags are read without it.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
+import hashlib
 import json
+import math
 import os
 import sys
 import time
+import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
+
+LOCK_VOTE_SECONDS = 5
 
 
 class InputError(ValueError):
     """A mistake in what the user gave: names the file, line, key or flag, and the remedy."""
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that is also a command line flag."""
-    return dataclasses.field(default=default, metadata={"help": help})
+# --------------------------------------------------------------------------- flags
+
+
+def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A dataclass field that is also a command line flag, a number within [low, high]."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
+
+
+def check_ranges(cls: type, values: dict[str, Any]) -> None:
+    """Numbers must be finite and within their flag's range."""
+    for f in dataclasses.fields(cls):
+        value, (low, high) = values.get(f.name), f.metadata.get("range", (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
+            wanted = " and ".join(limits) or "a finite number"
+            raise InputError(f"{f.name} must be {wanted}, got {value}")
 
 
 def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
     """Build dataclass `cls` from the command line.  Precedence: default < --config FILE < flag.
 
-    Field types: str, int, float, bool (--x / --no-x), Path, Literal, and tuple[Path, ...] or
-    tuple[str, ...] for a flag that may be repeated.  Wrong usage exits with status 2.
+    Field types: str, int, float, bool (--x / --no-x), Path, Path | None (empty text = None),
+    Literal, and tuple[Path, ...] or tuple[str, ...] for a flag that may be repeated.  Wrong usage
+    exits with status 2.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -50,15 +72,17 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     parser.add_argument("--config", type=Path, help="config.json of an earlier run, replayed")
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        shown = "" if f.default in ("", ()) else f" [{f.default}]"
+        shown = "" if f.default in ("", (), None) else f" [{f.default}]"
         options: dict[str, Any] = {"help": (f.metadata["help"] + shown).replace("%", "%%")}
+        origin, inner = typing.get_origin(hints[f.name]), typing.get_args(hints[f.name])
         if hints[f.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hints[f.name]) is Literal:
-            options["choices"] = typing.get_args(hints[f.name])
-            options["type"] = type(options["choices"][0])
-        elif typing.get_origin(hints[f.name]) is tuple:
-            options |= {"type": typing.get_args(hints[f.name])[0], "action": "append"}
+        elif origin is Literal:
+            options |= {"choices": inner, "type": type(inner[0])}
+        elif origin is tuple:
+            options |= {"type": inner[0], "action": "append"}
+        elif origin is types.UnionType:
+            options |= {"type": lambda text, kind=inner[0]: kind(text) if text else None}
         else:
             options["type"] = hints[f.name]
         # SUPPRESS, then fill in below: an appended flag must not grow on top of its default
@@ -75,6 +99,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
     values.pop("config", None)
     try:
+        check_ranges(cls, values)
         return cls(**values)
     except ValueError as error:
         parser.error(str(error))
@@ -83,18 +108,16 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
 def _config_as_flags(parser: argparse.ArgumentParser, path: Path, known: set[str]) -> list[str]:
     """A saved config replayed as flags, so a saved value meets the same checks as a typed one."""
     try:
-        saved = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        saved = read_json(path)
+    except (OSError, InputError) as error:
         parser.error(f"--config {path}: {error}")
-    if not isinstance(saved, dict):
-        parser.error(f"--config {path}: expected one JSON object of flag names and values")
     if stray := [k for k in saved if k not in known]:
         parser.error(f"--config {path}: unknown key {stray[0]!r}; see --help for the flags")
     flags = []
     for name, value in saved.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        else:
+        elif value is not None:
             flags += [f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
     return flags
 
@@ -103,39 +126,71 @@ def parse_command(commands: dict[str, type], argv: list[str] | None = None) -> t
     """`script.py VERB --flags`: pick the dataclass of the verb and parse the rest with it."""
     argv = sys.argv[1:] if argv is None else argv
     script = Path(sys.argv[0]).name
-    usage = (
-        f"usage: {script} {{{','.join(commands)}}} [flags]; {script} VERB --help lists the flags"
-    )
+    lines = [
+        f"  {verb:<20} {cls.__doc__.strip().splitlines()[0]}" for verb, cls in commands.items()
+    ]
+    usage = f"usage: {script} VERB [flags]; {script} VERB --help lists the flags"
     if argv and argv[0] in ("-h", "--help"):
-        print(usage)
-        for verb, cls in commands.items():
-            print(f"  {verb:<20} {(cls.__doc__ or '').strip().splitlines()[0]}")
+        print("\n".join([usage, *lines]))
         raise SystemExit(0)
     if not argv or argv[0] not in commands:
         near = difflib.get_close_matches(argv[0], commands, n=1) if argv else []
-        print(usage, file=sys.stderr)
-        what = f"unknown command {argv[0]!r}" if argv else "no command given"
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"{script}: error: {what}{hint}", file=sys.stderr)
+        problem = f"unknown command {argv[0]!r}" if argv else "no command given"
+        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(commands)}"
+        print(f"{usage}\n{script}: error: {problem}{hint}", file=sys.stderr)
         raise SystemExit(2)
     return argv[0], parse_cli(commands[argv[0]], argv[1:], prog=f"{script} {argv[0]}")
 
 
 def config_json(cfg: Any) -> str:
     """The dataclass as the text of a config.json that `--config` replays."""
-    return json.dumps(dataclasses.asdict(cfg), indent=1, default=str) + "\n"
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
+    return json.dumps(values, indent=1, default=str) + "\n"
+
+
+# errors of the file system that are about what the user named; all others are failures
+NAMED_WRONGLY = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main: InputError and missing files end in one line and exit status 2."""
+    """Run a script's main: what goes wrong outside the program ends in one line, no traceback.
+
+    Exit status 2: wrong input or usage; 1: a failure while running (disk full, ...); 130: Ctrl-C.
+    """
     try:
         main()
-    except (InputError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message, status = "", 1
+    except InputError as error:
+        message, status = str(error), 2
+    except OSError as error:
+        message, status = str(error), 2 if error.errno in (None, *NAMED_WRONGLY) else 1
+    except UnicodeError as error:
+        message, status = f"a text or file name is not valid UTF-8: {error}", 2
+    except RecursionError:
+        message, status = "an input is nested too deeply", 2
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        message, status = f"a file name holds a null character ({error})", 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        message, status = "interrupted", 130
+    if message and first_to_tell(message):
+        print(f"error: {message}" if status < 130 else message, file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def first_to_tell(message: str) -> bool:
+    """Whether no other process of the group has told this already; never waits for one."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        return rank_and_world()[0] == 0  # before the group stands all ranks fail alike
+    with contextlib.suppress(RuntimeError):  # the store's process may be gone
+        return dist.distributed_c10d._get_default_store().add(f"told {message}", 1) == 1
+    return True
 
 
 # --------------------------------------------------------------------------- processes
@@ -158,13 +213,13 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """Rank 0's number, on every rank; all of them wait for each other here."""
         import torch  # noqa: PLC0415  (see the module docstring)
         import torch.distributed as dist  # noqa: PLC0415
 
-        shared = torch.tensor(int(number) if self.is_main else 0, device=self.device)
-        dist.all_reduce(shared)
+        shared = torch.tensor(int(number), device=self.device)
+        dist.broadcast(shared, 0)
         return int(shared)
 
     def say(self, *words: Any) -> None:
@@ -202,6 +257,95 @@ def stop_process() -> None:
         dist.destroy_process_group()
 
 
+# --------------------------------------------------------------------------- JSON
+
+
+def parse_json(content: str | bytes, name: object) -> dict:
+    """One JSON object, equal keys refused, a byte-order mark taken; `name` is for errors."""
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict:
+        if len(record := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InputError(f"{name}: the key {twice!r} stands there twice; keep one of them")
+        return record
+
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        record = json.loads(text, object_pairs_hook=each_once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{name}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def read_json(path: Path) -> dict:
+    """The one JSON object of a file."""
+    if not Path(path).is_file():  # also a folder, or a pipe that would never answer
+        raise InputError(f"no file {path}")
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json_line(path: Path, number: int, line: bytes) -> dict:
+    """One line of a jsonl file as an object; the error names file and line."""
+    if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise InputError(f"{path}: this is a JSON list; write one object a line (jsonl)")
+    return parse_json(line, f"{path} line {number}")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of each non-empty line; a broken line is an InputError."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, parse_json_line(path, number, line)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; a whole number is a float, true is no number."""
+    inner = typing.get_args(hint)
+    match typing.get_origin(hint) or hint:
+        case types.UnionType:
+            return any(fits(value, kind) for kind in inner)
+        case typing.Literal:
+            return value in inner
+        case builtin if builtin is list:
+            return isinstance(value, list) and all(fits(v, kind) for v in value for kind in inner)
+        case kind if kind in (int, float) and isinstance(value, (bool, float, int)):
+            number = not isinstance(value, bool) and math.isfinite(value)
+            return number and (kind is float or isinstance(value, int))
+    return hint is Any or isinstance(value, typing.get_origin(hint) or hint)
+
+
+def from_json(cls: type, record: dict, name: object) -> Any:
+    """Build dataclass `cls` from a JSON object: type, default and range of each field.
+
+    Keys that are no field are ignored, but those in `cls.REFUSED` (key -> what to do instead).
+    """
+    for key, remedy in getattr(cls, "REFUSED", {}).items():
+        if record.get(key):
+            raise InputError(f"{name}: {key!r} is not supported: {remedy}")
+    hints, values = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if f.name not in record:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise InputError(f"{name}: no {f.name!r}")
+            continue
+        values[f.name] = record[f.name]
+        if not fits(record[f.name], hints[f.name]):
+            kind = hints[f.name]
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+            raise InputError(f"{name}: {f.name!r} must be {wanted}, got {record[f.name]!r:.80}")
+    try:
+        check_ranges(cls, values)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return cls(**values)
+
+
 # --------------------------------------------------------------------------- files
 
 
@@ -228,26 +372,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, object) of each non-empty line; a broken line is an InputError."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                yield number, parse_json_line(path, number, line)
-
-
-def parse_json_line(path: Path, number: int, line: bytes) -> dict:
-    """One line of a jsonl file as an object; the error names file and line."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path} line {number}: not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise InputError(f"{path} line {number}: expected a JSON object, got {kind}")
-    return record
 
 
 class AppendLog:
@@ -288,17 +412,81 @@ def read_whole_lines(path: Path) -> tuple[list[dict], int]:
 
     Torn: no newline at its end.  Such a line is never trusted, even if it happens to parse.
     """
-    path = Path(path)
-    if not path.exists():
-        return [], 0
     records, good = [], 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.endswith(b"\n"):
-                break
-            records.append(parse_json_line(path, number, line))
-            good += len(line)
+    if Path(path).exists():
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.endswith(b"\n"):
+                    break
+                records.append(parse_json_line(path, number, line))
+                good += len(line)
     return records, good
+
+
+# --------------------------------------------------------------------------- one run a folder
+
+_FINGERPRINTS: dict[tuple, str] = {}
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """32 hex digits of what files hold, every byte; read again only if size or time changed."""
+    digests = []
+    for path in sorted(map(Path, paths)):
+        state = path.stat()
+        key = (path.resolve(), state.st_size, state.st_mtime_ns)
+        if key not in _FINGERPRINTS:
+            with open(path, "rb") as f:
+                _FINGERPRINTS[key] = hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+        digests.append(f"{path.name} {_FINGERPRINTS[key]}")
+    return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def claim(folder: Path, facts: dict[str, Any], remedy: str, name: str = "run.json") -> None:
+    """Say in `folder`/run.json what its content depends on; refuse other values by name."""
+    about = Path(folder) / name
+    if not about.exists():
+        write_atomic(about, json.dumps(facts, indent=1) + "\n")
+    known = read_json(about)
+    for key, value in json.loads(json.dumps(facts)).items():
+        if known.get(key) != value:
+            raise InputError(
+                f"{folder} was made with another {key} ({known.get(key)}, now {value}); {remedy}, "
+                "or delete that folder"
+            )
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, process: Process, seconds: float, remedy: str) -> Iterator[None]:
+    """One run at a time: wait `seconds` for another one that works in `folder`, then refuse.
+
+    The kernel lifts the lock when its process ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "wb") as file:
+        began, warned = time.monotonic(), False
+        # one vote every few seconds: a rank that waits in a collective for longer than the group's
+        # timeout (30 minutes under NCCL) would be taken for dead
+        step = min(seconds, LOCK_VOTE_SECONDS)
+        while not process.broadcast(process.is_main and try_lock(file, step)):
+            if process.broadcast(time.monotonic() - began >= seconds):
+                raise InputError(f"{folder}: another run works there; wait for it, or {remedy}")
+            if not warned:
+                process.say(f"{folder}: waiting for another run that works there")
+            warned = True
+        yield
+
+
+def try_lock(file: BinaryIO, seconds: float) -> bool:
+    """Take the file's lock, trying for `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
 
 
 # --------------------------------------------------------------------------- metrics
@@ -320,16 +508,14 @@ class MetricsLog:
         self.process, self.total, self.done, self.start = process, total_steps, done, time.time()
         path = Path(out_dir) / "metrics.jsonl"
         self.kept = [r for r in read_whole_lines(path)[0] if r["step"] <= done]
-        if not process.is_main:
-            return
-        write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.kept))
-        self.log = AppendLog(path)
+        if process.is_main:
+            write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.kept))
+            self.log = AppendLog(path)
 
     def __call__(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
         """Log `metrics` of `step` (1..total); `shown` names the ones for the terminal."""
-        if not self.process.is_main:
-            return
-        self.log.append({"step": step, **metrics})
+        if self.process.is_main:
+            self.log.append({"step": step, **metrics})
         left = (time.time() - self.start) / (step - self.done) * (self.total - step)
         words = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
         self.process.say(f"step {step}/{self.total} ", *words, f" left {clock(left)}")

@@ -659,7 +659,7 @@ class Story:
 
     def together(self, port: int = 0) -> int:
         """Wait for the other processes of torchrun; rank 0's port."""
-        return self.group.agree(port) if self.group else port
+        return self.group.broadcast(port) if self.group else port
 
     def call(
         self, folder: Path, script: str, *verb: str, alone: bool = False, **flags: Any

@@ -15,8 +15,6 @@ times; the loss does not depend on how pairs fall on processes; BCO's shift is u
 after use, and is part of the checkpoint (losses.py says why); weight decay spares vectors.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -24,12 +22,12 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -83,6 +81,7 @@ from runtime import (
     InputError,
     MetricsLog,
     Process,
+    alone_in,
     config_json,
     flag,
     parse_cli,
@@ -111,7 +110,6 @@ from weights import (
 )
 
 LOCK_SECONDS = 20
-LOCK_VOTE_SECONDS = 5
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
 
 
@@ -576,10 +574,10 @@ class CachedReference:
         A run's steps are looked through once; its mark tells the next runs that nothing is missing.
         """
         self.mark = self.folder / f"covers-{data.digest(total)}.json"
-        with alone_in(self.folder, self.process, math.inf):
+        with alone_in(self.folder, self.process, math.inf, ""):
             self.read()  # another run may have scored them meanwhile
             marked = json.loads(self.mark.read_text())["responses"] if self.mark.exists() else None
-            if self.process.agree(marked is None or marked > len(self.logps)):
+            if self.process.broadcast(marked is None or marked > len(self.logps)):
                 self.score_missing(policy, data, total, cfg)
                 if self.process.is_main:
                     write_atomic(self.mark, json.dumps({"responses": len(self.logps)}) + "\n")
@@ -1062,47 +1060,9 @@ def make_reference(
     return reference
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path, process: Process, seconds: float) -> Iterator[None]:
-    """One run at a time: wait `seconds` for another one that works in `folder`, then refuse.
-
-    The kernel lifts the lock when its process ends, however it ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
-        began, told = time.monotonic(), False
-        # one vote every few seconds: a rank that waits in a collective for longer than the group's
-        # timeout (30 minutes under NCCL) would be taken for dead
-        while not process.agree(
-            process.is_main and try_lock(file, min(seconds, LOCK_VOTE_SECONDS))
-        ):
-            if process.agree(time.monotonic() - began >= seconds):
-                raise InputError(
-                    f"{folder}: another run works there; wait for it, end it, or pass another "
-                    "--out_dir"
-                )
-            if not told:
-                process.say(f"{folder}: waiting for another run that works there")
-            told = True
-        yield
-
-
-def try_lock(file: BinaryIO, seconds: float) -> bool:
-    """Take the file's lock, trying for `seconds`."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.1)
-
-
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder; processes of a killed one may take a moment to end."""
-    with alone_in(cfg.out_dir, process, LOCK_SECONDS):
+    with alone_in(cfg.out_dir, process, LOCK_SECONDS, "pass another --out_dir"):
         train_in_folder(cfg, process)
 
 

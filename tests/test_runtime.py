@@ -1,9 +1,10 @@
 """Flags, crash-safe files, metrics."""
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ from runtime import (
     InputError,
     MetricsLog,
     Process,
+    claim,
     clock,
     config_json,
+    fingerprint,
     flag,
+    from_json,
     parse_cli,
     parse_command,
+    parse_json,
+    read_json,
     read_jsonl,
+    run,
     write_atomic,
 )
 
@@ -33,6 +40,8 @@ class Config:
     mode: Literal["a", "b"] = flag("a", "which")
     out: Path = flag(Path("x"), "folder")
     image: tuple[Path, ...] = flag((), "may be repeated")
+    cache: Path | None = flag(None, "a folder, or none")
+    share: float = flag(0.5, "a share", low=0, high=1)
 
     def __post_init__(self):
         if self.lr <= 0:
@@ -43,6 +52,8 @@ def test_flags_have_the_types_of_their_fields():
     args = "--lr 2 --fast --mode b --out y --image p --image q".split()
     assert parse_cli(Config, args) == Config(2.0, 3, True, "b", Path("y"), (Path("p"), Path("q")))
     assert parse_cli(Config, ["--no-fast"]) == Config()
+    assert parse_cli(Config, ["--cache", "c"]).cache == Path("c")
+    assert parse_cli(Config, ["--cache", ""]).cache is None
 
 
 def test_a_saved_config_is_replayed_and_a_flag_wins_over_it(tmp_path):
@@ -60,6 +71,9 @@ def test_a_saved_config_is_replayed_and_a_flag_wins_over_it(tmp_path):
         (["--lr", "0"], "lr must be > 0, got 0.0"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--mode", "c"], "invalid choice: 'c'"),
+        (["--lr", "nan"], "lr must be a finite number, got nan"),
+        (["--share", "-1"], "share must be >= 0 and <= 1, got -1.0"),
+        (["--share", "inf"], "share must be >= 0 and <= 1, got inf"),
         (["--config", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -136,3 +150,89 @@ def test_resumed_metrics_hold_each_step_once(tmp_path, capsys):
 
 def test_the_clock_reads_as_hours_minutes_seconds():
     assert clock(3723.9) == "1:02:03"
+
+
+@dataclass
+class Entry:
+    REFUSED: ClassVar = {"history": "put the turns into the question"}
+    annotation: str
+    repeat: float = flag(1.0, "copies of a record", low=0)
+    tiles: int | None = None
+    images: list[str] = field(default_factory=list)
+    kind: Literal["photo", "chart"] = "photo"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"repeat": 1}', "m: no 'annotation'"),
+        ('{"annotation": 3}', "m: 'annotation' must be str, got 3"),
+        ('{"annotation": "a", "repeat": true}', "m: 'repeat' must be float, got True"),
+        ('{"annotation": "a", "repeat": -1}', "m: repeat must be >= 0, got -1"),
+        ('{"annotation": "a", "repeat": NaN}', "m: 'repeat' must be float, got nan"),
+        ('{"annotation": "a", "tiles": 1.5}', "m: .tiles. must be int | None, got 1.5"),
+        ('{"annotation": "a", "images": ["b", 2]}', "m: 'images' must be list"),
+        ('{"annotation": "a", "kind": "map"}', "m: 'kind' must be .*photo.*, got 'map'"),
+        ('{"annotation": "a", "history": [1]}', "m: 'history' is not supported: put the turns"),
+        ('{"annotation": "a", "annotation": "b"}', "m: the key 'annotation' stands there twice"),
+        ("[" * 100_000, "m: not valid JSON"),
+        ('["a"]', "m: expected a JSON object, got list"),
+        ("\ud800", "m: not valid JSON"),
+    ],
+)
+def test_an_object_that_people_write_is_checked_key_by_key(text, message):
+    with pytest.raises(InputError, match=message.replace("|", r"\|")):
+        from_json(Entry, parse_json(text, "m"), "m")
+
+
+def test_a_good_object_gets_its_defaults():
+    record = parse_json(b'\xef\xbb\xbf{"annotation": "a", "repeat": 2, "other": 1}', "m")
+    assert from_json(Entry, record, "m") == Entry("a", 2, None, [], "photo")
+
+
+def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('[{"a": 1},\n {"a": 2}]\n')
+    with pytest.raises(InputError, match="a.jsonl: this is a JSON list; write one object a line"):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "message"),
+    [
+        (lambda: read_json(Path("nowhere.json")), 2, "error: no file nowhere.json"),
+        (lambda: open("nowhere"), 2, "No such file or directory: 'nowhere'"),
+        (lambda: open("/"), 2, "Is a directory: '/'"),
+        (lambda: open("/dev/null/x"), 2, "Not a directory: '/dev/null/x'"),
+        (lambda: open("a" * 300), 2, "File name too long"),
+        (lambda: open("a\0b"), 2, "a file name holds a null character"),
+        (lambda: b"\xff".decode(), 2, "not valid UTF-8"),
+        (lambda: open("/dev/full", "w", 1).write("x\n"), 1, "No space left on device"),
+        (lambda: exec_recursion(), 2, "an input is nested too deeply"),
+    ],
+)
+def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(failure)
+    error = capsys.readouterr().err
+    assert stop.value.code == status
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def exec_recursion():
+    return exec_recursion()
+
+
+def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3_000_000))
+    first = fingerprint([weights])
+    assert fingerprint([weights]) == first and len(first) == 32
+    weights.write_bytes(bytes(1_500_000) + b"\1" + bytes(1_499_999))
+    os.utime(weights, ns=(1, 1))
+    second = fingerprint([weights])
+    assert second != first
+    claim(tmp_path / "run", {"weights": first, "tiles": 12}, "pass another --out")
+    claim(tmp_path / "run", {"weights": first, "tiles": 12}, "pass another --out")
+    with pytest.raises(InputError, match="run was made with another weights .*; pass another"):
+        claim(tmp_path / "run", {"weights": second, "tiles": 12}, "pass another --out")

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, run_forks, start_forks
 from safetensors.torch import load_file
 
-import train as train_module
+import runtime
 from data import PairData
 from losses import PairLogps
 from runtime import InputError, run, start_process, stop_process
@@ -500,12 +500,12 @@ def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
 
 def two_wait_for_a_lock(folder):
     """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
-    train_module.LOCK_VOTE_SECONDS = 0.2
+    runtime.LOCK_VOTE_SECONDS = 0.2
     process = start_process(0)
     votes = []
-    agree = type(process).agree
-    train_module.Process.agree = lambda self, number: votes.append(1) or agree(self, number)
-    with train_module.alone_in(folder, process, 30):
+    broadcast = runtime.Process.broadcast
+    runtime.Process.broadcast = lambda self, vote: votes.append(1) or broadcast(self, vote)
+    with runtime.alone_in(folder, process, 30, "end it"):
         assert len(votes) >= 5, votes
     stop_process()
 
