@@ -70,7 +70,6 @@ from losses import (
     objective,
     pair_metrics,
     parse_objective,
-    register_file,
     response_logps,
     sum_by_response,
     whole_step,
@@ -1273,7 +1272,11 @@ def asked_to_stop() -> bool:
 
 def main() -> None:
     cfg = parse_cli(TrainConfig)
-    mine = register_file(cfg.mine) if str(cfg.mine) != "." else []
+    mine = []
+    if str(cfg.mine) != ".":
+        from tools.mine import register_file  # noqa: PLC0415  (the second ring)
+
+        mine = register_file(cfg.mine)
     if cfg.loss != "all":
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
     if cfg.plan or cfg.bench:

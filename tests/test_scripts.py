@@ -120,7 +120,7 @@ def test_a_command_of_the_readme_runs(world, command):
     stdout, stderr = run(world, shlex.split(command))
     if "generate.py" in command and "--question" in command:
         assert stdout.endswith("\n") and "<|im_end|>" not in stdout  # may be empty: 2 steps
-    if "losses.py" in command:
+    if "tools/lab.py" in command:
         check_lab(world / "losses.png", stdout)
     if "--loss all" in command:
         check_rows(stdout)

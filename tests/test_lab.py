@@ -1,0 +1,158 @@
+"""The lab over all objectives, and objectives from a user's own file."""
+
+import copy
+import re
+import sys
+
+import pytest
+import torch
+
+from losses import LOSSES, needs_reference, objective, parse_objective, whole_step
+from runtime import InputError
+from tools import lab, mine
+
+INVARIANCES = {
+    "dpo": "shift margin swap length nonnegative",
+    "rso": "shift margin length nonnegative",
+    "ipo": "shift per_token nonnegative",
+    "cdpo": "shift margin length nonnegative",
+    "robust": "shift margin length",
+    "bco": "shift length nonnegative",
+    "sppo": "shift length nonnegative",
+    "aot": "shift margin swap length nonnegative",
+    "aot_unpaired": "shift margin length nonnegative",
+    "odds_ratio": "swap per_token nonnegative",
+    "sft": "per_token nonnegative",
+}
+
+
+@pytest.fixture
+def registry():
+    """LOSSES as it was, after a test that registers."""
+    before = dict(LOSSES)
+    yield LOSSES
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
+def own_file(folder, text, name="my_loss.py"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def documented_example():
+    """The five-line objective in the docstring of tools/mine.py."""
+    block = re.search(r"^    import torch.nn.functional.*?\n\n(?=\S)", mine.__doc__, re.M | re.S)
+    return "\n".join(line[4:] for line in block[0].splitlines()) + "\n"
+
+
+# --------------------------------------------------------------------------- the lab
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_objective_passes_the_checks_of_the_lab(name):
+    checks = lab.check_loss(LOSSES[name])
+    assert all(checks.values()), checks
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_objective_has_the_invariances_of_its_formula_and_no_other(name):
+    assert lab.holding(LOSSES[name]) == INVARIANCES[name].split()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_objective_needs_what_its_entry_says(name, tmp_path):
+    entry = LOSSES[name]
+    tried = mine.probe(tmp_path, name, entry.function)
+    assert (tried.needs_reference, tried.whole_step) == (entry.needs_reference, entry.whole_step)
+
+
+def test_the_lab_names_a_failing_check_and_exits_with_1(tmp_path, registry, monkeypatch, capsys):
+    text = (
+        "def bad(logps):\n"
+        "    return (logps.policy_chosen - logps.policy_rejected.detach() / 2).exp()\n"
+    )
+    path = own_file(tmp_path, text)
+    monkeypatch.setattr(lab, "draw", lambda *_: b"")
+    monkeypatch.setattr(lab, "GRID", 3)
+    monkeypatch.setattr(sys, "argv", ["lab.py", f"--mine={path}", f"--out={tmp_path / 'x'}"])
+    with pytest.raises(SystemExit) as stop:
+        lab.main()
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("failed: bad: finite differences") and "dpo" not in message
+
+
+def test_the_drawing_has_a_panel_an_objective():
+    planes = {name: lab.plane(LOSSES[name], LOSSES[name].whole_step) for name in ("dpo", "sft")}
+    assert lab.draw(planes, {"dpo": "a note"}).startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------- own file
+
+
+def test_an_own_objective_is_trainable_by_name_and_found_to_need_what_it_needs(tmp_path, registry):
+    text = documented_example() + (
+        "def centred(logps, beta=0.3):\n"
+        "    z = beta * logps.chosen_logratio\n"
+        "    return (z - z.mean()) ** 2\n"
+        "def _helper(logps): return None\n"
+        "def other(x): return None\n"
+    )
+    assert mine.register_file(own_file(tmp_path, text)) == ["simpo", "centred"]
+    terms = parse_objective("0.5*simpo+centred")
+    assert not needs_reference(terms[:1]) and not whole_step(terms[:1])
+    assert needs_reference(terms[1:]) and whole_step(terms[1:])
+    total, parts = objective(terms, mine.example_pairs(), beta=0.1)
+    torch.testing.assert_close(total, 0.5 * parts["simpo"] + parts["centred"])
+    again = mine.register_file(tmp_path / "my_loss.py")
+    assert again == ["simpo", "centred"]
+    with pytest.raises(InputError, match="simpo exists already"):
+        mine.register_file(own_file(tmp_path, documented_example(), "another.py"))
+
+
+def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Scale:\n    by: float = 2.0\n"
+        "def scaled(logps): return Scale().by * -logps.policy_chosen\n"
+    )
+    assert mine.register_file(own_file(tmp_path, text)) == ["scaled"]
+    assert LOSSES["scaled"](mine.example_pairs()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def dpo(logps): return logps.policy_chosen", "an objective named dpo exists already"),
+        ("def mpo(logps): return logps.policy_chosen", "an objective named mpo exists already"),
+        ("def f(x): return x", "no public function whose first parameter is `logps`"),
+        ("import nosuchmodule", r"my_loss.py line 1: ModuleNotFoundError"),
+        ("def f(logps)\n", r"my_loss.py: SyntaxError: .*line 1"),
+        ("\ndef f(logps): return logps.chosen", r"my_loss.py line 2: AttributeError"),
+        (
+            "def f(logps): return logps.policy_chosen.mean()",
+            r"one value per pair, .6,., got \(\)",
+        ),
+        ("def f(logps): return 1.0", "got float"),
+        ("def f(logps): return logps.policy_chosen.sqrt()", "f is not finite on ordinary pairs"),
+        ("def f(logps): return logps.chosen_length", "no gradient with respect to policy_chosen"),
+        ("def f(logps, gamma): return logps.policy_chosen", "missing 1 .* argument: 'gamma'"),
+    ],
+)
+def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry, text, message):
+    before = copy.copy(registry)
+    with pytest.raises(InputError, match=message):
+        mine.register_file(own_file(tmp_path, text))
+    assert registry == before
+
+
+def test_a_missing_own_file_and_a_wrong_flag_end_with_status_2(tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="expected an existing .py file"):
+        mine.register_file(tmp_path / "absent.py")
+    monkeypatch.setattr(sys, "argv", ["lab.py", "--label_smoothing=0.7"])
+    with pytest.raises(SystemExit) as stop:
+        lab.main()
+    assert stop.value.code == 2
+    assert "label_smoothing must be at least 0 and below 0.5" in capsys.readouterr().err

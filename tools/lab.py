@@ -1,0 +1,295 @@
+"""The lab: every objective on the plane of (chosen, rejected) log-ratios, in a table, and checked.
+
+    python tools/lab.py --out losses.png --mine my_loss.py
+
+The drawing has a panel an objective: the loss in colour, arrows where gradient descent pushes a
+pair.  The table says where each objective starts, where it is lowest, what it needs and which
+invariances hold.  The checks: one float32 value per pair, gradients equal to finite differences,
+everything finite at extremes.  A check that fails is named and ends in status 1.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from losses import (
+    HYPER,
+    LOSSES,
+    PRESETS,
+    Loss,
+    PairLogps,
+    check_hyperparameters,
+    needs_reference,
+    objective,
+    parse_objective,
+    whole_step,
+)
+from runtime import InputError, flag, parse_cli, run, write_atomic
+from tools.figures import new_figure, png, text_table
+from tools.mine import example_pairs, make_pairs, register_file, split_pairs
+
+GRID, REACH, TOKENS, START = 41, 20.0, 20.0, -30.0  # points a side, nats, tokens, log-prob of both
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """Draw every objective over the (chosen, rejected) log-ratio plane, tabulate and check it."""
+
+    out: Path = flag(Path("losses.png"), "the drawing")
+    mine: tuple[Path, ...] = flag((), "a .py file with objectives of your own; may be repeated")
+    beta: float = flag(0.1, "strength of the pull to the reference")
+    label_smoothing: float = flag(0.1, "chance that a label is wrong: cdpo, robust")
+    bco_shift: float = flag(0.0, "mean reward so far: bco")
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(parse_objective("cdpo"), self.beta, self.label_smoothing)
+        if not math.isfinite(self.bco_shift):
+            raise InputError(f"bco_shift must be finite, got {self.bco_shift}")
+
+
+def as_loss(text: str, cfg: LabConfig) -> Loss:
+    """An objective or preset as a function of PairLogps alone, at the lab's hyper-parameters."""
+    terms = parse_objective(text)
+    hyper = {name: getattr(cfg, name) for name in HYPER}
+    return lambda logps: objective(terms, logps, **hyper)[0]
+
+
+# --------------------------------------------------------------------------- invariances
+
+
+def add(x: PairLogps, **amounts: float) -> PairLogps:
+    """x with amounts added to some of its fields."""
+    return replace(x, **{name: getattr(x, name) + amount for name, amount in amounts.items()})
+
+
+def swap(x: PairLogps) -> PairLogps:
+    """Chosen and rejected exchanged."""
+    return PairLogps(
+        x.policy_rejected,
+        x.policy_chosen,
+        x.reference_rejected,
+        x.reference_chosen,
+        x.rejected_length,
+        x.chosen_length,
+    )
+
+
+def both_move(x: PairLogps) -> PairLogps:
+    """Policy and reference move together, each response by an amount of its own."""
+    chosen = add(x, policy_chosen=3, reference_chosen=3)
+    return add(chosen, policy_rejected=-2, reference_rejected=-2)
+
+
+def twice(x: PairLogps) -> PairLogps:
+    """Every response written twice."""
+    return PairLogps(*(2 * column for column in vars(x).values()))
+
+
+# Each: (loss, pairs) -> by how much the invariance is broken, 0 where it holds.
+INVARIANCES: dict[str, Callable[[Loss, PairLogps], Tensor]] = {
+    # only log-ratios matter
+    "shift": lambda f, x: f(x) - f(both_move(x)),
+    # only the margin matters, so nothing stops chosen and rejected from falling together
+    "margin": lambda f, x: f(x) - f(add(x, policy_chosen=-3, policy_rejected=-3)),
+    # swapping the responses gives the other probability
+    "swap": lambda f, x: (-f(x)).exp() + (-f(swap(x))).exp() - 1,
+    # lengths do not enter
+    "length": lambda f, x: f(x) - f(add(x, chosen_length=7, rejected_length=2)),
+    # only means over tokens enter
+    "per_token": lambda f, x: f(x) - f(twice(x)),
+    "nonnegative": lambda f, x: f(x).clamp(max=0),
+}
+
+
+def holding(loss: Loss) -> list[str]:
+    """The invariances that a loss has, on the example pairs in float64."""
+    broken = {name: measure(loss, example_pairs()) for name, measure in INVARIANCES.items()}
+    return [name for name, amount in broken.items() if amount.abs().max().item() < 1e-9]
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def extreme_pairs(dtype: torch.dtype) -> PairLogps:
+    """Log-ratios to 1e4, log-probs of 0 and next to it, one token and many, a tie."""
+    rows = [
+        (-1, -10001, -10001, -1, 400, 400),
+        (-10044, -44, -1, -1, 400, 400),
+        (0, -3, -1, -1, 5, 5),
+        (-3, 0, -1, -1, 5, 5),
+        (0, 0, 0, 0, 1, 6000),
+        (-1e-7, -12000, -2e-7, -3, 1, 6000),
+        (-12000, -1e-7, -3, -2e-7, 6000, 1),
+        (-50, -50, -50, -50, 50, 50),
+    ]
+    return make_pairs(rows, dtype)
+
+
+def check_loss(loss: Loss) -> dict[str, bool]:
+    """Every check of one objective, by name; `loss` takes PairLogps alone."""
+    return {
+        "float32 per pair": _float32_per_pair(loss),
+        "finite differences": _finite_differences(loss),
+        "finite at extremes": all(_finite(loss, t) for t in (torch.float32, torch.bfloat16)),
+    }
+
+
+def _float32_per_pair(loss: Loss) -> bool:
+    x = example_pairs()
+    value = loss(PairLogps(*(column.bfloat16() for column in vars(x).values())))
+    return value.dtype == torch.float32 and value.shape == x.policy_chosen.shape
+
+
+def _finite_differences(loss: Loss) -> bool:
+    x = example_pairs()
+
+    def of_policy(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return loss(replace(x, policy_chosen=chosen, policy_rejected=rejected))
+
+    point = (x.policy_chosen.requires_grad_(), x.policy_rejected.requires_grad_())
+    return torch.autograd.gradcheck(of_policy, point, raise_exception=False)
+
+
+def _finite(loss: Loss, dtype: torch.dtype) -> bool:
+    return all(bool(x.isfinite().all()) for x in loss_and_gradient(loss, extreme_pairs(dtype)))
+
+
+def loss_and_gradient(loss: Loss, x: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, d sum / d policy_chosen, d sum / d policy_rejected), each (pair)."""
+    chosen = x.policy_chosen.detach().requires_grad_()
+    rejected = x.policy_rejected.detach().requires_grad_()
+    value = loss(replace(x, policy_chosen=chosen, policy_rejected=rejected))
+    grads = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
+    return value.detach(), *grads
+
+
+# --------------------------------------------------------------------------- plane, drawing, table
+
+
+def plane(loss: Loss, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(axis, loss, d/d chosen, d/d rejected) over the plane: (GRID), then (rejected chosen).
+
+    Both responses have 20 tokens, and log-prob -30 under the reference.  An objective that looks at
+    the whole step sees each point together with three other pairs that stay as they are, and
+    its loss is the sum over the four.
+    """
+    axis = torch.linspace(-REACH, REACH, GRID, dtype=torch.float64)
+    r, c = torch.meshgrid(axis, axis, indexing="ij")
+    rows = [
+        (START + x, START + y, START, START, TOKENS, TOKENS) for y, x in zip(r.ravel(), c.ravel())
+    ]
+    values = loss_and_gradient(among_others(loss) if together else loss, make_pairs(rows))
+    return axis, *(v.reshape(GRID, GRID) for v in values)
+
+
+def among_others(loss: Loss) -> Loss:
+    """Each pair in a step of its own, with three fixed others: the sum over the four."""
+    rows = [
+        (-38, -22, -30, -18, 20, 20),
+        (-25, -34, -30, -30, 20, 20),
+        (-19, -37, -30, -42, 20, 20),
+    ]
+    others = make_pairs(rows)
+    names = [field.name for field in fields(PairLogps)]
+
+    def together(x: PairLogps) -> Tensor:
+        steps = [
+            PairLogps(*(torch.cat([getattr(pair, n), getattr(others, n)]) for n in names))
+            for pair in split_pairs(x)
+        ]
+        return torch.stack([loss(step).sum() for step in steps])
+
+    return together
+
+
+def draw(planes: dict[str, tuple[Tensor, ...]], notes: dict[str, str]) -> bytes:
+    """PNG with a panel an objective: the loss in colour, arrows along the negative gradient."""
+    columns = 4
+    rows = -(-len(planes) // columns)
+    figure, axes = new_figure(rows, columns, width=4.1, height=3.8, squeeze=False)
+    for panel in axes.flat[len(planes) :]:
+        panel.set_visible(False)
+    for panel, (name, (axis, loss, chosen, rejected)) in zip(axes.flat, planes.items()):
+        colours = panel.contourf(axis, axis, loss, levels=16, cmap="YlGnBu_r")
+        panel.contour(axis, axis, loss, levels=colours.levels, colors="white", linewidths=0.4)
+        bar = figure.colorbar(colours, ax=panel, shrink=0.8, pad=0.02, ticks=colours.levels[::4])
+        bar.ax.tick_params(labelsize=8)
+        some = slice(2, None, 4)
+        u, v = -chosen[some, some], -rejected[some, some]
+        longest = torch.hypot(u, v).max().item()
+        arrows = {"scale": max(longest, 1e-30) / 3.7, "color": "#c2255c", "width": 0.006}
+        panel.quiver(axis[some], axis[some], u, v, angles="xy", scale_units="xy", **arrows)
+        panel.plot(0, 0, marker="o", ms=5, color="white", markeredgecolor="black")
+        panel.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=18)
+        note = f"largest gradient {longest:.3g}" + (f"; {notes[name]}" if name in notes else "")
+        panel.text(0, 1.02, note, transform=panel.transAxes, fontsize=8, color="#495057")
+        ends = {"xlim": (-REACH, REACH), "ylim": (-REACH, REACH), "aspect": "equal"}
+        panel.set(xticks=[-REACH, 0, REACH], yticks=[-REACH, 0, REACH], **ends)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("chosen log-ratio", fontsize=9, labelpad=1)
+        panel.set_ylabel("rejected log-ratio", fontsize=9, labelpad=-3)
+    figure.suptitle(
+        "Loss (colour) and -gradient (arrows) of one pair; "
+        "right: chosen likelier than under the reference, down: rejected less likely; "
+        "dot: policy = reference",
+        fontsize=12,
+    )
+    return png(figure)
+
+
+HEADER = ["objective", "at start", "d/d chosen", "d/d rejected"]
+HEADER += ["lowest here (c, r)", "reference", "looks at", "invariances that hold"]
+
+
+def table_row(name: str, loss: Loss, axis: Tensor, grid: Tensor) -> list[str]:
+    """Name, loss and gradient at policy == reference, lowest point of the plane, what it needs."""
+    start = make_pairs([(START, START, START, START, TOKENS, TOKENS)])
+    value, chosen, rejected = (x.item() for x in loss_and_gradient(loss, start))
+    r, c = divmod(int(grid.argmin()), GRID)
+    terms = parse_objective(name)
+    return [
+        name,
+        f"{value:.4g}",
+        f"{chosen:+.4g}",
+        f"{rejected:+.4g}",
+        f"{grid.min().item():.3g} at ({axis[c]:+.0f}, {axis[r]:+.0f})",
+        "yes" if needs_reference(terms) else "no",
+        "step" if whole_step(terms) else "pair",
+        " ".join(holding(loss)),
+    ]
+
+
+def main() -> None:
+    cfg = parse_cli(LabConfig)
+    for path in cfg.mine:
+        print(f"{path}: {', '.join(register_file(path))}")
+    losses = {name: as_loss(name, cfg) for name in [*LOSSES, "mpo"]}
+    together = {name: whole_step(parse_objective(name)) for name in losses}
+    planes = {name: plane(loss, together[name]) for name, loss in losses.items()}
+    notes = {name: "sum with three fixed pairs" for name in losses if together[name]}
+    notes["ipo"] = f"flat only {1 / (2 * cfg.beta):.3g} nats per token apart"
+    notes["mpo"] = PRESETS["mpo"]
+    rows = [table_row(name, loss, *planes[name][:2]) for name, loss in losses.items()]
+    print(text_table(HEADER, rows))
+    write_atomic(cfg.out, draw(planes, notes))
+    print(f"\n{cfg.out} drawn; beta {cfg.beta}, label smoothing {cfg.label_smoothing}")
+    failed = []
+    for name, loss in losses.items():
+        checks = check_loss(loss)
+        failed += [f"{name}: {check}" for check, passed in checks.items() if not passed]
+        print(f"{name}: " + ", ".join(f"{c} {'ok' if p else 'FAILED'}" for c, p in checks.items()))
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"{len(losses)} objectives, every check passed")
+
+
+if __name__ == "__main__":
+    run(main)
