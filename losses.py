@@ -410,7 +410,7 @@ def check_hyperparameters(
         raise InputError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
     takers = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.keywords]
     if not any(name in takers for _, name in terms):
-        raise InputError(f"label_smoothing is given and no term uses it; {', '.join(takers)} do")
+        raise InputError(f"label_smoothing: the objective does not use it; {', '.join(takers)} do")
     return {"beta": beta, "label_smoothing": label_smoothing}
 
 

@@ -451,7 +451,7 @@ def test_objective_errors_say_what_is_wrong_and_what_was_expected(text, message)
         ("dpo", {"beta": math.nan}, "beta must be"),
         ("cdpo", {"label_smoothing": 0.5}, "at least 0 and below 0.5, got 0.5"),
         ("cdpo", {"label_smoothing": -0.1}, "label_smoothing must be"),
-        ("dpo+sft", {"label_smoothing": 0.1}, "no term uses it; cdpo, robust do"),
+        ("dpo+sft", {"label_smoothing": 0.1}, "the objective does not use it; cdpo, robust do"),
     ],
 )
 def test_hyperparameters_out_of_range_or_unused_are_refused(text, given, message):
