@@ -2,10 +2,8 @@
 
     load_model                 a folder in the official layout -> the model, every key accounted for
     load_weights               the same, straight into a model that may be sharded over processes
-    save_model                 back into the official layout: names, dtypes, shards, index
+    save_model                 back into the layout of a release: names, dtypes, shards, index
     CheckpointWriter, ...      model + AdamW + run state, complete or absent, for any process count
-    export                     the layouts of other programs:
-                               python weights.py export --model_dir M --like ORIG --out DIR
 
 Everything on disk is safetensors or JSON: nothing here unpickles or runs what it reads.
 torch.distributed.checkpoint is not used because its metadata file is a pickle.
@@ -16,11 +14,12 @@ reads only its own rows of each tensor, so nobody ever holds the model twice.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,26 +28,43 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from model import InternVL, LLMConfig, load_config
-from runtime import InputError, flag, parse_command, run, sync_folder, write_atomic
-from tokenizer import chat_template, load_tokenizer, tokenizer_json
+from model import InternVL, load_config
+from runtime import InputError, fingerprint, read_json, sync_folder, write_atomic
+from tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
+EXPORT_MARK = "export.json"  # lists what an export wrote; only such a folder is ever replaced
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+# --------------------------------------------------------------------------- names on disk
+
+# In-memory name -> stored name, replaced in this order; a * stands for q, k and v (stored_pieces).
+TRANSFORMERS_DECODER = {
+    "language_model.model.tok_embeddings.": "language_model.model.embed_tokens.",
+    "language_model.output.": "language_model.lm_head.",
+    ".attention.wqkv.": ".self_attn.*_proj.",
+    ".attention.wo.": ".self_attn.o_proj.",
+    ".attention.": ".self_attn.",
+    ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.",
+    ".feed_forward.w3.": ".mlp.up_proj.",
+    ".attention_norm.": ".input_layernorm.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+}
+OFFICIAL = {"projector.": "mlp1."}
 
 
-# --------------------------------------------------------------------------- official names
+class Piece(NamedTuple):
+    """Rows start..stop of a stored tensor."""
+
+    name: str
+    start: int
+    stop: int
+    file: Path | None = None
 
 
 def official_name(name: str) -> str:
-    """Our parameter name -> the name in the released files.  The only rename there is."""
+    """Our parameter name -> its name in released InternLM2 files and in checkpoints."""
     return name.replace("projector.", "mlp1.", 1) if name.startswith("projector.") else name
 
 
@@ -58,36 +74,68 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {official_name(name): p for name, p in named if ".lora_" not in name}
 
 
+def stored_pieces(model: InternVL, names: dict[str, str]) -> dict[str, list[Piece]]:
+    """In-memory name -> the stored rows that make up the parameter, in order; adapters have none.
+
+    `names` is one of the tables above, in which a * stands for q, k and v: `wqkv` is for each
+    key/value head in turn the rows of its query heads, of its key and of its value.
+    """
+    llm = model.config.llm
+    groups, d = llm.num_key_value_heads, llm.head_dim
+    packed = {"q": llm.num_attention_heads // groups * d, "k": d, "v": d}  # rows of one group
+    pieces: dict[str, list[Piece]] = {}
+    for name, p in model.named_parameters():
+        stored = name
+        for ours, theirs in names.items():
+            stored = stored.replace(ours, theirs)
+        if ".lora_" in name:
+            continue
+        if "*" not in stored:
+            pieces[name] = [Piece(stored, 0, p.shape[0])]
+            continue
+        pieces[name] = [
+            Piece(stored.replace("*", part), n * rows, (n + 1) * rows)
+            for n in range(groups)
+            for part, rows in packed.items()
+        ]
+    return pieces
+
+
+def split_stored(tensor: Tensor, pieces: list[Piece]) -> dict[str, Tensor]:
+    """A whole parameter under its stored name, or split under its three."""
+    parts: dict[str, list[Tensor]] = {}
+    for piece, rows in zip(pieces, tensor.split([piece.stop - piece.start for piece in pieces])):
+        parts.setdefault(piece.name, []).append(rows)
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
 # --------------------------------------------------------------------------- reading
 
 
 def weight_files(model_dir: Path) -> dict[str, Path]:
-    """Official tensor name -> the safetensors file that holds it; one file or index + shards."""
+    """Stored tensor name -> the safetensors file that holds it; one file or index + shards."""
     model_dir = Path(model_dir)
-    index = model_dir / INDEX
-    if index.is_file():
-        try:
-            named = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{index}: not an index of weights ({error!r})") from None
-        files = {name: model_dir / file for name, file in named.items()}
-        for path in sorted(set(files.values())):
-            if path.parent != model_dir:
-                raise InputError(f"{index}: shard {path} lies outside {model_dir}")
-            if not path.is_file():
-                raise InputError(f"missing shard {path}, named in {index.name}; fetch it again")
-        for path in sorted(set(files.values())):
-            with open_weights(path) as f:
-                listed = {name for name, file in files.items() if file == path}
-                _compare_keys(f"{path} and {index.name}", listed, set(f.keys()))
-        return files
-    found = sorted(model_dir.glob("*.safetensors"))
-    if len(found) == 1:
-        with open_weights(found[0]) as f:
-            return dict.fromkeys(f.keys(), found[0])
-    if found:
-        raise InputError(f"{len(found)} *.safetensors in {model_dir} but no {INDEX}; fetch it")
-    raise InputError(f"no *.safetensors in {model_dir}; pass the folder of an InternVL2 model")
+    index, paths = model_dir / INDEX, sorted(model_dir.glob("*.safetensors"))
+    if not index.is_file():
+        if len(paths) > 1:
+            raise InputError(f"{len(paths)} *.safetensors in {model_dir} but no {INDEX}; fetch it")
+        if not paths:
+            raise InputError(f"no *.safetensors in {model_dir}; pass the folder of a model")
+        with open_weights(paths[0]) as f:
+            return dict.fromkeys(f.keys(), paths[0])
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index}: no 'weight_map' of tensor names to file names; fetch it again")
+    files = {name: model_dir / file for name, file in weight_map.items()}
+    for path in sorted(set(files.values())):
+        if path.parent != model_dir:
+            raise InputError(f"{index}: shard {path} lies outside {model_dir}")
+        if not path.is_file():
+            raise InputError(f"missing shard {path}, named in {index.name}; fetch it again")
+        with open_weights(path) as f:
+            listed = {name for name, file in files.items() if file == path}
+            _compare_keys(f"{path} and {index.name}", listed, set(f.keys()))
+    return files
 
 
 def open_weights(path: Path) -> safe_open:
@@ -95,16 +143,15 @@ def open_weights(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({error}); fetch it again"
-        ) from None
+        reason = f"not a whole safetensors file ({error})"
+        raise InputError(f"{path}: {reason}; fetch it again") from None
 
 
-def _compare_keys(what: str, expected: set[str], found: set[str]) -> None:
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
+def _compare_keys(pair: str, expected: set[str], present: set[str]) -> None:
+    missing, unexpected = sorted(expected - present), sorted(present - expected)
     if missing or unexpected:
         raise InputError(
-            f"{what} disagree: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{pair} disagree: {len(missing)} missing ({', '.join(missing[:3])}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
         )
 
@@ -128,38 +175,63 @@ def local(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def stored_rows(model: nn.Module, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(official name, parameter, this process's rows of it in the files), one tensor at a time.
+def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(in-memory name, parameter, this process's rows of it in the files), one tensor at a time.
 
     Raises InputError unless the files hold exactly the model's tensors in the model's shapes.
     """
-    files, tensors = weight_files(model_dir), named_tensors(model)
-    _compare_keys(f"weights in {model_dir} and config.json", set(tensors), set(files))
-    by_file: dict[Path, list[str]] = {}
-    for name, path in files.items():
-        by_file.setdefault(path, []).append(name)
-    for path, names in sorted(by_file.items()):
+    files, pieces = weight_files(model_dir), stored_pieces(model, OFFICIAL)
+    expected = {piece.name for parts in pieces.values() for piece in parts}
+    _compare_keys(f"weights in {model_dir} and config.json", expected, set(files))
+    for name, p in model.named_parameters():
+        if name in pieces:
+            yield name, p, read_rows([x._replace(file=files[x.name]) for x in pieces[name]], p)
+
+
+def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
+    """This process's rows of the tensor `p`, joined from the stored pieces of the whole."""
+    own, offset, parts = local_rows(p), 0, []
+    for name, start, stop, path in pieces:
+        shape = [max(x.stop for x in pieces if (x.name, x.file) == (name, path)), *p.shape[1:]]
         with open_weights(path) as f:
-            for name in names:
-                stored, p = f.get_slice(name), tensors[name]
-                if list(stored.get_shape()) != list(p.shape):
-                    raise InputError(
-                        f"{path}: {name} has shape {list(stored.get_shape())}, the model of "
-                        f"config.json needs {list(p.shape)}"
-                    )
-                yield name, p, stored[local_rows(p)]
+            stored = f.get_slice(name)
+            if stored.get_shape() != shape:
+                raise InputError(
+                    f"{path}: {name} has shape {stored.get_shape()}, the model of config.json "
+                    f"needs {shape}"
+                )
+            if stored.get_dtype() not in DTYPES:
+                raise InputError(
+                    f"{path}: {name} is of type {stored.get_dtype()}; weights are "
+                    f"{', '.join(DTYPES)}: fetch the released files"
+                )
+            first, last = max(own.start - offset, 0), min(own.stop - offset, stop - start)
+            parts.append(stored[start + first : start + max(first, last)])
+        offset += stop - start
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, model_dir: Path) -> None:
+def load_weights(model: InternVL, model_dir: Path) -> None:
     """Fill `model` from official files; a sharded model reads only its own rows."""
-    for _, p, rows in stored_rows(model, model_dir):
+    for name, p, rows in stored_rows(model, model_dir):
         local(p).copy_(rows)
+        if not is_finite(local(p)):
+            raise InputError(
+                f"{model_dir}: {name} holds NaN or infinity, so every answer would; fetch the "
+                "weights again, or take an earlier checkpoint"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Without a second tensor of its size: extremes of a tensor with NaN are NaN."""
+    return not tensor.numel() or all(map(torch.isfinite, tensor.aminmax()))
 
 
 def image_context_id(model_dir: Path) -> int | None:
     """Id of <IMG_CONTEXT>; None where the folder has no tokenizer at all."""
-    if not any((Path(model_dir) / name).is_file() for name in TOKENIZER_FILES[:2]):
+    tokenizers = ("tokenizer.model", "tokenizer.json", "vocab.json")
+    if not any((Path(model_dir) / name).is_file() for name in tokenizers):
         return None
     return load_tokenizer(model_dir).image_context_id
 
@@ -210,58 +282,91 @@ def whole(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def save_model(model: nn.Module, out_dir: Path, like: Path) -> None:
-    """Write `model` as folder `like` is laid out: names, dtypes, shards, index, config, tokenizer.
+def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
+    """Write `model` as folder `like` is laid out: names, dtypes, shards, index and small files.
 
     Called by every process of a sharded run; rank 0 writes, one shard in memory at a time.  The
     folder appears whole or not at all, and is read back and compared before this returns.
     """
-    like, out_dir = Path(like), Path(out_dir)
-    files, tensors = weight_files(like), named_tensors(model)
-    _compare_keys(f"the model and {like}", set(files), set(tensors))
+    like, out_dir = Path(like), export_folder(out_dir, like)
     partial = out_dir.with_name(f".{out_dir.name}.partial")
+    files, pieces, parameters = weight_files(like), stored_pieces(model, OFFICIAL), {}
+    for name, p in model.named_parameters():
+        parameters |= {piece.name: (name, p) for piece in pieces.get(name, ())}
+    _compare_keys(f"the model and {like}", set(files), set(parameters))
     if is_writer():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        empty_folder(partial)
         copy_small_files(like, partial)
     for path in sorted(set(files.values())):
         shard = {}
         with open_weights(path) as f:
-            for name in (n for n, file in files.items() if file == path):
-                dtype = f.get_slice(name).get_dtype()
-                full = whole(tensors[name])  # every process takes part
+            for stored in (n for n, file in files.items() if file == path):
+                name, p = parameters[stored]
+                full = whole(p)  # every process takes part
+                if not is_finite(full):
+                    raise ArithmeticError(f"{name} holds NaN or infinity; {out_dir} is not written")
                 if is_writer():
-                    shard[name] = full.to("cpu", SAFETENSORS_DTYPE[dtype]).contiguous()
+                    rows = split_stored(full, pieces[name])[stored]
+                    shard[stored] = rows.to("cpu", DTYPES[f.get_slice(stored).get_dtype()])
             metadata = f.metadata() or {"format": "pt"}
         if is_writer():
             write_tensors(shard, partial / path.name, metadata=metadata)
-    if is_writer():
-        sync_folder(partial)
     barrier()
     for name, p, rows in stored_rows(model, partial):
         if not torch.equal(local(p).to("cpu", rows.dtype), rows):
             raise RuntimeError(f"{partial}: {name} read back differs from the model; disk at fault")
     barrier()
     if is_writer():
-        replace_folder(partial, out_dir)
+        finish_export(partial, out_dir)
     barrier()
 
 
-SAFETENSORS_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+def export_folder(out_dir: Path, *inputs: Path) -> Path:
+    """The folder behind `out_dir`, links followed, if an export may be written there.
+
+    InputError where it overlaps with an input, or holds anything that no export of ours wrote.
+    """
+    out = Path(out_dir).resolve()
+    for folder in (Path(path).resolve() for path in inputs):
+        if out.is_relative_to(folder) or folder.is_relative_to(out):
+            raise InputError(f"{out_dir} and the input {folder} overlap; name another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out_dir} is a file; name another folder")
+    mark = out / EXPORT_MARK
+    written = {mark.name, *read_json(mark).get("files", ())} if mark.is_file() else set()
+    if strange := sorted({path.name for path in out.glob("*")} - written):
+        raise InputError(
+            f"{out_dir} holds {strange[0]}, which no export of this program wrote there; "
+            "move it away or name another folder"
+        )
+    return out
+
+
+def finish_export(partial: Path, out_dir: Path) -> None:
+    """List the files of `partial` in it and let it take the place of an earlier export."""
+    names = sorted(path.name for path in partial.iterdir())
+    write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
+    replace_folder(partial, out_dir)
+
+
+def empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
 
 
 def copy_small_files(like: Path, out_dir: Path) -> None:
-    """Config, index and tokenizer; never code."""
-    for name in ("config.json", INDEX, *TOKENIZER_FILES):
-        if (like / name).is_file():
-            shutil.copyfile(like / name, out_dir / name)
-            sync_file(out_dir / name)
+    """Config, index, tokenizer, processor and code of a release: what it needs beside weights."""
+    for path in sorted(like.iterdir()):
+        kept = path.suffix in (".json", ".jinja", ".model", ".py") or path.name == "merges.txt"
+        if kept and path.is_file() and path.name != EXPORT_MARK:
+            shutil.copyfile(path, out_dir / path.name)
+            sync_file(out_dir / path.name)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, **how: object) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
     """save_file, durable; an error (a full disk) names the file."""
     try:
-        save_file(tensors, path, **how)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, **options)
         sync_file(path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}; what was saved before is intact") from error
@@ -286,8 +391,9 @@ def replace_folder(partial: Path, final: Path) -> None:
 # --------------------------------------------------------------------------- checkpoints
 
 
-# checkpoints/step-00000120/ = state.json + shard-000-of-002.safetensors ...; a tensor's rows are
-# spread over the shards as torch.chunk does, so any number of processes can read them back.
+# checkpoints/step-00000120/ = state.json + shard-000-of-002.safetensors ... + checksums.json; rows
+# are spread over the shards as torch.chunk does, so any number of processes can read them back.
+CHECKSUMS = "checksums.json"
 
 
 def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
@@ -302,6 +408,12 @@ def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
     return number, meshes[0].size(-1), not any(replica)
 
 
+def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """The shard, and beside it its checksum for CHECKSUMS."""
+    write_tensors(tensors, path)
+    write_atomic(path.with_suffix(".checksum"), fingerprint([path]))
+
+
 class CheckpointWriter:
     """Writes <folder>/step-<n>, complete or absent, and keeps the newest `keep` of them.
 
@@ -312,70 +424,78 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
-        self.folder, self.keep = Path(folder), keep
-        self.pool = ThreadPoolExecutor(1) if background else None
+        self.folder, self.keep, self.background = Path(folder), keep, background
+        self.thread = ThreadPoolExecutor(1)
         self.pending: tuple[Path, dict, Future | None] | None = None
 
     @torch.no_grad()
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
-        """Every process calls it with its own shards; `state` is plain JSON, "world" and "shapes"
+        """Every process calls it with its own shards; `state` is plain JSON, "step" and "shapes"
         are added.  OSError where the disk is full, in the background at the next call."""
         self.finish()
         partial = self.folder / f".step-{step:08d}.partial"
         number, count, ours = shard_place(tensors)
         if is_writer():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            empty_folder(partial)
         barrier()
         path = partial / f"shard-{number:03d}-of-{count:03d}.safetensors"
+        writing = None
+        if ours:
+            copies = {n: local(t).to("cpu", copy=self.background) for n, t in tensors.items()}
+            writing = self.thread.submit(write_shard, copies, path)
         shapes = {name: list(t.shape) for name, t in tensors.items()}
-        state = {**state, "step": step, "world": count, "shapes": shapes}
-        self.pending = (partial, state, None)
-        if ours and self.pool:
-            shard = {name: local(t).to("cpu", copy=True) for name, t in tensors.items()}
-            self.pending = (partial, state, self.pool.submit(write_tensors, shard, path))
-        elif ours:
-            write_tensors({name: local(t).contiguous() for name, t in tensors.items()}, path)
-        if not self.pool:
+        self.pending = (partial, {**state, "step": step, "shapes": shapes}, writing)
+        if not self.background:
             self.finish()
 
     def settle(self) -> None:
         """Once a step: complete a checkpoint that all processes have written by now."""
-        if self.pending:
-            written = self.pending[2] is None or self.pending[2].done()
-            if all_of(written):
-                self.finish()
+        if self.pending and all_of(self.pending[2] is None or self.pending[2].done()):
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint under way and complete it."""
         if not self.pending:
             return
-        partial, state, future = self.pending
+        partial, state, writing = self.pending
         self.pending = None
-        if future:
-            future.result()
+        if writing:
+            writing.result()
         barrier()
         if is_writer():
             write_atomic(partial / "state.json", json.dumps(state))
+            checksums = {"state.json": fingerprint([partial / "state.json"])}
+            for path in sorted(partial.glob("*.checksum")):
+                checksums[path.with_suffix(".safetensors").name] = path.read_text()
+                path.unlink()
+            write_atomic(partial / CHECKSUMS, json.dumps(checksums, indent=1))
             replace_folder(partial, self.folder / f"step-{state['step']:08d}")
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            for old in complete_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         barrier()
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """By step.  Copies and notes beside them have other names, half-written ones too."""
+    folders = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
+    return sorted(p for p in folders if (p / "state.json").is_file())
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step; half-written ones have another name."""
-    found = sorted(p for p in Path(folder).glob("step-*") if (p / "state.json").is_file())
-    return found[-1] if found else None
+    """The complete checkpoint with the highest step."""
+    return (complete_checkpoints(folder) or [None])[-1]
 
 
 def checkpoint_state(checkpoint: Path) -> dict:
     """What was saved beside the tensors."""
-    path = checkpoint / "state.json"
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete {checkpoint}") from None
+    state, checksums = read_json(checkpoint / "state.json"), read_json(checkpoint / CHECKSUMS)
+    intact = checksums.get("state.json") == fingerprint([checkpoint / "state.json"])
+    if not intact or checkpoint.name != f"step-{state['step']:08d}":
+        raise InputError(
+            f"{checkpoint}/state.json is not what was saved as {checkpoint.name}; delete the "
+            "folder to continue from the checkpoint before"
+        )
+    return state
 
 
 @torch.no_grad()
@@ -387,168 +507,22 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> dict:
     for name, shape in state["shapes"].items():
         if shape != shapes[name]:
             raise InputError(f"{checkpoint}: {name} has shape {shape}, this run {shapes[name]}")
-    world = state["world"]
-    for rank in range(world):
-        with open_weights(checkpoint / f"shard-{rank:03d}-of-{world:03d}.safetensors") as f:
-            for name, t in tensors.items():
-                mine, stored = local_rows(t), f.get_slice(name)
-                chunk = -(-t.shape[0] // world) if t.ndim else 1
-                first = min(rank * chunk, t.shape[0])
-                start = max(mine.start, first)
-                stop = min(mine.stop, first + stored.get_shape()[0])
-                if start < stop:
-                    rows = stored[start - first : stop - first]
-                    local(t)[start - mine.start : stop - mine.start].copy_(rows)
+    checksums = read_json(checkpoint / CHECKSUMS)
+    files = [checkpoint / name for name in sorted(checksums) if name != "state.json"]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    damaged = [
+        path.name
+        for path in files[rank::world]  # each shard is read by one process
+        if not path.is_file() or fingerprint([path]) != checksums[path.name]
+    ]
+    if not all_of(not damaged):
+        raise InputError(
+            f"{checkpoint}: {', '.join(damaged) or 'a shard'} is not what was saved at this step; "
+            "delete the folder to continue from the checkpoint before"
+        )
+    for name, t in tensors.items():
+        size = -(-t.shape[0] // len(files))  # rows a shard, as torch.chunk counts them
+        rows = [max(0, min(size, t.shape[0] - n * size)) for n in range(len(files))]
+        pieces = [Piece(name, 0, count, path) for count, path in zip(rows, files)]
+        local(t).copy_(read_rows(pieces, t))
     return state
-
-
-# --------------------------------------------------------------------------- export
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a trained model as other programs load it: evaluation harnesses, inference engines."""
-
-    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model, official layout")
-    like: Path = flag(Path("weights/InternVL2-8B"), "the released folder: code and tokenizer files")
-    out: Path = flag(Path("export"), "folder to write")
-    llm_only: bool = flag(False, "InternLM2 alone, for text-only harnesses (remote code)")
-    llama: bool = flag(False, "the LLM alone as a Llama checkpoint: loads without remote code")
-
-    def __post_init__(self) -> None:
-        if self.llm_only and self.llama:
-            raise ValueError("choose one of --llm_only and --llama")
-
-
-LLM = "language_model."
-LLAMA_NAMES = {  # InternLM2 -> Llama, but for wqkv
-    "tok_embeddings": "embed_tokens",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "output.": "lm_head.",
-}
-
-
-def llama_tensors(name: str, tensor: Tensor, config: LLMConfig) -> dict[str, Tensor]:
-    """One InternLM2 tensor under Llama's names; wqkv splits into q, k and v."""
-    if "attention.wqkv" not in name:
-        for ours, theirs in LLAMA_NAMES.items():
-            name = name.replace(ours, theirs)
-        return {name: tensor}
-    packed = tensor.unflatten(0, (config.num_key_value_heads, -1, config.head_dim))  # g slot d ...
-    parts = {"q": packed[:, :-2], "k": packed[:, -2:-1], "v": packed[:, -1:]}
-    return {
-        name.replace("attention.wqkv", f"self_attn.{letter}_proj"): part.flatten(0, 2).contiguous()
-        for letter, part in parts.items()
-    }
-
-
-def llama_config(llm: dict) -> dict:
-    """The config.json under which a stock Llama decoder computes what InternLM2 does."""
-    kept = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-        num_key_value_heads max_position_embeddings rms_norm_eps rope_theta hidden_act bos_token_id
-        pad_token_id torch_dtype tie_word_embeddings""".split()
-    config = {k: llm[k] for k in kept if k in llm}
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config |= {"attention_bias": llm.get("bias", True), "mlp_bias": False}
-    if scaling := llm.get("rope_scaling"):
-        config["rope_scaling"] = {"rope_type": scaling["type"], "factor": scaling["factor"]}
-    return config
-
-
-def write_llama_tokenizer(like: Path, template: str, out: Path) -> None:
-    """A tokenizer that loads without remote code, with the model's chat format."""
-    if not any((Path(like) / name).is_file() for name in TOKENIZER_FILES[:2]):
-        return
-    for name in TOKENIZER_FILES:
-        if name != "generation_config.json":
-            (out / name).unlink(missing_ok=True)
-    write_atomic(out / "tokenizer.json", tokenizer_json(load_tokenizer(like)))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
-    settings |= {"eos_token": "<|im_end|>", "pad_token": "</s>", "unk_token": "<unk>"}
-    settings |= {"clean_up_tokenization_spaces": False, "chat_template": chat_template(template)}
-    write_atomic(out / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=1))
-
-
-def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path, limit: int = 4 << 30) -> None:
-    """Official-style shards of at most `limit` bytes with their index, one in memory at a time."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(shard, out / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard and size + nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size, total = size + nbytes, total + nbytes
-    flush()
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(out / f"part-{i}.safetensors", out / file)
-        sync_file(out / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_atomic(out / INDEX, json.dumps(index, indent=1))
-
-
-def export(cfg: ExportConfig) -> None:
-    """See ExportConfig.  Names and shapes must be those of `like`, whose files decide the dtype."""
-    ours, theirs = weight_files(cfg.model_dir), weight_files(cfg.like)
-    _compare_keys(f"{cfg.model_dir} and {cfg.like}", set(theirs), set(ours))
-    raw = json.loads((Path(cfg.like) / "config.json").read_text())
-    config = load_config(cfg.like)
-    partial = cfg.out.with_name(f".{cfg.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in theirs:
-            if (cfg.llm_only or cfg.llama) and not name.startswith(LLM):
-                continue
-            with open_weights(ours[name]) as mine, open_weights(theirs[name]) as released:
-                stored = released.get_slice(name)
-                tensor = mine.get_tensor(name)
-                if list(tensor.shape) != list(stored.get_shape()):
-                    raise InputError(
-                        f"{name} is {list(tensor.shape)} in {cfg.model_dir} but "
-                        f"{list(stored.get_shape())} in {cfg.like}"
-                    )
-                tensor = tensor.to(SAFETENSORS_DTYPE[stored.get_dtype()])
-            if cfg.llama:
-                yield from llama_tensors(name.removeprefix(LLM), tensor, config.llm).items()
-            else:
-                yield (name.removeprefix(LLM) if cfg.llm_only else name), tensor
-
-    for path in sorted(Path(cfg.like).iterdir()):  # config, tokenizer, and the release's own code
-        code = path.suffix == ".py"
-        if path.is_file() and not path.name.endswith((".safetensors", INDEX)):
-            if not (cfg.llama and code):
-                shutil.copyfile(path, partial / path.name)
-    if cfg.llm_only:
-        write_atomic(partial / "config.json", json.dumps(raw["llm_config"], indent=1))
-    if cfg.llama:
-        write_atomic(partial / "config.json", json.dumps(llama_config(raw["llm_config"]), indent=1))
-        write_llama_tokenizer(cfg.like, config.template, partial)
-    write_shards(tensors(), partial)
-    replace_folder(partial, cfg.out)
-    print(f"wrote {cfg.out}")
-
-
-def main() -> None:
-    export(parse_command({"export": ExportConfig})[1])
-
-
-if __name__ == "__main__":
-    run(main)

@@ -12,27 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from runtime import InputError
 from tokenizer import encode_chat, load_tokenizer
-from weights import INDEX, ExportConfig, export, load_model
+from tools.export import ExportConfig, export
+from weights import INDEX, load_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
 
 
 @pytest.fixture
-def release(tmp_path):
-    """A released folder: weights, code and tokenizer files."""
-    folder = shutil.copytree(MICRO, tmp_path / "release")
-    (folder / "modeling_internlm2.py").write_text("raise SystemExit('remote code was run')\n")
-    (folder / "tokenizer_config.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture
-def trained(release, tmp_path):
-    """The same model with other numbers."""
+def trained(tmp_path):
+    """A trained model with the code and tokenizer files of its release."""
     folder = shutil.copytree(MICRO, tmp_path / "trained")
-    for path in folder.glob("*.safetensors"):
-        moved = {name: (t.float() * 1.25).bfloat16() for name, t in load_file(path).items()}
-        save_file(moved, path, metadata={"format": "pt"})
+    (folder / "modeling_internlm2.py").write_text("raise SystemExit('remote code was run')\n")
+    for path in (OURS / "tokenizer").glob("*token*"):
+        shutil.copy(path, folder)
     return folder
 
 
@@ -44,18 +36,8 @@ def tensors(folder):
     return found
 
 
-def test_the_official_layout_gets_our_weights_and_the_releases_files(release, trained, tmp_path):
-    export(ExportConfig(trained, release, tmp_path / "out"))
-    ours, written = tensors(trained), tensors(tmp_path / "out")
-    assert set(ours) == set(written)
-    assert all(torch.equal(ours[name], written[name]) for name in ours)
-    for name in ("config.json", "modeling_internlm2.py", "tokenizer_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (release / name).read_bytes()
-    load_model(tmp_path / "out")
-
-
-def test_the_language_model_alone_is_internlm2(release, trained, tmp_path):
-    export(ExportConfig(trained, release, tmp_path / "out", llm_only=True))
+def test_the_language_model_alone_is_internlm2(trained, tmp_path):
+    export(ExportConfig(trained, tmp_path / "out", llm_only=True))
     names = set(tensors(tmp_path / "out"))
     llm = "language_model."
     assert names == {n.removeprefix(llm) for n in tensors(trained) if n.startswith(llm)}
@@ -63,8 +45,8 @@ def test_the_language_model_alone_is_internlm2(release, trained, tmp_path):
     assert config["architectures"] == ["InternLM2ForCausalLM"]
 
 
-def test_the_llama_layout_splits_wqkv_by_group(release, trained, tmp_path):
-    export(ExportConfig(trained, release, tmp_path / "out", llama=True))
+def test_the_llama_layout_splits_wqkv_by_group(trained, tmp_path):
+    export(ExportConfig(trained, tmp_path / "out", llama=True))
     ours, llama = tensors(trained), tensors(tmp_path / "out")
     packed = ours["language_model.model.layers.0.attention.wqkv.weight"].view(2, 5, 4, 24)
     q = llama["model.layers.0.self_attn.q_proj.weight"].view(2, 3, 4, 24)
@@ -76,9 +58,9 @@ def test_the_llama_layout_splits_wqkv_by_group(release, trained, tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_loads_the_llama_layout_and_gives_our_logits(release, trained, tmp_path):
+def test_transformers_loads_the_llama_layout_and_gives_our_logits(trained, tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install .[llama] to run this")
-    export(ExportConfig(trained, release, tmp_path / "out", llama=True))
+    export(ExportConfig(trained, tmp_path / "out", llama=True))
     os.environ["HF_HUB_OFFLINE"] = "1"
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ours = load_model(trained)
@@ -89,14 +71,10 @@ def test_transformers_loads_the_llama_layout_and_gives_our_logits(release, train
         torch.testing.assert_close(theirs(ids).logits.float(), expected, atol=1e-4, rtol=0)
 
 
-def test_the_llama_layout_has_a_tokenizer_without_code_that_gives_our_ids(
-    release, trained, tmp_path
-):
-    for path in (OURS / "tokenizer").glob("*token*"):
-        shutil.copy(path, release)
-    export(ExportConfig(trained, release, tmp_path / "out", llama=True))
+def test_the_llama_layout_has_a_tokenizer_without_code_that_gives_our_ids(trained, tmp_path):
+    export(ExportConfig(trained, tmp_path / "out", llama=True))
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    ours = load_tokenizer(release)
+    ours = load_tokenizer(trained)
     for text in (
         "The cat sat on a mat.",
         "<|im_start|>user\nA   b<|im_end|>",
@@ -117,17 +95,45 @@ def test_the_llama_layout_has_a_tokenizer_without_code_that_gives_our_ids(
     assert ours.encode(rendered) == prompt
 
 
-def test_an_export_refuses_a_model_of_another_shape(release, trained, tmp_path):
+def test_an_export_stops_where_the_chat_does(trained, tmp_path):
+    export(ExportConfig(trained, tmp_path / "out", llama=True))
+    tokenizer = load_tokenizer(trained)
+    expected = {"bos_token_id": 1, "eos_token_id": tokenizer.im_end_id, "pad_token_id": 2}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.im_end_id
+
+
+def test_an_export_replaces_nothing_but_an_earlier_export(trained, tmp_path):
+    out = tmp_path / "out"
+    for flags in ({"llama": True}, {"llm_only": True}):
+        export(ExportConfig(trained, out, **flags))
+    run = tmp_path / "runs/mpo"
+    (run / "checkpoints").mkdir(parents=True)
+    for target, message in [
+        (run, "holds checkpoints"),
+        (trained, "overlap"),
+        (trained / "export", "overlap"),
+        (tmp_path, "overlap"),
+        (MICRO, "holds config.json"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export(ExportConfig(trained, target, llama=True))
+    assert (run / "checkpoints").is_dir() and not (trained / "export").exists()
+
+
+def test_a_damaged_model_is_refused_by_name_and_nothing_is_written(trained, tmp_path):
     path = sorted(trained.glob("*.safetensors"))[0]
     changed = load_file(path)
     name = next(iter(changed))
     changed[name] = changed[name].flatten()[:-1].clone()
     save_file(changed, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=name):
-        export(ExportConfig(trained, release, tmp_path / "out"))
+        export(ExportConfig(trained, tmp_path / "out", llama=True))
     assert not (tmp_path / "out").exists()
 
 
-def test_one_layout_at_a_time(tmp_path):
-    with pytest.raises(ValueError, match="choose one"):
-        ExportConfig(tmp_path, tmp_path, tmp_path, llm_only=True, llama=True)
+@pytest.mark.parametrize("flags", [{}, {"llm_only": True, "llama": True}])
+def test_one_layout_at_a_time(tmp_path, flags):
+    with pytest.raises(InputError, match="choose one"):
+        ExportConfig(tmp_path, tmp_path / "out", **flags)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import weights
 from runtime import InputError
 from weights import (
+    EXPORT_MARK,
     INDEX,
     CheckpointWriter,
     load_checkpoint,
@@ -38,7 +39,7 @@ def all_tensors(folder):
 
 def test_load_save_load_is_byte_equal(tmp_path):
     save_model(load_model(MICRO), tmp_path / "out", like=MICRO)
-    names = {p.name for p in MICRO.iterdir()}
+    names = {p.name for p in MICRO.iterdir()} | {EXPORT_MARK}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     before, after = all_tensors(MICRO), all_tensors(tmp_path / "out")
     assert list(before) == list(after)
@@ -127,11 +128,71 @@ def test_an_index_cannot_point_out_of_its_folder(folder):
         load_model(folder)
 
 
-def test_saving_over_a_folder_replaces_it_whole(folder, tmp_path):
-    (folder / "stale.txt").write_text("old")
-    save_model(load_model(MICRO), folder, like=MICRO)
-    assert not (folder / "stale.txt").exists()
+def test_only_an_earlier_export_is_replaced_and_it_is_replaced_whole(folder, tmp_path):
+    model, out = load_model(MICRO), tmp_path / "out"
+    (folder / "modeling_internvl_chat.py").write_text("raise SystemExit('remote code was run')\n")
+    save_model(model, out, like=folder)
+    assert (out / "modeling_internvl_chat.py").exists(), "it loads where the release does"
+    save_model(model, out, like=MICRO)
+    assert not (out / "modeling_internvl_chat.py").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    (out / "thesis.tex").write_text("years of work")
+    for target, message in [
+        (out, "holds thesis.tex"),
+        (folder, r"overlap"),
+        (folder / "model", "overlap"),
+        (tmp_path, "overlap"),
+        (out / "thesis.tex", "is a file"),
+        (MICRO, "holds config.json"),
+    ]:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match=message):
+            save_model(model, target, like=folder)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        save_model(load_model(MICRO), tmp_path / "model", like=MICRO)
+        assert (tmp_path / "model").is_symlink() and (tmp_path / "disk" / INDEX).is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "model"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "float64", "float8_e4m3fn", "bool"])
+def test_a_tensor_of_another_type_than_weights_have_is_refused_by_name(folder, kind):
+    dtype, names = getattr(torch, kind), []
+
+    def convert(tensors):
+        names.append(next(iter(tensors)))
+        tensors[names[0]] = tensors[names[0]].to(dtype)
+
+    rewrite(folder, convert)
+    with pytest.raises(InputError, match=rf"{names[0]} is of type .*BF16, F16, F32"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+def test_the_three_types_of_weights_are_read_and_written_back(folder, tmp_path, kind):
+    dtype = getattr(torch, kind)
+    rewrite(folder, lambda t: t.update({name: x.to(dtype) for name, x in t.items()}))
+    save_model(load_model(folder), tmp_path / "out", like=folder)
+    written = load_file(sorted((tmp_path / "out").glob("*.safetensors"))[0])
+    assert {t.dtype for t in written.values()} == {dtype}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(folder, tmp_path, value):
+    model = load_model(folder)
+    rewrite(folder, lambda t: next(iter(t.values())).view(-1)[-1:].fill_(value))
+    with pytest.raises(InputError, match=r"attention.wo.weight holds NaN or infinity"):
+        load_model(folder)
+    with torch.no_grad():
+        model.projector[1].bias[0] = value
+    with pytest.raises(ArithmeticError, match="projector.1.bias holds NaN or infinity"):
+        save_model(model, tmp_path / "out", like=MICRO)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_config_of_the_release_is_read():
@@ -192,6 +253,54 @@ def test_a_full_disk_in_the_background_is_told_and_spares_the_last_one(tmp_path,
     with pytest.raises(OSError, match="shard-000-of-001.*No space.*saved before is intact"):
         writer.finish()
     assert newest_checkpoint(tmp_path).name == "step-00000001"
+
+
+def other_step(checkpoint):
+    shard = "shard-000-of-001.safetensors"
+    shutil.copy(checkpoint.with_name("step-00000001") / shard, checkpoint / shard)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def set_step(checkpoint):
+    path = checkpoint / "state.json"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 9999'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_step, "step-00000002: shard-000-of-001.safetensors is not what was saved"),
+        (lambda c: flip_a_bit(c / "shard-000-of-001.safetensors"), "shard-000.* is not what"),
+        (lambda c: (c / "shard-000-of-001.safetensors").unlink(), "shard-000.* is not what"),
+        (set_step, "step-00000002/state.json is not what was saved"),
+        (lambda c: c.rename(c.with_name("step-00000007")), "step-00000007/state.json is not what"),
+        (lambda c: (c / "state.json").write_text("[" * 99999), "state.json: not valid JSON"),
+        (lambda c: (c / "checksums.json").unlink(), "no file .*step-00000002/checksums.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
+    writer = CheckpointWriter(tmp_path, 2)
+    for step in (1, 2):
+        writer.save(step, {"a": torch.full((3,), float(step))}, {})
+    damage(newest_checkpoint(tmp_path))
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(newest_checkpoint(tmp_path), {"a": torch.zeros(3)})
+
+
+def test_only_checkpoints_of_our_own_are_pruned(tmp_path):
+    writer, kept = CheckpointWriter(tmp_path, 1), ["step-0.txt", "step-00000001-keep", "step-1"]
+    writer.save(1, {"a": torch.zeros(3)}, {})
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001-keep")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-1")
+    (tmp_path / "step-0.txt").write_text("a note")
+    writer.save(2, {"a": torch.zeros(3)}, {})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted([*kept, "step-00000002"])
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
