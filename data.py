@@ -5,8 +5,7 @@
     Tree           prompt (trunk) + responses (branches) of one question, as token ids
     Pack           several trees laid one after another in ONE flat sequence, no padding
 
-    python data.py --check meta.json --model_dir M    verify every record and image before training
-    python data.py --meta meta.json --model_dir M --show 3    look at prompts, responses and masks
+`tools/look.py` checks and shows what is read here.
 
 Formats: the MMPR release (`meta.json` + jsonl).  Differs from the official loader: the image is
 encoded once per tree and not four times, a bad record stops the run instead of being replaced by
@@ -16,14 +15,11 @@ a random one, nothing is truncated, image paths cannot leave their root.
 import hashlib
 import io
 import json
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +28,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model import InternVLConfig, load_config
-from runtime import InputError, flag, parse_cli, parse_json_line, run
+from model import InternVLConfig
+from runtime import InputError, parse_json_line
 from tokenizer import (
     Tokenizer,
     encode_chat,
     encode_response,
-    load_tokenizer,
     with_image_placeholders,
 )
 from vision import cut_tiles, normalize, num_tiles
@@ -131,11 +126,15 @@ class DataSet:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, number: int) -> PairRecord:
+    def raw(self, number: int) -> dict:
+        """The record as it stands in its file."""
         with open(self.annotation, "rb") as f:
             f.seek(self.offsets[number])
-            raw = parse_json_line(self.annotation, int(self.lines[number]), f.readline())
-        return self.parse(raw, f"{self.name}, {self.annotation} line {self.lines[number]}")
+            return parse_json_line(self.annotation, int(self.lines[number]), f.readline())
+
+    def __getitem__(self, number: int) -> PairRecord:
+        where = f"{self.name}, {self.annotation} line {self.lines[number]}"
+        return self.parse(self.raw(number), where)
 
     def parse(self, raw: dict, where: str) -> PairRecord:
         """Check one record.  Raises InputError naming set, file, line and key."""
@@ -627,118 +626,3 @@ def prefetch(make: Callable[[int], Any], numbers: range) -> Iterator[Any]:
             if n + 1 in numbers:
                 coming = pool.submit(make, n + 1)
             yield ready
-
-
-# --------------------------------------------------------------------------- command line
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Look at preference data before training on it."""
-
-    check: Path = flag(Path(""), "meta.json: verify every record, decode every image")
-    meta: Path = flag(Path(""), "meta.json to show records of")
-    show: int = flag(0, "print this many records, prompt and responses told apart")
-    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
-    max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's")
-    max_length: int = flag(6144, "tokens of prompt + response, at most")
-    seed: int = flag(42, "seed of the order shown")
-
-
-def check(meta: Path, cfg: DataConfig) -> int:
-    """Verify all records; print histograms of tiles and tokens and the bad ones.  -> count bad."""
-    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
-    sets = read_meta(meta, cfg.max_tiles or config.max_tiles)
-    bad: list[str] = []
-    tiles: Counter[int] = Counter()
-    lengths: list[int] = []
-    for data_set in sets:
-        for number in range(len(data_set)):
-            try:
-                record = data_set[number]
-                tree = encode_tree(record, tokenizer, config)
-                for path in record.images:
-                    load_image(path)
-            except InputError as error:
-                bad.append(str(error))
-                continue
-            if tree.longest > cfg.max_length:
-                bad.append(f"{record.where}: {tree.longest} tokens, limit {cfg.max_length}")
-            tiles[sum(tree.tiles)] += 1
-            lengths.append(tree.longest)
-        print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
-    print_histogram("tiles a record", dict(sorted(tiles.items())))
-    print_histogram("tokens a record (prompt + longer response)", token_bins(lengths))
-    for line in bad:
-        print(f"bad: {line}")
-    print(f"{len(lengths)} records can be read, {len(bad)} are bad")
-    return len(bad)
-
-
-def token_bins(lengths: list[int]) -> dict[str, int]:
-    """Counts by powers of two: 1-64, 65-128, ..."""
-    edges = [0, *accumulate([64] + [2] * 10, lambda edge, factor: edge * factor)]
-    return {
-        f"{low + 1}-{high}": sum(low < n <= high for n in lengths)
-        for low, high in zip(edges, edges[1:])
-        if any(low < n <= high for n in lengths)
-    }
-
-
-def print_histogram(title: str, counts: dict) -> None:
-    print(title)
-    widest = max(counts.values(), default=1)
-    for name, count in counts.items():
-        print(f"  {name:>12} {count:>8} {'#' * max(1, 40 * count // widest)}")
-
-
-def show(cfg: DataConfig) -> None:
-    """Print records as the model meets them: prompt plain, scored tokens marked."""
-    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
-    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
-    colour = sys.stdout.isatty()
-    for i, number in epoch_order(sets, cfg.seed, 0)[: cfg.show]:
-        record = sets[i][int(number)]
-        tree = encode_tree(record, tokenizer, config)
-        print(f"=== {record.where}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
-        print(mark("masked", readable(tokenizer, tree.trunk), "2", colour))
-        for name, ids in zip(("chosen", "rejected"), tree.responses):
-            print(mark(name, readable(tokenizer, ids), "32" if name == "chosen" else "31", colour))
-            print(f"         {len(ids)} scored tokens, the last is <|im_end|>")
-
-
-def mark(name: str, text: str, code: str, colour: bool) -> str:
-    lines = "\n".join(f"{name:>8} | {line}" for line in text.split("\n"))
-    return f"\x1b[{code}m{lines}\x1b[0m" if colour else lines
-
-
-def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Decoded with special tokens by name, runs of image tokens counted."""
-    names = {tokenizer.token_id(name): name for name in ("<|im_start|>", "<|im_end|>", "<s>")}
-    names |= {tokenizer.token_id(name): name for name in ("<img>", "</img>")}
-    text, plain, i = "", [], 0
-    while i < len(ids):
-        run_length = 0
-        while i + run_length < len(ids) and ids[i + run_length] == tokenizer.image_context_id:
-            run_length += 1
-        if not run_length and ids[i] not in names:
-            plain.append(ids[i])
-            i += 1
-            continue
-        text, plain = text + tokenizer.decode(plain), []
-        text += f"<IMG_CONTEXT> x {run_length}" if run_length else names[ids[i]]
-        i += run_length or 1
-    return text + tokenizer.decode(plain)
-
-
-def main() -> None:
-    cfg = parse_cli(DataConfig)
-    if cfg.check != Path(""):
-        raise SystemExit(1 if check(cfg.check, cfg) else 0)
-    if cfg.meta == Path("") or cfg.show < 1:
-        raise InputError("nothing to do: pass --check META, or --meta META and --show N")
-    show(cfg)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -4,9 +4,8 @@ r"""The preference data engine: pairs without annotators (section 3 of arXiv 241
     python pairs.py correctness --samples samples --out_dir pairs     right against wrong answers
     python pairs.py dropout_ntp --samples samples --out_dir pairs --model_dir M     (--prompts none)
     python pairs.py divide_and_conquer --samples samples --out_dir pairs --model_dir M   RLAIF-V
-    python pairs.py stats --meta pairs/meta.json [--model_dir M]      numbers beside the paper's
-    python pairs.py show --meta pairs/meta.json --out pairs.html      look before you train
 
+`tools/look.py` shows the pairs and sets their numbers beside the paper's.
 `torchrun --nproc_per_node 8 pairs.py sample ...` shares the questions among processes.  A response
 is a function of (seed, question, number) alone and every process appends to its own part file, so a
 run may stop anywhere and go on with any number of processes; verbs that only judge and pair are
@@ -18,11 +17,8 @@ equal responses are dropped before the cap, 15 pairs a question over both kinds 
 of each kind), groups are keyed by JSON values and not by printed forms, no bare except.
 """
 
-import base64
 import contextlib
 import hashlib
-import html
-import io
 import json
 import math
 import os
@@ -1173,320 +1169,17 @@ def pair_candidates(
     return report, meta_entry(cfg, data_set, file) if file.count else None
 
 
-# --------------------------------------------------------------------------- stats
-
-PAPER_TABLE = {  # section 3 of the paper: means, and min and max where it gives them
-    "without gold": {
-        "pairs": "about 750K",
-        "question": (25.0,),
-        "chosen": (211.4, 20, 1342),
-        "rejected": (171.2, 17, 1642),
-    },
-    "with gold": {
-        "pairs": "about 2.5M",
-        "question": (79.5,),
-        "chosen": (300.0, 32, 2018),
-        "rejected": (350.5, 33, 4097),
-    },
-}
-PARTS = ("question", "chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class StatsConfig:
-    """Numbers of a set of pairs beside the paper's table, as text, JSON and histograms."""
-
-    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
-    model_dir: Path = flag(Path(""), "count tokens with this model's tokenizer; empty = words")
-    out_dir: Path = flag(Path(""), "stats.json and stats.png go here, empty = beside meta.json")
-    max_length: int = flag(6144, "tokens from which a record counts as over-long")
-
-
-@dataclass
-class KindStats:
-    """Lengths and counts of one kind of pairs."""
-
-    lengths: dict[str, list[int]] = field(default_factory=lambda: {p: [] for p in PARTS})
-    counts: Counter = field(default_factory=Counter)
-    per_query: Counter = field(default_factory=Counter)
-
-    def add(self, record: dict, count: Callable[[str], int], root: Path, max_length: int) -> None:
-        lengths = {
-            "question": count(record["question"].replace(IMAGE, "").strip()),
-            "chosen": count(record["chosen"]),
-            "rejected": count(record["rejected"]),
-        }
-        for part in PARTS:
-            self.lengths[part].append(lengths[part])
-        images = image_list(record, "record")
-        self.counts["pairs"] += 1
-        self.counts["chosen longer than rejected"] += lengths["chosen"] > lengths["rejected"]
-        metas = [record.get(side) or {} for side in ("chosen_meta", "rejected_meta")]
-        self.counts["with a cut-off response"] += any(
-            isinstance(m, dict) and m.get("finish_reason") == "length" for m in metas
-        )
-        longest = lengths["question"] + max(lengths["chosen"], lengths["rejected"])
-        self.counts["text over the length limit"] += longest > max_length
-        self.counts["with a missing image"] += any(not (root / i).is_file() for i in images)
-        self.per_query[digest(images, record["question"], record.get("answer_gt"))] += 1
-
-    def summary(self) -> dict:
-        table = {}
-        for part in PARTS:
-            values = self.lengths[part] or [0]
-            mean = round(sum(values) / len(values), 1)
-            table[part] = {"mean": mean, "min": min(values), "max": max(values)}
-        histogram = Counter(self.per_query.values())
-        pairs = max(self.counts["pairs"], 1)
-        return table | {
-            "counts": dict(sorted(self.counts.items())),
-            "chosen longer share": round(self.counts["chosen longer than rejected"] / pairs, 4),
-            "cut-off share": round(self.counts["with a cut-off response"] / pairs, 4),
-            "over-long share": round(self.counts["text over the length limit"] / pairs, 4),
-            "pairs_per_query": {str(k): histogram[k] for k in sorted(histogram)},
-        }
-
-
-def read_pairs(meta_path: Path) -> Iterator[tuple[str, Path, dict]]:
-    """(data set, image root, record) of all pairs in the order of meta.json."""
-    try:
-        meta = json.loads(meta_path.read_text())
-    except ValueError as error:
-        raise InputError(f"{meta_path}: not valid JSON ({error})") from None
-    for name, entry in meta.items():
-        path = meta_path.parent / entry["annotation"]
-        for number, record in read_jsonl(path):
-            for part in PARTS:
-                if not isinstance(record.get(part), str):
-                    raise InputError(f"{path} line {number}: no text {part!r}")
-            yield name, meta_path.parent / entry.get("root", ""), record
-
-
-def kind_of(record: dict) -> str:
-    return "with gold" if "answer_gt" in record else "without gold"
-
-
-def version_of(record: dict) -> str:
-    meta = record.get("chosen_meta")
-    return str(meta.get("prompt_version") or "none") if isinstance(meta, dict) else "none"
-
-
-def stats(cfg: StatsConfig) -> None:
-    unit, count = "words", lambda text: len(text.split())
-    if cfg.model_dir != Path(""):
-        from tokenizer import load_tokenizer  # noqa: PLC0415  (words need no tokenizer)
-
-        encode = load_tokenizer(cfg.model_dir).encode_plain
-        unit, count = "tokens", lambda text: len(encode(text))
-    kinds: dict[str, KindStats] = defaultdict(KindStats)
-    groups: dict[str, KindStats] = defaultdict(KindStats)
-    for name, root, record in read_pairs(cfg.meta):
-        kinds[kind_of(record)].add(record, count, root, cfg.max_length)
-        groups[f"{name} / {version_of(record)}"].add(record, count, root, cfg.max_length)
-    if not kinds:
-        raise InputError(f"{cfg.meta}: no pairs")
-    out = cfg.out_dir if cfg.out_dir != Path("") else cfg.meta.parent
-    summary = {
-        "unit": unit,
-        "kinds": {k: v.summary() for k, v in sorted(kinds.items())},
-        "data sets": {k: v.summary() for k, v in sorted(groups.items())},
-    }
-    report = cfg.meta.parent / "pairs.report.json"
-    if report.exists():
-        summary["sampling"] = json.loads(report.read_text())
-    write_atomic(out / "stats.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    print(stats_text(summary))
-    plot_stats(kinds, unit, out / "stats.png")
-    print(f"wrote {out / 'stats.json'} and {out / 'stats.png'}")
-
-
-def stats_text(summary: dict) -> str:
-    """Our numbers beside the paper's table, then shares and each data set."""
-    lines = []
-    for kind, ours in summary["kinds"].items():
-        paper = PAPER_TABLE[kind]
-        lines.append(f"{kind}: {ours['counts']['pairs']} pairs (paper: {paper['pairs']})")
-        lines.append(f"  {summary['unit']:<12}{'mean':>9}{'min':>7}{'max':>7}   paper mean/min/max")
-        for part in PARTS:
-            row = ours[part]
-            theirs = " / ".join(f"{v:,}" for v in paper[part])
-            lines.append(f"  {part:<12}{row['mean']:>9}{row['min']:>7}{row['max']:>7}   {theirs}")
-        for share in ("chosen longer share", "cut-off share", "over-long share"):
-            lines.append(f"  {share:<24}{ours[share]:>8.1%}")
-        lines.append(f"  missing images          {ours['counts']['with a missing image']:>8}")
-        lines.append(f"  pairs a question        {ours['pairs_per_query']}")
-    for name, ours in summary["data sets"].items():
-        means = ", ".join(f"{p} {ours[p]['mean']}" for p in PARTS)
-        lines.append(f"{name}: {ours['counts']['pairs']} pairs; mean {means}")
-    for verb, part in summary.get("sampling", {}).items():
-        for name, report in part["sets"].items():
-            lines.append(f"{verb}, {name}: {report['responses']} responses, {report['counts']}")
-    return "\n".join(lines)
-
-
-def plot_stats(kinds: dict[str, KindStats], unit: str, path: Path) -> None:
-    """Histograms of lengths and of pairs a question, one row a kind; paper means dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (plots only)
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(16, 3.6 * len(kinds)), layout="constrained")
-    axes = figure.subplots(len(kinds), len(PARTS) + 1, squeeze=False)
-    for row, (kind, ours) in zip(axes, sorted(kinds.items())):
-        for axis, part in zip(row, PARTS):
-            values, mean = sorted(ours.lengths[part]), PAPER_TABLE[kind][part][0]
-            # a few long ones would hide the rest
-            top = max(values[int(0.99 * (len(values) - 1))], 1.1 * mean)
-            axis.hist([min(v, top) for v in values], bins=40, range=(0, top))
-            axis.axvline(mean, color="k", ls="--", label="mean in the paper")
-            axis.set(title=f"{kind}: {part}", xlabel=f"{unit} (the last bar: and more)")
-        row[0].legend()
-        per_query = Counter(ours.per_query.values())
-        row[-1].bar(list(per_query), list(per_query.values()))
-        row[-1].xaxis.get_major_locator().set_params(integer=True)
-        row[-1].set(title=f"{kind}: pairs a question")
-    FigureCanvasAgg(figure)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=80, metadata={"Software": None})
-    write_atomic(path, image.getvalue())
-
-
-# --------------------------------------------------------------------------- show
-
-
-@dataclass(frozen=True)
-class ShowConfig:
-    """One self-contained HTML page of pairs, to look at before training on them."""
-
-    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
-    out: Path = flag(Path("pairs.html"), "the page")
-    limit: int = flag(200, "pairs on the page at most, shared evenly among the data sets")
-    image_size: int = flag(384, "longer side of the pictures in pixels")
-    seed: int = flag(0, "decides which pairs are shown")
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>preference pairs</title>
-<style>
-body{font:15px/1.45 system-ui,sans-serif;margin:1.5rem;background:#f4f4f2;color:#222}
-header{position:sticky;top:0;background:#f4f4f2;padding:.5rem 0}
-article{display:grid;grid-template-columns:minmax(180px,1fr) 2fr 2fr;gap:1rem;background:#fff;
-margin:1rem 0;padding:1rem;border-radius:6px;box-shadow:0 1px 3px #0003}
-article[hidden]{display:none} img{max-width:100%} pre{white-space:pre-wrap;
-overflow-wrap:anywhere;font:13px/1.5 ui-monospace,monospace;margin:.3rem 0}
-.chosen h3{color:#1a7f37} .rejected h3{color:#b42318} h3{margin:0}
-.chosen .apart{background:#dcf5e3} .rejected .apart{background:#fde3e0}
-.apart::before{content:"▼";color:#888;font-size:.8em} .meta{color:#666;font-size:.85em}
-</style>
-<header><b>TITLE</b> <select id="set"><option value="">all data sets</option>SETS</select>
-<select id="kind"><option value="">all kinds</option>KINDS</select> <span id="count"></span>
-</header>
-CARDS
-<script>
-const pick = id => document.getElementById(id);
-function filter() {
-  let n = 0;
-  for (const card of document.querySelectorAll("article")) {
-    card.hidden = (pick("set").value && card.dataset.set !== pick("set").value)
-      || (pick("kind").value && card.dataset.kind !== pick("kind").value);
-    n += !card.hidden;
-  }
-  pick("count").textContent = n + " pairs";
-}
-pick("set").onchange = pick("kind").onchange = filter;
-filter();
-</script>
-"""
-
-
-def divergence(a: str, b: str) -> int:
-    """Number of leading characters that two texts share."""
-    return len(os.path.commonprefix([a, b]))
-
-
-def pair_kind(name: str, record: dict) -> str:
-    for kind in ("correctness", "format", "prefix_pair", "divide_and_conquer"):
-        if kind in name:
-            return kind
-    return kind_of(record)
-
-
-def pair_card(name: str, record: dict, pictures: list[str]) -> str:
-    """One pair as HTML; everything from the data is escaped."""
-    at = divergence(record["chosen"], record["rejected"])
-    sides = []
-    for side in ("chosen", "rejected"):
-        text, meta = record[side], record.get(f"{side}_meta")
-        shown = ", ".join(f"{k}: {v}" for k, v in meta.items()) if isinstance(meta, dict) else ""
-        same, apart = html.escape(text[:at]), html.escape(text[at:])
-        sides.append(
-            f'<section class="{side}"><h3>{side}</h3><pre>{same}<span class="apart">{apart}</span>'
-            f'</pre><div class="meta">{html.escape(shown)}</div></section>'
-        )
-    images = "".join(f'<img src="{uri}" alt="">' for uri in pictures)
-    gold = f"<p>gold: <b>{html.escape(record['answer_gt'])}</b>" if "answer_gt" in record else ""
-    return (
-        f'<article data-set="{html.escape(name)}" data-kind="{pair_kind(name, record)}">'
-        f"<section>{images}<pre>{html.escape(record['question'])}</pre>{gold}"
-        f'<div class="meta">{html.escape(name)}</div></section>{"".join(sides)}</article>'
-    )
-
-
-def render_page(cards: list[tuple[str, dict, list[str]]]) -> str:
-    """The whole page from (data set, record, picture URIs)."""
-    sets = sorted({name for name, _, _ in cards})
-    kinds = sorted({pair_kind(name, record) for name, record, _ in cards})
-    parts = {
-        "TITLE": f"{len(cards)} preference pairs",
-        "SETS": "".join(f"<option>{html.escape(s)}</option>" for s in sets),
-        "KINDS": "".join(f"<option>{html.escape(k)}</option>" for k in kinds),
-        "CARDS": "\n".join(pair_card(*card) for card in cards),
-    }
-    return re.sub("TITLE|SETS|KINDS|CARDS", lambda m: parts[m[0]], PAGE)
-
-
-def picture(path: Path, size: int) -> str:
-    """A small JPEG of an image as a data URI."""
-    from data import load_image  # noqa: PLC0415  (judging and pairing need no torch)
-
-    image = load_image(path)
-    image.thumbnail((size, size))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def show(cfg: ShowConfig) -> None:
-    numbers: dict[str, int] = Counter(name for name, _, _ in read_pairs(cfg.meta))
-    if not numbers:
-        raise InputError(f"{cfg.meta}: no pairs")
-    each = max(1, cfg.limit // len(numbers))
-    wanted = {
-        name: set(choose(list(range(n)), each, "show", cfg.seed, name))
-        for name, n in numbers.items()
-    }
-    seen: Counter = Counter()
-    cards = []
-    for name, root, record in read_pairs(cfg.meta):
-        if seen[name] in wanted[name]:
-            paths = image_paths(root, image_list(record, name), name)
-            cards.append((name, record, [picture(path, cfg.image_size) for path in paths]))
-        seen[name] += 1
-    write_atomic(cfg.out, render_page(cards))
-    print(f"wrote {cfg.out}: {len(cards)} of {sum(numbers.values())} pairs")
-
-
 COMMANDS = {
     "sample": SampleConfig,
     "correctness": CorrectnessConfig,
     "dropout_ntp": DropoutConfig,
     "divide_and_conquer": DivideConfig,
-    "stats": StatsConfig,
-    "show": ShowConfig,
 }
 
 
 def main() -> None:
     verb, cfg = parse_command(COMMANDS)
-    verbs = (sample, correctness, dropout_ntp, divide_and_conquer, stats, show)
+    verbs = (sample, correctness, dropout_ntp, divide_and_conquer)
     {f.__name__: f for f in verbs}[verb](cfg)
 
 

@@ -837,7 +837,7 @@ def diagnose(history: list[dict[str, float]], total: int) -> dict[str, str]:
         if sure and len(history) <= max(10, total // 20):
             found["too easy"] = (
                 "accuracy is 1.0 within 5 % of the run: chosen and rejected may differ by a "
-                "surface mark (length, format); look with data.py --show"
+                "surface mark (length, format); look with tools/look.py show"
             )
         warm = len(history) > max(3, total // 10)
         if warm and all(m["rewards/chosen"] == m["rewards/rejected"] == 0 for m in recent):

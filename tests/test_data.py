@@ -1,7 +1,6 @@
 """Records, order, packed trees: what reaches the model, and what is refused."""
 
 import json
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -18,7 +17,6 @@ from data import (
     first_fit,
     lay_out,
     load_image,
-    main,
     prefetch,
     read_meta,
     resolve_image,
@@ -27,7 +25,7 @@ from data import (
 )
 from losses import response_logps, token_logps
 from model import TreeAttention, load_config
-from runtime import InputError, run
+from runtime import InputError
 from tokenizer import load_tokenizer
 from toy import write_world
 from weights import load_model
@@ -384,44 +382,3 @@ def test_seeded_generators_depend_on_every_part_of_the_key():
     draws = [seeded(*key).integers(2**62) for key in ((1, "a"), (1, "b"), (2, "a"), ("1", "a"))]
     assert len(set(draws)) == 4
     assert seeded(1, "a").integers(2**62) == draws[0]
-
-
-# --------------------------------------------------------------------------- command line
-
-
-@pytest.fixture
-def run_data(monkeypatch, capsys):
-    """data.py with some flags: (exit status, what it prints)."""
-
-    def run_with(*flags):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
-        status = 0
-        try:
-            run(main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, capsys.readouterr().out
-
-    return run_with
-
-
-def test_check_passes_a_good_set_and_lists_the_bad_records(toy, tmp_path, run_data):
-    folder, *_ = toy
-    status, out = run_data("--check", folder / "meta.json", "--model_dir", folder / "model")
-    assert status == 0 and "0 are bad" in out and "tiles a record" in out
-    (tmp_path / "broken.png").write_bytes(b"x")
-    records = [GOOD, {**GOOD, "image": "broken.png"}, {**GOOD, "image": "none.png"}]
-    meta = write_set(tmp_path, records)
-    status, out = run_data("--check", meta, "--model_dir", folder / "model")
-    assert status == 1
-    assert "line 2: image" in out and "line 3: no image" in out, out
-    assert "1 records can be read, 2 are bad" in out
-
-
-def test_show_tells_prompt_and_responses_apart(toy, run_data):
-    folder, *_ = toy
-    meta, model = folder / "meta.json", folder / "model"
-    status, out = run_data("--meta", meta, "--model_dir", model, "--show", 4)
-    assert status == 0 and out.count("  chosen | ") >= 4
-    assert "masked | " in out and "rejected | " in out
-    assert "<IMG_CONTEXT> x " in out and "<|im_end|>" in out

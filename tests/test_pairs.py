@@ -1,6 +1,5 @@
-"""The preference engine: prompts, part files, pairing, DropoutNTP, the baseline, stats and page."""
+"""The preference engine: prompts, part files, pairing, DropoutNTP, the baseline."""
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -566,7 +565,7 @@ def test_both_kinds_of_pairs_share_one_meta_file(world):
     assert len(read_meta(Path("out/meta.json"), 12)) == 3
 
 
-# --------------------------------------------------------------------------- cost, stats, page
+# --------------------------------------------------------------------------- cost
 
 
 def test_token_cost_counts_a_prompt_once_and_says_when_it_does_not_know():
@@ -577,34 +576,3 @@ def test_token_cost_counts_a_prompt_once_and_says_when_it_does_not_know():
     assert per_pair == {"generated": 20.0, "with_prompt": 25.0, "with_prompt_and_image": 35.0}
     pairs.spend(cost, {"k": 4})
     assert pairs.token_cost(cost, 2)["per_pair"]["generated"] is None
-
-
-def test_stats_stand_beside_the_papers_table(world, capsys):
-    pairs.sample(sampling())
-    pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out")))
-    capsys.readouterr()
-    pairs.stats(pairs.StatsConfig(meta=Path("out/meta.json")))
-    text = capsys.readouterr().out
-    assert "about 2.5M" in text and "350.5 / 33 / 4,097" in text and "missing images" in text
-    summary = json.loads(Path("out/stats.json").read_text())
-    assert summary["unit"] == "words" and "with gold" in summary["kinds"]
-    assert Path("out/stats.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_page_is_self_contained_escaped_and_marks_where_responses_part():
-    evil = '<script>alert("x")</script>'
-    record = {"question": evil, "chosen": "Same start, right", "rejected": f"Same start, {evil}"}
-    record |= {"answer_gt": evil, "chosen_meta": {"verdict": "correct"}}
-    page = pairs.render_page([(f"set{evil}", record, ["data:image/jpeg;base64,AAAA"])])
-    assert evil not in page and page.count("&lt;script&gt;") >= 4
-    assert 'Same start, <span class="apart">right</span>' in page
-    assert "http:" not in page and "https:" not in page and "verdict: correct" in page
-
-
-def test_the_page_holds_small_pictures(world):
-    pairs.sample(sampling())
-    pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out")))
-    pairs.show(pairs.ShowConfig(meta=Path("out/meta.json"), limit=6, image_size=16))
-    page = Path("pairs.html").read_text()
-    data = base64.b64decode(page.split("data:image/jpeg;base64,")[1].split('"')[0])
-    assert data.startswith(b"\xff\xd8") and page.count("<article") == 6

@@ -1,0 +1,104 @@
+"""What is told about preference data before anyone trains on it."""
+
+import base64
+import json
+import sys
+
+import pytest
+from PIL import Image
+from test_data import GOOD, write_set
+
+from runtime import run
+from tools import look
+from toy import write_world
+
+EVIL = '<script>alert("x")</script>'
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A small toy world."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_world(folder, 16, 0)
+    return folder
+
+
+@pytest.fixture
+def run_look(monkeypatch, capsys):
+    """look.py with some words: (exit status, what it prints)."""
+
+    def run_with(*words):
+        monkeypatch.setattr(sys, "argv", ["look.py", *map(str, words)])
+        status = 0
+        try:
+            run(look.main)
+        except SystemExit as stop:
+            status = stop.code
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    return run_with
+
+
+def test_check_passes_a_good_set_and_lists_the_bad_records(toy, tmp_path, run_look):
+    status, out = run_look("check", toy / "meta.json", "--model_dir", toy / "model")
+    assert status == 0 and "0 of them bad" in out and "tiles a record" in out
+    (tmp_path / "broken.png").write_bytes(b"x")
+    records = [GOOD, {**GOOD, "image": "broken.png"}, {**GOOD, "image": "none.png"}]
+    meta = write_set(tmp_path, records)
+    status, out = run_look("check", meta, "--model_dir", toy / "model")
+    assert status == 1
+    assert "line 2: image" in out and "line 3: no image" in out, out
+    assert "3 records, 2 of them bad" in out
+
+
+def test_show_tells_prompt_and_responses_apart(toy, run_look):
+    words = ("show", toy / "meta.json", "--model_dir", toy / "model", "--limit", 4)
+    status, out = run_look(*words)
+    assert status == 0 and out.count("  chosen | ") >= 4
+    assert "masked | " in out and "rejected | " in out
+    assert "<IMG_CONTEXT> x " in out and "<|im_end|>" in out
+
+
+def test_control_characters_of_the_data_are_spelled_out():
+    assert look.mark("chosen", "a\x1b[31m\tb\x9b\n猫", "2") == (
+        "  chosen | a\\x1b[31m\tb\\x9b\n  chosen | 猫"
+    )
+
+
+def gold_pairs(tmp_path):
+    """meta.json of pairs with gold answers and pictures."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    rows = [
+        {**GOOD, "image": "0.png", "rejected": f"It is {n}.", "answer_gt": "3"}
+        for n in range(4, 12)
+    ]
+    return write_set(tmp_path, rows)
+
+
+def test_stats_stand_beside_the_papers_table(tmp_path, run_look):
+    meta = gold_pairs(tmp_path)
+    status, text = run_look("stats", meta)
+    assert status == 0 and "about 2.5M" in text and "350.5 / 33 / 4,097" in text
+    assert "pairs a question: {'8': 1}" in text and "with a missing image: 0" in text
+    summary = json.loads((tmp_path / "stats.json").read_text())
+    assert summary["unit"] == "words" and summary["kinds"]["with gold"]["chosen"]["mean"] == 3
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_is_self_contained_escaped_and_marks_where_responses_part():
+    record = {"question": EVIL, "chosen": "Same start, right", "rejected": f"Same start, {EVIL}"}
+    record |= {"answer_gt": EVIL, "chosen_meta": {"verdict": "correct"}}
+    page = look.render_page([(f"set{EVIL}", record, [])])
+    assert EVIL not in page and page.count("&lt;script&gt;") >= 4
+    assert 'Same start, <span class="apart">right</span>' in page
+    assert "http:" not in page and "https:" not in page and "verdict: correct" in page
+
+
+def test_the_page_holds_small_pictures(tmp_path, run_look):
+    words = ("--out", tmp_path / "page.html", "--limit", 6, "--image_size", 16)
+    status, out = run_look("show", gold_pairs(tmp_path), *words)
+    page = (tmp_path / "page.html").read_text()
+    data = base64.b64decode(page.split("data:image/jpeg;base64,")[1].split('"')[0])
+    assert status == 0 and "6 of 8 pairs" in out
+    assert data.startswith(b"\xff\xd8") and page.count("<article") == 6

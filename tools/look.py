@@ -1,0 +1,414 @@
+"""Look at preference data before training on it.
+
+    python tools/look.py check META --model_dir M      verify every record, decode every image
+    python tools/look.py show META --model_dir M       prompts, and the tokens that are scored
+    python tools/look.py show META --out pairs.html    a page of pairs beside their pictures
+    python tools/look.py stats META --model_dir M      lengths and counts beside the paper's
+
+META is the meta.json that train.py reads.  `check` ends with status 1 where a record is bad.
+"""
+
+import html
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import DataSet, PairRecord, encode_tree, epoch_order, load_image, read_meta, seeded
+from model import load_config
+from runtime import InputError, flag, parse_command, run, write_atomic
+from tokenizer import IMAGE, Tokenizer, load_tokenizer
+from tools.figures import inline_image, new_figure, page, png, text_table
+
+PARTS = ("question", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Verify every record and decode every image; status 1 where one is bad."""
+
+    meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs")
+    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
+    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's")
+    max_length: int = flag(6144, "tokens of prompt and response, at most")
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Print records as the model meets them, or write a page of pairs beside their pictures."""
+
+    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
+    model_dir: Path = flag(Path("weights/InternVL2-8B"), "config.json and tokenizer, for printing")
+    out: Path = flag(Path(""), "write this HTML page instead of printing")
+    limit: int = flag(0, "records, shared evenly among the data sets; 0 = 3 printed, 200 on a page")
+    image_size: int = flag(384, "longer side of the page's pictures in pixels")
+    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's")
+    seed: int = flag(42, "decides which records are shown")
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """Numbers of a set of pairs beside the paper's table, as text, JSON and histograms."""
+
+    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
+    model_dir: Path = flag(Path(""), "count tokens with this model's tokenizer; empty = words")
+    out_dir: Path = flag(Path(""), "stats.json and stats.png go here, empty = beside meta.json")
+    max_length: int = flag(6144, "tokens from which a record counts as over-long")
+
+
+# --------------------------------------------------------------------------- check
+
+
+def check(cfg: CheckConfig) -> None:
+    """Verify all records; print tables of tiles and tokens and every bad record."""
+    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
+    max_length = min(cfg.max_length, config.llm.max_position_embeddings)
+    bad: list[str] = []
+    tiles: Counter[int] = Counter()
+    lengths: list[int] = []
+    for data_set in read_meta(cfg.meta, cfg.max_tiles or config.max_tiles):
+        print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
+        for number in range(len(data_set)):
+            try:
+                record = data_set[number]
+                tree = encode_tree(record, tokenizer, config)
+                check_images(record)
+            except InputError as error:
+                bad.append(str(error))
+                continue
+            tiles[sum(tree.tiles)] += 1
+            lengths.append(tree.longest)
+            if tree.longest > max_length:
+                bad.append(f"{record.where}: {tree.longest} tokens, limit {max_length}")
+    print(text_table(("tiles a record", "records"), bars(dict(sorted(tiles.items())))))
+    print(text_table(("tokens a record", "records"), bars(token_bins(lengths))))
+    for line in bad:
+        print(f"bad: {line}")
+    total = sum(map(len, read_meta(cfg.meta, 1)))
+    print(f"{total} records, {len(bad)} of them bad")
+    if bad:
+        raise SystemExit(1)
+
+
+def check_images(record: PairRecord) -> None:
+    """Decode the record's images; errors name the record."""
+    for path in record.images:
+        try:
+            load_image(path)
+        except InputError as error:
+            raise InputError(f"{record.where}: {error}") from None
+
+
+def token_bins(lengths: list[int]) -> dict[str, int]:
+    """Counts by powers of two: 1-64, 65-128, ..."""
+    edges = [0, *accumulate([64] + [2] * 10, lambda edge, factor: edge * factor)]
+    bins = {
+        f"{low + 1}-{high}": sum(low < n <= high for n in lengths)
+        for low, high in zip(edges, edges[1:])
+    }
+    return {name: count for name, count in bins.items() if count}
+
+
+def bars(counts: dict) -> list[tuple]:
+    """(name, count, bar) of each count."""
+    widest = max(counts.values(), default=1)
+    return [(name, n, "#" * max(1, 40 * n // widest)) for name, n in counts.items()]
+
+
+# --------------------------------------------------------------------------- show
+
+
+def show(cfg: ShowConfig) -> None:
+    if cfg.out != Path(""):
+        write_page(cfg)
+    else:
+        print_records(cfg)
+
+
+def print_records(cfg: ShowConfig) -> None:
+    """Print records as the model meets them: prompt plain, scored tokens marked."""
+    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
+    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    for i, number in epoch_order(sets, cfg.seed, 0)[: cfg.limit or 3]:
+        record = sets[i][int(number)]
+        tree = encode_tree(record, tokenizer, config)
+        print(f"=== {record.where}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
+        print(mark("masked", readable(tokenizer, tree.trunk), "2"))
+        for name, ids, colour in zip(PARTS[1:], tree.responses, ("32", "31")):
+            print(mark(name, readable(tokenizer, ids), colour))
+            print(f"         {len(ids)} scored tokens, the last is <|im_end|>")
+
+
+def mark(name: str, text: str, colour: str) -> str:
+    """Each line of `text` behind `name`; control characters of the data are spelled out."""
+    text = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda m: f"\\x{ord(m[0]):02x}", text)
+    lines = "\n".join(f"{name:>8} | {line}" for line in text.split("\n"))
+    return f"\x1b[{colour}m{lines}\x1b[0m" if sys.stdout.isatty() else lines
+
+
+def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Decoded with special tokens by name; a run of one of them is counted."""
+    names = {id: name for name, id in tokenizer.special.items()}
+    text = ""
+    for name, group in groupby(ids, key=lambda id: names.get(id, "")):
+        run = list(group)
+        text += name + (f" x {len(run)}" if len(run) > 1 else "") if name else tokenizer.decode(run)
+    return text
+
+
+STYLE = """
+body { max-width: none }  header { position: sticky; top: 0; background: #fff; padding: .5rem 0 }
+article { display: grid; grid-template-columns: minmax(180px, 1fr) 2fr 2fr; gap: 1rem;
+  margin: 1rem 0; padding: 1rem; border-radius: 6px; box-shadow: 0 1px 3px #0003 }
+article[hidden] { display: none }  pre { font: 13px/1.5 ui-monospace, monospace; margin: .3rem 0 }
+.chosen h3 { color: #1a7f37 }  .rejected h3 { color: #b42318 }  h3 { margin: 0 }
+.chosen .apart { background: #dcf5e3 }  .rejected .apart { background: #fde3e0 }
+.apart::before { content: "▼"; color: #888; font-size: .8em }
+.meta { color: #666; font-size: .85em }
+"""
+
+FILTER = """
+<script>
+const pick = id => document.getElementById(id);
+function filter() {
+  let n = 0;
+  for (const card of document.querySelectorAll("article")) {
+    card.hidden = (pick("set").value && card.dataset.set !== pick("set").value)
+      || (pick("kind").value && card.dataset.kind !== pick("kind").value);
+    n += !card.hidden;
+  }
+  pick("count").textContent = n + " pairs";
+}
+pick("set").onchange = pick("kind").onchange = filter;
+filter();
+</script>
+"""
+
+
+def write_page(cfg: ShowConfig) -> None:
+    """One self-contained HTML page of pairs of every data set."""
+    sets = [s for s in read_meta(cfg.meta, 1) if len(s)]
+    if not sets:
+        raise InputError(f"{cfg.meta}: no pairs")
+    each = max(1, (cfg.limit or 200) // len(sets))
+    cards = []
+    for data_set in sets:
+        drawn = seeded("show", cfg.seed, data_set.name).permutation(len(data_set))[:each]
+        for number in sorted(drawn.tolist()):
+            record, raw = data_set[number], data_set.raw(number)
+            pictures = [picture(path, cfg.image_size) for path in record.images]
+            cards.append((data_set.name, raw, pictures))
+    write_atomic(cfg.out, render_page(cards))
+    print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
+
+
+def render_page(cards: list[tuple[str, dict, list[str]]]) -> str:
+    """The whole page from (data set, record as in its file, pictures as <img>)."""
+    title = f"{len(cards)} preference pairs"
+    names = sorted({name for name, _, _ in cards})
+    kinds = sorted({pair_kind(name, raw) for name, raw, _ in cards})
+    chooser = "".join(
+        f'<select id="{id}"><option value="">all {label}</option>'
+        + "".join(f"<option>{html.escape(value)}</option>" for value in values)
+        + "</select> "
+        for id, label, values in (("set", "data sets", names), ("kind", "kinds", kinds))
+    )
+    header = f'<header><b>{title}</b> {chooser}<span id="count"></span></header>\n'
+    return page(title, header + "\n".join(pair_card(*card) for card in cards) + FILTER, STYLE)
+
+
+def pair_card(name: str, raw: dict, pictures: list[str]) -> str:
+    """One pair as HTML; everything from the data is escaped."""
+    same = len(os.path.commonprefix([raw["chosen"], raw["rejected"]]))
+    sides = []
+    for side in PARTS[1:]:
+        text, meta = raw[side], raw.get(f"{side}_meta")
+        shown = ", ".join(f"{k}: {v}" for k, v in meta.items()) if isinstance(meta, dict) else ""
+        sides.append(
+            f'<section class="{side}"><h3>{side}</h3><pre>{html.escape(text[:same])}'
+            f'<span class="apart">{html.escape(text[same:])}</span></pre>'
+            f'<div class="meta">{html.escape(shown)}</div></section>'
+        )
+    gold = f"<p>gold: <b>{html.escape(str(raw['answer_gt']))}</b>" if "answer_gt" in raw else ""
+    return (
+        f'<article data-set="{html.escape(name)}" data-kind="{pair_kind(name, raw)}">'
+        f"<section>{''.join(pictures)}<pre>{html.escape(raw['question'])}</pre>{gold}"
+        f'<div class="meta">{html.escape(name)}</div></section>{"".join(sides)}</article>'
+    )
+
+
+def pair_kind(name: str, raw: dict) -> str:
+    """The pipeline that made a pair, by its data set's name, else whether it has a gold answer."""
+    for kind in ("correctness", "format", "prefix_pair", "divide_and_conquer"):
+        if kind in name:
+            return kind
+    return gold_kind(raw)
+
+
+def gold_kind(raw: dict) -> str:
+    return "with gold" if "answer_gt" in raw else "without gold"
+
+
+def picture(path: Path, size: int) -> str:
+    """A small JPEG of an image as <img>."""
+    image = load_image(path)
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return inline_image(buffer.getvalue(), "jpeg")
+
+
+# --------------------------------------------------------------------------- stats
+
+PAPER_TABLE = {  # section 3 of arXiv 2411.10442: means, and min and max where it gives them
+    "without gold": {
+        "pairs": "about 750K",
+        "question": (25.0,),
+        "chosen": (211.4, 20, 1342),
+        "rejected": (171.2, 17, 1642),
+    },
+    "with gold": {
+        "pairs": "about 2.5M",
+        "question": (79.5,),
+        "chosen": (300.0, 32, 2018),
+        "rejected": (350.5, 33, 4097),
+    },
+}
+
+
+@dataclass
+class KindStats:
+    """Lengths and counts of one kind of pairs."""
+
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    counts: Counter = field(default_factory=Counter)
+    per_query: Counter = field(default_factory=Counter)
+
+    def add(self, record: PairRecord, raw: dict, lengths: dict[str, int], limit: int) -> None:
+        for part in PARTS:
+            self.lengths[part].append(lengths[part])
+        metas = [raw.get(side) for side in ("chosen_meta", "rejected_meta")]
+        longest = lengths["question"] + max(lengths["chosen"], lengths["rejected"])
+        self.counts["pairs"] += 1
+        self.counts["chosen longer than rejected"] += lengths["chosen"] > lengths["rejected"]
+        self.counts["with a cut-off response"] += any(
+            isinstance(meta, dict) and meta.get("finish_reason") == "length" for meta in metas
+        )
+        self.counts["text over the length limit"] += longest > limit
+        self.counts["with a missing image"] += not all(path.is_file() for path in record.images)
+        self.per_query[(record.images, raw["question"], str(raw.get("answer_gt")))] += 1
+
+    def summary(self) -> dict:
+        table = {}
+        for part in PARTS:
+            values = self.lengths[part]
+            mean = round(sum(values) / len(values), 1)
+            table[part] = {"mean": mean, "min": min(values), "max": max(values)}
+        histogram, pairs = Counter(self.per_query.values()), self.counts["pairs"]
+        return table | {
+            "counts": dict(sorted(self.counts.items())),
+            "chosen longer share": round(self.counts["chosen longer than rejected"] / pairs, 4),
+            "cut-off share": round(self.counts["with a cut-off response"] / pairs, 4),
+            "over-long share": round(self.counts["text over the length limit"] / pairs, 4),
+            "pairs_per_query": {str(k): histogram[k] for k in sorted(histogram)},
+        }
+
+
+def records_of(sets: list[DataSet]) -> Iterator[tuple[str, PairRecord, dict]]:
+    """(data set, record, its line as it stands) of all pairs in the order of meta.json."""
+    for data_set in sets:
+        for number in range(len(data_set)):
+            yield data_set.name, data_set[number], data_set.raw(number)
+
+
+def stats(cfg: StatsConfig) -> None:
+    unit, count = "words", lambda text: len(text.split())
+    if cfg.model_dir != Path(""):
+        encode = load_tokenizer(cfg.model_dir).encode_plain
+        unit, count = "tokens", lambda text: len(encode(text))
+    kinds: dict[str, KindStats] = defaultdict(KindStats)
+    groups: dict[str, KindStats] = defaultdict(KindStats)
+    for name, record, raw in records_of(read_meta(cfg.meta, 1)):
+        lengths = {part: count(raw[part].replace(IMAGE, "").strip()) for part in PARTS}
+        kinds[gold_kind(raw)].add(record, raw, lengths, cfg.max_length)
+        meta = raw.get("chosen_meta")
+        version = meta.get("prompt_version") or "none" if isinstance(meta, dict) else "none"
+        groups[f"{name} / {version}"].add(record, raw, lengths, cfg.max_length)
+    if not kinds:
+        raise InputError(f"{cfg.meta}: no pairs")
+    out = cfg.out_dir if cfg.out_dir != Path("") else cfg.meta.parent
+    summary = {
+        "unit": unit,
+        "kinds": {k: v.summary() for k, v in sorted(kinds.items())},
+        "data sets": {k: v.summary() for k, v in sorted(groups.items())},
+    }
+    write_atomic(out / "stats.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    print(stats_text(summary))
+    write_atomic(out / "stats.png", plot_stats(kinds, unit))
+    print(f"wrote {out / 'stats.json'} and {out / 'stats.png'}")
+
+
+def stats_text(summary: dict) -> str:
+    """Our numbers beside the paper's table, then shares and each data set."""
+    lines = []
+    for kind, ours in summary["kinds"].items():
+        paper = PAPER_TABLE[kind]
+        lines.append(f"{kind}: {ours['counts']['pairs']} pairs (paper: {paper['pairs']})")
+        rows = [
+            (part, *ours[part].values(), " / ".join(f"{v:,}" for v in paper[part]))
+            for part in PARTS
+        ]
+        lines.append(text_table((summary["unit"], "mean", "min", "max", "paper"), rows))
+        shares = ("chosen longer share", "cut-off share", "over-long share")
+        lines += [f"{share}: {ours[share]:.1%}" for share in shares]
+        lines.append(f"pairs with a missing image: {ours['counts']['with a missing image']}")
+        lines.append(f"pairs a question: {ours['pairs_per_query']}")
+    rows = [
+        (name, ours["counts"]["pairs"], *(ours[part]["mean"] for part in PARTS))
+        for name, ours in summary["data sets"].items()
+    ]
+    lines.append(text_table(("data set / prompt version", "pairs", *PARTS), rows))
+    return "\n".join(lines)
+
+
+def plot_stats(kinds: dict[str, KindStats], unit: str) -> bytes:
+    """Histograms of lengths and of pairs a question, one row a kind; paper means dashed."""
+    figure, axes = new_figure(len(kinds), len(PARTS) + 1, 4, 3.6, squeeze=False)
+    for row, (kind, ours) in zip(axes, sorted(kinds.items())):
+        for axis, part in zip(row, PARTS):
+            values, mean = sorted(ours.lengths[part]), PAPER_TABLE[kind][part][0]
+            # a few long ones would hide the rest
+            top = max(values[int(0.99 * (len(values) - 1))], 1.1 * mean)
+            axis.hist([min(v, top) for v in values], bins=40, range=(0, top))
+            axis.axvline(mean, color="k", ls="--", label="mean in the paper")
+            axis.set(title=f"{kind}: {part}", xlabel=f"{unit} (the last bar: and more)")
+        row[0].legend()
+        per_query = Counter(ours.per_query.values())
+        row[-1].bar(list(per_query), list(per_query.values()))
+        row[-1].xaxis.get_major_locator().set_params(integer=True)
+        row[-1].set(title=f"{kind}: pairs a question")
+    return png(figure, dpi=80)
+
+
+COMMANDS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
+VERBS: dict[str, Callable] = {"check": check, "show": show, "stats": stats}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if len(argv) > 1 and not argv[1].startswith("-"):  # META may stand without its flag
+        argv.insert(1, "--meta")
+    verb, cfg = parse_command(COMMANDS, argv)
+    VERBS[verb](cfg)
+
+
+if __name__ == "__main__":
+    run(main)
