@@ -301,7 +301,7 @@ def encode_tree(
             config.template,
             [(record.question, None)],
             [config.tokens_per_tile * n for n in tiles],
-            config.system_message or None,
+            config.system_message,
         )
     except InputError as error:
         raise InputError(f"{record.where}: {error}") from None

@@ -143,7 +143,7 @@ def prefill(
     model: InternVL, cache: KVCache, group: int, ids: list[int], tiles: Tensor | None
 ) -> Tensor:  # (vocab)
     """Read a prompt into its group; returns the logits of what follows."""
-    device = model.language_model.output.weight.device
+    device = model.language_model.head.device
     last = model(
         torch.tensor([ids], device=device),
         tiles,
@@ -165,7 +165,7 @@ def decode(model: InternVL, cache: KVCache, tokens: Tensor, positions: Tensor) -
     tokens, positions = F.pad(tokens, extra), F.pad(positions, extra)
     x = llm.model.tok_embeddings(tokens[:, None])
     x = llm.model(x, positions[:, None], positions + 1, cache.decode())
-    return llm.output(x[:, 0])[:rows].float()
+    return F.linear(x[:, 0], llm.head)[:rows].float()
 
 
 class GraphedDecode:
@@ -249,8 +249,8 @@ class Generator:
         self.how = (temperature, top_k, top_p)
         self.max_new_tokens, self.stop_strings = max_new_tokens, tuple(stop_strings)
         self.cache_tokens, self.verbose = cache_tokens, verbose
-        self.device = model.language_model.output.weight.device
-        self.dtype = model.language_model.output.weight.dtype
+        self.device = model.language_model.head.device
+        self.dtype = model.language_model.head.dtype
         self.stop_ids = {tokenizer.im_end_id}
         vocab = model.config.llm.vocab_size
         banned = [i for i in tokenizer.special_ids if i not in self.stop_ids]
@@ -296,9 +296,7 @@ class Generator:
                 tokens.append(tiles * self.model.config.tokens_per_tile)
             turns = [*prompt.history, (question, None)]
             config = self.model.config
-            ids = encode_chat(
-                self.tokenizer, config.template, turns, tokens, config.system_message or None
-            )
+            ids = encode_chat(self.tokenizer, config.template, turns, tokens, config.system_message)
         except InputError as error:
             raise InputError(f"prompt {prompt.id}: {error}") from None
         prefix = self.tokenizer.encode_plain(prompt.prefix)
@@ -582,7 +580,7 @@ def bench(cfg: "GenerateConfig", device: torch.device, dtype: torch.dtype) -> No
 
 def bench_fork(model: InternVL, cfg: "GenerateConfig", device: torch.device) -> None:
     """32 samples of one image prompt: one prefill forked into 32 rows, against 32 single calls."""
-    config, dtype = model.config, model.language_model.output.weight.dtype
+    config, dtype = model.config, model.language_model.head.dtype
     size, tokens = config.tile_size, 3 * config.tokens_per_tile
     tiles = torch.randn(3, 3, size, size, device=device)
     ids = [model.image_context_id] * tokens + [3] * 80

@@ -1,9 +1,10 @@
-"""InternVL2: InternViT -> pixel shuffle -> projector -> InternLM2.
+"""InternVL: InternViT -> pixel shuffle -> projector -> decoder (InternLM2, Qwen2 or Qwen3).
 
     tiles (tile 3 448 448) -> 1024 patches -> 256 image tokens a tile -> rows of the LLM's input
 
-Follows `modeling_internvl_chat.py` and `modeling_internlm2.py`.  Attributes are named as in the
-checkpoint but for `projector`, there `mlp1`.  How queries meet keys is passed in as `attend`:
+Follows `modeling_internvl_chat.py`, `modeling_internlm2.py` and transformers' `modeling_qwen2.py`
+and `modeling_qwen3.py`.  Attributes are named as in InternLM2's checkpoints, whatever the decoder,
+but for `projector`, there `mlp1`.  How queries meet keys is passed in as `attend`:
 
     causal_attention    plain causal, the whole sequence at once
     TreeAttention       many trees (prompt + responses) in one flat sequence: training
@@ -14,11 +15,8 @@ The model knows nothing of processes, files or losses.
 Shapes: b batch, s tokens, t key tokens, h query heads, g key/value heads, d channels.
 """
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,132 +25,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from config import InternVLConfig, LLMConfig, load_config, named_config, parse_config  # noqa: F401
 from runtime import InputError
-from vision import InternViT, RMSNorm, VisionConfig
+from vision import InternViT, RMSNorm
 
 # (layer number, q (b s h d), k (b s g d), v (b s g d)) -> (b s h d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-# --------------------------------------------------------------------------- configuration
-
-
-@dataclass(frozen=True)
-class LLMConfig:
-    """`llm_config` of a checkpoint.  Fields without a value must be in the file."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rope_factor: float = 0.0  # dynamic NTK; 0 = none
-    rms_norm_eps: float = 1e-6
-    bias: bool = True
-    pad_token_id: int = 2
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class InternVLConfig:
-    """What the code needs of a checkpoint's config.json; defaults are the official class's."""
-
-    vision: VisionConfig
-    llm: LLMConfig
-    template: str
-    tile_size: int  # pixels; the ViT's position table is resized where it was made for another
-    select_layer: int = -1
-    max_tiles: int = 6
-    system_message: str = ""  # "" = the template's own
-
-    def with_drop_path(self, rate: float) -> "InternVLConfig":
-        """The same model with another stochastic depth in the ViT."""
-        return replace(self, vision=replace(self.vision, drop_path_rate=rate))
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return (self.tile_size // self.vision.patch_size // 2) ** 2
-
-
-def load_config(model_dir: Path) -> InternVLConfig:
-    """The config.json of a folder in the official layout."""
-    path = Path(model_dir) / "config.json"
-    if not path.is_file():
-        raise InputError(f"no config.json in {model_dir}; pass the folder of an InternVL2 model")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    return parse_config(raw, str(path))
-
-
-def parse_config(raw: dict, where: str = "config.json") -> InternVLConfig:
-    """A config.json as the official release writes it; unknown keys are tolerated.
-
-    Raises InputError for a missing shape, for another LLM, and for options this code lacks.
-    """
-    for part in ("llm_config", "vision_config"):
-        if not isinstance(raw.get(part), dict):
-            raise InputError(
-                f"{where}: no {part!r}; expected the config.json of an InternVL2 model"
-            )
-    llm, vision = dict(raw["llm_config"]), dict(raw["vision_config"])
-    if (architecture := (llm.get("architectures") or ["?"])[0]) != "InternLM2ForCausalLM":
-        raise InputError(
-            f"{where}: the language model is {architecture}; only InternLM2ForCausalLM is "
-            "implemented (InternVL2-2B, 8B, 26B; InternVL2.5-2B, 8B, 26B)"
-        )
-    scaling = llm.pop("rope_scaling", None) or {}
-    llm["rope_factor"] = float(scaling.get("factor", 0.0))
-    _only(where, "llm_config.rope_scaling.type", scaling.get("type", "dynamic"), "dynamic")
-    _only(where, "llm_config.hidden_act", llm.get("hidden_act", "silu"), "silu")
-    _only(where, "llm_config.tie_word_embeddings", llm.get("tie_word_embeddings", False), False)
-    _only(where, "vision_config.hidden_act", vision.get("hidden_act", "gelu"), "gelu")
-    norm_type = vision.get("norm_type", VisionConfig.norm_type)
-    _only(where, "vision_config.norm_type", norm_type, "layer_norm", "rms_norm")
-    _only(where, "ps_version", raw.get("ps_version", "v1"), "v2")
-    _only(where, "use_llm_lora", raw.get("use_llm_lora", 0), 0)
-    _only(where, "use_backbone_lora", raw.get("use_backbone_lora", 0), 0)
-    _only(where, "pad2square", raw.get("pad2square", False), False)
-    if "template" not in raw:
-        raise InputError(f"{where}: no 'template'; expected internlm2-chat or internvl2_5")
-    _only(where, "downsample_ratio", raw.get("downsample_ratio", 0.5), 0.5)
-    vision_config = _pick(VisionConfig, vision, f"{where}: vision_config")
-    config = InternVLConfig(
-        vision=vision_config,
-        llm=_pick(LLMConfig, llm, f"{where}: llm_config"),
-        template=raw["template"],
-        tile_size=raw.get("force_image_size") or vision_config.image_size,
-        select_layer=raw.get("select_layer", -1),
-        max_tiles=raw.get("max_dynamic_patch", 6) if raw.get("dynamic_image_size") else 1,
-        system_message=raw.get("system_message") or "",
-    )
-    if config.tile_size % (2 * config.vision.patch_size):
-        raise InputError(
-            f"{where}: a tile of {config.tile_size} pixels is no even grid of patches of "
-            f"{config.vision.patch_size}"
-        )
-    return config
-
-
-def _only(where: str, key: str, value: object, *allowed: object) -> None:
-    if value not in allowed:
-        expected = " or ".join(map(repr, allowed))
-        raise InputError(f"{where}: {key} is {value!r}; this code implements {expected}")
-
-
-def _pick(cls: type, raw: dict, where: str) -> object:
-    """Fill dataclass `cls` from `raw`; keys the dataclass lacks are ignored."""
-    missing = [f.name for f in fields(cls) if f.default is f.default_factory and f.name not in raw]
-    if missing:
-        raise InputError(f"{where} has no {missing[0]!r}; it is needed to build the model")
-    return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
 
 # --------------------------------------------------------------------------- rotary positions
@@ -399,19 +277,26 @@ class KVCache:
         return a @ b
 
 
-# --------------------------------------------------------------------------- InternLM2
+# --------------------------------------------------------------------------- decoder
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `wqkv` is packed per key/value head: its queries, key, value."""
+    """Grouped-query attention; `wqkv` is packed per key/value head: its queries, key, value.
+
+    Qwen2 adds biases to these; Qwen3 normalises the d channels of each query and key head.
+    """
 
     def __init__(self, config: LLMConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
         self.num_kv_heads = config.num_key_value_heads
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.wqkv = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.bias)
-        self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        heads, d = config.num_attention_heads, config.head_dim
+        packed = (heads + 2 * self.num_kv_heads) * d
+        self.wqkv = nn.Linear(config.hidden_size, packed, bias=config.qkv_bias)
+        self.wo = nn.Linear(heads * d, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
         packed = rearrange(
@@ -419,6 +304,8 @@ class Attention(nn.Module):
         )
         q = rearrange(packed[:, :, :, :-2], "b s g slot d -> b s (g slot) d")
         k, v = packed[:, :, :, -2], packed[:, :, :, -1]  # (b s g d)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.wo(rearrange(out, "b s h d -> b s (h d)"))
 
@@ -461,7 +348,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.config = config
-        # padding_idx: the row of </s> is loaded but never gets a gradient, as officially
+        # padding_idx: that row is loaded but never gets a gradient, as officially (InternLM2: </s>)
         self.tok_embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
@@ -478,11 +365,18 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class InternLM2(nn.Module):
+class LanguageModel(nn.Module):
+    """The decoder and its head, `output`; a tied model has none, its head is the embedding."""
+
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.model = Decoder(config)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tied:
+            self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:  # (vocab d)
+        return (self.model.tok_embeddings if self.model.config.tied else self.output).weight
 
 
 # --------------------------------------------------------------------------- InternVL
@@ -511,7 +405,7 @@ class InternVL(nn.Module):
             nn.GELU(),
             nn.Linear(d, d),
         )
-        self.language_model = InternLM2(config.llm)
+        self.language_model = LanguageModel(config.llm)
 
     def image_features(self, tiles: Tensor) -> Tensor:  # (tile 3 h w) -> (tile token d)
         """What the LLM sees of each tile."""
@@ -537,10 +431,12 @@ class InternVL(nn.Module):
         if self.image_context_id is None and tiles is not None:
             raise InputError("no tokenizer came with the weights: set model.image_context_id first")
         slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
-        wanted = int(slots.sum())
+        rows = slots.flatten().nonzero()[:, 0]  # of x as (b*s d)
         if tiles is None or len(tiles) == 0:
-            if wanted:
-                raise InputError(f"the prompt has {wanted} image tokens but no tile came with it")
+            if len(rows):
+                raise InputError(
+                    f"the prompt has {len(rows)} image tokens but no tile came with it"
+                )
             if always_vision:
                 size = self.config.tile_size
                 blank = torch.zeros(1, 3, size, size, device=x.device, dtype=x.dtype)
@@ -550,12 +446,13 @@ class InternVL(nn.Module):
         if tile_order is not None:
             features = features[tile_order]
         features = features.flatten(0, 1)  # (tile*token d)
-        if len(features) != wanted:
+        if len(features) != len(rows):
             raise InputError(
-                f"the prompt has {wanted} image tokens, {len(tiles)} tiles fill {len(features)}: "
-                "build prompts with tokenizer.encode_chat and the tile counts of vision.preprocess"
+                f"the prompt has {len(rows)} image tokens, {len(tiles)} tiles fill "
+                f"{len(features)}: build prompts with tokenizer.encode_chat and the tile counts of "
+                "vision.preprocess"
             )
-        return x.masked_scatter(slots[..., None], features)
+        return x.flatten(0, 1).index_put((rows,), features).view_as(x)
 
     def forward(
         self,
@@ -581,25 +478,5 @@ class InternVL(nn.Module):
         x = self.embed(input_ids, tiles, tile_order, always_vision)
         x = self.language_model.model(x, positions, lengths, attend)
         if head is not None:
-            return head(x, self.language_model.output.weight)
-        return self.language_model.output(x).float()
-
-
-# --------------------------------------------------------------------------- named sizes
-
-
-def named_config(size: str) -> InternVLConfig:
-    """The shapes of InternVL2-8B ("8b"), -2B ("2b"), or of a toy: for plans and benchmarks."""
-    vit = VisionConfig(1024, 4096, 24, 16, 448, 14, True, False, "layer_norm", 1e-6)
-    rope = {"max_position_embeddings": 32768, "rope_theta": 1e6, "rope_factor": 2.0}
-    rest = rope | {"rms_norm_eps": 1e-5, "bias": False}
-    llm = {
-        "8b": LLMConfig(92553, 4096, 14336, 32, 32, 8, **rest),
-        "2b": LLMConfig(92553, 2048, 8192, 24, 16, 8, **rest),
-        "toy": LLMConfig(2049, 256, 768, 6, 8, 4, **rest),
-    }
-    if size not in llm:
-        raise InputError(f"unknown size {size!r}; known: {', '.join(llm)}")
-    if size == "toy":
-        vit = VisionConfig(128, 256, 4, 4, 112, 14, True, False, "layer_norm", 1e-6)
-    return InternVLConfig(vit, llm[size], "internlm2-chat", vit.image_size, max_tiles=12)
+            return head(x, self.language_model.head)
+        return F.linear(x, self.language_model.head).float()

@@ -10,7 +10,8 @@ Shapes: tile, row, col, patch spelled out; s tokens of a tile, h heads, d channe
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,17 +34,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def candidate_grids(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int], ...]:
     """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area.
 
-    Within one area the order is the official one, that of a Python set: it can decide only an
-    exact tie of two grids of equal area, which needs min_tiles > 1.
+    Within one area the order is that of a Python set, as officially: it can decide only an exact
+    tie of two grids of equal area, which needs min_tiles > 1.
     """
-    grids = {
+    grids = [
         (cols, rows)
-        for n in range(min_tiles, max_tiles + 1)
-        for cols in range(1, n + 1)
-        for rows in range(1, n + 1)
-        if min_tiles <= cols * rows <= max_tiles
-    }
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+        for cols in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // cols + 1)
+        if cols * rows >= min_tiles
+    ]
+    grids.sort(key=lambda grid: max(*grid, min_tiles))  # the order in which they enter the set
+    return tuple(sorted(set(grids), key=lambda grid: grid[0] * grid[1]))
 
 
 def tile_grid(
@@ -56,8 +57,8 @@ def tile_grid(
     """
     if width < 1 or height < 1:
         raise InputError(f"image of {width} x {height} pixels; both sides must be at least 1")
-    if not 1 <= min_tiles <= max_tiles:
-        raise InputError(f"need 1 <= min_tiles <= max_tiles, got {min_tiles} and {max_tiles}")
+    if not 1 <= min_tiles <= max_tiles <= 1000:
+        raise InputError(f"need 1 <= min_tiles <= max_tiles <= 1000, got {min_tiles}, {max_tiles}")
     aspect, best, best_difference = width / height, (1, 1), float("inf")
     for cols, rows in candidate_grids(max_tiles, min_tiles):
         difference = abs(aspect - cols / rows)
@@ -114,19 +115,24 @@ def preprocess(
 # --------------------------------------------------------------------------- encoder
 
 
+def count(high: int = 1 << 24) -> Any:
+    """A dataclass field that a checkpoint's config.json must give: a whole number from 1."""
+    return field(metadata={"range": (1, high)})
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """`vision_config` of a checkpoint.  Fields without a value must be in the file."""
+    """`vision_config` of a checkpoint.  Fields without a default must be in the file."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
+    hidden_size: int = count()
+    intermediate_size: int = count()
+    num_hidden_layers: int = count(1000)
+    num_attention_heads: int = count()
+    image_size: int = count()
+    patch_size: int = count()
     qkv_bias: bool = False
     qk_normalization: bool = True
-    norm_type: str = "rms_norm"
+    norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
     layer_norm_eps: float = 1e-6
     drop_path_rate: float = 0.0
 

@@ -125,7 +125,8 @@ def test_cached_decoding_past_the_limit_keeps_the_rotation_of_cached_keys(micro)
 
 
 def test_dynamic_ntk_stretches_the_base_by_the_official_rule():
-    config = LLMConfig(10, 32, 8, 1, 2, 1, max_position_embeddings=100, rope_factor=2.0)
+    sizes = (10, 32, 8, 1, 2, 1, 16)
+    config = LLMConfig("internlm2", *sizes, max_position_embeddings=100, rope_factor=2.0)
     positions = torch.arange(3)[None]
     plain, _ = rotary(config, positions, torch.tensor([100]))
     longer, _ = rotary(config, positions, torch.tensor([150]))
@@ -275,22 +276,46 @@ def raw_config():
     return json.loads((OURS / "internvl2-8b" / "config.json").read_text())
 
 
+def without(part, key):
+    return lambda c: (c[part] if part else c).pop(key)
+
+
+def with_llm(**values):
+    return lambda c: c["llm_config"].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["llm_config"].update(architectures=["Qwen2ForCausalLM"]), "Qwen2ForCausalLM"),
-        (lambda c: c["llm_config"].update(architectures=["Phi3ForCausalLM"]), "Phi3ForCausalLM"),
-        (lambda c: c["llm_config"].update(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
-        (lambda c: c["llm_config"].pop("hidden_size"), "llm_config has no 'hidden_size'"),
-        (lambda c: c["vision_config"].pop("patch_size"), "vision_config has no 'patch_size'"),
-        (lambda c: c.pop("vision_config"), "no 'vision_config'"),
-        (lambda c: c.pop("template"), "no 'template'"),
+        (with_llm(architectures=["Phi3ForCausalLM"]), "Phi3.*InternVL2-4B.*InternVL2_5-4B"),
+        (with_llm(architectures=["LlamaForCausalLM"]), "Llama.*InternVL2-40B.*InternVL2_5-38B"),
+        (with_llm(architectures=["InternLM3ForCausalLM"]), "InternLM3.*9B.*InternVL3-8B"),
+        (with_llm(architectures=["Qwen3MoeForCausalLM"]), "Qwen3Moe.*30B-A3B.*InternVL3_5-38B"),
+        (with_llm(architectures=["GptOssForCausalLM"]), "GptOss.*20B.*InternVL3_5-14B"),
+        (with_llm(architectures=7), "language model is \\?"),
+        (without("llm_config", "hidden_size"), "llm_config: no 'hidden_size'"),
+        (without("vision_config", "patch_size"), "vision_config: no 'patch_size'"),
+        (without("", "vision_config"), "no 'vision_config'"),
+        (without("", "template"), "no 'template'"),
         (lambda c: c.update(ps_version="v1"), "ps_version is 'v1'"),
-        (lambda c: c.pop("ps_version"), "ps_version is 'v1'"),  # the official class's default
+        (without("", "ps_version"), "ps_version is 'v1'"),  # the official class's default
+        (without("llm_config", "bias"), "bias is True"),  # likewise
+        (without("", "use_thumbnail"), "use_thumbnail is False"),
+        (lambda c: c.update(min_dynamic_patch=3), "min_dynamic_patch is 3"),
+        (lambda c: c.update(max_dynamic_patch=3000), "max_tiles must be >= 1 and <= 1000"),
         (lambda c: c.update(use_llm_lora=16), "use_llm_lora is 16"),
-        (lambda c: c["llm_config"].update(rope_scaling={"type": "linear", "factor": 2}), "linear"),
+        (lambda c: c.update(select_layer=-30), "select_layer -30 of 24 layers"),
         (lambda c: c.update(downsample_ratio=0.25), "downsample_ratio is 0.25"),
         (lambda c: c.update(force_image_size=450), "450 pixels"),
+        (with_llm(rope_scaling={"type": "linear", "factor": 2}), "'linear'"),
+        (with_llm(rope_scaling={"factor": 2}), "of type '\\?'"),
+        (with_llm(rope_scaling={"type": "dynamic"}), "'rope_factor' must be float"),
+        (with_llm(rope_parameters={"rope_theta": 5e5}), "rope_theta is 1000000"),
+        (with_llm(use_sliding_window=True), "sliding windows"),
+        (with_llm(num_key_value_heads=7), "32 heads of 128 channels with 7"),
+        (with_llm(num_hidden_layers=100_000), "num_hidden_layers must be >= 1 and <= 1000"),
+        (with_llm(vocab_size="92553"), "'vocab_size' must be int, got '92553'"),
+        (with_llm(pad_token_id=-1), "pad_token_id -1"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused_by_name(change, message):
@@ -303,12 +328,22 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(change, message):
 def test_unknown_keys_are_tolerated_and_absent_ones_get_the_class_defaults():
     config = raw_config() | {"some_future_key": 1}
     config["llm_config"] |= {"beam_search": True}
-    for key in ("rms_norm_eps", "bias", "rope_scaling"):
+    for key in ("rms_norm_eps", "pad_token_id", "rope_scaling"):
         del config["llm_config"][key]
     del config["max_dynamic_patch"]
     parsed = parse_config(config)
-    assert (parsed.llm.rms_norm_eps, parsed.llm.bias, parsed.llm.rope_factor) == (1e-6, True, 0)
+    assert (parsed.llm.rms_norm_eps, parsed.llm.pad_token_id, parsed.llm.rope_factor) == (
+        1e-6,
+        2,
+        0,
+    )
     assert parsed.max_tiles == 6
+    config["llm_config"]["architectures"] = ["Qwen3ForCausalLM"]
+    parsed = parse_config(config).llm
+    assert (parsed.head_dim, parsed.pad_token_id, parsed.qkv_bias, parsed.qk_norm) == (
+        *(128, None),
+        *(False, True),
+    )
 
 
 # --------------------------------------------------------------------------- packed trees
