@@ -83,7 +83,7 @@ def bits(generator, prompts):
 def steps(model, ids, tiles, count, banned=()):
     """Greedy ids by prefill and decode, and the logits of every step."""
     cache = KVCache(model.config.llm, 1, 1, len(ids), count + 1, "cpu", torch.float32)
-    logits, out, seen = prefill(model, cache, 0, ids, tiles), [], []
+    logits, out, seen = prefill(model, ids, tiles, cache.prefill(0)), [], []
     for n in range(count):
         seen.append(logits)
         out.append(int(logits.index_fill(0, torch.tensor(banned).long(), -torch.inf).argmax()))
@@ -107,12 +107,12 @@ class FromIds(Generator):
     def answer(self, rows, pixels, limit):
         """Sampled ids of each row of prompt ids (pads cut off), all rows in one batch."""
         self.pixels = {str(n): p for n, p in enumerate(pixels)}
-        self.max_new_tokens = limit
+        self.settings = replace(self.settings, max_new_tokens=limit)
         window = [
             Encoded(Prompt(str(n), "", (None,) * (p is not None)), ids, [], 0, [0])
             for n, (ids, p) in enumerate(zip(rows, pixels))
         ]
-        found = {int(sample.prompt_id): sample for sample in self._run_window(window)}
+        found = {int(sample.prompt_id): sample for sample in self.run_window(window)}
         return [found[n] for n in range(len(rows))]
 
     def tiles(self, prompt):
@@ -201,7 +201,7 @@ def test_past_the_limit_each_step_turns_only_its_own_key(toy):
     model = InternVL(parse_config(raw), 7).eval()
     ids = torch.randint(10, 160, (36,)).tolist()
     cache = KVCache(model.config.llm, 1, 1, 16, 21, "cpu", torch.float32)
-    prefill(model, cache, 0, ids[:16], None)
+    prefill(model, ids[:16], None, cache.prefill(0))
     memory = {}
 
     def uncached(n):
@@ -236,9 +236,9 @@ def test_forked_rows_equal_separate_prefills(toy, generator):
     new = torch.randint(10, 60, (4, 6))
     forked = KVCache(model.config.llm, 1, 4, length, 8, "cpu", torch.float32)
     alone = KVCache(model.config.llm, 4, 1, length, 8, "cpu", torch.float32)
-    prefill(model, forked, 0, encoded.ids, tiles)
+    prefill(model, encoded.ids, tiles, forked.prefill(0))
     for group in range(4):
-        prefill(model, alone, group, encoded.ids, tiles)
+        prefill(model, encoded.ids, tiles, alone.prefill(group))
     for n in range(6):
         position = torch.full((4,), length + n)
         a, b = (decode(model, cache, new[:, n], position) for cache in (forked, alone))
@@ -302,11 +302,11 @@ def test_many_prompts_of_few_samples_share_the_rows(toy, generator):
     window = [generator.encode(Prompt(f"p{n}", "What is 1 plus 2?")) for n in range(300)]
     groups, rows, _, _ = generator.layout(window)
     assert (groups, rows) == (256, 1)
-    window[0] = replace(window[0], wanted=list(range(32)))  # one that wants many idles no others
+    window[0] = replace(window[0], samples=list(range(32)))  # one that wants many idles no others
     assert generator.layout(window)[:2] == (256, 1)
     groups, rows, prompt, answer = generator.layout(window[:1])
     assert (groups, rows) == (1, 32)
-    assert groups * (prompt + rows * answer) <= generator.cache_tokens
+    assert groups * (prompt + rows * answer) <= generator.settings.cache_tokens
 
 
 def test_finished_rows_are_refilled_with_the_next_sample(toy, generator):
@@ -456,7 +456,7 @@ def test_a_stop_string_ends_the_text_before_it(toy, expected):
     (name, k), text = max(expected.items(), key=lambda item: len(item[1]))
     word = text[len(text) // 2 :][:4]
     prompt = next(p for p in prompts(toy) if p.id == name)
-    [sample] = sampler(toy, stop_strings=(word,)).run([replace(prompt, samples=(k,))])
+    [sample] = sampler(toy, stop=(word,)).run([replace(prompt, samples=(k,))])
     assert sample.text == text[: text.index(word)]
     assert sample.finish_reason == "stop"
 
@@ -492,7 +492,7 @@ def test_logits_that_are_no_numbers_stop_the_run(toy):
     broken = sampler(toy)
     with torch.no_grad():
         broken.model.language_model.model.norm.weight.fill_(torch.nan)
-    with pytest.raises(RuntimeError, match="prompt text, sample 0, token 0: .* not finite"):
+    with pytest.raises(InputError, match="prompt text, sample 0, token 0: .* not finite"):
         list(broken.run(prompts(toy)[:1]))
 
 
@@ -505,8 +505,9 @@ def test_a_prompt_longer_than_the_cache_names_both_numbers(toy):
     ("how", "message"),
     [
         ({"temperature": -1}, "temperature must be >= 0"),
-        ({"top_p": 0}, "top_p must be above 0"),
-        ({"top_p": 1.5}, "top_p must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"top_p": 0}, "top_p must be >= 1e-06 and <= 1"),
+        ({"top_p": 1.5}, "top_p must be >= 1e-06 and <= 1"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1"),
     ],
@@ -579,9 +580,15 @@ def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
     assert done.returncode == 2
     assert "h.json: expected a list of [question, answer] pairs" in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
+    (tmp_path / "h.json").write_bytes(b"\xff\xfe\x00")
+    done = ask("--question", "x", "--history", tmp_path / "h.json")
+    assert done.returncode == 2 and "h.json: not valid JSON" in done.stderr
     (tmp_path / "a.png").write_bytes(b"no image")
     done = ask("--question", "x", "--image", tmp_path / "a.png")
     assert done.returncode == 2 and "a.png cannot be read" in done.stderr
+    for flag, value in (("num_samples", 0), ("temperature", "nan"), ("max_tiles", -1)):
+        done = ask("--question", "x", f"--{flag}", value)
+        assert done.returncode == 2 and f"{flag} must be >= " in done.stderr
 
 
 def test_the_prompt_of_a_question_does_not_depend_on_where_it_is_asked():
