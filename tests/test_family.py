@@ -1,0 +1,308 @@
+"""Qwen2 and Qwen3 decoders against transformers' numbers (fp32, CPU), and the shapes of releases.
+
+The micro folders are in the repository, the tiny ones with the real vocabulary in GOLDEN.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import OURS, folder_from_environment
+from safetensors.torch import load_file
+
+from config import RELEASES, load_config, named_config, recipe
+from losses import token_logps
+from model import InternVL, KVCache, causal_attention
+from runtime import InputError
+from vision import IMAGENET_MEAN, IMAGENET_STD
+
+ABS = {"atol": 1e-4, "rtol": 0}
+NAMES = {  # in memory -> in the files
+    "projector.": "mlp1.",
+    "language_model.output": "language_model.lm_head",
+    "tok_embeddings": "embed_tokens",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.wqkv": "self_attn.wqkv",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+class Golden:
+    """A golden model and its cases; expected tensors are golden["case/name"]."""
+
+    def __init__(self, folder):
+        self.facts = json.loads((folder / "cases.json").read_text())
+        self.tensors = load_file(folder / "cases.safetensors")
+        self.config = load_config(folder / "checkpoint")
+        self.stored = {}
+        for file in (folder / "checkpoint").glob("*.safetensors"):
+            self.stored |= {name: t.float() for name, t in load_file(file).items()}
+        self.model = self.build(self.config)
+        if "tiles_uint8" in self.tensors:
+            pixels = self.tensors["tiles_uint8"].float() / 255
+            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+            self.tiles = (pixels - mean[:, None, None]) / std[:, None, None]
+        else:
+            self.tiles = self.tensors["c_tiles_thumb/pixel_values"]
+
+    def build(self, config):
+        model = InternVL(config, self.facts["image_context_token_id"])
+        names = {official(name): name for name, _ in model.named_parameters()}
+        tensors = {names[name]: self.packed(name) for name in names}
+        model.load_state_dict(tensors)
+        return model.eval()
+
+    def packed(self, name):
+        if "wqkv" not in name:
+            return self.stored[name]
+        g, d = self.config.llm.num_key_value_heads, self.config.llm.head_dim
+        parts = [self.stored[name.replace("wqkv", f"{part}_proj")] for part in "qkv"]
+        return torch.cat([p.unflatten(0, (g, -1, d)) for p in parts], dim=1).flatten(0, 2)
+
+    def __getitem__(self, name):
+        return self.tensors[name]
+
+    def tiles_of(self, case):
+        tiles = self.facts["cases"][case].get("tiles")
+        if tiles is None:
+            return None if case not in ("c_tiles_thumb", "m_loss") else self.tiles
+        return self.tiles[tiles]
+
+
+def official(name):
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+@pytest.fixture(scope="module", params=["qwen2-micro", "qwen3-micro", "qwen2-tiny", "qwen3-tiny"])
+def golden(request):
+    if request.param.endswith("micro"):
+        return Golden(OURS / request.param)
+    return Golden(folder_from_environment("GOLDEN") / request.param)
+
+
+def hidden_of(model, ids, tiles=None):
+    """Output of the final norm."""
+    return model(ids, tiles, head=lambda hidden, weight: hidden)
+
+
+def compare(golden, case, logits):
+    """All that the golden file keeps of these logits (b s vocab)."""
+    columns = golden.tensors.get("logits_columns")
+    for name, value in {
+        "logits_last4": lambda: logits[:, -4:],
+        "logits_cols": lambda: logits[..., columns],
+        "logits_cols_last16": lambda: logits[:, -16:, columns],
+        "logits_lse": lambda: logits.logsumexp(-1),
+        "logits_max": lambda: logits.max(-1).values,
+        "logits_argmax": lambda: logits.argmax(-1),
+        "logits_argmax_last16": lambda: logits[:, -16:].argmax(-1),
+    }.items():
+        if f"{case}/{name}" in golden.tensors:
+            expected = golden[f"{case}/{name}"].to(value().dtype)  # stored as int16
+            torch.testing.assert_close(value(), expected, **ABS, msg=name)
+
+
+@pytest.mark.parametrize(
+    "case", ["a_text", "b_one_tile", "c_tiles_thumb", "d_two_images", "f_long_full"]
+)
+@torch.no_grad()
+def test_logits_and_hidden_states_are_those_of_transformers(golden, case):
+    ids, tiles = golden[f"{case}/input_ids"], golden.tiles_of(case)
+    compare(golden, case, golden.model(ids, tiles))
+    hidden = hidden_of(golden.model, ids, tiles)
+    if case == "f_long_full":
+        torch.testing.assert_close(hidden[:, -16:], golden[f"{case}/hidden_last16"], **ABS)
+    else:
+        torch.testing.assert_close(hidden, golden[f"{case}/hidden"], **ABS)
+
+
+@torch.no_grad()
+def test_cached_steps_past_the_limit_follow_the_cached_rule(golden):
+    facts, ids = golden.facts["cases"]["f_long_cached"], golden["f_long_full/input_ids"]
+    start, end = facts["prefill"], facts["prefill"] + facts["steps"]
+    cache = KVCache(golden.config.llm, 1, 1, start, end - start, "cpu", torch.float32)
+    golden.model(ids[:, :start], attend=cache.prefill(0))
+    steps = []
+    for n in range(start, end):
+        positions = torch.tensor([[n]])
+        steps.append(golden.model(ids[:, n : n + 1], positions=positions, attend=cache.decode()))
+        cache.answer_length += 1
+    compare(golden, "f_long_cached", torch.cat(steps, dim=1))
+
+
+@pytest.mark.parametrize("case", ["e_right_pad", "e_left_pad"])
+@torch.no_grad()
+def test_rows_of_a_padded_batch_equal_each_row_alone(golden, case):
+    if f"{case}/input_ids" not in golden.tensors:
+        pytest.skip("the micro folders have no padded batch")
+    mask, used = golden[f"{case}/attention_mask"].bool(), 0
+    for row, ids in enumerate(golden[f"{case}/input_ids"]):
+        ids = ids[mask[row]][None]
+        count = int((ids == golden.model.image_context_id).sum()) // 4
+        tiles = golden.tiles_of(case)[used : used + count] if count else None
+        used += count
+        logits = golden.model(ids, tiles)[0]
+        expected = golden[f"{case}/logits_cols"][row, mask[row]]
+        torch.testing.assert_close(logits[:, golden["logits_columns"]], expected, **ABS)
+    assert used == 3
+
+
+@pytest.mark.parametrize("case", ["g_chat_text", "g_chat_image", "g_eos"])
+@torch.no_grad()
+def test_greedy_ids_are_exact(golden, case):
+    facts, tiles = golden.facts["cases"][case], golden.tiles_of(case)
+    [expected], stop = facts["output_ids"], facts["eos_token_id"]
+    ids, out = golden[f"{case}/prompt_ids"], []
+    while len(out) < len(expected):
+        next_id = golden.model(ids, tiles)[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, next_id], dim=1)
+        out.append(int(next_id))
+    assert out == expected
+    if isinstance(stop, list):
+        assert out[-1] in stop
+
+
+@torch.no_grad()
+def test_vision_tower_projector_and_epsilons_hold(golden):
+    expected = golden["h_vision/last_hidden_state"]
+    hidden = golden.model.vision_model(golden.tiles)[: len(expected)]
+    torch.testing.assert_close(hidden, expected, **ABS)
+    features = golden.model.image_features(golden.tiles)
+    torch.testing.assert_close(features, golden["h_vision/features"], **ABS)
+    projected = golden.model.projector(golden["n_eps/mlp1_input"])
+    torch.testing.assert_close(projected, golden["n_eps/mlp1_output"], **ABS)
+    x = golden["n_eps/llm_embeds"]
+    positions, lengths = torch.arange(x.shape[1])[None], torch.tensor([x.shape[1]])
+    x = golden.model.language_model.model(x, positions, lengths, causal_attention)
+    torch.testing.assert_close(x, golden["n_eps/llm_hidden"], **ABS)
+
+
+def test_loss_and_gradients_are_those_of_transformers(golden):
+    model, labels = golden.model, golden["m_loss/labels"]
+    model.zero_grad()
+    logps = token_logps(model(golden["m_loss/input_ids"], golden.tiles_of("m_loss")), labels)
+    loss = -logps.sum() / (labels[:, 1:] != -100).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, golden["m_loss/loss"][0], atol=1e-5, rtol=0)
+    grads, llm = {}, golden.config.llm
+    for name, p in model.named_parameters():
+        if "wqkv" not in name:
+            grads[official(name)] = p.grad
+            continue
+        packed = p.grad.unflatten(0, (llm.num_key_value_heads, -1, llm.head_dim))
+        for part, rows in zip("qkv", (packed[:, :-2], packed[:, -2:-1], packed[:, -1:])):
+            grads[official(name).replace("wqkv", f"{part}_proj")] = rows.flatten(0, 2)
+    prefix, rows = "m_loss/grad.", golden["m_loss/grad_rows"]
+    expected = {k.removeprefix(prefix): t for k, t in golden.tensors.items() if prefix in k}
+    assert {name.removesuffix("[grad_rows]") for name in expected} == set(grads)
+    for name, grad in expected.items():
+        ours = grads[name.removesuffix("[grad_rows]")]
+        ours = ours[rows] if name.endswith("[grad_rows]") else ours
+        bound = 1e-4 * max(1, grad.abs().max().item())
+        torch.testing.assert_close(ours, grad, atol=bound, rtol=0, msg=name)
+    embedding = model.language_model.model.tok_embeddings.weight.grad
+    assert embedding[2].any(), "token 2 is an ordinary piece of Qwen's, no padding"
+    assert not embedding[model.image_context_id].any()
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_a_tied_model_has_its_embedding_as_its_head(golden):
+    if "tied/logits_last4" not in golden.tensors:
+        pytest.skip("only the micro folders have a tied case")
+    tied = golden.build(golden.config.with_tied_head(True))
+    assert not hasattr(tied.language_model, "output")
+    compare(golden, "tied", tied(golden["c_tiles_thumb/input_ids"], golden.tiles))
+
+
+# --------------------------------------------------------------------------- releases
+
+
+# spec: parameters of the language model and of the projector; InternViT-300M has 304,012,288
+PARAMETERS = {
+    "2-1b": (629_663_872, 4_482_816),
+    "2-2b": (1_889_146_880, 12_595_200),
+    "2-8b": (7_737_782_272, 33_570_816),
+    "2.5-1b": (629_697_920, 4_482_816),
+    "2.5-4b": (3_396_030_464, 12_595_200),
+    "3-1b": (629_697_920, 4_482_816),
+    "3-2b": (1_776_283_136, 8_662_016),
+    "3-8b": (7_612_820_992, 27_540_480),
+    "3-14b": (14_766_040_064, 47_204_352),
+    "3.5-1b": (751_632_384, 5_253_120),
+    "3.5-2b": (2_031_739_904, 12_595_200),
+    "3.5-4b": (4_411_424_256, 17_052_672),
+    "3.5-8b": (8_190_735_360, 33_570_816),
+    "3.5-14b": (14_768_307_200, 47_204_352),
+}
+
+
+def on_meta(size):
+    with torch.device("meta"):
+        return InternVL(named_config(size), None)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_named_sizes_have_the_parameters_of_the_releases(size):
+    model = on_meta(size)
+    assert (parameters(model.language_model), parameters(model.projector)) == PARAMETERS[size]
+    assert parameters(model.vision_model) == 304_012_288
+
+
+def test_stored_names_and_shapes_of_a_qwen3_release_follow_from_the_packed_ones():
+    shapes = {official(n): list(p.shape) for n, p in on_meta("3.5-4b").named_parameters()}
+    layer = "language_model.model.layers.35"
+    assert shapes[f"{layer}.self_attn.wqkv.weight"] == [(32 + 2 * 8) * 128, 2560]
+    assert shapes[f"{layer}.self_attn.o_proj.weight"] == [2560, 4096]
+    assert shapes[f"{layer}.self_attn.q_norm.weight"] == [128]
+    assert shapes[f"{layer}.mlp.down_proj.weight"] == [2560, 9728]
+    assert shapes["language_model.lm_head.weight"] == [151936, 2560]
+    assert f"{layer}.self_attn.wqkv.bias" not in shapes
+    assert any(name.endswith("wqkv.bias") for name, _ in on_meta("3-1b").named_parameters())
+
+
+def test_a_size_without_a_generation_is_the_first_that_has_it():
+    for size, name in {"8b": "2-8b", "1b": "2-1b", "4b": "2.5-4b", "14b": "3-14b"}.items():
+        assert named_config(size) == named_config(name)
+    assert named_config("38b").vision.hidden_size == 3200, "InternViT-6B"
+    with pytest.raises(InputError, match="unknown size '9b'; known: 2-1b, 2-2b"):
+        named_config("9b")
+
+
+@pytest.mark.parametrize(
+    ("size", "lr", "max_length", "drop_path"),
+    [
+        ("2-1b", 5e-6, 6144, 0.1),
+        ("2-8b", 5e-6, 6144, 0.1),
+        ("2.5-4b", 1e-6, 8192, 0.1),
+        ("2.5-38b", 1e-6, 8192, 0.4),
+        ("3-8b", 2e-7, 12288, 0.1),
+        ("3-38b", 2e-7, 8192, 0.4),
+        ("3.5-4b", 2e-7, 16384, 0.0),
+        ("3.5-8b", 2e-7, 16384, 0.1),
+        ("3.5-38b", 2e-7, 16384, 0.4),
+    ],
+)
+def test_the_recipe_is_that_of_the_generation_and_size(size, lr, max_length, drop_path):
+    values = recipe(named_config(size))
+    assert (values.lr, values.max_length, values.drop_path) == (lr, max_length, drop_path)
+
+
+def test_every_named_size_has_a_recipe_and_whole_heads():
+    for name in RELEASES:
+        config = named_config(name)
+        assert recipe(config).max_tiles == config.max_tiles == 12
+        assert replace(config.llm, tied=True) == config.with_tied_head(True).llm
