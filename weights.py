@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,86 +27,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from model import InternVL, load_config
+from config import load_config
+from layouts import (
+    HF,
+    HF_CONVERTED,
+    OFFICIAL_INTERNLM2,
+    OFFICIAL_QWEN,
+    Piece,
+    split_stored,
+    stored_pieces,
+)
+from model import InternVL
 from runtime import InputError, fingerprint, read_json, sync_folder, write_atomic
 from tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 EXPORT_MARK = "export.json"  # lists what an export wrote; only such a folder is ever replaced
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-# --------------------------------------------------------------------------- names on disk
-
-# In-memory name -> stored name, replaced in this order; a * stands for q, k and v (stored_pieces).
-TRANSFORMERS_DECODER = {
-    "language_model.model.tok_embeddings.": "language_model.model.embed_tokens.",
-    "language_model.output.": "language_model.lm_head.",
-    ".attention.wqkv.": ".self_attn.*_proj.",
-    ".attention.wo.": ".self_attn.o_proj.",
-    ".attention.": ".self_attn.",
-    ".feed_forward.w1.": ".mlp.gate_proj.",
-    ".feed_forward.w2.": ".mlp.down_proj.",
-    ".feed_forward.w3.": ".mlp.up_proj.",
-    ".attention_norm.": ".input_layernorm.",
-    ".ffn_norm.": ".post_attention_layernorm.",
-}
-OFFICIAL = {"projector.": "mlp1."}
-
-
-class Piece(NamedTuple):
-    """Rows start..stop of a stored tensor."""
-
-    name: str
-    start: int
-    stop: int
-    file: Path | None = None
-
-
-def official_name(name: str) -> str:
-    """Our parameter name -> its name in released InternLM2 files and in checkpoints."""
-    return name.replace("projector.", "mlp1.", 1) if name.startswith("projector.") else name
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Official name -> parameter (a DTensor where the model is sharded); adapters have none."""
-    named = model.named_parameters()
-    return {official_name(name): p for name, p in named if ".lora_" not in name}
-
-
-def stored_pieces(model: InternVL, names: dict[str, str]) -> dict[str, list[Piece]]:
-    """In-memory name -> the stored rows that make up the parameter, in order; adapters have none.
-
-    `names` is one of the tables above, in which a * stands for q, k and v: `wqkv` is for each
-    key/value head in turn the rows of its query heads, of its key and of its value.
-    """
-    llm = model.config.llm
-    groups, d = llm.num_key_value_heads, llm.head_dim
-    packed = {"q": llm.num_attention_heads // groups * d, "k": d, "v": d}  # rows of one group
-    pieces: dict[str, list[Piece]] = {}
-    for name, p in model.named_parameters():
-        stored = name
-        for ours, theirs in names.items():
-            stored = stored.replace(ours, theirs)
-        if ".lora_" in name:
-            continue
-        if "*" not in stored:
-            pieces[name] = [Piece(stored, 0, p.shape[0])]
-            continue
-        pieces[name] = [
-            Piece(stored.replace("*", part), n * rows, (n + 1) * rows)
-            for n in range(groups)
-            for part, rows in packed.items()
-        ]
-    return pieces
-
-
-def split_stored(tensor: Tensor, pieces: list[Piece]) -> dict[str, Tensor]:
-    """A whole parameter under its stored name, or split under its three."""
-    parts: dict[str, list[Tensor]] = {}
-    for piece, rows in zip(pieces, tensor.split([piece.stop - piece.start for piece in pieces])):
-        parts.setdefault(piece.name, []).append(rows)
-    return {name: torch.cat(rows) for name, rows in parts.items()}
-
 
 # --------------------------------------------------------------------------- reading
 
@@ -156,6 +93,17 @@ def _compare_keys(pair: str, expected: set[str], present: set[str]) -> None:
         )
 
 
+def official_name(name: str) -> str:
+    """Our parameter name -> its name in released InternLM2 files and in checkpoints."""
+    return name.replace("projector.", "mlp1.", 1) if name.startswith("projector.") else name
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Official name -> parameter (a DTensor where the model is sharded); adapters have none."""
+    named = model.named_parameters()
+    return {official_name(name): p for name, p in named if ".lora_" not in name}
+
+
 def local_rows(p: Tensor) -> slice:
     """The rows of the whole tensor that this process holds of parameter `p`."""
     if not isinstance(p, DTensor):
@@ -175,17 +123,39 @@ def local(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
+def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
+    """stored_pieces in the layout of a folder, each with its file.
+
+    Raises InputError unless the folder holds exactly the model's tensors, in one layout.
+    """
+    files = weight_files(model_dir)
+    official = OFFICIAL_INTERNLM2 if model.config.llm.architecture == "internlm2" else OFFICIAL_QWEN
+    is_hf = "text_config" in read_json(Path(model_dir) / "config.json")
+    layouts = [stored_pieces(model, names) for names in (official, HF, HF_CONVERTED)]
+    names = [{piece.name for parts in pieces.values() for piece in parts} for pieces in layouts]
+    best = max((1, 2) if is_hf else (0,), key=lambda n: len(names[n] & set(files)))
+    if strange := sorted(set(files) & set().union(*names) - names[best]):
+        layout = "transformers' (-hf)" if is_hf else "official"
+        raise InputError(
+            f"{model_dir}: config.json is of the {layout} layout, but {strange[0]} is a name of "
+            "another one; keep the files of one release together"
+        )
+    _compare_keys(f"weights in {model_dir} and config.json", names[best], set(files))
+    return {
+        name: [piece._replace(file=files[piece.name]) for piece in parts]
+        for name, parts in layouts[best].items()
+    }
+
+
 def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(in-memory name, parameter, this process's rows of it in the files), one tensor at a time.
 
     Raises InputError unless the files hold exactly the model's tensors in the model's shapes.
     """
-    files, pieces = weight_files(model_dir), stored_pieces(model, OFFICIAL)
-    expected = {piece.name for parts in pieces.values() for piece in parts}
-    _compare_keys(f"weights in {model_dir} and config.json", expected, set(files))
+    pieces = pieces_of(model, model_dir)
     for name, p in model.named_parameters():
         if name in pieces:
-            yield name, p, read_rows([x._replace(file=files[x.name]) for x in pieces[name]], p)
+            yield name, p, read_rows(pieces[name], p)
 
 
 def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
@@ -228,21 +198,24 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(map(torch.isfinite, tensor.aminmax()))
 
 
-def image_context_id(model_dir: Path) -> int | None:
-    """Id of <IMG_CONTEXT>; None where the folder has no tokenizer at all."""
-    tokenizers = ("tokenizer.model", "tokenizer.json", "vocab.json")
-    if not any((Path(model_dir) / name).is_file() for name in tokenizers):
-        return None
-    return load_tokenizer(model_dir).image_context_id
-
-
 def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternVL:
-    """The model of a folder on the meta device: shapes without memory."""
-    config = load_config(model_dir)
+    """The model of a folder on the meta device: shapes without memory.
+
+    The id of <IMG_CONTEXT> is None where neither a tokenizer nor config.json names it.  A model
+    whose config.json ties the head to the embedding has a head of its own if the files have one.
+    """
+    config, image_token = load_config(model_dir), None
     if drop_path_rate is not None:
         config = config.with_drop_path(drop_path_rate)
+    if config.llm.tied:
+        heads = (
+            name.endswith(("lm_head.weight", ".output.weight")) for name in weight_files(model_dir)
+        )
+        config = config.with_tied_head(not any(heads))
+    if any((Path(model_dir) / name).is_file() for name in TOKENIZERS):
+        image_token = load_tokenizer(model_dir).image_context_id
     with torch.device("meta"):
-        return InternVL(config, image_context_id(model_dir))
+        return InternVL(config, config.image_token_id if image_token is None else image_token)
 
 
 def load_model(
@@ -290,10 +263,12 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
     """
     like, out_dir = Path(like), export_folder(out_dir, like)
     partial = out_dir.with_name(f".{out_dir.name}.partial")
-    files, pieces, parameters = weight_files(like), stored_pieces(model, OFFICIAL), {}
-    for name, p in model.named_parameters():
-        parameters |= {piece.name: (name, p) for piece in pieces.get(name, ())}
-    _compare_keys(f"the model and {like}", set(files), set(parameters))
+    files, pieces = weight_files(like), pieces_of(model, like)
+    parameters = {
+        piece.name: (name, p)
+        for name, p in model.named_parameters()
+        for piece in pieces.get(name, ())
+    }
     if is_writer():
         empty_folder(partial)
         copy_small_files(like, partial)

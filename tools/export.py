@@ -20,19 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import load_config
+from config import load_config
+from layouts import DECODER, split_stored, stored_pieces
 from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 from tokenizer import chat_template, load_tokenizer, tokenizer_json
 from weights import (
     INDEX,
-    TRANSFORMERS_DECODER,
     copy_small_files,
     empty_folder,
     empty_model,
     export_folder,
     finish_export,
-    split_stored,
-    stored_pieces,
     stored_rows,
     sync_file,
 )
@@ -61,7 +59,7 @@ def export(cfg: ExportConfig) -> None:
     """Write cfg.out in the chosen layout; it appears whole or not at all."""
     out = export_folder(cfg.out, cfg.model_dir)
     raw = read_json(cfg.model_dir / "config.json")
-    names = TRANSFORMERS_DECODER if cfg.llama else {}
+    names = DECODER if cfg.llama else {}
     partial = out.with_name(f".{out.name}.partial")
     empty_folder(partial)
     copy_small_files(cfg.model_dir, partial)
