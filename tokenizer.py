@@ -212,38 +212,6 @@ class StreamDecoder:
         return text
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The tokenizer as a Hugging Face tokenizer.json, special tokens included, bos put in front.
-
-    For programs without our decode rules; a run of bytes with an invalid one decodes differently.
-    """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    names = sorted(tokenizer.special, key=tokenizer.special.get)
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
-    )
-    if tokenizer.pieces is not None:
-        steps = [tokenizers.decoders.Replace(BLANK, " "), tokenizers.decoders.ByteFallback()]
-        backend.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Fuse()])
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_id)]
-    )
-    return backend.to_str(pretty=True)
-
-
-def chat_template(template: str) -> str:
-    """The template as the Jinja text of a tokenizer_config.json; messages bring their own system.
-
-    Not the release's own chat_template, which is not what chat() renders.
-    """
-    end = "<|im_end|>" + find_template(template).after_end
-    return (
-        "{{ bos_token }}{% for message in messages %}"
-        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}" + end + "{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
 # --------------------------------------------------------------------------- tokenizer files
 
 

@@ -1,88 +1,117 @@
-"""Write a trained model as other programs load it: evaluation harnesses, inference engines.
+"""Write a trained model as other programs load it.
 
-    python tools/export.py --model_dir runs/mpo/model --out export/llama --llama
+    python tools/export.py --model_dir runs/mpo/model --out export/hf --hf
 
-    --llama      an InternLM2 as a Llama: loads without remote code
-    --llm_only   the language model alone under its official names, with the release's code
+    --hf         transformers' own layout, InternVLForConditionalGeneration: for transformers 4.52
+                 and later, TRL, ms-swift, vLLM; InternLM2 is a Llama there
+    --llm_only   the language model alone under its own names: Qwen2, Qwen3, or InternLM2 with the
+                 release's code, the one layout here that is remote code
+    --llama      an InternLM2 alone, as a Llama
 
-The official layout needs no export: `<out_dir>/model` of a training run is in it already.
-One tensor is in memory at a time; dtypes are those of the model's files.
+The official layout needs no export: `<out_dir>/model` of a training run is in it already, code
+included.  One parameter is in memory at a time; dtypes are those of the model's files.  Configs say
+everything twice that transformers 4 and 5 read under different keys (rope, tied heads).
+
+Prompts made by transformers' processor differ from chat(): no default system message stands in
+front of them (convert_internvl_weights_to_hf.py has none either).
 """
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+import tokenizers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import load_config
-from layouts import DECODER, split_stored, stored_pieces
+from config import InternVLConfig
+from layouts import HF, OFFICIAL_INTERNLM2, split_stored, stored_pieces
+from model import InternVL
 from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
-from tokenizer import chat_template, load_tokenizer, tokenizer_json
+from tokenizer import BLANK, Tokenizer, find_template, load_tokenizer
+from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import (
     INDEX,
-    copy_small_files,
+    TOKENIZERS,
     empty_folder,
     empty_model,
     export_folder,
     finish_export,
     stored_rows,
-    sync_file,
+    write_tensors,
 )
 
 SHARD_BYTES = 4 << 30
+LLM = "language_model."
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# attributes that InternVLProcessor wants of its tokenizer; <video> is no token of the releases
+IMAGE_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a trained model as other programs load it; see the head of this file."""
+    """Write a trained model as other programs load it."""
 
-    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model, official layout")
+    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
-    llama: bool = flag(False, "the language model alone as a Llama: loads without remote code")
-    llm_only: bool = flag(False, "the language model alone, official names and code")
+    hf: bool = flag(False, "the whole model in transformers' own layout")
+    llm_only: bool = flag(False, "the language model alone under its own names")
+    llama: bool = flag(False, "an InternLM2 alone, as a Llama: loads without remote code")
 
     def __post_init__(self) -> None:
-        if self.llm_only + self.llama != 1:
-            raise InputError("choose one layout: --llama or --llm_only")
-
-
-LLM = "language_model."
+        if self.hf + self.llm_only + self.llama != 1:
+            raise InputError("choose one layout: --hf, --llm_only or --llama")
 
 
 def export(cfg: ExportConfig) -> None:
     """Write cfg.out in the chosen layout; it appears whole or not at all."""
-    out = export_folder(cfg.out, cfg.model_dir)
-    raw = read_json(cfg.model_dir / "config.json")
-    names = DECODER if cfg.llama else {}
+    out, model = export_folder(cfg.out, cfg.model_dir), empty_model(cfg.model_dir)
+    config, raw = model.config, read_json(cfg.model_dir / "config.json")
+    if cfg.llama and config.llm.architecture not in ("internlm2", "llama"):
+        raise InputError(
+            f"{cfg.model_dir}: its {config.llm.architecture} is no Llama; pass --llm_only"
+        )
+    own_code = cfg.llm_only and config.llm.architecture == "internlm2"
     partial = out.with_name(f".{out.name}.partial")
     empty_folder(partial)
-    copy_small_files(cfg.model_dir, partial)
-    tensors = renamed_tensors(cfg.model_dir, names)
-    write_shards(((n.removeprefix(LLM), t) for n, t in tensors if n.startswith(LLM)), partial)
-    if cfg.llama:
-        for path in partial.glob("*.py"):  # a Llama needs no code of its own
-            path.unlink()
-        settings = llama_config(raw["llm_config"]) | write_tokenizer(cfg.model_dir, partial)
+    ids = write_tokenizer(cfg.model_dir, config, partial, images=cfg.hf)
+    tensors = renamed_tensors(model, cfg.model_dir, OFFICIAL_INTERNLM2 if own_code else HF)
+    if cfg.hf:
+        settings = hf_config(model, raw, ids)
+        write_processor(config, partial)
     else:
-        settings = raw["llm_config"]
+        settings = text_config(config, raw) | ids
+        tensors = ((n.removeprefix(LLM), t) for n, t in tensors if n.startswith(LLM))
+    if own_code:
+        settings = raw["llm_config"] | ids
+        for path in cfg.model_dir.glob("*.py"):
+            shutil.copyfile(path, partial / path.name)
+    write_shards(tensors, partial)
     write_json(partial / "config.json", settings)
     finish_export(partial, out)
     print(f"wrote {cfg.out}")
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1))
+    write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def renamed_tensors(model_dir: Path, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a model's weights under another table of names, one parameter at a time."""
-    model = empty_model(model_dir)
+# --------------------------------------------------------------------------- weights
+
+
+def renamed_tensors(
+    model: InternVL, model_dir: Path, names: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, tensor) of a model's files in another layout, one parameter at a time."""
     pieces = stored_pieces(model, names)
     for name, _, tensor in stored_rows(model, model_dir):
         yield from split_stored(tensor, pieces[name]).items()
@@ -95,7 +124,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
     total = size = 0
 
     def flush() -> None:
-        save_file(shard, out / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        write_tensors(shard, out / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
         shards.append(list(shard))
         shard.clear()
 
@@ -103,48 +132,193 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             flush()
             size = 0
-        shard[name] = tensor.contiguous()
+        shard[name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
     weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         os.replace(out / f"part-{i}.safetensors", out / file)
-        sync_file(out / file)
         weight_map |= dict.fromkeys(names, file)
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def llama_config(llm: dict) -> dict:
-    """The config.json under which a stock Llama decoder computes what InternLM2 does."""
-    kept = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-        num_key_value_heads max_position_embeddings rms_norm_eps rope_theta hidden_act bos_token_id
-        pad_token_id torch_dtype tie_word_embeddings""".split()
-    config = {k: llm[k] for k in kept if k in llm}
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config |= {"attention_bias": llm.get("bias", True), "mlp_bias": False}
-    if scaling := llm.get("rope_scaling"):
-        config["rope_scaling"] = {"rope_type": scaling["type"], "factor": scaling["factor"]}
-    return config
+# --------------------------------------------------------------------------- config.json
 
 
-def write_tokenizer(model_dir: Path, out: Path) -> dict:
-    """A tokenizer that loads without remote code, with the model's chat format, and a
-    generation_config.json that stops where chat() does; returns what config.json says of it."""
-    if not any((model_dir / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+def text_config(config: InternVLConfig, raw: dict) -> dict:
+    """The config under which transformers' decoder computes what ours does."""
+    llm, given = config.llm, raw.get("llm_config") or raw["text_config"]
+    model_type = "llama" if llm.architecture == "internlm2" else llm.architecture
+    rope = {"rope_type": "default"}
+    if llm.rope_factor:
+        rope = {"rope_type": "dynamic", "type": "dynamic", "factor": llm.rope_factor}
+    dtype = given.get("dtype") or given.get("torch_dtype") or "bfloat16"
+    same = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta
+        pad_token_id""".split()
+    return {
+        "architectures": [CLASSES[model_type]],
+        "model_type": model_type,
+        **{key: getattr(llm, key) for key in same},
+        "hidden_act": "silu",
+        "attention_bias": False,  # Qwen2 has its three biases all the same
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "rope_scaling": rope if llm.rope_factor else None,  # transformers 4
+        "rope_parameters": rope | {"rope_theta": llm.rope_theta},  # transformers 5
+        "tie_word_embeddings": llm.tied,
+        "bos_token_id": given.get("bos_token_id"),
+        "eos_token_id": given.get("eos_token_id"),
+        "torch_dtype": dtype,  # transformers before 4.56
+        "dtype": dtype,
+    }
+
+
+def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
+    """The config.json of InternVLForConditionalGeneration; the last keys are read by us alone."""
+    config, vit = model.config, model.config.vision
+    if model.image_context_id is None:
+        raise InputError("the model's folder has no tokenizer, which names the image token's id")
+    text = text_config(config, raw) | ids
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": model.image_context_id,
+        "image_seq_length": config.tokens_per_tile,
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": config.llm.tied,
+        "torch_dtype": text["dtype"],
+        "dtype": text["dtype"],
+        "text_config": text,
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "hidden_size": vit.hidden_size,
+            "intermediate_size": vit.intermediate_size,
+            "num_hidden_layers": vit.num_hidden_layers,
+            "num_attention_heads": vit.num_attention_heads,
+            "image_size": [vit.image_size, vit.image_size],
+            "patch_size": [vit.patch_size, vit.patch_size],
+            "attention_bias": vit.qkv_bias,
+            "use_qk_norm": vit.qk_normalization,
+            "norm_type": vit.norm_type,
+            "layer_norm_eps": vit.layer_norm_eps,
+            "hidden_act": "gelu",
+            "use_absolute_position_embeddings": True,
+            "use_mask_token": False,
+            "use_mean_pooling": True,
+        },
+        "template": config.template,
+        "system_message": config.system_message,
+        "force_image_size": config.tile_size,
+    }
+
+
+def write_processor(config: InternVLConfig, out: Path) -> None:
+    """What InternVLProcessor does to images: tiles, thumbnail, ImageNet's mean and deviation."""
+    settings = {"processor_class": "InternVLProcessor"}
+    tokens = {"image_seq_length": config.tokens_per_tile}
+    write_json(out / "processor_config.json", settings | tokens)
+    settings |= {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "size": {"height": config.tile_size, "width": config.tile_size},
+        "crop_to_patches": config.max_tiles > 1,
+        "min_patches": 1,
+        "max_patches": config.max_tiles,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+    write_json(out / "preprocessor_config.json", settings)
+
+
+# --------------------------------------------------------------------------- tokenizer
+
+
+def write_tokenizer(
+    model_dir: Path, config: InternVLConfig, out: Path, images: bool
+) -> dict[str, int]:
+    """tokenizer.json, chat template, and a generation_config.json that stops where chat() does.
+
+    Returns what configs say of it.  A folder without a tokenizer gets none of these files.
+    """
+    if not any((model_dir / name).is_file() for name in TOKENIZERS):
         return {}
-    tokenizer, template = load_tokenizer(model_dir), load_config(model_dir).template
-    for name in ("tokenizer.model", "special_tokens_map.json", "added_tokens.json"):
-        (out / name).unlink(missing_ok=True)
-    write_atomic(out / "tokenizer.json", tokenizer_json(tokenizer))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
-    settings |= {"eos_token": "<|im_end|>", "pad_token": "</s>", "unk_token": "<unk>"}
-    settings |= {"clean_up_tokenization_spaces": False, "chat_template": chat_template(template)}
+    tokenizer = load_tokenizer(model_dir)
+    special = {"eos_token": "<|im_end|>", "pad_token": tokenizer_name(tokenizer, tokenizer.pad_id)}
+    ids = {"eos_token_id": tokenizer.im_end_id}
+    if config.llm.architecture in ("internlm2", "llama"):
+        special |= {"bos_token": "<s>", "unk_token": "<unk>"}
+        ids["bos_token_id"] = tokenizer.token_id("<s>")
+    template = chat_template(config.template, "bos_token" in special)
+    settings = special | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    if images:
+        settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": IMAGE_TOKENS}
+        settings |= IMAGE_TOKENS
+    write_atomic(out / "chat_template.jinja", template)
     write_json(out / "tokenizer_config.json", settings)
-    stop = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.im_end_id}
-    stop["pad_token_id"] = tokenizer.pad_id
-    write_json(out / "generation_config.json", stop)
-    return stop
+    write_atomic(
+        out / "tokenizer.json", tokenizer_json(tokenizer, special.get("bos_token"), images)
+    )
+    # not in config.json: a row of the embedding that is padding there would get no gradient
+    write_json(out / "generation_config.json", ids | {"pad_token_id": tokenizer.pad_id})
+    return ids
+
+
+def tokenizer_name(tokenizer: Tokenizer, id: int) -> str:
+    return next(name for name, known in tokenizer.special.items() if known == id)
+
+
+def tokenizer_json(tokenizer: Tokenizer, bos: str | None, images: bool) -> str:
+    """The tokenizer as a Hugging Face tokenizer.json, special tokens included, bos put in front.
+
+    For programs without our decode rules; a run of bytes with an invalid one decodes differently.
+    """
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    names = sorted(tokenizer.special, key=tokenizer.special.get)
+    if images and "<video>" not in names:
+        names.append("<video>")
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+    )
+    if tokenizer.pieces is not None:
+        steps = [tokenizers.decoders.Replace(BLANK, " "), tokenizers.decoders.ByteFallback()]
+        backend.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Fuse()])
+    if bos:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_id(bos))]
+        )
+    return backend.to_str(pretty=True)
+
+
+def chat_template(template: str, with_bos: bool) -> str:
+    """The frame of a template in Jinja; messages bring their own system message.
+
+    An image is <IMG_CONTEXT> with a line break behind it, as in the releases' -hf folders.
+    """
+    after_end = find_template(template).after_end.replace("\n", "\\n")
+    return (
+        ("{{ bos_token }}" if with_bos else "")
+        + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}{{ '<|im_end|>" + after_end + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
 
 
 def main() -> None:
