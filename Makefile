@@ -15,7 +15,7 @@ demo: .venv/installed
 
 # the paper in miniature: every objective on three seeds, and a report; under 40 minutes on two cores
 paper: .venv/installed
-	$(BIN)/python toy.py --story --out $(TOY)
+	$(BIN)/python -m paper.story --out $(TOY)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

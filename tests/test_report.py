@@ -6,9 +6,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import report
+from paper import report
 from runtime import InputError
-from toy import CHOSEN_RATES
 
 FLAGS = {"loss": "mpo", "lr": 1e-3}
 
@@ -35,8 +34,11 @@ def write_model(folder, record, right):
     for setting in ("direct", "cot"):
         answer = {"id": "test-0", "response": f"<b>{record['row']}</b>"}
         write(folder / f"test-{setting}/answers.jsonl", json.dumps(answer) + "\n")
-        item = {"id": "test-0", "correct": right}
-        write(folder / f"test-{setting}/items.jsonl", json.dumps(item) + "\n")
+        items = [
+            {"id": f"test-{i}", "correct": right and i < 3, "prediction": "3"} for i in range(4)
+        ]
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        write(folder / f"test-{setting}/items.jsonl", lines)
 
 
 @pytest.fixture
@@ -65,8 +67,16 @@ def story(tmp_path):
     return tmp_path
 
 
+def claims(story):
+    c = report.collect(story)
+    lines = [
+        report.judge(claim, report.paired(c, claim.one, claim.other)) for claim in report.CLAIMS
+    ]
+    return {line["claim"].split(" (")[0]: line for line in lines}
+
+
 def test_rows_stand_in_the_papers_order_with_means_and_paired_differences(story):
-    lines = report.tables(report.collect(story))
+    lines = report.row_lines(report.collect(story))
     assert [line["row"] for line in lines] == ["base", "SFT", "DPO", "MPO"]
     mpo = lines[-1]
     assert (mpo["cot"], mpo["seeds"], mpo["paper"]) == (65.0, [1, 2], (77.7, 79.1))
@@ -76,78 +86,108 @@ def test_rows_stand_in_the_papers_order_with_means_and_paired_differences(story)
     assert lines[2]["cot_std"] is None  # one seed has no spread
 
 
-def test_markdown_tells_where_it_ran_and_has_the_table_and_the_verdicts(story):
-    about = json.loads((story / "story.json").read_text()) | {"seconds": {"rows": 120}}
-    write(story / "story.json", about)
-    lines = report.markdown(report.collect(story)).splitlines()
-    assert lines[0] == "2026-01-02, a laptop, torch 2, commit abc, seeds 1, 2, rows 2 minutes:"
-    mpo = next(line for line in lines if line.startswith("| MPO |")).split(" | ")
+@pytest.mark.parametrize("values, half", [
+    ([1.0], None),
+    ([1.0, 2.0], 12.706 * 0.5),  # t(1) = 12.706, standard error 0.5
+    ([9.0, 10.0, 11.0], 4.303 / 3**0.5),
+    ([0.0, 100.0] * 300, 1.9639 * 50 * (600 / 599) ** 0.5 / 600**0.5),  # t(599) = 1.9639
+])  # fmt: skip
+def test_intervals_are_those_of_student(values, half):
+    assert report.half_width(values) == (half and pytest.approx(half, rel=1e-3))
+
+
+@pytest.mark.parametrize("values, verdict", [
+    ([12.0, 13.0, 14.0], "agrees"),  # 13 +- 2.5, needed: 2
+    ([2.0, 5.0, 8.0], "undecided"),  # 5 +- 7.5
+    ([-2.0, -1.0, -3.0], "disagrees"),
+    ([30.0], "undecided"),  # one seed never decides
+    ([], "not run"),
+])  # fmt: skip
+def test_a_claim_is_decided_where_its_whole_interval_is_on_one_side(values, verdict):
+    at_least = report.Claim("", ("MPO", "cot"), ("SFT", "cot"), True, 2)
+    seeds = {seed: (value, None) for seed, value in enumerate(values)}
+    assert report.judge(at_least, seeds)["verdict"] == verdict
+    at_most = report.Claim("", ("MPO", "cot"), ("SFT", "cot"), False, -2)
+    seeds = {seed: (-value, None) for seed, value in enumerate(values)}
+    assert report.judge(at_most, seeds)["verdict"] == verdict
+
+
+def test_claims_are_paired_differences_over_seeds_and_over_questions(story):
+    lines = claims(story)
+    mpo = lines["MPO improves chain of thought"]
+    assert mpo["values"] == {1: 13.0, 2: 13.0} and mpo["half"] == 0 and mpo["verdict"] == "agrees"
+    # of four questions three turn right: 75 +- 3.182 * 50 / 2
+    assert mpo["questions"] == {1: pytest.approx(79.55), 2: pytest.approx(79.55)}
+    dpo = lines["MPO beats DPO"]  # on the seed that has both
+    assert (dpo["values"], dpo["verdict"]) == ({1: 18.0}, "undecided")
+    base = lines["The base answers worse with a chain of thought than directly"]
+    assert base["values"] == {1: -10.0, 2: -6.0} and base["verdict"] == "undecided"
+    twice = lines["DropoutNTP: rejected answers make up twice what chosen ones do"]
+    assert twice["values"] == {1: -2.0, 2: -2.0}  # responses: 6 - 2 x 4
+    assert twice["verdict"] == "disagrees"
+    assert lines["DropoutNTP pairs lower hallucination"]["verdict"] == "not run"
+    assert (
+        sum(line["open"] for line in lines.values()) == 2
+    )  # of three, two share their first words
+
+
+def test_one_seed_is_placed_among_the_committed_ones():
+    def line(*values):
+        return {"claim": "MPO beats SFT", "values": dict(enumerate(values))}
+
+    for value, words in (
+        (1.0, "below all seeds"),
+        (9.0, "above all seeds"),
+        (5.0, "within: 2 of 3 seeds are not above it"),
+    ):
+        placed = report.place([line(value), {"claim": "new", "values": {1: 1.0}}], [line(2, 8, 4)])
+        assert placed == [
+            {"claim": "MPO beats SFT", "value": value, "committed": [2, 4, 8], "words": words}
+        ]
+
+
+def test_the_report_of_one_seed_says_where_it_falls(story):
+    about = json.loads((story / "story.json").read_text())
+    write(story / "story.json", about | {"seeds": [1], "quick": True})
+    markdown = report.write_report(story)
+    assert (
+        "| MPO beats SFT on the chosen answers (CoT, MPO - SFT) | +3.0 | below all seeds |"
+        in markdown
+    )
+    assert "steps 2 instead of 400" in markdown and "One seed decides nothing." in markdown
+    assert (story / "seeds.png").exists()
+
+
+def test_markdown_and_page_hold_the_same_and_what_is_missing_shows(story):
+    markdown = report.write_report(story)
+    page = (story / "report.html").read_text()
+    assert (story / "report.md").read_text() == markdown
+    mpo = next(line for line in markdown.splitlines() if line.startswith("| MPO |")).split(" | ")
     assert mpo[1:4] == ["66.0 ± 0.0", "65.0 ± 2.8", "-1.0"]
-    verdicts = [line for line in lines if line.startswith("| MPO beats DPO")]
-    assert verdicts[0].endswith("| >= +8 on average | +18.0 | +18.0 (on 1 of 2 seeds) | agrees |")
-
-
-def test_the_readme_repeats_the_committed_results_word_for_word():
-    paper, readme = ROOT / "paper", (ROOT / "README.md").read_text()
-    assert (paper / "report.md").read_text() in readme
-    results = json.loads((paper / "results.json").read_text())
-    assert results["about"]["commit"] in readme and "dirty" not in results["about"]["commit"]
-    assert results["about"]["settings"]["rates"] == CHOSEN_RATES
-
-
-def test_the_rates_of_the_rows_are_those_that_tuning_chose():
-    tuning = json.loads((ROOT / "paper/tuning.json").read_text())
-    assert {row: of["chosen"] for row, of in tuning["rows"].items()} == CHOSEN_RATES
-    for row, of in tuning["rows"].items():
-        means = {float(lr): sum(both) for lr, both in of["Direct, CoT"].items()}
-        assert len(means) == 3 and means[of["chosen"]] == max(means.values()), row
-
-
-def test_the_page_tells_how_the_rates_were_chosen():
-    said = report.how_tuned({"tuning": {"tried": [1, 2, 3, 4], "seed": 9, "steps": 7}})
-    assert "tried at 2 and 3, then at 1 or 4, beyond the better of these" in said
-    assert "for 7 steps on seed 9" in said
-
-
-def test_claims_are_judged_on_every_seed_or_on_the_mean_as_they_say(story):
-    found = {g.claim.split(" (")[0]: g for g in report.gates(report.collect(story))}
-    verdicts = {claim: g.verdict for claim, g in found.items()}
-    assert verdicts["MPO improves chain of thought"] == "agrees"
-    assert found["MPO improves chain of thought"].values == {1: 13.0, 2: 13.0}
-    assert verdicts["MPO beats DPO"] == "agrees"  # on the seed that has both
-    assert verdicts["DPO lowers the log-prob of chosen answers more than MPO"] == "agrees"
-    base = found["The base answers worse with a chain of thought than directly"]
-    assert base.values == {1: -10.0, 2: -6.0} and base.holds
-    assert verdicts["After MPO a chain of thought is better than a direct answer"] == "fails"
-    assert verdicts["DropoutNTP pairs lower hallucination"] == "not run"
-    made_up = [g for g in report.gates(report.collect(story)) if "make up" in g.claim]
-    assert [g.number for g in made_up] == [5.0, 1.5]
-    assert [g.verdict for g in made_up] == ["agrees", "fails"]
-
-
-def test_a_claim_fails_where_a_single_seed_misses_it(story):
-    path = story / "seed-2/rows/MPO/result.json"
-    write(path, model("MPO", 2, 66.0, 65.0, 0.0, -0.5))
-    found = {g.claim.split(" (")[0]: g for g in report.gates(report.collect(story))}
-    assert found["MPO improves chain of thought"].values == {1: 13.0, 2: 11.0}
-    assert found["MPO improves chain of thought"].verdict == "fails"
-
-
-def test_orderings_count_pairs_that_the_paper_sets_apart(story):
-    order = report.orderings(report.tables(report.collect(story)))
-    # base < SFT < DPO < MPO in the paper; here DPO is last
-    assert (order["agree"], order["of"], order["rows"]) == (4, 6, 4)
-    assert order["spearman"] == pytest.approx(0.4)
-
-
-def test_the_page_is_one_file_with_escaped_answers_and_names_what_is_missing(story):
-    page = report.write_report(story).read_text()
-    assert "Not there yet: DPO, seed 2" in page
-    assert "&lt;b&gt;MPO&lt;/b&gt; (right)" in page and "<b>MPO</b> cot" in page
+    assert "| DPO | 55.0 | 45.0 | -10.0 |" in markdown  # one seed: no spread
+    assert "2026-01-02, a laptop, torch 2, commit abc, seeds 1, 2." in markdown
+    assert "<td>66.0 ± 0.0<td>65.0 ± 2.8<td>-1.0" in page
+    assert "&lt;b&gt;MPO&lt;/b&gt;<td>right" in page and "<b>MPO" not in page
     assert page.count("data:image/png;base64,") == 3  # two plots and one picture
     assert "http" not in page and "<script" not in page
     results = json.loads((story / "results.json").read_text())
     assert results["rows"][-1]["cot"] == 65.0 and len(results["claims"]) == 11
+
+
+def test_the_committed_report_follows_from_the_committed_results(tmp_path):
+    paper = ROOT / "paper"
+    for name in ("results.json", "curves.png"):
+        (tmp_path / name).write_bytes((paper / name).read_bytes())
+    assert report.write_report(tmp_path) == (paper / "report.md").read_text()
+    about = json.loads((paper / "results.json").read_text())["about"]
+    assert "dirty" not in about["commit"]
+
+
+def test_orderings_count_pairs_that_the_paper_sets_apart(story):
+    order = report.orderings(report.row_lines(report.collect(story)))
+    # base < SFT < DPO < MPO in the paper; here DPO is last
+    assert (order["agree"], order["of"], order["rows"]) == (4, 6, 4)
+    assert order["spearman"] == pytest.approx(0.4)
 
 
 def test_an_ablated_value_is_one_line_over_its_seeds_beside_the_plain_run(story):
@@ -155,30 +195,14 @@ def test_an_ablated_value_is_one_line_over_its_seeds_beside_the_plain_run(story)
         for value, cot in (("0.5", 61.0), ("1", 63.0), ("2.0", 64.0)):  # 1 is the plain run's
             record = model("MPO", seed, 60.0, cot + more, study="w_g", value=value)
             write(story / f"seed-{seed}/ablate/w_g={value}/result.json", record)
-    record = model(report.NTP, 1, 60.0, 61.0, study="keep ratio", value="0.25")  # not described
+    record = model(report.WITH_NTP, 1, 60.0, 61.0, study="keep ratio", value="0.25")
     write(story / "seed-1/ablate/keep/result.json", record)
     lines = report.ablation_lines(report.collect(story))
-    shown = [(line["value"], line["cot"], line["seeds"]) for line in lines]
-    assert shown[1:] == [("0.5", 63.0, [1, 2]), ("1", 65.0, [1, 2]), ("2.0", 66.0, [1, 2])]
-    assert shown[0] == ("0.25", 61.0, [1]) and lines[0]["paper"] == (9.3, 4.8)
-    assert "0.01, 0.5, 1, 2, 5" in report.write_report(story).read_text()
+    shown = [(line["value"], line["cot"]) for line in lines]
+    assert shown == [("0.25", 61.0), ("0.5", 63.0), ("1", 65.0), ("2.0", 66.0)]
+    assert lines[0]["paper"] == (9.3, 4.8) and lines[1]["seeds"] == [1, 2]
+    assert "| w_g | 2.0 | 2 | 60.0 ± 0.0 | 66.0 ± 2.8 |" in report.write_report(story)
     assert (story / "ablations.png").exists()
-
-
-def test_a_verdict_on_some_of_the_seeds_says_so(story):
-    text = report.summary(report.collect(story))
-    assert (
-        "MPO beats DPO (CoT, MPO - DPO): +18.0 [+18.0] >= +8 on average (on 1 of 2 seeds)" in text
-    )
-    assert text.count("(on 1 of 2 seeds)") == 2  # both of DPO's
-
-
-def test_open_questions_are_not_counted_among_the_claims(story):
-    c = report.collect(story)
-    assert sum(g.open for g in report.gates(c)) == 3
-    assert "7 of 8 claims of the paper that were tested here agree, and 0 of 1" in report.headline(
-        c
-    )
 
 
 def test_equal_scores_leave_the_rank_correlation_open(story):
@@ -186,27 +210,20 @@ def test_equal_scores_leave_the_rank_correlation_open(story):
         record = json.loads(path.read_text())
         record["test"]["cot"]["score"] = 0.0  # a story that learned nothing still has a report
         write(path, record)
-    assert report.orderings(report.tables(report.collect(story)))["spearman"] is None
-    assert "rank correlation -" in report.write_report(story).read_text()
-
-
-def test_the_same_folder_gives_the_same_page_and_numbers(story):
-    def written():
-        report.write_report(story)
-        return [(story / name).read_bytes() for name in ("results.json", "report.html")]
-
-    assert written() == written()
+    assert report.orderings(report.row_lines(report.collect(story)))["spearman"] is None
+    assert "rank correlation -" in report.write_report(story)
 
 
 def test_a_folder_without_a_story_or_with_a_broken_file_is_named(tmp_path, story):
-    with pytest.raises(InputError, match="story.json; run `python toy.py --story`"):
+    result, about = story / "seed-1/rows/MPO/result.json", story / "story.json"
+    head = {"row": "MPO", "seed": 1, "study": None, "value": None}
+    with pytest.raises(InputError, match="story.json; run `python -m paper.story`"):
         report.collect(tmp_path / "none")
-    write(story / "seed-1/rows/MPO/result.json", {"row": "MPO"})
-    with pytest.raises(InputError, match="MPO/result.json: no 'seed'"):
-        report.collect(story)
-    write(story / "seed-1/rows/MPO/result.json", {"row": "MPO", "seed": 1, "test": {"direct": {}}})
-    with pytest.raises(InputError, match="MPO/result.json: no 'cot'"):
-        report.collect(story)
-    write(story / "story.json", {"settings": {}})
-    with pytest.raises(InputError, match="story.json: no 'seeds'"):
-        report.collect(story)
+    for path, record, words in (
+        (result, {"row": "MPO"}, "MPO/result.json: no 'seed'"),
+        (result, head | {"test": {"direct": {}}}, "MPO/result.json: no 'direct' scores"),
+        (about, {"settings": {}}, "story.json: no 'seeds'"),
+    ):
+        write(path, record)
+        with pytest.raises(InputError, match=words):
+            report.collect(story)

@@ -1,0 +1,352 @@
+"""What a worker does in each stage of the story: it calls the scripts' functions.
+
+A stage may be stopped at any moment; called again, it goes on where it was, because training,
+sampling and answering do.  The lessons at the top are the story's own; everything after them is
+written in the official formats by the ordinary code.
+"""
+
+import json
+import os
+import re
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as JsonTokenizer
+from torch import Tensor, nn
+
+import eval as evaluation
+import pairs
+import toy
+from data import seeded
+from model import InternVL
+from paper.report import WITH_NTP
+from paper.story import BETA, QUICK_ROWS, SPEED, Recipe, StoryConfig, chosen_rates
+from runtime import read_json, read_whole_lines, start_process, stop_process, write_atomic
+from tools.mine import register_file
+from toy import COLOURS, SHAPES, SIDE, Thing, random_things, write_lines
+from train import ROWS, TrainConfig, train
+from vision import preprocess
+
+DESCRIBE = "Describe the image."
+DESCRIBED = ("base", *QUICK_ROWS, WITH_NTP)  # rows whose descriptions are measured, too
+
+# --------------------------------------------------------------------------- lessons
+
+
+@torch.no_grad()
+def fit_projector(model: InternVL, tokenizer: JsonTokenizer, seed: int) -> None:
+    """Stands in for a pre-trained InternViT, by least squares: no training.
+
+    The ViT is random, but keeps all pixels of a cell.  The projector's first layer reads colour,
+    shape and place off them; its second sends each cell to the sum of these words' embeddings.
+    """
+    rng, kinds = seeded(seed, "vision"), list(product(COLOURS, SHAPES))
+    scenes = [random_things(rng) for _ in range(1200)]
+    tiles = torch.cat([preprocess(toy.draw(scene, rng), 1, toy.CELL * SIDE) for scene in scenes])
+    truth = torch.zeros(len(scenes), SIDE * SIDE, dtype=torch.long)  # 0: an empty cell
+    for n, scene in enumerate(scenes):
+        for thing in scene:
+            truth[n, thing.row * SIDE + thing.col] = 1 + kinds.index((thing.colour, thing.shape))
+    truth, cell = truth.flatten(), torch.arange(SIDE * SIDE).repeat(len(scenes))
+    model.vision_model.embeddings.position_embedding.normal_(std=0.3)
+    norm, first, gelu, second = model.projector
+
+    seen: list[Tensor] = []  # what the ViT hands to the projector
+    hook = norm.register_forward_hook(lambda module, args, out: seen.append(out.flatten(0, 1)))
+    model.image_features(tiles)
+    hook.remove()
+    codes = torch.cat([F.one_hot(truth, 1 + len(kinds)), F.one_hot(cell)], dim=1) * 4.0 - 1.0
+    set_linear(first, seen[0], codes)
+
+    def words(*names: str) -> Tensor:
+        ids = [tokenizer.token_to_id(" " + name) for name in names]
+        return model.language_model.model.tok_embeddings.weight[ids].sum(0)
+
+    what = torch.stack([words(), *(words(*kind) for kind in kinds)])
+    where = torch.stack([words(f"{c}{r}") for r in "123" for c in "abc"])
+    set_linear(second, gelu(first(seen[0])), what[truth] + where[cell])
+
+
+def set_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
+    """The first rows of `layer` become the ridge regression of y (n out) on x (n in)."""
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
+    solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y.double()).T.float()
+    layer.weight[: len(solution)], layer.bias[: len(solution)] = solution[:, :-1], solution[:, -1]
+
+
+def describe(things: list[Thing]) -> str:
+    return f"I see {', '.join(thing.words for thing in things) or 'nothing'}."
+
+
+def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
+    """All files that a seed starts from; pictures and questions of dev and test are their own."""
+    toy.write_model(folder / "model", seed, lambda *model: fit_projector(*model, seed))
+    world, truth = toy.World(folder, seed, recipe.noise), {}
+
+    def scene(split: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
+        wide = seeded(seed, split, number).random() < recipe.wide
+        habit = recipe.habit if split == "lesson" else 0.0
+        name, things, rng = world.picture(f"{split}-wide" if wide else split, number, habit)
+        truth[name] = [thing.words for thing in things]
+        return name, things, rng
+
+    def lesson(name: str | None, prompt: str, right: str, wrong: str) -> dict:
+        image = {"image": name} if name else {}
+        start = "<image>\n" if name else ""
+        return image | {"question": start + prompt, "chosen": right, "rejected": wrong}
+
+    direct = toy.DIRECT, toy.direct
+    sets: dict[str, list[dict]] = {"direct": [], "steps": [], "describe": [], "blind": []}
+    for number in range(recipe.pictures):
+        name, things, rng = scene("lesson", number)
+        others = random_things(rng, habit=recipe.habit)
+        for kind in ("direct", "direct", "steps"):
+            question = toy.random_question(rng)
+            right, wrong = question.matches(things), question.matches(others)
+            prompt, say = (toy.STEPS, toy.chain_of_thought) if kind == "steps" else direct
+            text = prompt.replace("{question}", question.text)
+            sets[kind].append(lesson(name, text, say(right), say(wrong)))
+        sets["describe"].append(lesson(name, DESCRIBE, describe(things), describe(others)))
+        if number % 20 == 0:  # what it says of a picture that it cannot see
+            sets["blind"].append(lesson(None, DESCRIBE, describe(things), describe(others)))
+    toy.write_sets(folder, "lessons.json", sets)
+
+    splits = {"dev": recipe.dev, "tune": 5 * recipe.dev, "test": recipe.test}
+    splits["new"] = recipe.questions
+    for split, count in splits.items():
+        rows = []
+        for number in range(count):
+            name, things, rng = scene(split, number)
+            question = toy.random_question(rng)
+            answer = str(len(question.matches(things)))
+            rows.append({"id": f"{split}-{number}", "image": name, "question": question.text})
+            rows[-1]["answer"] = answer
+        write_lines(folder / f"{split}.jsonl", rows)
+        if split == "new":
+            write_lines(folder / "new_direct.jsonl", rows[: recipe.direct_questions])
+    for split, source, count in (
+        ("describe_new", "new", recipe.described),
+        ("describe_test", "test", recipe.dev),
+    ):
+        names = [name for name in truth if name.startswith(source)][:count]
+        write_lines(folder / f"{split}.jsonl", [{"image": n, "question": DESCRIBE} for n in names])
+    write_atomic(folder / "truth.json", json.dumps(truth) + "\n")  # last: all files are there
+
+
+MENTION = re.compile(rf"[a-f][1-3] (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})")
+
+
+def hallucination(cfg: StoryConfig, seed: int, rows: list[dict], key: str) -> dict:
+    """Of the descriptions row[key]: % with an object that is not there, and % of such mentions.
+
+    The two rates of Object HalBench, whose objects here are exactly known.
+    """
+    truth = read_json(cfg.folder(seed) / "truth.json")
+    made_up = [
+        [words not in truth[row["image"]] for words in MENTION.findall(row[key])] for row in rows
+    ]
+    mentions = [wrong for answer in made_up for wrong in answer]
+    responses = [any(answer) for answer in made_up]
+    return {
+        "responses": 100 * sum(responses) / max(1, len(responses)),
+        "mentions": 100 * sum(mentions) / max(1, len(mentions)),
+        "n": len(responses),
+    }
+
+
+# --------------------------------------------------------------------------- base
+
+
+def train_model(**flags) -> None:
+    """One run of train.py in this process."""
+    cfg = TrainConfig(**SPEED, **flags)
+    train(cfg, start_process(cfg.seed))
+    stop_process()
+
+
+def train_base(cfg: StoryConfig, seed: int) -> str:
+    """SFT on the lessons at a constant rate until Direct works somewhat, then cool down.
+
+    base.json: the last leg, its steps and its accuracy on the development questions.
+    """
+    start, r = cfg.folder(seed), cfg.recipe
+    folder = start / "base"
+    if not (start / "truth.json").exists():
+        write_lessons(start, seed, r)
+    legs = read_whole_lines(folder / "legs.jsonl")[0]
+    while not legs or not legs[-1]["last"]:
+        steps = legs[-1]["steps"] if legs else 0
+        cooled = steps >= r.cap or bool(legs and legs[-1]["direct"]["score"] >= r.stop_at)
+        steps += r.cooldown if cooled else r.leg if legs else r.first_leg
+        train_model(
+            model_dir=start / "model", meta=start / "lessons.json", out_dir=folder,
+            loss="sft", lr=r.base_lr, lr_vision=0.0, lr_projector=0.0, warmup=40,
+            decay=r.cooldown if cooled else 0, epochs=100, max_steps=steps,
+            batch_size=r.base_batch_size, seed=seed,
+        )  # fmt: skip
+        settings = ("direct", "cot") if cooled else ("direct",)
+        scores = evaluate(cfg, folder / "model", folder / f"step-{steps}", seed, "dev", settings)
+        legs.append({"steps": steps, "last": cooled, **scores})
+        write_lines(folder / "legs.jsonl", legs)
+        words = f"seed {seed} base: {in_words(scores)} on development questions, step {steps}"
+        print(f"         {words}", file=sys.__stdout__, flush=True)  # not into the log
+    write_atomic(folder / "base.json", json.dumps(legs[-1]) + "\n")
+    return f"{legs[-1]['steps']} steps"
+
+
+def evaluate(
+    cfg: StoryConfig, model: Path, folder: Path, seed: int, split: str,
+    settings: tuple[str, ...] = ("direct", "cot"),
+) -> dict[str, dict]:  # fmt: skip
+    """Accuracy in percent on a split, with the share of malformed answers, of each setting."""
+    data, scores = (cfg.folder(seed) / f"{split}.jsonl",), {}
+    for setting in settings:
+        out, cot = folder / f"{split}-{setting}", setting == "cot"
+        evaluation.generate(
+            evaluation.Generate(
+                bench="own", data=data, cot=cot, model_dir=model, out=out, max_tiles=2,
+                images=cfg.folder(seed) / "images", max_new_tokens=64 if cot else 8,
+            )
+        )  # fmt: skip
+        asked = evaluation.Score(bench="own", data=data, cot=cot, answers=(out,))
+        score = evaluation.score(asked)["score"]
+        items = read_whole_lines(out / "items.jsonl")[0]
+        malformed = sum(not str(item["prediction"]).isdigit() for item in items)
+        scores[setting] = {"score": score, "malformed": 100 * malformed / len(items)}
+        scores[setting]["n"] = len(items)
+    return scores
+
+
+def in_words(scores: dict[str, dict]) -> str:
+    names = {"direct": "Direct", "cot": "CoT"}
+    return ", ".join(f"{names[setting]} {of['score']:.1f}" for setting, of in scores.items())
+
+
+def write_result(
+    cfg: StoryConfig, seed: int, row: str, folder: Path, model: Path, about: dict
+) -> str:
+    """Measure a model on the test questions and write result.json, its stage's last file."""
+    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": {}}
+    record |= {cfg.split: evaluate(cfg, model, folder, seed, cfg.split), "describe": None}
+    if row in DESCRIBED and not cfg.tune:
+        rows = describe_pictures(cfg, seed, model, folder / "descriptions", "describe_test")
+        record["describe"] = hallucination(cfg, seed, rows, "response")
+    curve = read_whole_lines(folder / "metrics.jsonl")[0][-10:]
+    for side in ("chosen", "rejected"):
+        rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
+        record[f"{side}_shift"] = sum(rewards) / len(rewards) / BETA if rewards else None
+    write_atomic(folder / "result.json", json.dumps(record | about, indent=1) + "\n")
+    return in_words(record[cfg.split])
+
+
+def measure_base(cfg: StoryConfig, seed: int) -> str:
+    folder = cfg.folder(seed)
+    leg = read_json(folder / "base/base.json")
+    about = {"dev": {k: leg[k] for k in ("direct", "cot")}, "steps": leg["steps"]}
+    return write_result(cfg, seed, "base", folder, folder / "base/model", about)
+
+
+# --------------------------------------------------------------------------- answers and pairs
+
+
+def sample_answers(cfg: StoryConfig, seed: int, questions: str, prompts: str) -> str:
+    """The base's own answers to new questions (section 3 of the paper)."""
+    folder, r = cfg.folder(seed), cfg.recipe
+    sampling = pairs.SampleConfig(
+        questions=folder / f"{questions}.jsonl", prompts=prompts, root=folder / "images",
+        model_dir=folder / "base/model", out_dir=folder / "samples", num_samples=r.samples,
+        max_new_tokens=64, max_tiles=2, max_questions=0, seed=seed,
+    )  # fmt: skip
+    pairs.sample(sampling)
+    return f"{r.samples} samples of each question"
+
+
+def describe_pictures(
+    cfg: StoryConfig, seed: int, model: Path, out: Path, questions: str
+) -> list[dict]:
+    """Greedy descriptions of pictures."""
+    folder = cfg.folder(seed)
+    sampling = pairs.SampleConfig(
+        questions=folder / f"{questions}.jsonl", prompts="none", root=folder / "images",
+        model_dir=model, out_dir=out, top_k=1, num_samples=1, max_new_tokens=64, max_tiles=2,
+        max_questions=0,
+    )  # fmt: skip
+    pairs.sample(sampling)
+    parts = sorted((out / questions).glob("part-*.jsonl"))
+    return [row for part in parts for row in read_whole_lines(part)[0]]
+
+
+def drop_image(cfg: StoryConfig, seed: int, ratios: tuple[float, ...]) -> str:
+    """DropoutNTP: descriptions, cut and continued without the picture, once for each ratio."""
+    folder = cfg.folder(seed)
+    if ratios:
+        describe_pictures(cfg, seed, folder / "base/model", folder / "described", "describe_new")
+    for ratio in ratios:
+        cutting = pairs.DropoutConfig(
+            samples=folder / "described", out_dir=folder / f"dropout-{ratio}", keep_ratio=ratio,
+            model_dir=folder / "base/model", max_new_tokens=64, seed=seed,
+        )  # fmt: skip
+        pairs.dropout_ntp(cutting)
+    return f"kept {', '.join(map(str, ratios)) or 'none'}"
+
+
+def make_pairs(cfg: StoryConfig, seed: int, ratios: tuple[float, ...]) -> str:
+    """Right against wrong answers; beside each dropout ratio one meta.json of both kinds."""
+    folder, summary = cfg.folder(seed), {}
+    pairing = pairs.CorrectnessConfig(
+        samples=folder / "samples", out_dir=folder / "pairs",
+        pairs_per_query=cfg.recipe.pairs_per_query, seed=seed,
+    )  # fmt: skip
+    pairs.correctness(pairing)
+    sets = read_json(folder / "pairs/pairs.report.json")["correctness"]["sets"]
+    for name, report in (("correctness", sets["new"]), ("direct", sets["new_direct"])):
+        right = 100 * report["counts"].get("correct responses", 0) / report["responses"]
+        summary[name] = {"pairs": sum(report["pairs"].values()), "right": right}
+    of_ratio = {str(ratio): dropout_pairs(cfg, seed, ratio) for ratio in ratios}
+    text = json.dumps(summary | {"dropout": of_ratio}, indent=1) + "\n"
+    write_atomic(folder / "pairs.json", text)
+    counts = f"{summary['correctness']['pairs']} CoT and {summary['direct']['pairs']} Direct pairs"
+    return f"{counts}, {summary['correctness']['right']:.0f} % of CoT samples right"
+
+
+def dropout_pairs(cfg: StoryConfig, seed: int, ratio: float) -> dict:
+    """What DropoutNTP's answers make up; writes both.json, which lists both kinds of pairs."""
+    folder = cfg.folder(seed)
+    out, both, rows = folder / f"dropout-{ratio}", {}, []
+    for entry in read_json(out / "meta.json").values():
+        rows += read_whole_lines(out / entry["annotation"])[0]
+    for source in (out, folder / "pairs"):
+        for name, entry in read_json(source / "meta.json").items():
+            both[name] = entry | {"annotation": os.path.relpath(source / entry["annotation"], out)}
+    write_atomic(out / "both.json", json.dumps(both, indent=1) + "\n")
+    rates = {side: hallucination(cfg, seed, rows, side) for side in ("chosen", "rejected")}
+    return {"pairs": len(rows)} | rates
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def train_row(cfg: StoryConfig, seed: int, row: str, folder: Path, flags: dict, about: dict) -> str:
+    """Train one objective from the base and measure it."""
+    start, r = cfg.folder(seed), cfg.recipe
+    if cfg.mine:
+        register_file(cfg.mine)
+    of_paper = "MPO" if row == WITH_NTP else row
+    flags = {**ROWS.get(of_paper, {"loss": row}), "lr": chosen_rates().get(of_paper, 1e-3), **flags}
+    ratio = flags.pop("keep_ratio", r.keep_ratio)
+    meta, cache = start / "pairs/meta.json", start / "reference"
+    if row == WITH_NTP:
+        meta, cache = start / f"dropout-{ratio}/both.json", start / f"dropout-{ratio}/cache"
+    if "limit" in flags:
+        flags["limit"] = max(1, round(flags["limit"] * r.steps * r.batch_size))
+    if "reference_update_every" in flags:
+        flags["reference_update_every"] = min(64, max(1, r.steps // 4))
+    train_model(
+        model_dir=start / "base/model", meta=meta, out_dir=folder, reference_cache=cache,
+        epochs=100, batch_size=r.batch_size, max_steps=r.steps, beta=BETA, seed=seed, **flags,
+    )  # fmt: skip
+    return write_result(cfg, seed, row, folder, folder / "model", {"flags": flags} | about)

@@ -1,0 +1,401 @@
+"""The paper in miniature: a base model, its answers, preference pairs, every objective, a report.
+
+    python -m paper.story --quick     one seed; SFT, DPO and MPO; some minutes
+    python -m paper.story             make paper: every row of Tables 6 and 7 on three seeds
+    python -m paper.story --ablate    also the paper's Figure 4 and Table 9, on the first seed
+
+A story is a list of tasks.  Each calls functions of train.py, pairs.py and eval.py (stages.py),
+starts when the tasks it needs are done, and leaves one last file.  Worker processes share them.
+A task whose last file exists is not done again: a story that was stopped goes on where it was.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from paper.report import PAPER, WITH_NTP, write_report
+from runtime import InputError, claim, clock, flag, parse_cli, read_json, run, write_atomic
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of the story that is not a row's own; run.json and story.json repeat them."""
+
+    pictures: int = 4000  # of the base's lessons: 2 direct, 1 step-by-step question, 1 description
+    wide: float = 0.0  # share of pictures with two tiles and a thumbnail
+    noise: float = 0.05  # of the pictures
+    habit: float = 0.0  # share of the lessons' objects with the usual shape of their colour
+    base_lr: float = 3e-3
+    base_batch_size: int = 32
+    first_leg: int = 500  # steps until the first look at the development questions
+    leg: int = 100  # and between the others
+    stop_at: float = 50.0  # Direct accuracy from which the base cools down
+    cap: int = 1200  # steps after which it does so anyway
+    cooldown: int = 80
+    dev: int = 200
+    test: int = 600
+    questions: int = 1800  # new ones, to sample answers to
+    direct_questions: int = 450  # the first of them, to sample direct answers to, too
+    samples: int = 8
+    pairs_per_query: int = 4
+    described: int = 600  # pictures to describe for DropoutNTP
+    keep_ratio: float = 0.5
+    steps: int = 400
+    batch_size: int = 16
+
+
+QUICK = Recipe(
+    pictures=3000, cap=700, questions=800, direct_questions=200, described=200, test=400, steps=200,
+)  # fmt: skip
+TINY = Recipe(
+    pictures=400, base_batch_size=16, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8,
+    test=20, questions=24, direct_questions=8, described=8, steps=6,
+)  # fmt: skip
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # that --tune tries for every row
+TUNING_SEED = 100
+BETA = 0.1
+SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
+QUICK_ROWS = ("SFT", "DPO", "MPO")
+ABLATIONS: dict[str, dict[str, dict]] = {  # the paper's Figure 4 and Table 9; flags of MPO
+    "data scale": {str(share): {"limit": share} for share in (0.1, 0.4, 0.7)},
+    "learning rate": {str(lr): {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
+    "w_p : w_q": {
+        f"{p}:{q}": {"loss": f"{p / (p + q):g}*dpo+{q / (p + q):g}*bco+sft"}
+        for p, q in ((1, 1), (3, 1), (5, 1), (9, 1))
+    },
+    "w_g": {str(w): {"loss": f"0.8*dpo+0.2*bco+{w}*sft"} for w in (0.01, 0.5, 2.0, 5.0)},
+    "keep ratio": {str(ratio): {"keep_ratio": ratio} for ratio in (0.25, 0.75)},
+}
+
+
+@dataclass(frozen=True)
+class StoryConfig:
+    """The paper in miniature: train a base, sample, pair, train every objective, report."""
+
+    out: Path = flag(Path("toy"), "the story goes to the folder story inside it")
+    quick: bool = flag(False, "one seed; SFT, DPO and MPO; some minutes")
+    ablate: bool = flag(False, "also the paper's Figure 4 and Table 9, on the first seed")
+    seeds: tuple[int, ...] = flag((), "may be repeated; default 1, 2 and 3 (quick: 1)")
+    jobs: int = flag(2, "worker processes", low=1)
+    mine: Path | None = flag(None, "Python file with objectives of your own, a row each")
+    tune: bool = flag(False, "try each row at several rates on a seed kept for that")
+    tiny: bool = flag(False, "a few seconds a stage, to see that everything works")
+    steps: int = flag(0, "steps of every row; 0 = 400, quick 200, tiny 6", low=0)
+    wide: float = flag(0.0, "share of pictures with two tiles and a thumbnail", 0, 1)
+    noise: float = flag(0.05, "noise of the pictures, as a share of full white", 0, 1)
+    habit: float = flag(0.0, "share of lesson objects with the usual shape of their colour", 0, 1)
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise ValueError(f"seeds must differ and be >= 0, got {self.seeds}")
+
+    @property
+    def few(self) -> bool:
+        return self.quick or self.tiny
+
+    @property
+    def recipe(self) -> Recipe:
+        recipe = TINY if self.tiny else QUICK if self.quick else Recipe()
+        task = {"wide": self.wide, "noise": self.noise, "habit": self.habit}
+        return replace(recipe, **task, steps=self.steps or recipe.steps)
+
+    @property
+    def split(self) -> str:
+        """Questions that results are reported on; rates are chosen on others."""
+        return "tune" if self.tune else "test"
+
+    def folder(self, seed: int) -> Path:
+        return self.out / f"seed-{seed}"
+
+
+def chosen_rates() -> dict[str, float]:
+    """Row -> the learning rate that `--tune` chose."""
+    rows = read_json(Path(__file__).parent / "tuning.json")["rows"]
+    return {name: row["chosen"] for name, row in rows.items()}
+
+
+# --------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of stage(cfg, seed, *arguments) in a worker; `made` is the last file it writes."""
+
+    seed: int
+    name: str
+    stage: str
+    arguments: tuple
+    made: Path
+    needs: tuple[str, ...] = ()  # names of tasks of the same seed
+    seconds: float = 1.0  # on one idle core, roughly
+    module: str = "paper.stages"  # by name: it loads torch, which takes seconds, in workers only
+
+
+def row_names(cfg: StoryConfig) -> list[str]:
+    """The rows of this story, MPO first: it fills the cache of the reference."""
+    own = []
+    if cfg.mine:
+        from tools.mine import register_file  # noqa: PLC0415  (torch takes seconds to load)
+
+        own = register_file(cfg.mine)
+    names = list(QUICK_ROWS) if cfg.few else [name for name in PAPER if name != "base"]
+    if not (cfg.tune or cfg.few) or cfg.recipe.habit:
+        names.append(WITH_NTP)
+    return sorted([*names, *own], key=lambda name: (name != "MPO", name not in QUICK_ROWS))
+
+
+def ratios(cfg: StoryConfig) -> tuple[float, ...]:
+    """Shares of a description that DropoutNTP keeps."""
+    few = cfg.few and not cfg.ablate
+    return () if cfg.tune else (cfg.recipe.keep_ratio,) if few else (0.25, 0.5, 0.75)
+
+
+def tasks_of(cfg: StoryConfig, seed: int) -> list[Task]:
+    """A seed's base, its answers and pairs, and every row; MPO's comes first."""
+    folder, r = cfg.folder(seed), cfg.recipe
+    pairs = folder / "pairs.json"
+    sampling = 0.003 * r.questions * r.samples
+    tasks = [
+        Task(seed, "base", "train_base", (), folder / "base/base.json",
+             seconds=0.1 * (r.cap + r.cooldown)),
+        Task(seed, "base measured", "measure_base", (), folder / "result.json", ("base",), 9),
+        Task(seed, "chains of thought", "sample_answers", ("new", "en"), pairs, ("base",),
+             sampling),
+        Task(seed, "direct answers", "sample_answers", ("new_direct", "direct"), pairs, ("base",),
+             sampling / 8),
+        Task(seed, "descriptions", "drop_image", (ratios(cfg),), pairs, ("base",),
+             0.01 * r.described * len(ratios(cfg))),
+        Task(seed, "pairs", "make_pairs", (ratios(cfg),), pairs,
+             ("chains of thought", "direct answers", "descriptions")),
+    ]  # fmt: skip
+    first, *others = row_names(cfg)
+    tasks.append(row_task(cfg, seed, first, needs=("pairs",)))
+    if cfg.tune:
+        for name, lr in product((first, *others), RATES):
+            tasks.append(row_task(cfg, seed, name, f"rows/{name} {lr:g}", flags={"lr": lr}))
+        return tasks
+    tasks += [row_task(cfg, seed, name) for name in others]
+    for study, values in ABLATIONS.items() if cfg.ablate and seed == cfg.seeds[0] else ():
+        name = WITH_NTP if study == "keep ratio" else "MPO"
+        for value, flags in values.items():
+            folder = f"ablate/{study}={value}".replace(" ", "-").replace(":", "-")
+            about = {"study": study, "value": value}
+            tasks.append(row_task(cfg, seed, name, folder, about=about, flags=flags))
+    return tasks
+
+
+def row_task(
+    cfg: StoryConfig, seed: int, row: str, folder: str = "", *, needs: tuple[str, ...] = ("MPO",),
+    about: dict | None = None, flags: dict | None = None,
+) -> Task:  # fmt: skip
+    """Train one row from the base and measure it; `flags` differ from the row's own."""
+    where = cfg.folder(seed) / (folder or f"rows/{row}")
+    seconds = 0.06 * cfg.recipe.steps + 0.015 * cfg.recipe.test
+    arguments = (row, where, flags or {}, about or {})
+    return Task(seed, where.name, "train_row", arguments, where / "result.json", needs, seconds)
+
+
+# --------------------------------------------------------------------------- running
+
+
+class TaskFailed(RuntimeError):
+    """A task ended with an error, or its process did."""
+
+
+def start_worker() -> None:
+    """A worker ends with its story, however that ends; Ctrl-C is the story's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    story = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (story.join(), os._exit(1)), daemon=True).start()
+
+
+def perform(cfg: StoryConfig, task: Task) -> str:
+    """One task in a worker, its output appended to log.txt; what came out, in some words."""
+    task.made.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(task.made.parent / "log.txt", "a", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        print(f"{time.strftime('%F %T')} {task.stage}{(task.seed, *task.arguments)}")
+        stage = getattr(importlib.import_module(task.module), task.stage)
+        return stage(cfg, task.seed, *task.arguments)
+
+
+class Progress:
+    """A line when a task starts or ends: time so far, tasks done, what, time left."""
+
+    def __init__(self, tasks: list[Task], jobs: int) -> None:
+        self.began, self.jobs, self.done, self.count = time.time(), jobs, 0, len(tasks)
+        self.expected, self.left = 0.0, sum(task.seconds for task in tasks)
+
+    def tell(self, task: Task, words: str) -> None:
+        spent = time.time() - self.began
+        pace = (spent * self.jobs + 20) / (self.expected + 20)  # 1 on idle cores of the usual kind
+        left = clock(self.left * pace / self.jobs)
+        what = f"seed {task.seed} {task.name}: {words}"
+        print(f"{clock(spent)}  {self.done} of {self.count} done, {left} left  {what}", flush=True)
+
+    def finish(self, task: Task, words: str) -> None:
+        self.done, self.expected = self.done + 1, self.expected + task.seconds
+        self.left -= task.seconds
+        self.tell(task, words)
+
+
+def play(cfg: StoryConfig, tasks: list[Task]) -> None:
+    """Do every task that is not done yet, on `cfg.jobs` workers; the first failure ends all."""
+    waiting = [task for task in tasks if not task.made.exists()]
+    done = {(task.seed, task.name) for task in tasks if task not in waiting}
+    if done:
+        print(f"{len(done)} of {len(tasks)} tasks were done before")
+    progress, others = Progress(waiting, cfg.jobs), multiprocessing.active_children()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a worker: small products
+    spawn, running = multiprocessing.get_context("spawn"), {}
+    pool = ProcessPoolExecutor(cfg.jobs, mp_context=spawn, initializer=start_worker)
+    for _ in range(cfg.jobs):  # starts every worker: at a submission the pool watches those there
+        pool.submit(os.getpid)
+    try:
+        while waiting or running:
+            ready = [t for t in waiting if all((t.seed, name) in done for name in t.needs)]
+            for task in ready[: cfg.jobs - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(perform, cfg, task)] = task
+                progress.tell(task, "started")
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running[future]
+                if error := future.exception():
+                    raise_for(task, error)
+                del running[future]
+                progress.finish(task, future.result())
+                done.add((task.seed, task.name))
+    finally:
+        if running:  # after a failure: what the other workers do is continued next time
+            for worker in set(multiprocessing.active_children()) - set(others):
+                worker.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def raise_for(task: Task, error: BaseException) -> None:
+    """One line about a task that failed; the traceback goes to its log."""
+    log = task.made.parent / "log.txt"
+    what = f"seed {task.seed} {task.name}"
+    if isinstance(error, InputError):
+        raise InputError(f"{what}: {error}") from None
+    if isinstance(error, BrokenProcessPool):
+        raise TaskFailed(f"{what}: its process was killed; the same command goes on from here")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        file.writelines(traceback.format_exception(error))
+    raise TaskFailed(f"{what}: {type(error).__name__}: {error} (see {log})")
+
+
+# --------------------------------------------------------------------------- rates
+
+
+def tried_rates(cfg: StoryConfig) -> dict[str, dict[float, tuple[float, float]]]:
+    """Row -> rate -> (Direct, CoT) on the tuning questions."""
+    tried: dict[str, dict] = {}
+    for row in row_names(cfg):
+        for path in cfg.folder(cfg.seeds[0]).glob(f"rows/{row} */result.json"):
+            result = read_json(path)
+            scores = result[cfg.split]
+            both = scores["direct"]["score"], scores["cot"]["score"]
+            tried.setdefault(row, {})[result["flags"]["lr"]] = both
+    return tried
+
+
+def best_rate(scores: dict[float, tuple[float, float]]) -> float:
+    """The rate with the best mean of Direct and CoT; the lowest of equals."""
+    return max(sorted(scores), key=lambda lr: sum(scores[lr]))
+
+
+def write_tuning(cfg: StoryConfig, about: dict) -> None:
+    """tuning.json, and a line a row: every rate that was tried and the one chosen."""
+    rows = {}
+    for row, scores in tried_rates(cfg).items():
+        tried = {f"{lr:g}": scores[lr] for lr in sorted(scores)}
+        rows[row] = {"Direct, CoT": tried, "chosen": best_rate(scores)}
+        print(f"{row}: {tried}; chosen {best_rate(scores):g}")
+    settings = {k: v for k, v in about["settings"].items() if k != "rates"}  # those of before
+    about = about | {"settings": settings, "rows": rows}
+    write_atomic(cfg.out / "tuning.json", json.dumps(about, indent=1) + "\n")
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def settings_of(cfg: StoryConfig) -> dict:
+    settings = asdict(cfg.recipe) | {"beta": BETA, "rates": chosen_rates()} | SPEED
+    settings["ratios"] = ratios(cfg)
+    settings["tuning"] = {"tried": RATES, "seed": TUNING_SEED, "steps": Recipe().steps}
+    return settings
+
+
+def begin(cfg: StoryConfig) -> dict:
+    """Claim the folder for these settings; what story.json says of this run and earlier ones."""
+    claim(cfg.out, settings_of(cfg), "pass another --out")
+    path = cfg.out / "story.json"
+    before = read_json(path) if path.exists() else {}
+    commits = [*before.get("commit", "").split(", "), commit()]  # whose results lie here
+    about = {
+        "settings": settings_of(cfg),
+        "seeds": list(cfg.seeds),
+        "quick": cfg.quick,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}",
+        "commit": ", ".join(dict.fromkeys(filter(None, commits))),
+        "torch": importlib.metadata.version("torch"),
+        "seconds": before.get("seconds", {}),  # of calls that came to their end
+    }
+    write_atomic(path, json.dumps(about, indent=1) + "\n")
+    return about
+
+
+def commit() -> str:
+    """The commit that these files are of, "unknown" outside a git checkout."""
+    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    began, cfg = time.time(), parse_cli(StoryConfig)
+    default = (TUNING_SEED,) if cfg.tune else (1,) if cfg.few else (1, 2, 3)
+    cfg = replace(cfg, out=cfg.out / "story", seeds=cfg.seeds or default)
+    tasks = [task for seed in cfg.seeds for task in tasks_of(cfg, seed)]  # --mine is read
+    about = begin(cfg)
+    try:
+        play(cfg, tasks)
+    except TaskFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    kind = "ablations" if cfg.ablate else "rows"
+    about["seconds"][kind] = round(about["seconds"].get(kind, 0) + time.time() - began)
+    write_atomic(cfg.out / "story.json", json.dumps(about, indent=1) + "\n")
+    if cfg.tune:
+        write_tuning(cfg, about)
+    else:
+        print(write_report(cfg.out))
+
+
+if __name__ == "__main__":
+    from paper import story  # under the name by which its worker processes know it
+
+    run(story.main)

@@ -1,0 +1,223 @@
+"""The story: its lessons, its tasks, and the worker processes that share them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from config import load_config
+from paper import stages
+from paper.report import PAPER, WITH_NTP
+from paper.story import (
+    RATES,
+    TINY,
+    StoryConfig,
+    Task,
+    TaskFailed,
+    begin,
+    play,
+    tasks_of,
+    write_tuning,
+)
+from runtime import InputError, parse_cli, read_jsonl, write_atomic
+from tokenizer import load_tokenizer
+from toy import COLOURS, SHAPES, Thing, chain_of_thought, draw, random_things, write_model
+from train import ROWS
+from vision import preprocess
+from weights import load_model
+
+SMALL = replace(TINY, pictures=12, dev=4, test=5, questions=6, direct_questions=3, described=4)
+
+
+# --------------------------------------------------------------------------- lessons
+
+
+def test_a_model_that_sees_starts_with_the_words_of_every_cell(tmp_path):
+    write_model(tmp_path, 3, lambda *model: stages.fit_projector(*model, 3))
+    model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+    words = model.language_model.model.tok_embeddings.weight
+    places = [f"{col}{row}" for row in "123" for col in "abc"]
+    rng, right = np.random.default_rng(9), []
+    for _ in range(20):
+        things = random_things(rng)
+        cells = model.image_features(preprocess(draw(things, rng), 1, 24))[0]
+        for thing in things:
+            for names, word in zip((places, COLOURS, SHAPES), thing.words.split()):
+                near = words[[tokenizer.token_id(f" {n}") for n in names]]
+                near = near @ cells[thing.row * 3 + thing.col] / near.norm(dim=1)
+                right.append(list(names)[near.argmax()] == word)
+    assert sum(right) / len(right) > 0.97
+
+
+def test_lessons_development_and_test_questions_share_no_picture(tmp_path):
+    stages.write_lessons(tmp_path, 1, replace(SMALL, wide=0.5))
+    splits = ("direct", "steps", "dev", "tune", "test", "new")
+    shown = {
+        split: {r["image"] for _, r in read_jsonl(tmp_path / f"{split}.jsonl")} for split in splits
+    }
+    assert shown["direct"] == shown["steps"]  # several lessons a picture
+    apart = [shown[split] for split in splits[1:]]
+    assert sum(map(len, apart)) == len(set().union(*apart)) == 12 + 4 + 20 + 5 + 6
+    assert any("wide" in name for name in shown["test"])
+    assert load_config(tmp_path / "model").max_tiles >= 2
+
+
+def test_habits_are_of_the_lessons_alone(tmp_path):
+    stages.write_lessons(tmp_path, 1, replace(SMALL, habit=1.0))
+    truth = json.loads((tmp_path / "truth.json").read_text())
+
+    def usual(split):
+        words = [w for image, all_ in truth.items() if image.startswith(split) for w in all_]
+        return {tuple(w.split()[1:]) in set(zip(COLOURS, SHAPES)) for w in words}
+
+    assert usual("lesson") == {True}
+    assert usual("test") == usual("new") == {True, False}
+
+
+def test_hallucination_counts_answers_and_mentions_of_what_is_not_there(tmp_path):
+    red, blue = Thing(0, 0, "red", "circle"), Thing(1, 2, "blue", "cross")
+    cfg = StoryConfig(out=tmp_path)
+    truth = {"a.png": [red.words], "b.png": [red.words, blue.words]}
+    write_atomic(cfg.folder(1) / "truth.json", json.dumps(truth))
+    texts = [("a.png", stages.describe([red, blue])), ("b.png", chain_of_thought([red, blue]))]
+    rows = [{"image": image, "response": text} for image, text in texts]
+    rates = stages.hallucination(cfg, 1, rows, "response")
+    assert rates == {"responses": 50.0, "mentions": 25.0, "n": 2}
+    nothing = [{"image": "a.png", "response": stages.describe([])}]
+    assert stages.hallucination(cfg, 1, nothing, "response")["mentions"] == 0
+
+
+# --------------------------------------------------------------------------- tasks
+
+
+def test_a_story_has_every_row_of_the_paper_and_tuning_tries_each_at_every_rate(tmp_path):
+    def rows(**flags):
+        tasks = tasks_of(StoryConfig(out=tmp_path, seeds=(7,), **flags), 7)
+        return [task.name for task in tasks if task.stage == "train_row"]
+
+    assert set(PAPER) == {"base", *ROWS}
+    assert rows(quick=True) == ["MPO", "SFT", "DPO"]
+    assert rows()[0] == "MPO" and set(rows()) == {*ROWS, WITH_NTP}
+    assert set(rows(tune=True)) == {"MPO", *(f"{row} {lr:g}" for row in ROWS for lr in RATES)}
+    ablated = rows(quick=True, ablate=True)[3:]
+    assert len(ablated) == 17 and "w_p-:-w_q=9-1".replace(":", "-") in ablated
+
+
+def test_the_best_mean_of_direct_and_chain_of_thought_is_chosen(tmp_path):
+    cfg = StoryConfig(out=tmp_path, tune=True, quick=True, seeds=(100,))
+    for row, lr, direct, cot in (("DPO", 1e-4, 60, 52), ("DPO", 3e-4, 61, 50), ("SFT", 1e-3, 5, 5)):
+        tune = {"direct": {"score": direct}, "cot": {"score": cot}}
+        result = {"tune": tune, "flags": {"lr": lr}}
+        path = cfg.folder(100) / f"rows/{row} {lr:g}/result.json"
+        write_atomic(path, json.dumps(result))
+    write_tuning(cfg, {"settings": {"rates": {}, "steps": 6}})
+    rows = json.loads((tmp_path / "tuning.json").read_text())["rows"]
+    assert {row: tried["chosen"] for row, tried in rows.items()} == {"SFT": 1e-3, "DPO": 1e-4}
+    assert rows["DPO"]["Direct, CoT"] == {"0.0001": [60, 52], "0.0003": [61, 50]}
+
+
+def test_the_committed_rates_are_those_that_tuning_found_best():
+    tuning = json.loads((ROOT / "paper/tuning.json").read_text())
+    assert set(tuning["rows"]) == set(ROWS)
+    for row, tried in tuning["rows"].items():
+        means = {float(lr): sum(both) for lr, both in tried["Direct, CoT"].items()}
+        assert means[tried["chosen"]] == max(means.values()), row
+
+
+def test_a_folder_holds_one_setting_of_the_story(tmp_path):
+    cfg = StoryConfig(out=tmp_path, tiny=True, seeds=(1,))
+    begin(cfg)
+    begin(cfg)
+    with pytest.raises(InputError, match=r"another pictures \(400, now 3000\); pass another --out"):
+        begin(replace(cfg, tiny=False, quick=True))
+
+
+# --------------------------------------------------------------------------- workers
+
+
+def stand_in(cfg, name, *needs, action=""):
+    return Task(1, name, "note", (name, action), cfg.out / name, needs, module="stand_in")
+
+
+def played(cfg):
+    return [line.split()[0] for line in (cfg.out / "order.txt").read_text().splitlines()]
+
+
+def test_a_task_waits_for_what_it_needs_and_is_done_once(tmp_path, capfd):
+    cfg = StoryConfig(out=tmp_path, seeds=(1,))
+    tasks = [stand_in(cfg, "last", "a", "b"), stand_in(cfg, "a"), stand_in(cfg, "b", "a")]
+    play(cfg, tasks)
+    assert played(cfg) == ["a", "b", "last"]
+    first, *_, end = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(r"0:00:0\d  0 of 3 done, 0:00:\d\d left  seed 1 a: started", first)
+    assert "3 of 3 done, 0:00:00 left  seed 1 last: last was played" in end
+    (tmp_path / "b").unlink()
+    play(cfg, tasks)
+    assert played(cfg) == ["a", "b", "last", "b"]
+    assert "2 of 3 tasks were done before" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("action, words", [
+    ("fail", r"seed 1 bad: ValueError: no luck \(see .*log.txt\)"),
+    ("die", "seed 1 bad: its process was killed; the same command goes on from here"),
+])  # fmt: skip
+def test_a_task_that_fails_ends_the_story_and_the_other_worker(tmp_path, action, words):
+    cfg = StoryConfig(out=tmp_path, seeds=(1,))
+    began = time.time()
+    with pytest.raises(TaskFailed, match=words):
+        play(cfg, [stand_in(cfg, "slow", action="wait"), stand_in(cfg, "bad", action=action)])
+    assert time.time() - began < 30
+    if action == "fail":
+        assert 'raise ValueError("no luck")' in (tmp_path / "log.txt").read_text()
+    play(cfg, [stand_in(cfg, "slow"), stand_in(cfg, "bad")])
+    assert (tmp_path / "slow").exists() and (tmp_path / "bad").exists()
+
+
+def test_workers_end_with_a_story_that_is_killed(tmp_path):
+    story = tmp_path / "killed.py"
+    story.write_text(f"""
+from pathlib import Path
+from paper.story import StoryConfig, Task, play
+if __name__ == "__main__":
+    out = Path({str(tmp_path)!r})
+    task = Task(1, "slow", "note", ("slow", "wait"), out / "slow", module="stand_in")
+    play(StoryConfig(out=out, seeds=(1,), jobs=1), [task])
+""")
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    process = subprocess.Popen([sys.executable, story], env={**os.environ, "PYTHONPATH": path})
+    order = tmp_path / "order.txt"
+    while not (order.exists() and order.read_text().endswith("\n")):
+        time.sleep(0.1)
+    worker = int(order.read_text().split()[1])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {worker} goes on")
+
+
+def test_a_story_refused_leaves_nothing_behind(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    cfg = StoryConfig(out=tmp_path / "toy", tiny=True, seeds=(1,), mine=tmp_path / "mine.py")
+    with pytest.raises(InputError, match="defines no public function"):
+        tasks_of(cfg, 1)
+    for flags, words in (
+        (["--seeds=1", "--seeds=1"], "seeds must differ"),
+        (["--jobs=0"], "jobs must be >= 1"),
+        (["--noise=3"], "noise must be >= 0 and <= 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_cli(StoryConfig, flags)
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "toy").exists()
