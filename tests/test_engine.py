@@ -164,8 +164,8 @@ def generate_config(world, out, cot):
         bench="m3cot",
         data=(write_benchmark(world),),
         model_dir=world / "base" / "model",
-        images=str(world / "images"),
-        out=str(out),
+        images=world / "images",
+        out=out,
         cot=cot,
         max_new_tokens=24,
     )

@@ -1,20 +1,31 @@
 """Scores equal the published ones; runs resume to identical files; bad input is named."""
 
 import base64
-import importlib.util
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-import eval as bench_eval
-from eval import BENCHES, Generate, How, Judge, Judgement, Report, Score
-from runtime import InputError
-
-ROOT = Path(__file__).parent.parent
+import eval as evaluation
+import generate as generation
+from benchmarks import llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope
+from benchmarks import object_halbench as halbench
+from benchmarks.common import (
+    COT,
+    LETTER_SUFFIX,
+    PHRASE_SUFFIX,
+    Reading,
+    Reply,
+    final_answer,
+    last_number,
+)
+from eval import BENCHMARKS, Generate, Judge, Report, Score
+from runtime import InputError, run
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -29,7 +40,16 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def scored(bench: str, data: Path | None, answers: Path | None = None, **more) -> dict:
     given = {"data": (data,) if data else (), "answers": (answers,) if answers else ()}
-    return bench_eval.score(Score(bench=bench, **given, **more))
+    return evaluation.score(Score(bench=bench, **given, **more))
+
+
+def error_of(capsys, argv: list) -> str:
+    """The one line of stderr with which a command ends in exit status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: evaluation.main([str(word) for word in argv]))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- published files
@@ -68,17 +88,14 @@ def test_mathvista_normalises_every_published_extraction_as_published(bench, tmp
         for item in read_jsonl(tmp_path / "items.jsonl"):
             assert item["prediction"] == rows[item["id"]]["prediction"], item["id"]
             assert item["correct"] == rows[item["id"]]["true_false"], item["id"]
-        items = bench_eval.load_items(BENCHES["mathvista"], (folder,))
-        for item in items:
-            row, rule = (
-                rows[item["id"]],
-                bench_eval.mathvista_plain(item, rows[item["id"]]["response"]),
-            )
-            rule = bench_eval.final_answer(row["response"]) if rule is None else rule
-            assert rule == row["quick_extraction"], item["id"]
+        for item in Score(bench="mathvista", data=(folder,), answers=(path,)).items():
+            reply = rows[item["id"]]["response"]
+            exact = mathvista.read_exactly(item, reply)
+            quick = final_answer(reply) if exact is None else exact
+            assert quick == rows[item["id"]]["quick_extraction"], item["id"]
     if path.stem == "bard":
         assert result["correct"] == expected["published"]["correct"] == 348
-        assert result["other_extractions"]["rule"] == 25.6
+        assert result["other_extractions"] == {"rule": 25.6, "offline": 32.1}
         for task, group in expected["by_task"].items():
             assert result["groups"]["task"][task]["correct"] == group["correct"]
 
@@ -87,14 +104,14 @@ def test_pope_counts_equal_the_official_ones_in_each_category(bench):
     folder = bench / "pope"
     for name, expected in json.loads((folder / "answers/scores.json").read_text()).items():
         result = scored("pope", folder, folder / f"answers/{name}.answers.jsonl")
-        for category in bench_eval.POPE:
+        for category in pope.CATEGORIES:
             ours, theirs = result["groups"]["category"][category], expected[category]
             assert {key: ours[key] for key in theirs} == pytest.approx(theirs)
         assert round(result["score"], 4) == expected["overall_f1_mean_of_three_x100"]
         assert round(result["pooled_f1"], 4) == expected["WRONG_pooled_f1_x100_for_comparison"]
         assert result["n"] == 8910 and result["split"] == "COCO val2014"
     for case in read_jsonl(folder / "wording_cases.jsonl"):
-        assert bench_eval.pope_answer(case["response"]) == case["official"], case
+        assert pope.official_answer(case["response"]) == case["official"], case
 
 
 def test_crpe_equals_the_official_script(bench):
@@ -112,17 +129,17 @@ def test_crpe_equals_the_official_script(bench):
 def test_llava_bench_equals_the_official_summary_of_reviews(bench):
     for name, expected in json.loads((bench / "llava_bench/scores.json").read_text()).items():
         result = scored("llava_bench", None, judgements=(bench / f"llava_bench/{name}.jsonl",))
-        tables = {"all": result, **result["groups"]["category"]}
+        groups = {"all": result, **result["groups"]["category"]}
         for group, theirs in expected.items():
-            ours = {"relative" if key == "score" else key: v for key, v in tables[group].items()}
+            ours = {"relative" if key == "score" else key: v for key, v in groups[group].items()}
             assert {key: ours[key] for key in theirs} == theirs, (name, group)
 
 
-def test_mmhal_mmvet_and_chair_equal_the_official_figures(bench):
+def test_mmhal_and_mmvet_equal_the_official_figures(bench):
     folder = bench / "mmhal"
     expected = json.loads((folder / "scores.json").read_text())
-    records, said = folder / "records.synthetic.jsonl", folder / "judgements.synthetic.jsonl"
-    result = scored("mmhal", records, records, judgements=(said,))
+    records, judgements = folder / "records.synthetic.jsonl", folder / "judgements.synthetic.jsonl"
+    result = scored("mmhal", records, records, judgements=(judgements,))
     assert result["score"] == expected["average_score_exact"]
     assert result["hallucination_rate"] == expected["hallucination_rate"]
     kinds = [row["question_type"] for row in read_jsonl(records)[:8]]
@@ -131,128 +148,119 @@ def test_mmhal_mmvet_and_chair_equal_the_official_figures(bench):
 
     folder = bench / "mmvet"
     expected = json.loads((folder / "scores.json").read_text())
-    said = folder / "judgements.synthetic.jsonl"
-    result = scored("mmvet", folder / "mm-vet.synthetic.json", judgements=(said,))
+    judgements = folder / "judgements.synthetic.jsonl"
+    result = scored("mmvet", folder / "mm-vet.synthetic.json", judgements=(judgements,))
     ours = {name: g["score"] for name, g in result["groups"]["capability"].items()}
     assert {"total": result["score"], **ours} == pytest.approx(expected, abs=1e-4)
     assert result["unparsed"] == 2  # "n/a" and "1.5" count as 0.0, as officially, and are reported
 
+
+def test_chair_equals_the_official_figures(bench):
     folder = bench / "object_halbench"
     expected = json.loads((folder / "scores.json").read_text())
     captions = folder / "captions.synthetic.jsonl"
-    items = bench_eval.load_items(BENCHES["object_halbench"], (folder,))
+    items = Score(bench="object_halbench", data=(folder,), answers=(captions,)).items()
     for item, theirs in zip(items, expected["per_caption"]):
-        how = How("chair-rule", False)
-        ours = bench_eval.read_object_halbench(item, item["caption"], None, how).prediction
-        assert ours == theirs
-    result, whole = scored("object_halbench", folder, captions), expected["scores"]
-    assert round(result["score"] / 100, 4) == whole["CHAIRs_refine__response_level"]
-    assert round(result["mention_level"] / 100, 4) == whole["CHAIRi__mention_level"]
-    assert result["CHAIRs"] == whole["CHAIRs"] and result["extraction"] == "chair-rule"
+        assert halbench.read(item, Reply(item["caption"]), "chair-rule").prediction == theirs
+    result, official = scored("object_halbench", folder, captions), expected["scores"]
+    assert round(result["score"] / 100, 4) == official["CHAIRs_refine__response_level"]
+    assert round(result["mention_level"] / 100, 4) == official["CHAIRi__mention_level"]
+    assert result["CHAIRs"] == official["CHAIRs"] and result["extraction"] == "chair-rule"
 
 
 def test_m3cot_letters_equal_both_official_rules(bench):
     for case in read_jsonl(bench / "m3cot/extraction_cases.jsonl"):
         reply, choices = case["response"], case["choices"]
-        letter = bench_eval.m3cot_letter(bench_eval.final_answer(reply), choices)
-        assert letter == case["internvl_pred"], case
-        assert bench_eval.m3cot_own_letter(reply, choices) == case["official_m3cot_pred"], case
+        assert m3cot.internvl_letter(final_answer(reply), choices) == case["internvl_pred"], case
+        assert m3cot.m3cot_letter(reply, choices) == case["official_m3cot_pred"], case
 
 
 # --------------------------------------------------------------------------- the rules, by hand
 
-
-@pytest.mark.parametrize(
-    ("reply", "answer"),
-    [
+OFFLINE = {"question_type": "multi_choice", "answer_type": "text",
+           "choices": ["10 cm", "20 cm", "-5", "A dog"]}  # fmt: skip
+RULES: list[tuple[Callable, list[tuple]]] = [  # (function, [(*arguments, result), ...])
+    (final_answer, [
         ("so 12.\nFinal answer:\n\nB\nmore", "B"),  # blanks and newlines after the marker
         ("Answer: A is wrong. Final answer: B", "A is wrong. Final answer: B"),  # the first wins
         ("**Final answer:** B", "** B"),
         ("no marker", "no marker"),
-    ],
-)
-def test_final_answer_takes_the_first_marker_to_the_end_of_its_line(reply, answer):
-    assert bench_eval.final_answer(reply) == answer
-
-
-@pytest.mark.parametrize(
-    ("reply", "cleaned"),
-    [
-        ("The answer is (C).", "c"),
-        ("(B)\nbecause", "b"),
-        ("The value of x is 12.", "12"),
+    ]),
+    (last_number, [
+        ("1 + 2 = 1,200.00 $", "1200.00"), ("1200 or 12", "12"), ("none", ""),
+        ("9{,}500", "9500"), ("$9\\,500$", "9500"), ("9\\,\\!500", "9500"), ("9\u202f500", "9500"),
+        ("so −5", "-5"), ("so –5.5", "-5.5"), ("x=-5", "-5"), ("10-5", "5"), ("A 4-5 mix", "5"),
+        ("2.5e3", "2.5e3"), ("2.5E-3 m", "2.5E-3"), ("3e", "3"), ("2.5 \\times 10^{3}", "2.5e3"),
+        ("1.2 × 10^-2", "1.2e-2"), ("1,2345", "2345"), (".5", ".5"), ("(1,500)", "1500"),
+    ]),
+    (pope.official_answer, [
+        *((reply, "yes") for reply in ("NO", "None", "It isn't", "No;", "**No**", "", "No\nbut")),
+        ("Nope.", "yes"), ("Yes, no doubt", "no"), ("There, not", "no"),
+    ]),
+    (pope.plain_answer, [
+        *((reply, "no") for reply in ("NO", "No!", '"No"', "**No**", "_no_", "It isn't", "None")),
+        ("It isn’t", "no"), ("Yes, no doubt", "yes"), ("**YES**", "yes"), ("Noon", None),
+        ("", None), ("A dog.", None),
+    ]),
+    (mathvision.clean_answer, [
+        ("The answer is (C).", "c"), ("(B)\nbecause", "b"), ("The value of x is 12.", "12"),
         ("\\boxed{7} and then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("the answer is 5. And more", "5"),
-        ("x = 3\\sqrt2", "3\\sqrt{2}"),
-        ("90^\\circ", "90"),
-        ("\\boxed{3/4}", "\\frac{3}{4}"),
-        (".5", "\\frac{1}{2}"),
-        (".25", "0.25"),
-    ],
-)
-def test_mathvision_cleans_an_answer_as_the_official_script(reply, cleaned):
-    assert bench_eval.mathvision_answer(reply) == cleaned
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "equal"),
-    [
-        ("\\frac{1}{2}", "0.5", True),
-        ("2\\pi", "6.28", True),  # two decimals
-        ("0.001", "0", True),
-        ("2:4", "1:2", True),
-        ("(1,\\frac{2}{4})", "(1,0.5)", True),
-        ("(1,2)", "(2,1)", False),
-        ("9\\sqrt{2}", "$9 \\sqrt{2}$", True),
-        (
-            "\\frac{3}{4}}.theansweris",
-            "$\\displaystyle \\frac{3}{4}$",
-            True,
-        ),  # read as far as it goes
+        ("the answer is 5. And more", "5"), ("x = 3\\sqrt2", "3\\sqrt{2}"), ("90^\\circ", "90"),
+        ("\\boxed{3/4}", "\\frac{3}{4}"), (".5", "\\frac{1}{2}"), (".25", "0.25"),
+    ]),
+    (mathvision.equal, [
+        ("\\frac{1}{2}", "0.5", True), ("2\\pi", "6.28", True),  # two decimals
+        ("0.001", "0", True), ("2:4", "1:2", True), ("(1,\\frac{2}{4})", "(1,0.5)", True),
+        ("(1,2)", "(2,1)", False), ("9\\sqrt{2}", "$9 \\sqrt{2}$", True), ("1,200", "1200", True),
+        ("\\frac{3}{4}}.theansweris", "$\\displaystyle \\frac{3}{4}$", True),  # as far as it goes
         ("12cm", "12", False),  # a letter is a symbol
         ("7\\frac{1}{2}", "7.5", False),  # a product, not a mixed number
-        ("", "", False),
-        ("[1,2]", "(1,2)", False),
-        ("1,200", "1200", True),
-        ("9" * 500, "1", False),
+        ("", "", False), ("[1,2]", "(1,2)", False), ("9" * 500, "1", False),
         ("__import__('os')", "1", False),
-    ],
+    ]),
+    (lambda reply: mathvista.normalise(
+        {**OFFLINE, "answer": ""}, mathvista.read_offline(OFFLINE, reply)).prediction, [
+        *((reply, "20 cm") for reply in ("**B**", "b", "B.", "Option B", "option b.", "(b)", "$B$",
+                                         "The answer is B.", "the correct option is **B**",
+                                         "It is 20 cm", "\\boxed{B}", "I think choice B, as drawn",
+                                         "The answer is B because it is longer", "Answer: B")),
+        ("It is −5", "-5"), ("so the answer is a dog", "A dog"), ("A dog", "A dog"),
+        ("It is A dog", "A dog"), ("Option Z, 10 cm", "10 cm"),
+    ]),
+]  # fmt: skip
+RULE_CASES = [(function, case) for function, cases in RULES for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("function", "case"), RULE_CASES, ids=[repr(c)[:60] for _, c in RULE_CASES]
 )
-def test_mathvision_compares_text_tuples_and_rounded_values(answer, gold, equal):
-    assert bench_eval.mathvision_equal(answer, gold) is equal
+def test_a_rule_reads(function, case):
+    assert function(*case[:-1]) == case[-1]
 
 
 def test_mathvision_counts_the_letter_or_the_value_of_the_right_option():
     item = {"answer": "B", "options": ["3", "4", "5", "6", "7"]}
-    read = lambda reply, cot=False: bench_eval.read_mathvision(item, reply, None, How("rule", cot))  # noqa: E731, E501
-    assert read("\\boxed{4}").correct and read("B").correct
-    assert not read("C").correct and not read("5").correct
-    assert read("steps = 9\nFinal answer: B", cot=True).correct
+    for reply, right in (("\\boxed{4}", True), ("B", True), ("C", False), ("5", False)):
+        assert mathvision.read(item, Reply(reply), "rule").correct is right
+    assert mathvision.read(item, Reply("steps = 9\nFinal answer: B", cot=True), "rule").correct
 
 
 def test_mathvista_always_picks_a_choice_and_reads_numbers_strictly():
-    choice = {"question_type": "multi_choice", "choices": ["10 cm", "20 cm"], "answer": "20 cm"}
-    choice["answer_type"] = "text"
-    normalise = bench_eval.mathvista_normalise
-    assert normalise(choice, "the answer is (b)").correct
-    assert normalise(choice, "20cm").prediction == "20 cm" and not normalise(choice, "20cm").parsed
-    assert normalise(choice, "").prediction == "10 cm"  # the first on a tie
-    whole = {"question_type": "free_form", "answer_type": "integer", "answer": "2", "choices": []}
-    assert normalise(whole, "2.0").correct
-    assert (
-        normalise(whole, "15%").prediction is None and normalise(whole, "1,200").prediction is None
-    )
-    decimal = {**whole, "answer_type": "float", "precision": 1, "answer": "1.2"}
-    assert normalise(decimal, "1.24").correct
-    offline = bench_eval.mathvista_offline(whole, "It has 3 sides and 1,200 dots, so 2")
-    assert normalise(whole, offline).correct
-
-
-def test_pope_official_quirks_are_kept():
-    read = bench_eval.pope_answer
-    for reply in ("NO", "None", "It isn't", "No;", "**No**", "", "No\nbut", "Nope."):
-        assert read(reply) == "yes", reply
-    assert read("Yes, no doubt") == "no" and read("There, not") == "no"
+    choice = {**OFFLINE, "choices": ["10 cm", "20 cm"], "answer": "20 cm"}
+    number = {"question_type": "free_form", "answer_type": "integer", "answer": "2", "choices": []}
+    decimal = {**number, "answer_type": "float", "precision": 1, "answer": "1.2"}
+    for item, extraction, prediction, parsed in (
+        (choice, "the answer is (b)", "20 cm", True),
+        (choice, "20cm", "20 cm", False),
+        (choice, "", "10 cm", False),  # the first on a tie
+        (number, "2.0", "2", True),
+        (number, "15%", None, False),
+        (number, "1,200", None, False),
+        (decimal, "1.24", "1.2", True),
+        (number, mathvista.read_offline(number, "3 sides and 1,200 dots, so 2"), "2", True),
+    ):
+        reading = mathvista.normalise(item, extraction)
+        assert (reading.prediction, reading.parsed) == (prediction, parsed), extraction
 
 
 def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
@@ -263,54 +271,48 @@ def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
             lines = "".join(f"\n{k}. {o}" for k, o in zip("ABCD", turned))
             rows.append(
                 {"question_id": len(rows), "image": "a.jpg", "category": "subject",
-                 "text": f"What?{lines}{bench_eval.LETTER_SUFFIX}",
+                 "text": f"What?{lines}{LETTER_SUFFIX}",
                  "correct_option": "ABCD"[turned.index("cat")], "q": question}
             )  # fmt: skip
     data = write_jsonl(tmp_path / "crpe_relation.jsonl", rows)
     replies = [r["correct_option"] if r["q"] or r["question_id"] else "The Cat." for r in rows]
     replies[5] = replies[5] + ". cat"
-    answers = write_jsonl(
-        tmp_path / "answers.jsonl", [{"question_id": i, "text": t} for i, t in enumerate(replies)]
-    )
-    result = scored("crpe", data, answers)
+    replies = [{"question_id": i, "text": text} for i, text in enumerate(replies)]
+    result = scored("crpe", data, write_jsonl(tmp_path / "answers.jsonl", replies))
     assert (result["score"], result["n"]) == (100, 2)
     assert result["other_extractions"] == {"strict": 0}
-    prompt = BENCHES["crpe"].ask(rows[0], True)
-    assert prompt.startswith(bench_eval.COT) and prompt.endswith("D. pig")
-
-
-def test_judges_are_read_by_the_official_rules():
-    item = {"id": "v1_3"}
-    say = lambda read, text: read(item, "", Judgement(text), How("judge", False))  # noqa: E731
-    assert say(bench_eval.read_mmvet, "0.7 | x").prediction == 0.7
-    assert say(bench_eval.read_mmvet, "n/a") == bench_eval.Reading(0.0, parsed=False)
-    assert say(bench_eval.read_llava, "8, 7\nwhy").prediction == (-1, -1)  # two blanks: three words
-    assert say(bench_eval.read_llava, "8,7\nwhy").prediction == (8, 7)
-    assert say(bench_eval.read_mmhal, "Rating: 5 ... Rating: 2").prediction == 0
-    assert say(bench_eval.read_mmhal, "- Rating: 6, very").prediction == 6
+    prompt = BENCHMARKS["crpe"].question(rows[0], True)
+    assert prompt.startswith(COT) and prompt.endswith("D. pig")
 
 
 @pytest.mark.parametrize(
-    ("read", "said"),
-    [("read_mmvet", 1.5), ("read_mmvet", [0.5, -1]), ("read_llava", "15 3\n"),
-     ("read_llava", [11, 3]), ("read_mmhal", "Rating: 9"), ("read_mmhal", 7)],
-)  # fmt: skip
-def test_a_judgement_out_of_range_is_an_error_that_names_the_item(read, said):
-    with pytest.raises(InputError, match="v1_3.*out of range"):
-        getattr(bench_eval, read)({"id": "v1_3"}, "", Judgement(said), How("judge", False))
+    ("module", "judgement", "reading"),
+    [
+        (mmvet, "0.7 | x", Reading(0.7)),
+        (mmvet, "n/a", Reading(0.0, parsed=False)),
+        (llava_bench, "8, 7\nwhy", Reading((-1, -1), parsed=False)),  # two blanks: three words
+        (llava_bench, "8,7\nwhy", Reading((8, 7))),
+        (mmhal, "Rating: 5 ... Rating: 2", Reading(0.0, parsed=False)),
+        (mmhal, "- Rating: 6, very", Reading(6.0)),
+        (mmvet, 1.5, "out of range"),
+        (mmvet, [0.5, -1], "out of range"),
+        (llava_bench, "15 3\n", "out of range"),
+        (llava_bench, [11, 3], "out of range"),
+        (mmhal, "Rating: 9", "out of range"),
+        (mmhal, 7, "out of range"),
+    ],
+)
+def test_judges_are_read_by_the_official_rules_and_named_out_of_range(module, judgement, reading):
+    reply = Reply("", judgement=judgement)
+    if isinstance(reading, str):
+        with pytest.raises(InputError, match=f"v1_3.*{reading}"):
+            module.read({"id": "v1_3"}, reply, "judge")
+    else:
+        assert module.read({"id": "v1_3"}, reply, "judge") == reading
 
 
 SYNONYMS = """person, man, woman, child, girl, police officer
-bus, coach
-train
-knife
-wine glass
-hot dog
-dog, puppy
-bird, goose
-chair, seat
-toilet
-tie
+bus, coach\ntrain\nknife\nwine glass\nhot dog\ndog, puppy\nbird, goose\nchair, seat\ntoilet\ntie
 skis, ski
 """
 
@@ -325,11 +327,13 @@ skis, ski
         ("The toilet seat; a bow tie", ["toilet", "tie"]),
         ("A seat near the toilet", ["toilet"]),
         ("He skis under blue skies on a glass floor", ["skis"]),
+        ("A dog on the train tracks, a train track and home plate", ["dog"]),
+        ("A train on the track", ["train"]),
     ],
 )
 def test_chair_finds_plurals_double_words_and_no_false_persons(caption, objects, tmp_path):
     (tmp_path / "synonyms.txt").write_text(SYNONYMS)
-    assert bench_eval.chair_objects(caption, tmp_path / "synonyms.txt") == objects
+    assert halbench.named_objects(caption, tmp_path / "synonyms.txt") == objects
 
 
 def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
@@ -340,68 +344,91 @@ def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
     rule = scored("object_halbench", data, data)
     assert (rule["extraction"], rule["response_level"]) == ("chair-rule", 50)
     assert (rule["mentions"], rule["hallucinated_mentions"]) == (4, 2)
-    said = [{"id": "7", "judgement": 'So: ["dogs", "dog", "red bus"]', "judge": "j"}]
-    said = write_jsonl(tmp_path / "j.jsonl", said)
-    half = scored("object_halbench", data, data, judgements=(said,))
+    judged = [{"id": "7", "judgement": 'So: ["dogs", "dog", "red bus"]', "judge": "j"}]
+    judged = write_jsonl(tmp_path / "j.jsonl", judged)
+    half = scored("object_halbench", data, data, judgements=(judged,))
     assert half["score"] is None and half["missing_judgements"] == ["8"]
     assert (half["extraction"], half["judge"]) == ("chair-llm", "j")
 
 
-def test_text_benchmarks_read_letters_matches_and_last_numbers(tmp_path):
-    mc = {"id": "a", "question": "?", "choices": ["x", "y"], "answer": "B", "subject": "s"}
-    mc = write_jsonl(tmp_path / "mc.jsonl", [mc, {**mc, "id": "b", "answer": 0}])
-    said = [{"id": "a", "response": "It is (B)."}, {"id": "b", "response": "none"}]
-    result = scored("text_mc", mc, write_jsonl(tmp_path / "a.jsonl", said))
-    assert (result["score"], result["unparsed"]) == (50, 1)
-    em = write_jsonl(
-        tmp_path / "em.jsonl", [{"question": "?", "answer": ["The Nile", "nile river"]}]
-    )
-    said = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": "the answer is: the Nile!\nx"}])
-    assert scored("text_em", em, said)["score"] == 100
-    own = [{"question": "?", "answer": 3, "image": "a.png"}]
-    own = write_jsonl(tmp_path / "own.jsonl", own)
-    for reply, cot, right, unparsed in (
-        ("3", False, 100, 0),
-        ("Final answer: 3", False, 0, 1),
-        ("So.\nFinal answer: 3", True, 100, 0),
-        ("3", True, 0, 1),
-    ):
-        said = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": reply}])
-        result = scored("own", own, said, cot=cot)
-        assert (result["score"], result["unparsed"]) == (right, unparsed)
-    gsm = write_jsonl(tmp_path / "g.jsonl", [{"question": "?", "answer": "so\n#### 1,200"}])
-    for reply, right in (("1 + 2 = 1,200.00 $", 100), ("1200 or 12", 0), ("none", 0)):
-        said = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": reply}])
-        assert scored("gsm8k", gsm, said)["score"] == right
+@pytest.mark.parametrize(
+    ("bench", "row", "reply", "cot", "score", "unparsed"),
+    [
+        ("text_mc", {"choices": ["x", "y"], "answer": "B"}, "It is (B).", False, 100, 0),
+        ("text_mc", {"choices": ["x", "y"], "answer": 0}, "none", False, 0, 1),
+        ("text_em", {"answer": ["The Nile", "nile river"]}, "the answer is: the Nile!\nx", False,
+         100, 0),
+        ("own", {"answer": 3, "image": "a.png"}, "3", False, 100, 0),
+        ("own", {"answer": 3, "image": "a.png"}, "Final answer: 3", False, 0, 1),
+        ("own", {"answer": 3, "image": "a.png"}, "So.\nFinal answer: 3", True, 100, 0),
+        ("own", {"answer": 3, "image": "a.png"}, "3", True, 0, 1),
+        ("gsm8k", {"answer": "so\n#### 1,200"}, "1 + 2 = 1,200.00 $", False, 100, 0),
+        ("gsm8k", {"answer": "so\n#### 1,200"}, "1200 or 12", False, 0, 0),
+        ("gsm8k", {"answer": "so\n#### 1,200"}, "none", False, 0, 1),
+        ("gsm8k", {"answer": "#### 9,500"}, "It is $9{,}500$.", False, 100, 0),
+        ("gsm8k", {"answer": "#### 2500"}, "2.5e3", False, 100, 0),
+        ("gsm8k", {"answer": "#### -4"}, "Final answer: −4", True, 100, 0),
+        ("gsm8k", {"answer": "#### 4"}, "Final answer: −4", True, 0, 0),
+    ],
+)  # fmt: skip
+def test_our_own_rules_read_letters_matches_and_last_numbers(
+    bench, row, reply, cot, score, unparsed, tmp_path
+):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"id": 0, "question": "?", **row}])
+    answers = write_jsonl(tmp_path / "answers.jsonl", [{"id": 0, "response": reply}])
+    result = scored(bench, data, answers, cot=cot)
+    assert (result["score"], result["unparsed"]) == (score, unparsed)
 
 
 def test_prompts_are_exactly_the_published_ones():
-    ask = lambda name, item, cot=False: BENCHES[name].ask(item, cot)  # noqa: E731
-    item = {"question": "Which?", "choices": ["a", "b"], "hint": "Look."}
-    question = "Look.\nWhich?\nA. a\nB. b"
-    letter = "Answer with the option's letter from the given choices directly."
     cot = (
         "Your task is to answer the question below. Give step by step reasoning before you "
         "answer, and when you're ready to answer, please use the format "
         '"Final answer: .."\n\nQuestion:\n\n'
     )
-    assert ask("m3cot", item) == f"{question}\n{letter}"
-    assert ask("m3cot", item, True) == cot + question
-    for text in ("Is it?", "Is it?\nAnswer the question using a single word or phrase."):
-        direct = "Is it?\nAnswer the question using a single word or phrase."
-        assert ask("pope", {"text": text}) == direct
-        assert ask("pope", {"text": text}, True) == cot + "Is it?"
-    drawn = {"question": "Q?\n<image1>\n<image2>", "options": list("ABCDE")}
-    assert ask("mathvision", drawn) == "Q?"
-    assert ask("mathvision", {**drawn, "options": ["1", "2"]}, True) == cot + "Q?\nA. 1\nB. 2"
-    assert ask("mmvet", {"question": "Q?"}) == "Q? "
     free = "Your task is to answer the question below. Give step by step reasoning. \n\nQuestion:"
-    assert ask("mmvet", {"question": "Q?"}, True) == f"{free}\n\nQ?"
-    assert ask("llava_bench", {"text": "Q?"}) == "Q? Please give a detailed answer."
+    choices = {"question": "Which?", "choices": ["a", "b"], "hint": "Look."}
+    choices_text = "Look.\nWhich?\nA. a\nB. b"
+    letter = "Answer with the option's letter from the given choices directly."
+    phrase = "Is it?\nAnswer the question using a single word or phrase."
+    drawn = {"question": "Q?\n<image1>\n<image2>", "options": list("ABCDE")}
+    for name, item, is_cot, prompt in (
+        ("m3cot", choices, False, f"{choices_text}\n{letter}"),
+        ("m3cot", choices, True, cot + choices_text),
+        ("pope", {"text": "Is it?"}, False, phrase),
+        ("pope", {"text": phrase}, False, phrase),
+        ("pope", {"text": phrase}, True, cot + "Is it?"),
+        ("mathvision", drawn, False, "Q?"),
+        ("mathvision", {**drawn, "options": ["1", "2"]}, True, cot + "Q?\nA. 1\nB. 2"),
+        ("mmvet", {"question": "Q?"}, False, "Q? "),
+        ("mmvet", {"question": "Q?"}, True, f"{free}\n\nQ?"),
+        ("llava_bench", {"text": "Q?"}, False, "Q? Please give a detailed answer."),
+    ):
+        assert BENCHMARKS[name].question(item, is_cot) == prompt
+
+
+def test_no_reply_makes_a_reader_fail():
+    """Published outputs hold anything: every offline reader returns a verdict, and quickly."""
+    choices = ["a", "b c", "9"]
+    item = {"id": "1", "choices": choices, "options": choices, "gold": "A", "golds": ["a"],
+            "answer": "A", "label": "yes", "correct_option": "A", "text": "Q?\nA. a\nB. b",
+            "precision": 2, "question_type": "free_form", "answer_type": "float"}  # fmt: skip
+    replies = ["", " ", "(", "(A", "\\frac", "\\boxed{", "}{", "=", "is ", "1e999", "nan", "1/0",
+               "٣", "9" * 5000, "(" * 3000, "Answer:", "Final answer:\n", "\x00\ud800", "²", "[1,",
+               "(,)", "option " * 1000, "1e" * 2000]  # fmt: skip
+    for name in ("m3cot", "mathvista", "mathvision", "pope", "crpe", "text_mc", "text_em", "gsm8k"):
+        gold = {**item, "gold": "3"} if name == "gsm8k" else item
+        for kind in ("float", "integer", "list", "text"):
+            row = {**gold, "answer_type": kind}
+            row["question_type"] = "multi_choice" if kind == "text" else "free_form"
+            for mode in BENCHMARKS[name].modes:
+                for text in replies:
+                    for cot in (False, True):
+                        reading = BENCHMARKS[name].read(row, Reply(text, cot), mode)
+                        assert reading.correct in (True, False)
 
 
 # --------------------------------------------------------------------------- input
-
 
 POPE_ROWS = [
     {"question_id": i, "image": f"{i}.jpg", "text": "Is it?", "label": "yes" if i % 2 else "no"}
@@ -410,17 +437,18 @@ POPE_ROWS = [
 
 
 def pope_data(folder: Path) -> Path:
-    for category in bench_eval.POPE:
+    for category in pope.CATEGORIES:
         write_jsonl(folder / f"coco_pope_{category}.json", POPE_ROWS)
     return folder
 
 
-def pope_answers(path: Path) -> Path:
+def pope_answers(path: Path, **reply_to: str) -> Path:
     rows = [
-        {"category": c, "question_id": r["question_id"], "response": r["label"].title()}
-        for c in bench_eval.POPE
+        {"category": c, "question_id": r["question_id"],
+         "response": reply_to.get(r["label"], r["label"].title())}
+        for c in pope.CATEGORIES
         for r in reversed(POPE_ROWS)
-    ]
+    ]  # fmt: skip
     return write_jsonl(path, rows)
 
 
@@ -428,28 +456,37 @@ def test_pope_is_paired_by_key_also_in_llavas_list(tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
     assert scored("pope", data, answers)["score"] == 100
     rows = [
-        {"question_id": n, "category": c, "image": r["image"],
-         "text": r["text"] + bench_eval.PHRASE_SUFFIX}
-        for n, (c, r) in enumerate((c, r) for c in bench_eval.POPE for r in POPE_ROWS)
-    ]  # fmt: skip
+        {"question_id": n, "category": c, "image": r["image"], "text": r["text"] + PHRASE_SUFFIX}
+        for n, (c, r) in enumerate((c, r) for c in pope.CATEGORIES for r in POPE_ROWS)
+    ]
     llava = write_jsonl(tmp_path / "d/llava_pope_test.jsonl", rows)
-    said = [{"question_id": n, "text": "No" if n % 4 % 2 else "Yes"} for n in range(12)]
-    result = scored("pope", llava, write_jsonl(tmp_path / "b.jsonl", said))
+    replies = [{"question_id": n, "text": "No" if n % 4 % 2 else "Yes"} for n in range(12)]
+    result = scored("pope", llava, write_jsonl(tmp_path / "b.jsonl", replies))
     assert result["score"] == 100  # the labels come from the official files beside the list
     assert result["groups"]["category"]["random"]["TP"] == 2
 
 
+@pytest.mark.parametrize("no", ["**No**", "NO", "No!", '"No"', "No\nThere is none.", "It isn't"])
+def test_pope_counts_what_its_word_rule_misreads_and_shows_the_plain_score(no, tmp_path):
+    data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl", no=no)
+    result = scored("pope", data, answers)
+    assert result["score"] == pytest.approx(200 / 3)  # the official score: all are read as yes
+    assert result["unparsed"] == 6
+    assert result["other_extractions"] == {"plain": 100}
+    assert scored("pope", data, answers, extraction="plain")["unparsed"] == 0
+
+
 def test_bad_input_is_named(tmp_path, capsys):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
-    rows = read_jsonl(answers)
-    with pytest.raises(InputError, match="no reply for 2 of 12 items: random/1, random/2"):
-        scored("pope", data, write_jsonl(tmp_path / "b.jsonl", rows[:2] + rows[4:]))
-    with pytest.raises(InputError, match=r"b.jsonl line 13: duplicate id 'random/4'"):
-        scored("pope", data, write_jsonl(tmp_path / "b.jsonl", [*rows, rows[0]]))
-    with pytest.raises(InputError, match="not in the data"):
-        scored("pope", data, write_jsonl(tmp_path / "b.jsonl", [{**rows[0], "question_id": 99}]))
-    with pytest.raises(InputError, match="may be .* needs its 'category'"):
-        scored("pope", data, write_jsonl(tmp_path / "b.jsonl", [{"question_id": 1, "text": "no"}]))
+    rows, other = read_jsonl(answers), tmp_path / "b.jsonl"
+    for changed, message in (
+        (rows[:2] + rows[4:], "no reply for 2 of 12 items: random/1, random/2"),
+        ([*rows, rows[0]], r"b.jsonl line 13: duplicate id 'random/4'"),
+        ([{**rows[0], "question_id": 99}], "not in the data"),
+        ([{"question_id": 1, "text": "no"}], "may be .* needs its 'category'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            scored("pope", data, write_jsonl(other, changed))
     with pytest.raises(InputError, match="not a file of mathvista; it looks like pope"):
         scored("mathvista", data / "coco_pope_random.json", answers)
     with pytest.raises(InputError, match="duplicate ids: random/1"):
@@ -457,55 +494,71 @@ def test_bad_input_is_named(tmp_path, capsys):
         scored("pope", twice, answers)
     with pytest.raises(InputError, match="no mm-vet"):
         scored("mmvet", data, answers)
+    files = ["--data", "d", "--answers", "a"]
     for argv in (
         ["score", "--bench", "pope", "--data", "nowhere", "--answers", "nowhere"],
         ["score", "--bench", "pope"],
-        ["score", "--bench", "pope", "--data", "d", "--answers", "a", "--judgements", "j"],
+        ["score", "--bench", "pope", *files, "--judgements", "j"],
         ["generate", "--bench", "llava_bench", "--cot"],
-        ["score", "--bench", "pope", "--data", "d", "--answers", "a", "--extraction", "magic"],
     ):
-        with pytest.raises(SystemExit) as stop:
-            bench_eval.run(lambda argv=argv: bench_eval.main(argv))
-        assert stop.value.code == 2
-    assert "known: rule" in capsys.readouterr().err
+        error_of(capsys, argv)
+    assert "known: rule" in error_of(
+        capsys, ["score", "--bench", "pope", *files, "--extraction", "magic"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("bench", "row"),
+    [
+        ("pope", {"question_id": 1, "image": "a.jpg", "text": 3, "category": "random"}),
+        ("pope", {"question_id": [1], "image": "a.jpg", "text": "?", "category": "random"}),
+        ("m3cot", {"question": "?", "choices": "ab", "answer": 0, "image": "a.png"}),
+        ("m3cot", {"question": "?", "choices": ["a"], "answer": 7, "image": "a.png"}),
+        ("m3cot", {"question": "?", "choices": ["a"], "answer": 0, "image": None}),
+        ("mathvision", {"question": "?", "options": None, "answer": "A", "level": 1,
+                        "subject": "s"}),
+        ("mmhal", {"question": "?", "gt_answer": "a", "image_content": "dog"}),
+        ("object_halbench", {"image_id": 1, "gt_objects": "dog"}),
+        ("gsm8k", {"question": "?", "answer": "#### x"}),
+        ("text_em", {"question": None, "answer": "a"}),
+    ],
+)  # fmt: skip
+def test_a_row_of_the_wrong_type_ends_in_one_line_that_names_it(bench, row, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", [row])
+    error = error_of(capsys, ["score", "--bench", bench, "--data", data, "--answers", data])
+    assert error.count("\n") == 1 and "data.jsonl line 1" in error
 
 
 MMVET = {
-    f"v1_{i}": {
-        "imagename": f"{i}.png",
-        "question": "Q?",
-        "answer": "a<AND>b",
-        "capability": ["ocr"],
-    }
+    f"v1_{i}": {"imagename": f"{i}.png", "question": "Q?", "answer": "a<AND>b",
+                "capability": ["ocr"]}
     for i in range(3)
-}
+}  # fmt: skip
 
 
 def test_judging_goes_through_files_and_is_incomplete_until_all_ids_are_there(tmp_path):
-    data = tmp_path / "mm-vet.json"
+    data, answers = tmp_path / "mm-vet.json", tmp_path / "model.json"
     data.write_text(json.dumps(MMVET))
-    answers = tmp_path / "model.json"  # the official format of results
-    answers.write_text(json.dumps({name: f"reply {name}" for name in MMVET}))
+    answers.write_text(json.dumps({name: f"reply {name}" for name in MMVET}))  # official format
     (tmp_path / "template.txt").write_text("OFFICIAL")
     flags = {"bench": "mmvet", "data": (data,), "answers": (answers,), "out": tmp_path / "r"}
-    bench_eval.judge(Judge(**flags, judge_template=tmp_path / "template.txt"))
+    evaluation.judge(Judge(**flags, judge_template=tmp_path / "template.txt"))
     requests = read_jsonl(tmp_path / "r/requests.jsonl")
     assert requests[1]["id"] == "v1_1" and requests[1]["max_tokens"] == 3
     assert requests[1]["messages"][0]["content"] == "OFFICIAL\nQ? | a <AND> b | reply v1_1 | "
 
-    said = [
-        {"id": r["id"], "judgement": "0.5", "judge": "gpt-x", "date": "2024-11-20"}
-        for r in requests
-    ]
+    said = [{"id": name, "judgement": "0.5", "judge": "gpt-x", "date": "2024-11-20"}
+            for name in MMVET]  # fmt: skip
     judgements = write_jsonl(tmp_path / "r/judgements.jsonl", said[:2])
-    assert bench_eval.judge(Judge(**flags)) == ["v1_2"]
+    assert evaluation.judge(Judge(**flags)) == ["v1_2"]
     half = scored("mmvet", data, answers, judgements=(judgements,), out=tmp_path / "r")
     assert (half["status"], half["score"], half["partial"]["n"]) == ("incomplete", None, 2)
     assert half["missing_judgements"] == ["v1_2"]
-    assert "incomplete" in bench_eval.report(Report(dir=(tmp_path / "r",), out=tmp_path / "rep"))
+    assert "incomplete" in evaluation.report(Report(dir=(tmp_path / "r",), out=tmp_path / "rep"))
     write_jsonl(judgements, said)
-    whole = scored("mmvet", data, answers, judgements=(judgements,))
-    assert (whole["score"], whole["judge"], whole["judge_date"]) == (50, "gpt-x", "2024-11-20")
+    complete = scored("mmvet", data, answers, judgements=(judgements,))
+    assert (complete["score"], complete["judge"]) == (50, "gpt-x")
+    assert complete["judge_date"] == "2024-11-20"
     nothing = scored("mmvet", data, answers)
     assert nothing["score"] is None and len(nothing["missing_judgements"]) == 3
     write_jsonl(judgements, [*said, {"id": "v1_9", "judgement": "1.0"}])
@@ -515,9 +568,9 @@ def test_judging_goes_through_files_and_is_incomplete_until_all_ids_are_there(tm
 
 def test_scoring_never_imports_torch(tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
+    flags = ["score", "--bench", "pope", "--data", str(data), "--answers", str(answers)]
     code = (
-        "import sys, eval\n"
-        f"eval.main(['score','--bench','pope','--data',{str(data)!r},'--answers',{str(answers)!r}])\n"
+        f"import sys, eval\neval.main({flags!r})\n"
         "assert not {'torch', 'matplotlib', 'PIL', 'numpy'} & set(sys.modules)\n"
     )
     done = subprocess.run(
@@ -531,94 +584,76 @@ def test_scoring_never_imports_torch(tmp_path):
 
 # --------------------------------------------------------------------------- generate
 
-FAKE = '''
-import os
-from dataclasses import dataclass
 
 @dataclass
-class Prompt:
-    id: str
-    question: str
-    images: tuple = ()
-    history: tuple = ()
-    prefix: str = ""
-    max_tiles: int = 12
-    num_samples: int = 1
-    samples: tuple | None = None
-    max_new_tokens: int | None = None
+class StandIn:
+    """Answers without a model, in pairs, the later prompt first: a batch that ends out of order."""
 
-@dataclass
-class Sample:
-    prompt_id: str
-    sample: int
-    text: str
-    finish_reason: str
-    num_tokens: int
-    prompt_tokens: int = 1
-    image_tokens: int = 256
-    logp: float = 0.0
+    stops_after: int = -1
+    loads: int = 0
+    swapped: bool = False  # answers yes for no
 
-class Generator:
-    loads = 0
-    @classmethod
-    def load(cls, model_dir, device=None, dtype=None, temperature=0.0, max_new_tokens=1024, **more):
-        cls.loads += 1
+    def load(self, model_dir: Path, temperature: float, max_new_tokens: int) -> "StandIn":
         assert temperature == 0.0
-        return cls()
+        self.loads += 1
+        self.swapped = b"other" in (model_dir / "model.safetensors").read_bytes()
+        return self
 
     def run(self, prompts):
-        """Replies in pairs, the later prompt first, as a batch that finishes out of order."""
-        left, held = int(os.environ.get("DIES_AFTER", "-1")), []
-        for prompt in list(prompts):
-            held.append(prompt)
-            while len(held) > 1:
-                yield self.answer(held.pop(), prompt)
-                left -= 1
-                if left == 0:
-                    os._exit(9)
-        while held:
-            yield self.answer(held.pop(), None)
+        prompts, number = list(prompts), 0
+        for first in range(0, len(prompts), 2):
+            for prompt in reversed(prompts[first : first + 2]):
+                yield self.answer(prompt)
+                number += 1
+                if number == self.stops_after:
+                    raise KeyboardInterrupt
 
-    def answer(self, prompt, _):
+    def answer(self, prompt):
         assert len(prompt.images) == 1 and prompt.images[0].is_file() and prompt.max_tiles == 6
-        cot = "Final answer" in prompt.question
-        number = int(prompt.images[0].stem)
-        word = "Yes" if number % 2 or (number == 4 and not cot) else "No"
-        text = f"I look \\u00e9. Final answer: {word}" if cot else f" {word} "
-        return Sample(prompt.id, 0, text, "stop", len(text))
-'''
+        cot, number = "Final answer" in prompt.question, int(prompt.images[0].stem)
+        yes = (number % 2 == 1 or (number == 4 and not cot)) != self.swapped
+        word = "Yes" if yes else "No"
+        text = f"I look \u00e9. Final answer: {word}" if cot else f" {word} "
+        return generation.Sample(prompt.id, 0, text, "stop", len(text), 1, 256, 0.0)
+
+
+def write_model(folder: Path, content: bytes = b"weights 1") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def generator(monkeypatch):
+    stand_in = StandIn()
+    monkeypatch.setattr(generation.Generator, "load", stand_in.load)
+    return stand_in
+
+
+@pytest.fixture
+def world(tmp_path, generator):
     """Questions with images, a model folder, and a generator that needs no model."""
     data = pope_data(tmp_path / "data")
     for row in POPE_ROWS:
         (data / row["image"]).write_bytes(b"not opened here")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake/generate.py").write_text(FAKE)
-    spec = importlib.util.spec_from_file_location("generate", tmp_path / "fake/generate.py")
-    fake = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "generate", fake)
-    spec.loader.exec_module(fake)
+    write_model(tmp_path / "model")
     return tmp_path
 
 
-def asked(world: Path, out: str, **more) -> Generate:
-    return Generate(bench="pope", data=(world / "data",), model_dir=world / "model",
-                    out=world / out, **more)  # fmt: skip
+def asked(world: Path, out: str | None, **more) -> Generate:
+    given = {"model_dir": world / "model", "out": world / out if out else None, **more}
+    return Generate(bench="pope", data=(world / "data",), **given)
 
 
 def as_rank(monkeypatch, rank: int, size: int, cfg: Generate) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    bench_eval.generate(cfg)
+    evaluation.generate(cfg)
 
 
 def test_one_and_two_processes_write_the_same_answers(world, monkeypatch):
-    bench_eval.generate(asked(world, "one"))
+    evaluation.generate(asked(world, "one"))
     as_rank(monkeypatch, 1, 2, asked(world, "two"))
     assert not (world / "two/answers.jsonl").exists()  # the other half is not there yet
     as_rank(monkeypatch, 0, 2, asked(world, "two"))
@@ -627,147 +662,144 @@ def test_one_and_two_processes_write_the_same_answers(world, monkeypatch):
     rows = read_jsonl(world / "one/answers.jsonl")
     assert [row["id"] for row in rows[:2]] == ["adversarial/1", "adversarial/2"]  # file order
     assert rows[0]["response"] == "Yes" and rows[0]["finish_reason"] == "stop"
-    assert sorted(p.name for p in (world / "two").glob("answers.*-of-*")) == [
-        "answers.0-of-2.jsonl", "answers.1-of-2.jsonl",
-    ]  # fmt: skip
+    parts = sorted(p.name for p in (world / "two").glob("answers.*-of-*"))
+    assert parts == ["answers.0-of-2.jsonl", "answers.1-of-2.jsonl"]
 
 
-def test_a_killed_run_resumes_with_any_number_of_processes(world, monkeypatch):
-    bench_eval.generate(asked(world, "one", cot=True))
-    command = [sys.executable, str(ROOT / "eval.py"), "generate", "--bench", "pope", "--cot",
-               "--data", str(world / "data"), "--model_dir", str(world / "model"),
-               "--out", str(world / "killed")]  # fmt: skip
-    # the fake stands before the repository's own generate.py on the path
-    start = (
-        f"import sys; sys.path[:0] = [{str(world / 'fake')!r}, {str(ROOT)!r}]; import eval; "
-        f"eval.main({command[2:]!r})"
-    )
-    for rank, after in ((0, 3), (1, 2)):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "DIES_AFTER": str(after)}
-        run = subprocess.run([sys.executable, "-c", start], env=env, capture_output=True, text=True)
-        assert run.returncode == 9, run.stderr
-    part = world / "killed/answers.0-of-2.jsonl"
+def test_a_stopped_run_resumes_with_any_number_of_processes(world, monkeypatch, generator):
+    evaluation.generate(asked(world, "one", cot=True))
+    for rank, generator.stops_after in ((0, 3), (1, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            as_rank(monkeypatch, rank, 2, asked(world, "stopped", cot=True))
+    part = world / "stopped/answers.0-of-2.jsonl"
     part.write_bytes(part.read_bytes()[:-9])  # a torn last line
-    assert len(read_jsonl(world / "killed/answers.1-of-2.jsonl")) == 2
+    assert len(read_jsonl(world / "stopped/answers.1-of-2.jsonl")) == 2
+    generator.stops_after = -1
     for rank in range(3):  # another number of processes than before
-        as_rank(monkeypatch, rank, 3, asked(world, "killed", cot=True))
+        as_rank(monkeypatch, rank, 3, asked(world, "stopped", cot=True))
     one = (world / "one/answers.jsonl").read_bytes()
-    assert (world / "killed/answers.jsonl").read_bytes() == one
-    fake = sys.modules["generate"].Generator
-    loads = fake.loads
-    as_rank(monkeypatch, 0, 1, asked(world, "killed", cot=True))
-    assert fake.loads == loads  # nothing left to do: no model is loaded
+    assert (world / "stopped/answers.jsonl").read_bytes() == one
+    loads = generator.loads
+    as_rank(monkeypatch, 0, 1, asked(world, "stopped", cot=True))
+    assert generator.loads == loads  # nothing left to do: no model is loaded
 
 
-def test_other_settings_in_a_folder_are_refused(world):
-    bench_eval.generate(asked(world, "one"))
-    with pytest.raises(InputError, match="setting 'Direct', not 'CoT'"):
-        bench_eval.generate(asked(world, "one", cot=True))
-    with pytest.raises(InputError, match="max_tiles 6, not 12"):
-        bench_eval.generate(asked(world, "one", max_tiles=12))
+def test_other_settings_in_a_folder_are_refused_by_name(world):
+    evaluation.generate(asked(world, "one"))
+    for key, changes in (("setting", {"cot": True}), ("max_tiles", {"max_tiles": 12})):
+        with pytest.raises(InputError, match=f"{key} .*use another --out"):
+            evaluation.generate(asked(world, "one", **changes))
     (world / "model/config.json").write_text('{"other": 1}')
     with pytest.raises(InputError, match="weights"):
-        bench_eval.generate(asked(world, "one"))
+        evaluation.generate(asked(world, "one"))
 
 
-def test_all_missing_images_are_listed_before_any_model_is_loaded(world):
+def test_two_models_of_one_shape_and_name_never_share_answers(world, monkeypatch, capsys):
+    """Weights are told apart by their content: names, sizes and folder names are equal here."""
+    monkeypatch.chdir(world)
+    first = write_model(world / "sft/model", b"weights of one ")
+    second = write_model(world / "mpo/model", b"weights, other ")
+    outs = [evaluation.generate(asked(world, None, model_dir=m)) for m in (first, second)]
+    assert outs[0] != outs[1] and all(out.is_relative_to("results") for out in outs)
+    replies = [[row["response"] for row in read_jsonl(out / "answers.jsonl")] for out in outs]
+    assert replies[0][0] == "Yes" and replies[1][0] == "No"
+    with pytest.raises(InputError, match="weights .*use another --out"):
+        evaluation.generate(asked(world, str(outs[0]), model_dir=second))
+    (first / "model.safetensors").write_bytes(b"other, retrained"[:15])  # in place, equal size
+    assert evaluation.generate(asked(world, None, model_dir=first)) not in outs
+    scores = [scored("pope", world / "data", out) for out in outs]
+    assert scores[0]["weights"] != scores[1]["weights"]
+    evaluation.main(["report", *map(str, outs), "--out", "report"])
+    names = [f"model@{score['weights'][:8]}" for score in scores]
+    assert list(json.loads(Path("report/report.json").read_text())["ours"]) == names
+    assert all(f"{name} Direct" in capsys.readouterr().out for name in names[:1])
+
+
+def test_mmhal_with_chain_of_thought_has_the_official_1024_new_tokens(tmp_path, generator):
+    (tmp_path / "1.jpg").write_bytes(b"not opened here")
+    row = {"question": "Q?", "gt_answer": "a", "image_content": [], "image": "1.jpg"}
+    data = write_jsonl(tmp_path / "mmhal.jsonl", [row])
+    model = write_model(tmp_path / "model")
+    for cot in (False, True):
+        out = tmp_path / f"out-{cot}"
+        evaluation.generate(Generate("mmhal", (data,), cot=cot, model_dir=model, out=out))
+        assert json.loads((out / "run.json").read_text())["max_new_tokens"] == 1024
+    assert BENCHMARKS["pope"].cot_tokens == 4096
+
+
+def test_all_missing_images_are_listed_before_any_model_is_loaded(world, generator):
     (world / "data/2.jpg").unlink()
     (world / "data/3.jpg").unlink()
     with pytest.raises(InputError, match="6 of 12 images") as error:
-        bench_eval.generate(asked(world, "one"))
+        evaluation.generate(asked(world, "one"))
     assert "random/2" in str(error.value) and "adversarial/3" in str(error.value)
-    assert sys.modules["generate"].Generator.loads == 0
+    assert generator.loads == 0
 
 
 def test_images_stay_in_their_folder_and_may_stand_in_the_file_itself(world):
     outside = write_jsonl(world / "data/x_random.json", [{**POPE_ROWS[0], "image": "../model"}])
     with pytest.raises(InputError, match="leaves"):
-        bench_eval.generate(
-            Generate("pope", (outside,), model_dir=world / "model", out=world / "o")
-        )
+        cfg = Generate("pope", (outside,), model_dir=world / "model", out=world / "o")
+        evaluation.generate(cfg)
     picture = base64.b64encode(b"a picture" * 200).decode()
     row = {"question": "Q?", "gt_answer": "a", "image_content": [], "image": picture}
-    items = bench_eval.load_items(BENCHES["mmhal"], (write_jsonl(world / "m.jsonl", [row]),))
-    (path,) = bench_eval.image_paths(BENCHES["mmhal"], items, "", world / "o")
+    data = write_jsonl(world / "m.jsonl", [row])
+    items = Generate("mmhal", (data,), model_dir=world / "model").items()
+    (path,) = evaluation.image_paths(BENCHMARKS["mmhal"], items, None, world / "o")
     assert path.read_bytes() == b"a picture" * 200
 
 
-def test_no_reply_makes_a_reader_fail():
-    """Published outputs hold anything: every offline reader returns a verdict, and quickly."""
-    choices = ["a", "b c", "9"]
-    item = {"id": "1", "choices": choices, "options": choices, "gold": "A", "golds": ["a"],
-            "answer": "A", "label": "yes", "correct_option": "A", "text": "Q?\nA. a\nB. b",
-            "precision": 2, "question_type": "free_form", "answer_type": "float"}  # fmt: skip
-    replies = [
-        "",
-        " ",
-        "(",
-        "(A",
-        "\\frac",
-        "\\boxed{",
-        "}{",
-        "=",
-        "is ",
-        "1e999",
-        "nan",
-        "1/0",
-        "٣",
-    ]
-    replies += [
-        "9" * 5000,
-        "(" * 3000,
-        "Answer:",
-        "Final answer:\n",
-        "\x00\ud800",
-        "²",
-        "[1,",
-        "(,)",
-    ]
-    for name in ("m3cot", "mathvista", "mathvision", "pope", "crpe", "text_mc", "text_em", "gsm8k"):
-        gold = {**item, "gold": "3"} if name == "gsm8k" else item
-        for mode in BENCHES[name].modes:
-            for reply in replies:
-                for kind in ("float", "integer", "list", "text"):
-                    both = {"answer_type": kind, "question_type": "multi_choice"}
-                    row = gold | (both if kind == "text" else {"answer_type": kind})
-                    for cot in (False, True):
-                        reading = BENCHES[name].read(row, reply, None, How(mode, cot))
-                        assert reading.correct in (True, False)
-
-
-def test_direct_cot_and_their_difference_are_reported_side_by_side(world, capsys):
-    for cot in (False, True):
-        out = asked(world, f"pope-{cot}", cot=cot).out
-        bench_eval.generate(asked(world, f"pope-{cot}", cot=cot))
-        flags = ["--bench", "pope", "--data", str(world / "data"), "--answers", str(out)]
-        bench_eval.main(["score", *flags])
-    capsys.readouterr()
-    folders = [str(world / "pope-False"), str(world / "pope-True")]
-    bench_eval.main(["report", *folders, "--out", str(world / "report")])
-    text = capsys.readouterr().out
-    assert text == (world / "report/report.txt").read_text()
-    whole = json.loads((world / "report/report.json").read_text())
-    pope = whole["ours"]["model"]["pope"]
-    assert pope == {"Direct": pytest.approx(80), "CoT": 100, "difference": pytest.approx(20)}
-    assert whole["scores"][1]["without_final_answer"] == 0
-    for line in text.splitlines():
-        if line.startswith("model CoT - Direct"):
-            assert "+20.0" in line
-    assert "paper InternVL2-8B-MPO" in text and "79.2" in text
-    assert (world / "report/report.png").stat().st_size > 5000
-    with pytest.raises(InputError, match="both hold model pope Direct"):
-        bench_eval.report(Report(dir=(Path(folders[0]), Path(folders[0])), out=world / "report"))
-
-
 def test_replies_of_the_wrong_setting_or_benchmark_are_refused(world):
-    bench_eval.generate(asked(world, "one"))
+    evaluation.generate(asked(world, "one"))
     with pytest.raises(InputError, match="run.json beside the answers says Direct"):
         scored("pope", world / "data", world / "one", cot=True)
     with pytest.raises(InputError, match="to pope, not to crpe"):
         scored("crpe", world / "data", world / "one")
 
 
-def test_the_flag_and_the_table_name_the_same_benchmarks():
-    assert tuple(BENCHES) == bench_eval.BenchName.__args__
-    for b in BENCHES.values():
-        assert set(b.judged) <= set(b.modes) and (b.judge is not None) == bool(b.judged)
+# --------------------------------------------------------------------------- report
+
+
+def test_direct_cot_and_their_difference_are_reported_side_by_side(world, capsys):
+    folders = []
+    for cot in (False, True):
+        out = evaluation.generate(asked(world, f"pope-{cot}", cot=cot))
+        flags = ["--bench", "pope", "--data", str(world / "data"), "--answers", str(out)]
+        evaluation.main(["score", *flags])
+        folders.append(str(out))
+    capsys.readouterr()
+    evaluation.main(["report", *folders, "--out", str(world / "report")])
+    text = capsys.readouterr().out
+    assert text == (world / "report/report.txt").read_text()
+    report = json.loads((world / "report/report.json").read_text())
+    expected = {"Direct": pytest.approx(80), "CoT": 100, "difference": pytest.approx(20)}
+    assert report["ours"]["model"]["pope"] == expected
+    assert report["scores"][1]["without_final_answer"] == 0
+    (line,) = [line for line in text.splitlines() if line.startswith("model CoT - Direct")]
+    assert "+20.0" in line and "paper InternVL2-8B-MPO" in text and "79.2" in text
+    assert (world / "report/report.png").stat().st_size > 5000
+    with pytest.raises(InputError, match="both hold model pope Direct"):
+        evaluation.report(Report(dir=(Path(folders[0]),) * 2, out=world / "report"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "3", "{}", '{"model": 3}', {"score": "high"}, {"score": None}, {"notes": None},
+     {"missing_judgements": [3]}, {"setting": "direct"}, {"n": 1.5}, {"judge": ["x"]},
+     {"model": None}, {"weights": 7}, {"standard_error": None}],
+)  # fmt: skip
+def test_a_malformed_score_ends_in_one_line(content, tmp_path, capsys):
+    data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
+    score = scored("pope", data, answers)
+    text = content if isinstance(content, str) else json.dumps({**score, **content})
+    (tmp_path / "score.json").write_text(text)
+    error = error_of(capsys, ["report", tmp_path, "--out", tmp_path / "report"])
+    assert error.count("\n") == 1 and "score.json" in error
+    assert not (tmp_path / "report").exists()
+
+
+def test_every_benchmark_of_the_table_is_complete():
+    assert len(BENCHMARKS) == 14
+    for bench in BENCHMARKS.values():
+        assert bench.judge is None or bench.judge.mode in bench.modes
+        assert bench.judge is not None or "judge" not in bench.modes

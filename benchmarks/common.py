@@ -1,0 +1,185 @@
+"""What every benchmark is made of: its descriptor, the paper's prompts, readings and averages.
+
+Each file of this folder says for one benchmark how a row of the official file becomes an item, what
+is asked, how a reply is read and what is averaged, and ends with its `Benchmark`.  The verbs that
+work on any of them stand in eval.py.  Prompts and `final_answer` are those of
+OpenGVLab/InternVL, internvl_chat/eval @2410d1db.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.answers import PROMPTS as COT_PROMPTS
+from runtime import InputError
+
+PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
+COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
+COT_TOKENS = 4096
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+PHRASE_SUFFIX = COT_PROMPTS["direct"].removeprefix("{question}")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+Item = dict[str, Any]  # a row of the official file, with our "id" (text, unique)
+
+
+def wrapped(question: str, cot: bool, suffix: str = "") -> str:
+    """Direct: the question and its answer-format sentence; CoT: the question in the CoT text."""
+    question = question.removesuffix(suffix)
+    return COT + question.strip() if cot else question + suffix
+
+
+# --------------------------------------------------------------------------- replies
+
+FINAL = re.compile(r"(Final answer:|Answer:)\s*(.*)", re.IGNORECASE)
+
+
+def final_answer(reply: str) -> str:
+    """InternVL's extract_answer: after the FIRST marker to the end of the line, or everything."""
+    match = FINAL.search(reply)
+    return match[2].strip() if match else reply
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model answered, and what a judge said about it."""
+
+    text: str
+    cot: bool = False
+    judgement: Any = None  # text, or the numbers that an official file holds
+
+    @property
+    def final(self) -> str:
+        return final_answer(self.text) if self.cot else self.text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reply, read and compared."""
+
+    prediction: Any  # what was read: a letter, a number, a list of objects, a judge's rating
+    correct: bool = False
+    parsed: bool = True  # False: the rule found nothing to read and fell back to its last resort
+
+
+Readings = list[tuple[Item, Reading]]
+
+_MINUS = str.maketrans("−–‒﹣－", "-----")  # noqa: RUF001
+_GROUPING = re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_NUMBER = re.compile(
+    r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d+(?!\w)|\s*(?:\\times|\\cdot|[x×*·])\s*10\^\{?-?\d+)?"
+)
+
+
+def plain_minus(text: str) -> str:
+    """The dashes that stand for a minus as a hyphen."""
+    return text.translate(_MINUS)
+
+
+def last_number(text: str) -> str:
+    r"""The last number written, as `float` takes it; "" without one.
+
+    Thousands may be grouped by commas, `{,}`, `\,` or narrow blanks; a power of ten may follow.
+    """
+    text = _GROUPING.sub(",", plain_minus(text).replace("\\!", ""))
+    if not (numbers := _NUMBER.findall(text)):
+        return ""
+    return re.sub(r"\s*(?:\\times|\\cdot|[x×*·])\s*10\^\{?", "e", numbers[-1].replace(",", ""))
+
+
+def in_range(item: Item, numbers: Any, low: float, high: float) -> list[float]:
+    """Numbers that a judge's file holds, or an error that names the item."""
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    if not numbers or not all(isinstance(x, int | float) and low <= x <= high for x in numbers):
+        raise InputError(f"{item['id']}: judgement {numbers} out of range {low:g} to {high:g}")
+    return [float(x) for x in numbers]
+
+
+# --------------------------------------------------------------------------- averages
+
+
+def share(readings: Readings) -> dict:
+    """Accuracy x100 with its standard error sqrt(p (1 - p) / n)."""
+    return proportion(sum(r.correct for _, r in readings), len(readings))
+
+
+def proportion(count: int, n: int) -> dict:
+    p = count / max(n, 1)
+    error = 100 * math.sqrt(p * (1 - p) / max(n, 1))
+    return {"score": 100 * count / max(n, 1), "standard_error": error, "n": n, "correct": count}
+
+
+def mean(values: list[float]) -> dict:
+    n = len(values)
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    return {"score": statistics.fmean(values), "standard_error": error, "n": n}
+
+
+def mean_of_groups(names: tuple[str, ...], pooled_as: str) -> Callable:
+    """Headline = plain mean of the scores of some categories, as far as they are in the data."""
+
+    def headline(readings: Readings, groups: dict, summary: Callable) -> dict:
+        chosen = [groups["category"][name] for name in names if name in groups["category"]]
+        if not chosen:  # CRPE's existence file alone
+            return summary(readings)
+        inside = [(i, r) for i, r in readings if i["category"] in names]
+        error = math.sqrt(sum(g["standard_error"] ** 2 for g in chosen)) / len(chosen)
+        return {"score": statistics.fmean(g["score"] for g in chosen), "standard_error": error,
+                "n": sum(g["n"] for g in chosen), pooled_as: summary(inside)["score"],
+                "accuracy_of_single_replies": share(inside)["score"]}  # fmt: skip
+
+    return headline
+
+
+# --------------------------------------------------------------------------- the descriptor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a judge is asked; what it said is read by `Benchmark.read` in this mode.
+
+    Templates are our own words: for figures that compare with published ones pass the official
+    template with --judge_template.
+    """
+
+    messages: Callable[[Item, Reply, str], list[dict]]  # the template is the last argument
+    template: str
+    max_tokens: int
+    temperature: float = 0.0
+    mode: str = "judge"
+    settled: Callable[[Item, str], bool] = lambda item, reply: False  # no judgement needed
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything that is particular to one benchmark."""
+
+    name: str
+    files: tuple[str, ...]  # official names, looked for in a folder
+    fields: dict[str, Any]  # a row's keys and their types; `a|b` is either, `T | None` optional
+    question: Callable[[Item, bool], str]
+    new_tokens: int  # Direct
+    read: Callable[[Item, Reply, str], Reading]  # the mode is the last argument
+    metric: str = "accuracy"
+    n_expected: int = 0  # 0: not fixed
+    split: str = "test"
+    cot_tokens: int = COT_TOKENS  # 0: no chain-of-thought setting
+    item: Callable[[Item], Any] = lambda row: None  # completes a row in place
+    summary: Callable[[Readings], dict] = share  # of all items and of each group
+    headline: Callable | None = None  # where the score is not the summary of all items
+    groups: tuple[str, ...] = ()  # keys of an item: a score for each of their values
+    modes: tuple[str, ...] = ("rule",)  # ways to read a reply; the first is the default
+    judge: Judge | None = None
+    categories: tuple[str, ...] = ()  # a file with one of these in its name is of that category
+    ordered: bool = False  # official files carry no ids: their order is the id
+    ids_file: str = ""  # names the items of this split where the file holds more
+    image: bool = True
+    judgements_suffice: bool = False  # official reviews hold all that is averaged
+    notes: Callable[[list[Item], str, bool], list[str]] = lambda items, mode, cot: []
+
+    def is_judged(self, mode: str) -> bool:
+        return self.judge is not None and mode == self.judge.mode

@@ -1,0 +1,217 @@
+"""Official files of questions, replies and judgements, as rows that are paired by id.
+
+Replies of any model in the official output formats can be scored: a row is about the item whose id
+it has under one of the official names, never about the one at its place in the file.
+"""
+
+import contextlib
+import datetime
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Benchmark, Item
+from runtime import InputError, fits, read_jsonl
+
+ID_KEYS = ("id", "pid", "question_id", "image_id", "index", "image_path")
+# the raw reply first: official files may also hold the read answer, the question or the gold
+REPLY_KEYS = tuple(
+    "response answer_orig model_answer caption messages prediction text answer".split()
+)
+JUDGEMENT_KEYS = tuple("tuple score judgement content review text".split())
+
+
+def listed(names: Iterable[Any], most: int = 8) -> str:
+    """Names for an error message: the first few, and how many there are."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def near(folder: Path, name: str) -> list[Path]:
+    """The files of that name in a folder and one level below it."""
+    return [*sorted(folder.glob(name)), *sorted(folder.glob(f"*/{name}"))]
+
+
+def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
+    """The rows of a .json or .jsonl file, each with its file and where it stands ("_source").
+
+    An object of objects gives rows with "id".  Rows without a category take the one of
+    `categories` that the file's name holds.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    try:
+        # POPE's question files are one object a line despite their name, so both are tried
+        content = json.loads(path.read_bytes()) if path.suffix == ".json" else None
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and isinstance(content.get("imgToEval"), dict):
+        content = list(content["imgToEval"].values())  # CHAIR's caption files
+    if isinstance(content, dict) and all(isinstance(v, dict | str) for v in content.values()):
+        named = [(f"key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
+                 for k, v in content.items()]  # fmt: skip
+    elif isinstance(content, list):  # MMHal's judge files are lists of texts
+        named = [(f"entry {i}", v if isinstance(v, dict) else {"index": i, "text": v})
+                 for i, v in enumerate(content)]  # fmt: skip
+    else:
+        named = [(f"line {number}", row) for number, row in read_jsonl(path)]
+    category = next((c for c in categories if c in path.name), None)
+    for name, row in named:
+        row |= {"_file": path, "_source": f"{path} {name}"}
+        if category and not row.get("category"):
+            row["category"] = category
+    return [row for _, row in named]
+
+
+def raw_id(row: dict) -> Any:
+    """The id of a row under whichever of the official names it has; None without one."""
+    return next((row[k] for k in ID_KEYS if row.get(k) is not None), None)
+
+
+# --------------------------------------------------------------------------- questions
+
+
+def load_items(
+    bench: Benchmark, given: tuple[Path, ...], ids: Path | None, table: Iterable[Benchmark] = ()
+) -> list[Item]:
+    """The items in file order, ids unique; those that `ids` leaves out are marked "_left_out".
+
+    `table`: the benchmarks that a row of the wrong one is compared with, for the error.
+    """
+    items = [
+        read_item(bench, row, index, table)
+        for path in find_data(bench, given)
+        for index, row in enumerate(read_rows(path, bench.categories))
+    ]
+    if not items:
+        raise InputError(f"no items in {listed(given)}")
+    if repeated := [k for k, n in Counter(item["id"] for item in items).items() if n > 1]:
+        raise InputError(f"{listed(given)}: duplicate ids: {listed(repeated)}")
+    if ids is None and bench.ids_file and len(items) > bench.n_expected:
+        ids = items[0]["_file"].parent / bench.ids_file
+    if ids is not None:
+        if not ids.is_file():
+            raise InputError(f"no file {ids}: pass --ids a file with the ids of {bench.name}")
+        wanted = set(ids.read_text().split())
+        if unknown := wanted - {item["id"] for item in items}:
+            raise InputError(f"{ids}: ids that the data lacks: {listed(sorted(unknown))}")
+        for item in items:
+            item["_left_out"] = item["id"] not in wanted
+    return items
+
+
+def find_data(bench: Benchmark, given: tuple[Path, ...]) -> list[Path]:
+    """The question files: as given, or found in a given folder by their official names."""
+    files: list[Path] = []
+    for path in given:
+        matches = [sorted(path.glob(name)) for name in bench.files if path.is_dir()]
+        if path.is_dir() and not any(matches):
+            raise InputError(f"no {' or '.join(bench.files)} in {path}: name the file of it")
+        files += next(filter(None, matches), [path])
+    return files
+
+
+def read_item(bench: Benchmark, row: dict, index: int, table: Iterable[Benchmark]) -> Item:
+    """A row of an official file, checked and completed in place."""
+    if problem := wrong_field(bench.fields, row):
+        like = [b for b in table if not wrong_field(b.fields, row)]
+        best = max(like, key=lambda b: len(b.fields), default=None)
+        hint = f"; it looks like {best.name}" if best else ""
+        raise InputError(f"{row['_source']}: {problem}: not a file of {bench.name}{hint}")
+    row["_index"] = index
+    row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
+    try:
+        bench.item(row)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{row['_source']}: not a row of {bench.name}: {error!r}") from None
+    return row
+
+
+def wrong_field(fields: dict[str, Any], row: dict) -> str | None:
+    """What is wrong with the first field that a row lacks, or that has another type."""
+    for names, kind in fields.items():
+        name = next((n for n in names.split("|") if n in row), None)
+        if name is None and not fits(None, kind):
+            return f"no {names!r}"
+        if name is not None and not fits(row[name], kind):
+            wanted = getattr(kind, "__name__", None) or str(kind)
+            return f"{name!r} must be {wanted}, got {row[name]!r:.80}"
+    return None
+
+
+# --------------------------------------------------------------------------- what is about them
+
+
+def rows_by_id(
+    bench: Benchmark, items: list[Item], files: Iterable[Path], kind: str
+) -> dict[str, dict]:
+    """id -> the one row of `files` that is about this item; kind: for errors."""
+    known: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        for name in (item["id"], *item.get("aliases", ())):
+            known[str(name)].add(item["id"])
+    rows: dict[str, dict] = {}
+    for order, row in (pair for f in files for pair in enumerate(read_rows(f, bench.categories))):
+        key, source = raw_id(row), row["_source"]
+        if bench.ordered:  # a chat API's raw answer has an id of its own
+            key = order if "choices" in row else row.get("id", row.get("index", order))
+        if key is None:
+            raise InputError(f"{source}: no id ({', '.join(ID_KEYS)})")
+        names = [f"{row['category']}/{key}"] if row.get("category") else []
+        ids = next((ids for n in (*names, str(key)) if (ids := known.get(n))), set())
+        if len(ids) != 1:
+            problem = "is not in the data: another benchmark's file?"
+            if len(ids) > 1 and not names:
+                problem = f"may be {listed(sorted(ids))}: the row needs its 'category'"
+            raise InputError(f"{source}: id {key!r} {problem}")
+        (name,) = ids
+        if name in rows:
+            raise InputError(f"{source}: duplicate id {name!r} in the {kind}")
+        rows[name] = row
+    return rows
+
+
+def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -> dict[str, dict]:
+    """id -> row with "reply", from our answers.jsonl or the official output formats."""
+    files = [path / "answers.jsonl" if path.is_dir() else path for path in given]
+    for folder, path in zip(given, files):
+        if folder != path and not path.exists():
+            raise InputError(f"no {path}: `generate` writes it when every item is answered")
+    replies = rows_by_id(bench, items, files, "answers")
+    for row in replies.values():
+        key = next((k for k in REPLY_KEYS if k in row), None)
+        if key is None:
+            raise InputError(
+                f"{row['_source']}: no reply; one of {', '.join(REPLY_KEYS)} is needed"
+            )
+        reply = row[key]
+        if isinstance(reply, list) and reply:  # the turns of M3CoT's own outputs
+            reply = reply[-1].get("content") if isinstance(reply[-1], dict) else reply[-1]
+        row["reply"] = "" if reply is None else str(reply)
+    missing = [i["id"] for i in items if not i.get("_left_out") and i["id"] not in replies]
+    if given and missing:
+        raise InputError(f"no reply for {len(missing)} of {len(items)} items: {listed(missing)}")
+    return replies
+
+
+def load_judgements(
+    bench: Benchmark, items: list[Item], files: Iterable[Path], judge: str
+) -> dict[str, dict]:
+    """id -> row with "judgement" (text, or an official file's numbers), "judge" and "date"."""
+    judgements = rows_by_id(bench, items, files, "judgements")
+    for row in judgements.values():
+        content = next((row[k] for k in JUDGEMENT_KEYS if k in row), None)
+        if content is None and "choices" in row:  # a chat API's raw answer
+            with contextlib.suppress(KeyError, TypeError, IndexError):
+                content = row["choices"][0]["message"]["content"]
+        if content is None:
+            raise InputError(f"{row['_source']}: no judgement; expected 'judgement' with a text")
+        written = datetime.datetime.fromtimestamp(row["_file"].stat().st_mtime, datetime.UTC)
+        row["judge"] = str(row.get("judge") or row.get("reviewer_id") or judge or "not named")
+        row["date"] = str(row.get("date") or f"{written:%Y-%m-%d}")
+        row["judgement"] = content
+    return judgements

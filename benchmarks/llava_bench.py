@@ -1,0 +1,72 @@
+"""LLaVA-Bench in the wild: a judge compares with GPT-4 (haotian-liu/LLaVA, llava/eval)."""
+
+import statistics
+
+from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
+from benchmarks.files import raw_id, read_rows, wrong_field
+from runtime import InputError, parse_json
+
+
+def read(item: Item, reply: Reply, mode: str) -> Reading:
+    """(reference, ours): exactly two numbers in the first line, else (-1, -1), averaged in."""
+    pair = reply.judgement
+    if isinstance(pair, str):
+        try:
+            pair = [float(x) for x in pair.split("\n")[0].replace(",", " ").split(" ")]
+        except ValueError:
+            pair = []
+        pair = pair if len(pair) == 2 else [-1, -1]
+    if pair == [-1, -1]:
+        return Reading((-1.0, -1.0), parsed=False)
+    pair = in_range(item, pair, 0, 10)
+    if len(pair) != 2:
+        raise InputError(f"{item['id']}: judgement {pair} is not a pair (reference, model)")
+    return Reading(tuple(pair))
+
+
+def ratio(readings: Readings) -> dict:
+    """100 mean(ours) / mean(reference), rounded as in summarize_gpt_review.py."""
+    pairs = [r.prediction for _, r in readings]
+    reference, ours = (round(statistics.fmean(column), 3) for column in zip(*pairs))
+    if reference <= 0:
+        raise InputError("the judge's mean score of the reference answers is not positive")
+    off = [100 * (b - ours / reference * a) / reference for a, b in pairs]
+    tens = {"reference_x10": round(reference * 10, 1), "model_x10": round(ours * 10, 1)}
+    return {**mean(off), "score": round(ours / reference * 100, 1), **tens}
+
+
+def messages(item: Item, reply: Reply, template: str) -> list[dict]:
+    folder, category = item["_file"].parent, item["category"].removeprefix("llava_bench_")
+    contexts = {row.get("image"): row.get("caption") for row in read_rows(folder / "context.jsonl")}
+    answers = read_rows(folder / "answers_gpt4.jsonl")
+    references = {str(raw_id(row)): row.get("text") for row in answers}
+    context, reference = contexts.get(item["image"]), references.get(item["id"])
+    if context is None or reference is None:
+        raise InputError(f"{item['id']}: not in context.jsonl and answers_gpt4.jsonl of {folder}")
+    context = "\n".join(context) if isinstance(context, list) else context
+    role = "Assistant"
+    if template.lstrip().startswith("{"):  # LLaVA's rule.json
+        rule = parse_json(template, "--judge_template").get(f"llava_bench_{category}", {})
+        if problem := wrong_field({"prompt": str, "role": str}, rule):
+            raise InputError(f"--judge_template, llava_bench_{category}: {problem}")
+        template, role = rule["prompt"], rule["role"]
+    text = f"[Context]\n{context}\n\n[Question]\n{item['text']}\n\n"
+    for number, answer in ((1, reference), (2, reply.text)):
+        text += f"[{role} {number}]\n{answer}\n\n[End of {role} {number}]\n\n"
+    system = "You are a helpful and precise assistant for checking the quality of the answer."
+    return [{"role": "system", "content": system},
+            {"role": "user", "content": f"{text}[System]\n{template}\n\n"}]  # fmt: skip
+
+
+TEMPLATE = """Two assistants answered the question about an image that you know from the context. Judge helpfulness, relevance, accuracy and level of detail, and do not let their order matter. First write one line with nothing but two numbers from 1 to 10 separated by a blank: the score of Assistant 1 and that of Assistant 2. Then explain your scores."""  # noqa: E501
+
+
+BENCHMARK = Benchmark(
+    name="llava_bench", files=("questions.jsonl",),
+    fields={"question_id": int | str, "image": str, "text": str, "category": str},
+    question=lambda item, cot: item["text"] + " Please give a detailed answer.",
+    new_tokens=1000, cot_tokens=0, read=read, modes=("judge",),
+    judge=Judge(messages, TEMPLATE, max_tokens=1024, temperature=0.2), judgements_suffice=True,
+    metric="relative score", n_expected=60, split="in the wild", groups=("category",),
+    summary=ratio,
+)  # fmt: skip

@@ -1,0 +1,170 @@
+"""MathVision (mathllm/MATH-V @a1f5cc3a, evaluation/evaluate.py and utils.py).
+
+The official cleaning of a reply, step by step, and the official equality without a library of
+symbolic mathematics and without evaluating what a model wrote.
+"""
+
+import re
+from dataclasses import replace
+
+from benchmarks.answers import parse_expression
+from benchmarks.common import LETTERS, Benchmark, Item, Reading, Reply, wrapped
+
+
+def question(item: Item, cot: bool) -> str:
+    text = re.sub(r"<image\d+>", "", item["question"]).strip()
+    if item["options"] and item["options"] != list("ABCDE"):  # A..E: drawn in the picture
+        text += "".join(f"\n{k}. {option}" for k, option in zip(LETTERS, item["options"]))
+    return wrapped(text, cot)
+
+
+_ANSWER_PHRASES = tuple(
+    the + rest
+    for rest in (" final answer is", " answer is", " correct answer is", " answer should be")
+    for the in ("the", "The")
+)
+_NOISE = (  # in this order, as in MATH-V's find_math_answer and _strip_string
+    (" ", ""), ("\\,", ""), ("∞", "\\infty"), ("+\\infty", "\\infty"), ("\\\\", "\\"), ("\n", ""),
+    ("\\text", ""), ("\\mbox", ""), ("bmatrix", "pmatrix"), ("\\left", ""), ("\\right", ""),
+    ("^{\\circ}", ""), ("^\\circ", ""), ("{m}^3", ""), ("m^3", ""), ("{units}", ""), ("units", ""),
+    ("{km}", ""), ("km", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
+    ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""), ("$", ""),
+    ("\\%", ""), ("{.", "{0."),
+)  # fmt: skip
+
+
+def clean_answer(reply: str) -> str:
+    """MATH-V's way from a reply to a cleaned answer, step by step as in its evaluate.py."""
+    text = reply.strip()
+    for c in "ABCDE":
+        starts = (f"{c}\n", f"({c})\n", f"({c}) {c}\n")
+        if text.endswith((f" {c}.", f" ({c}).")) or text.startswith(starts):
+            text = c
+    tail = text.split("is ")[-1].rstrip(".")
+    try:
+        float(tail)
+        text = tail
+    except ValueError:
+        pass
+    if "oxed{" not in text:
+        for phrase in _ANSWER_PHRASES:
+            if phrase in text:
+                text = text.split(phrase)[-1].strip().split("\n")[0].split(". ")[0]
+            text = text.strip()
+    elif text.count("oxed{") > 1:
+        text = "\\boxed{" + text.split("oxed{")[-1]
+    text = clean_math(text)
+    for left, right in ("()", "{}"):
+        for c in "abcde":
+            text = text.replace(left + c + right, c)
+    return text.rstrip(".").lstrip(":").strip()
+
+
+def brace_arguments(text: str) -> str:
+    r"""\sqrt2 -> \sqrt{2}, then \frac12 -> \frac{1}{2}."""
+    head, *parts = text.split("\\sqrt")
+    roots = [f"{{{p[0]}}}{p[1:]}" if p[:1] not in ("", "{") else p for p in parts]
+    text = "\\sqrt".join([head, *roots])
+    head, *parts = text.split("\\frac")
+    for i, p in enumerate(parts):
+        if p[:1] != "{":
+            if len(p) < 2:
+                return text
+            parts[i] = f"{{{p[0]}}}" + (p[1:] if p[1] == "{" else f"{{{p[1]}}}{p[2:]}")
+    return "\\frac".join([head, *parts])
+
+
+def clean_math(text: str) -> str:
+    """MATH-V's find_math_answer: the content of the last box, without LaTeX noise and units."""
+    text = text.lower().replace("{}", "")
+    if boxes := re.findall(r"oxed{(.*)}", text, flags=re.DOTALL):  # greedy, to the last brace
+        text = boxes[-1]
+    close, opened = text.find("}"), text.find("{")
+    if close != -1 and (opened == -1 or close < opened):
+        text = text[:close]
+    text = text.split("=")[-1].split("\\approx")[-1]
+    for old, new in _NOISE:
+        text = text.replace(old, new)
+    if text.startswith("."):
+        text = "0" + text
+    if "sqrt" in text:  # fractions too are only repaired beside a root
+        text = brace_arguments(text)
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    return re.sub(r"^(-?(?:[1-9]\d*|0))/(-?(?:[1-9]\d*|0))$", r"\\frac{\1}{\2}", text)
+
+
+_KNOWN = (
+    r"\\(?:frac|sqrt|pi|cdot|times|div|(?:arc)?(?:sin|cos|tan)|log|ln|left|right|displaystyle)"
+    r"(?![a-z])|(?<=\d)\\%"
+)
+
+
+def rounded(text: str) -> float | None:
+    """The value to two decimals as latex2sympy2 and `eval` give it officially; None without one.
+
+    Read as far as it goes, a:b as a quotient.  A letter is a free symbol there and a comma makes a
+    list, so that neither has a value; a number before a fraction multiplies it; `$` is not seen.
+    """
+    text = re.split(r"[&_']|\\\\|\\}", text.replace("$", "").replace("\\,", ""))[0]
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    level = 0
+    for i, char in enumerate(text):
+        level += (char in "({[") - (char in ")}]")
+        if level < 0:  # what follows a bracket that was never opened is not read
+            text = text[:i]
+            break
+    if re.search(r"[^\d\s.+\-*/^:!(){}\[\]]", re.sub(_KNOWN, "", text)):
+        return None
+    text = re.sub(r"(?<=[\d)}])\s*(?=\\frac)|(?:(?<=[)}])|(?<=\\pi))\s*(?=\d)", "*", text)
+    expression = parse_expression(text, ratio=True, prefix=True)
+    try:
+        return None if expression is None else round(float(expression.value()), 2)
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def equal(answer: str, gold: str) -> bool:
+    """MATH-V's is_equal: the same text, tuple or value; tiny values are equal to 0 as there."""
+    answer, gold = answer.lower(), gold.lower()
+    if not answer.replace(" ", "") or not gold.replace(" ", ""):
+        return False
+    if answer.strip() == gold.strip():
+        return True
+    a, b = tuple_values(answer), tuple_values(gold)
+    if a or b:
+        return a is not None and a == b
+    x, y = rounded(answer), rounded(gold)
+    return x is not None and x == y
+
+
+def tuple_values(text: str) -> list | None:
+    """(a, b, ...) or [a, b, ...] with its bracket and values; None if it is not one."""
+    parts = text[1:-1].split(",")
+    if (text[0], text[-1]) not in (("(", ")"), ("[", "]")) or len(parts) < 2:
+        return None
+    symbols = ("a", "-a")
+    values = [p if "infty" in p or p in symbols else rounded(p) for p in parts]
+    return None if None in values else [text[0], *values]
+
+
+def read(item: Item, reply: Reply, mode: str) -> Reading:
+    answer = clean_answer(reply.final)
+    golds = [str(item["answer"])]
+    place = LETTERS.find(golds[0]) if len(golds[0]) == 1 else -1
+    if 0 <= place < len(item["options"]):
+        golds.append(str(item["options"][place]))
+    return Reading(answer, any(equal(answer, gold) for gold in golds), answer != "")
+
+
+BENCHMARK = Benchmark(
+    name="mathvision", files=("test.jsonl",),
+    fields={"question": str, "options": list, "answer": str | int | float, "level": int | str,
+            "subject": str},
+    question=question, new_tokens=4096, read=read, n_expected=3040, split="full",
+    groups=("level", "subject"),
+)  # fmt: skip
+MINI = replace(
+    BENCHMARK, name="mathvision_mini", files=("testmini.jsonl", "test.jsonl"), n_expected=304,
+    split="testmini", ids_file="testmini_ids.txt",
+)  # fmt: skip

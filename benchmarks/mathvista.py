@@ -1,0 +1,166 @@
+"""MathVista testmini (lupantech/MathVista @53d52587; InternVL's eval/mathvista).
+
+Three ways to read a reply: `rule` is InternVL's --quick_extract, `judge` a judge's extraction as
+in the official script, `offline` our own reading without a judge.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.answers import edit_distance
+from benchmarks.common import (
+    LETTERS,
+    Benchmark,
+    Item,
+    Judge,
+    Reading,
+    Reply,
+    final_answer,
+    last_number,
+    plain_minus,
+    wrapped,
+)
+from runtime import InputError
+
+
+def item(row: Item) -> None:
+    row["answer"], row["choices"] = str(row["answer"]), list(row["choices"] or [])
+    beside = row["_file"].parent / "query.json"
+    if "query" not in row and beside.exists():
+        row["query"] = queries(beside).get(row["id"])
+    if row["answer_type"] == "float":
+        row["precision"] = int(row["precision"])
+    row["task"] = (row.get("metadata") or {}).get("task", "")
+
+
+@functools.cache
+def queries(path: Path) -> dict[str, str]:
+    return json.loads(path.read_bytes())
+
+
+def question(item: Item, cot: bool) -> str:
+    if not isinstance(item.get("query"), str):
+        raise InputError(f"{item['id']}: no 'query'; put MathVista's query.json beside the data")
+    return wrapped(item["query"], cot)
+
+
+def read_exactly(item: Item, reply: str) -> str | None:
+    """The first steps of MathVista's extraction, which need no judge; None if they don't apply."""
+    if reply == "" or (item["question_type"] == "multi_choice" and reply in item["choices"]):
+        return reply
+    convert = {"integer": int, "float": float}.get(item["answer_type"])
+    try:
+        return str(convert(reply)) if convert else None
+    except ValueError:
+        return None
+
+
+_LETTER_ALONE = re.compile(
+    r"(?:the |my )?(?:(?:final |correct |best )?(?:answer|option|choice)(?:\s*(?:is|=|:))?\s*){0,3}"
+    r"\(?([A-Z])\)?[.:)]*",
+    re.IGNORECASE,
+)
+_LETTER_NAMED = re.compile(  # "option b", but of "answer is a ..." only what can be no article
+    r"\b(?i:option|choice)\s+([A-Za-z])(?!\w)"
+    r"|\b(?i:answer|option|choice)(?i:\s+is|\s*:)\s*([A-Z])(?=[.,;:)]|\s*$|\s+(?:because|since))",
+    re.MULTILINE,
+)
+
+
+def read_offline(item: Item, reply: str) -> str:
+    """Better than the rule, without a judge: the last number, letter or option named."""
+    text = final_answer(reply)
+    if item["question_type"] == "multi_choice":
+        if letters := re.findall(r"\(([A-Za-z])\)", text):
+            return f"({letters[-1]})"
+        bare = re.sub(r"[*`$\"{}]|\\(?:text|boxed|mathrm)\b", "", text).strip()
+        alone, named = _LETTER_ALONE.fullmatch(bare), _LETTER_NAMED.findall(bare)
+        letter = alone[1] if alone else "".join(named[-1]) if named else ""
+        if letter and letter.upper() in LETTERS[: len(item["choices"])]:
+            return f"({letter})"
+        places = [plain_minus(text).rfind(plain_minus(choice)) for choice in item["choices"]]
+        last = max(zip(places, map(len, item["choices"]), item["choices"]))
+        return last[2] if last[0] >= 0 else text
+    if item["answer_type"] == "list":
+        return (re.findall(r"\[[^\[\]]*\]", plain_minus(text)) or [text])[-1]
+    return last_number(text) or text
+
+
+def normalise(item: Item, extraction: Any) -> Reading:
+    """MathVista's normalize_extracted_answer; right if the same text as the gold answer."""
+    prediction, parsed = str(extraction), True
+    if item["question_type"] == "multi_choice":
+        text = prediction.strip()
+        if letters := re.findall(r"\(([a-zA-Z])\)", text):
+            text = letters[0].upper()
+        if text in (options := list(LETTERS[: len(item["choices"])])):
+            prediction = item["choices"][options.index(text)]
+        else:  # a choice is ALWAYS picked, also for an empty reply: the nearest, first on ties
+            prediction = min(item["choices"], key=lambda choice: edit_distance(text, choice))
+            parsed = prediction == text
+    elif item["answer_type"] in ("integer", "float"):
+        try:
+            number, integer = float(extraction), item["answer_type"] == "integer"
+            prediction = str(int(number) if integer else round(number, item["precision"]))
+        except (ValueError, TypeError, OverflowError):
+            prediction, parsed = None, False
+    return Reading(prediction, prediction == item["answer"], parsed)
+
+
+def read(item: Item, reply: Reply, mode: str) -> Reading:
+    if mode == "judge" and reply.judgement is not None:
+        return normalise(item, reply.judgement)
+    extraction = read_exactly(item, reply.text)
+    if extraction is None:
+        extraction = (
+            read_offline(item, reply.text) if mode == "offline" else final_answer(reply.text)
+        )
+    return normalise(item, extraction)
+
+
+def messages(item: Item, reply: Reply, template: str) -> list[dict]:
+    text = f"{template.strip()}\n\n{question(item, False)}\n\n{reply.text}\n\nExtracted answer: "
+    return [{"role": "user", "content": text}]
+
+
+TEMPLATE = """Read the response and write the answer that it gives, alone, in the form that the hint asks for.
+
+Hint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end.
+Question: How many sides has the shape?
+
+The shape closes after its sixth side.
+
+Extracted answer: 6
+
+Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.
+Question: Which bar is tallest?
+Choices:
+(A) red
+(B) blue
+
+The blue bar ends above the red one.
+
+Extracted answer: B
+"""  # noqa: E501
+
+
+def notes(items: list[Item], mode: str, cot: bool) -> list[str]:
+    if mode == "judge" or cot:
+        return []
+    return ["the paper's Direct figure is extracted by GPT: rules give less"]
+
+
+BENCHMARK = Benchmark(
+    name="mathvista", files=("testmini.json", "testmini.jsonl"),
+    fields={"question": str, "question_type": str, "answer_type": str,
+            "choices": list[str] | None, "answer": Any, "query": str | None},
+    item=item, question=question, new_tokens=4096, read=read, modes=("rule", "offline", "judge"),
+    judge=Judge(
+        messages, TEMPLATE, max_tokens=256,
+        settled=lambda item, reply: read_exactly(item, reply) is not None,
+    ),
+    n_expected=1000, split="testmini", groups=("task", "answer_type"), notes=notes,
+)  # fmt: skip

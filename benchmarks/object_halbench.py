@@ -1,0 +1,174 @@
+"""Object HalBench: objects named that are not there.
+
+CHAIR's word matching (LisaAnne/Hallucination, utils/chair.py), or the paper's way, in which a judge
+lists the objects (RLHF-V and RLAIF-V).
+"""
+
+import functools
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, proportion
+from benchmarks.files import near
+from runtime import InputError
+
+# --------------------------------------------------------------------------- what is there
+
+
+def item(row: Item) -> None:
+    """Objects that are there: `gt_objects`, else COCO 2014's annotation files in the folder."""
+    row["synonyms"] = row["_file"].parent / "synonyms.txt"
+    if "gt_objects" not in row:
+        objects, captions = coco_truth(row["_file"].parent)
+        row["gt_objects"] = sorted(objects[int(row["image_id"])])
+        row["gt_captions"] = captions[int(row["image_id"])]
+    row["question"] = row.get("question") or "Please describe this image in detail."
+
+
+@functools.cache
+def coco_truth(folder: Path) -> tuple[dict[int, set], dict[int, list]]:
+    """image id -> classes of instances_*2014.json, and texts of captions_*2014.json."""
+    objects, captions = defaultdict(set), defaultdict(list)
+    instances = near(folder, "instances_*2014.json")
+    if not instances:
+        raise InputError(f"no 'gt_objects' in the rows and no instances_*2014.json in {folder}")
+    for path in instances:
+        content = json.loads(path.read_bytes())
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        for a in content["annotations"]:
+            objects[a["image_id"]].add(names[a["category_id"]])
+    for path in near(folder, "captions_*2014.json"):
+        for a in json.loads(path.read_bytes())["annotations"]:
+            captions[a["image_id"]].append(a["caption"])
+    return objects, captions
+
+
+# --------------------------------------------------------------------------- what a reply names
+
+
+@functools.cache
+def read_synonyms(path: Path) -> tuple[dict[str, str], frozenset[str]]:
+    """(word or double word -> COCO class, all single words) of CHAIR's synonyms.txt."""
+    if not path.is_file():
+        raise InputError(f"no synonym list {path}: pass --synonyms (CHAIR's data/synonyms.txt)")
+    classes: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        words = [word.strip() for word in line.split(",") if word.strip()]
+        classes |= dict.fromkeys(words, words[0])
+    if len(set(classes.values())) < 2:
+        raise InputError(f"{path}: expected one COCO class a line, `class, synonym, synonym`")
+    # Qualifiers that would fire for a person or a seat, as hard-coded in chair.py ("": no object).
+    animals = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub"
+    renamed = {f"{age} {a}": a for a in animals.split() for age in ("baby", "adult")}
+    renamed |= {f"passenger {v}": v for v in ("jet", "train")}
+    renamed |= {"bow tie": "tie", "toilet seat": "toilet", "home plate": "", "train track": ""}
+    classes |= {double: classes.get(word, "") for double, word in renamed.items()}
+    return classes, frozenset(word for name in classes for word in name.split())
+
+
+_PLURALS = {"men": "man", "women": "woman", "children": "child", "people": "person",
+            "mice": "mouse", "geese": "goose", "oxen": "ox"}  # fmt: skip
+
+
+def singular(word: str, known: frozenset[str]) -> str:
+    """A hand-made singulariser: the first way to take a plural off that gives a listed word."""
+    forms = [word, _PLURALS.get(word, "")]
+    forms += [word[: -len(p)] + s for p, s in _PLURALS.items() if word.endswith(p)]
+    if word.endswith("s") and not word.endswith("ss"):
+        forms.append(word[:-1])
+        if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
+            forms.append(word[:-2])
+        if word.endswith("ies"):
+            forms.append(word[:-3] + "y")
+        if word.endswith("ves"):
+            forms += [word[:-3] + "f", word[:-3] + "fe"]
+    return next((form for form in forms if form in known), word)
+
+
+def named_objects(caption: str, synonyms: Path) -> list[str]:
+    """The COCO classes that a caption mentions, every mention, in order (classic CHAIR)."""
+    classes, known = read_synonyms(synonyms)
+    words = re.findall(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]", caption.lower())
+    words = [singular(word, known) for word in words]
+    mentions, i = [], 0
+    while i < len(words):
+        size = next(n for n in (3, 2, 1) if n == 1 or " ".join(words[i : i + n]) in classes)
+        mentions.append(" ".join(words[i : i + size]))
+        i += size
+    if any(classes.get(m) == "toilet" for m in mentions):  # the seat of a toilet is no chair
+        mentions = [m for m in mentions if m != "seat"]
+    return [classes[m] for m in mentions if classes.get(m)]
+
+
+def listed_names(judgement: Any) -> list | None:
+    """A judge's list of objects, or the first JSON list in its reply; None if there is none."""
+    if isinstance(judgement, list):
+        return judgement
+    for match in re.finditer(r"\[[^\[\]]*\]", str(judgement)):
+        try:
+            return json.loads(match[0])
+        except ValueError:
+            continue
+    return None
+
+
+def read(item: Item, reply: Reply, mode: str) -> Reading:
+    """Classes mentioned, and which of them are not in the image (or its reference captions)."""
+    synonyms, parsed = Path(item["synonyms"]), True
+    if mode == "chair-llm":
+        names = listed_names(reply.judgement)
+        parsed = names is not None
+        objects = [c for name in names or [] for c in named_objects(str(name), synonyms)]
+        objects = list(dict.fromkeys(objects))  # the paper's way: a class of a reply counts once
+    else:
+        objects = named_objects(reply.text, synonyms)
+    classes = read_synonyms(synonyms)[0]
+    if unknown := [name for name in item["gt_objects"] if name not in classes]:
+        raise InputError(f"{item['id']}: gt_objects {unknown[:3]} are not in {synonyms}")
+    truth = {classes[name] for name in item["gt_objects"]}
+    truth |= {c for text in item.get("gt_captions", ()) for c in named_objects(text, synonyms)}
+    invented = [name for name in objects if name not in truth]
+    return Reading({"objects": objects, "hallucinated": invented}, not invented, parsed)
+
+
+def chair(readings: Readings) -> dict:
+    """CHAIR x100, lower is better; the response level divides by replies that name an object."""
+    counts = [(len(r.prediction["objects"]), len(r.prediction["hallucinated"]))
+              for _, r in readings]  # fmt: skip
+    mentions, invented = (sum(column) for column in zip(*counts))
+    bad, naming = sum(b > 0 for _, b in counts), sum(a > 0 for a, _ in counts)
+    response = proportion(bad, naming)
+    return {"score": response["score"], "standard_error": response["standard_error"],
+            "n": len(readings), "response_level": response["score"],
+            "mention_level": 100 * invented / max(mentions, 1), "CHAIRs": bad / len(readings),
+            "replies_with_objects": naming, "hallucinated_replies": bad,
+            "mentions": mentions, "hallucinated_mentions": invented}  # fmt: skip
+
+
+def messages(item: Item, reply: Reply, template: str) -> list[dict]:
+    text = template.replace("{question}", item["question"]).replace("{answer}", reply.text)
+    return [{"role": "system", "content": text}]
+
+
+TEMPLATE = """List every object that the answer says is visible in the picture: names only, without attributes, as one JSON list such as ["dog", "red bus"] with [] for none.
+
+Question: {question}
+
+Answer: {answer}
+"""  # noqa: E501
+
+
+BENCHMARK = Benchmark(
+    name="object_halbench", files=("*halbench*.jsonl", "captions*.jsonl"),
+    fields={"image_id": int | str, "question": str | None, "gt_objects": list[str] | None,
+            "gt_captions": list[str] | None},
+    item=item, question=lambda item, cot: item["question"], new_tokens=1024, cot_tokens=0,
+    read=read, modes=("chair-rule", "chair-llm"),
+    judge=Judge(messages, TEMPLATE, max_tokens=512, mode="chair-llm"),
+    metric="replies with an object that is not there (lower is better)", n_expected=300,
+    split="COCO 2014", summary=chair,
+    notes=lambda items, mode, cot: ["chair-rule matches words and is not the paper's number"],
+)  # fmt: skip

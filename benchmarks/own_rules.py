@@ -1,0 +1,96 @@
+"""Questions without the paper's rules: text-only ones, and your own about pictures.
+
+text_mc, text_em and gsm8k compare a checkpoint with its own baseline, never with Table 5; `own`
+reads with the judge of the preference pairs.
+"""
+
+import re
+
+from benchmarks import m3cot
+from benchmarks.answers import get_mode, is_correct, parse_answer
+from benchmarks.common import (
+    LETTERS,
+    PHRASE_SUFFIX,
+    Benchmark,
+    Item,
+    Reading,
+    Reply,
+    last_number,
+    plain_minus,
+    wrapped,
+)
+
+OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
+
+
+def item_golds(row: Item) -> None:
+    gold = row["answer"]
+    row["golds"] = [str(g) for g in (gold if isinstance(gold, list) else [gold])]
+
+
+def item_gsm8k(row: Item) -> None:
+    row["gold"] = plain_minus(str(row["answer"]).split("####")[-1].strip().replace(",", ""))
+    float(row["gold"])
+
+
+def ask_for_phrase(item: Item, cot: bool) -> str:
+    return wrapped(item["question"], cot, PHRASE_SUFFIX)
+
+
+def read_choice(item: Item, reply: Reply, mode: str) -> Reading:
+    """The first option letter that stands alone."""
+    letters = LETTERS[: len(item["choices"])]
+    match = re.search(rf"(?<![^\W_])[{letters}](?![^\W_])", reply.final)
+    return Reading(match and match[0], bool(match) and match[0] == item["gold"], bool(match))
+
+
+def plain_words(text: str) -> str:
+    """Lower case, no punctuation, no articles, single blanks."""
+    text = re.sub(r"[^\w\s]|_", "", text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def read_match(item: Item, reply: Reply, mode: str) -> Reading:
+    """A gold answer occurs in the first line (or is all of it)."""
+    text = plain_words((reply.final.strip().split("\n")[0]).split("answer is")[-1])
+    golds = [g for gold in item["golds"] if (g := plain_words(gold))]
+    right = text in golds if mode == "exact" else any(gold in text for gold in golds)
+    return Reading(text, right, text != "")
+
+
+def read_own(item: Item, reply: Reply, mode: str) -> Reading:
+    """The judge of the preference pairs: format failures, then the matching modes."""
+    parsed = parse_answer(reply.text, "en" if reply.cot else "direct")
+    right = any(is_correct(parsed, gold, get_mode("own")) for gold in item["golds"] if parsed)
+    return Reading(parsed, right, parsed is not None)
+
+
+def read_gsm8k(item: Item, reply: Reply, mode: str) -> Reading:
+    number = last_number(reply.final)
+    right = bool(number) and abs(float(number) - float(item["gold"])) < 1e-6
+    return Reading(number or None, right, bool(number))
+
+
+TEXT_MC = Benchmark(
+    name="text_mc", files=("*.jsonl",), image=False,
+    fields={"question": str, "choices": list, "answer": str | int},
+    item=m3cot.item, question=m3cot.question, new_tokens=100, read=read_choice,
+    groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
+)  # fmt: skip
+TEXT_EM = Benchmark(
+    name="text_em", files=("*.jsonl",), image=False,
+    fields={"question": str, "answer": str | int | float | list},
+    item=item_golds, question=ask_for_phrase, new_tokens=50, read=read_match,
+    modes=("substring", "exact"), notes=TEXT_MC.notes,
+)  # fmt: skip
+OWN = Benchmark(
+    name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, "image": str},
+    item=item_golds, question=ask_for_phrase, new_tokens=50, read=read_own,
+    notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
+)  # fmt: skip
+GSM8K = Benchmark(
+    name="gsm8k", files=("test.jsonl", "*.jsonl"), image=False,
+    fields={"question": str, "answer": str | int | float},
+    item=item_gsm8k, question=lambda item, cot: wrapped(item["question"], cot), new_tokens=512,
+    read=read_gsm8k, notes=TEXT_MC.notes,
+)  # fmt: skip

@@ -1,0 +1,181 @@
+"""The paper's Tables 2, 3 and 4 with our scores beside them, as text, JSON and a picture."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.files import wrong_field
+from runtime import InputError, read_json
+from tools.figures import new_figure, png, text_table
+
+TABLE2 = {
+    "m3cot": "M3CoT", "mathvista": "MathVista", "mathvision_mini": "MathVision", "mmvet": "MM-Vet",
+    "llava_bench": "LLaVA-B", "pope": "POPE", "crpe": "CRPE", "mmhal": "MMHal",
+}  # fmt: skip
+PAPER_TABLE2 = {
+    "InternVL2-8B": (59.3, 58.3, 20.4, 54.2, 73.2, 86.9, 75.0, 3.3),
+    "InternVL2-8B-MPO": (79.2, 67.0, 25.7, 56.2, 76.7, 88.1, 75.4, 3.5),
+    "DPO+ (Table 8)": (80.4, 66.4, 23.4, 58.3, 74.1, 87.6, 75.5, 3.4),
+    "BCO+ (Table 8)": (79.6, 66.1, 18.8, 55.5, 78.6, 88.5, 75.5, 3.5),
+}
+TABLE3 = ("m3cot", "mathvista", "mmvet", "pope")
+PAPER_TABLE3 = {  # (Direct, CoT)
+    "InternVL2-8B": ((59.3, 57.0), (58.3, 56.8), (54.2, 54.7), (86.9, 82.9)),
+    "SFT": ((63.9, 67.8), (62.7, 64.2), (54.7, 53.8), (86.5, 84.0)),
+    "MPO": ((77.2, 79.2), (64.5, 67.0), (55.1, 56.2), (87.0, 88.1)),
+}
+TABLE4 = {  # title -> (benchmark, key of score.json, factor)
+    "ObjHal resp.": ("object_halbench", "response_level", 1),
+    "ObjHal ment.": ("object_halbench", "mention_level", 1),
+    "MMHal score": ("mmhal", "score", 1),
+    "MMHal hall.": ("mmhal", "hallucination_rate", 100),
+}
+PAPER_TABLE4 = {
+    "InternVL2-8B": (18.4, 8.7, 3.3, 40.6),
+    "RLAIF-V": (7.3, 3.9, 3.5, 32.3),
+    "DropoutNTP": (7.6, 4.1, 3.6, 31.3),
+}
+SETTINGS = ("Direct", "CoT")
+SCORE_FIELDS = {  # what a report needs of a score.json
+    "benchmark": str, "model": str, "setting": Literal["Direct", "CoT"],
+    "status": Literal["complete", "incomplete"], "score": float | None,
+    "standard_error": float | None, "n": int, "metric": str, "split": str, "extraction": str,
+    "prompts": str, "unparsed": int, "missing_judgements": list[str], "notes": list[str],
+    "judge": str | None, "judge_date": str | None, "weights": str | None,
+    "response_level": float | None, "mention_level": float | None,
+    "hallucination_rate": float | None,
+}  # fmt: skip
+
+Scores = dict[tuple[str, str, str], dict[str, Any]]  # (model, benchmark, setting) -> score.json
+
+
+def load_scores(folders: Iterable[Path]) -> Scores:
+    """Every score has one place; a second one for it is an error, never a choice.
+
+    Models of one name but other weights are told apart by the weights' fingerprint.
+    """
+    files = []
+    for folder in folders:
+        if not (path := folder / "score.json").is_file():
+            raise InputError(f"no score.json in {folder}: run `eval.py score --out {folder}` first")
+        score = read_json(path)
+        if problem := wrong_field(SCORE_FIELDS, score):
+            raise InputError(f"{path}: {problem}: not a file that `eval.py score` wrote")
+        if score["status"] == "complete" and None in (score["score"], score["standard_error"]):
+            raise InputError(f"{path}: complete, but without a score: run `eval.py score` again")
+        files.append((folder, score))
+    scores, folder_of = {}, {}
+    for folder, score in files:
+        model = score["model"]
+        if len({s.get("weights") for _, s in files if s["model"] == model}) > 1:
+            model += f"@{str(score.get('weights'))[:8]}"
+        place = (model, score["benchmark"], score["setting"])
+        if place in scores:
+            raise InputError(f"{folder} and {folder_of[place]} both hold {' '.join(place)}")
+        scores[place], folder_of[place] = score, folder
+    return scores
+
+
+def figure_of(score: dict | None, key: str = "score", factor: float = 1) -> float | str | None:
+    """A figure of a score, "incomplete" where judgements are missing, None without a score."""
+    if score is None or score["status"] == "incomplete":
+        return score and "incomplete"
+    return None if score.get(key) is None else factor * score[key]
+
+
+def cell(x: float | str | None) -> str:
+    if x is None or isinstance(x, str):
+        return x or "-"
+    return f"{x + 1e-9:.1f}"  # 31.25 is printed as 31.3, as in the paper
+
+
+def with_gap(direct: float | str | None, cot: float | str | None) -> list[str]:
+    """Cells: Direct, CoT and their difference."""
+    numbers = all(isinstance(x, float | int) for x in (direct, cot))
+    return [cell(direct), cell(cot), f"{cot - direct:+.1f}" if numbers else "-"]
+
+
+def report_text(scores: Scores, benchmarks: Iterable[str]) -> str:
+    """The tables, and what each of our figures stands on."""
+    table2 = [[f"paper {name}", *map(cell, row)] for name, row in PAPER_TABLE2.items()]
+    table3 = [[f"paper {name}", *(c for pair in row for c in with_gap(*pair))]
+              for name, row in PAPER_TABLE3.items()]  # fmt: skip
+    table4 = [[f"paper {name}", *map(cell, row)] for name, row in PAPER_TABLE4.items()]
+    others = []
+    for model in dict.fromkeys(model for model, _, _ in scores):
+        ours = {b: with_gap(*(figure_of(scores.get((model, b, s))) for s in SETTINGS))
+                for b in benchmarks}  # fmt: skip
+        for i, column in enumerate((*SETTINGS, "CoT - Direct")):
+            table2.append([f"{model} {column}", *(ours[b][i] for b in TABLE2)])
+        table3.append([model, *(c for b in TABLE3 for c in ours[b])])
+        for setting in SETTINGS:
+            row = [cell(figure_of(scores.get((model, b, setting)), key, factor))
+                   for b, key, factor in TABLE4.values()]  # fmt: skip
+            if set(row) != {"-"}:
+                table4.append([f"{model} {setting}", *row])
+        others += [[f"{model} {b}", *row] for b, row in ours.items()
+                   if b not in (*TABLE2, "object_halbench") and set(row) != {"-"}]  # fmt: skip
+    columns = (*SETTINGS, "diff")
+    parts = {
+        "Table 2 (the paper's MPO row is CoT and its InternVL2-8B row Direct wherever Table 3 has "
+        "both)": text_table(["", *TABLE2.values()], table2),
+        "Table 3": text_table(["", *(f"{TABLE2[b]} {c}" for b in TABLE3 for c in columns)], table3),
+        "Table 4 (hallucination; lower is better but for the MMHal score)":
+            text_table(["", *TABLE4], table4),
+        "Not in the paper's tables (text-only: own baseline only, not Table 5)":
+            text_table(["", *columns], others) if others else "",
+        "What our figures stand on": "\n".join(map(footnote, scores.values())),
+    }  # fmt: skip
+    return "\n".join(f"{title}\n{body}\n" for title, body in parts.items() if body)
+
+
+def footnote(s: dict[str, Any]) -> str:
+    """One line a score: everything that has to be known to compare it."""
+    if s["score"] is None:
+        figure = f"incomplete ({s['n']} judged, {len(s['missing_judgements'])} missing)"
+    else:
+        figure = f"{s['score']:.2f} +- {s['standard_error']:.2f}"
+    words = [
+        f"{s['model']} {s['benchmark']} {s['setting']}: {figure}", s["metric"], f"n {s['n']}",
+        s["split"], f"extraction {s['extraction']}", f"unparsed {s['unparsed']}",
+        f"prompts {s['prompts']}", *s["notes"],
+    ]  # fmt: skip
+    if s["judge"]:
+        words.append(f"judge {s['judge']} {s['judge_date'] or ''}".rstrip())
+    return "; ".join(words)
+
+
+def report_json(scores: Scores) -> dict:
+    ours: dict[str, dict] = {}
+    for model, bench, _ in scores:
+        direct, cot = (scores.get((model, bench, s), {}).get("score") for s in SETTINGS)
+        gap = None if None in (direct, cot) else cot - direct
+        ours.setdefault(model, {})[bench] = {"Direct": direct, "CoT": cot, "difference": gap}
+    paper = {
+        "table2": {name: dict(zip(TABLE2, row)) for name, row in PAPER_TABLE2.items()},
+        "table3": {name: dict(zip(TABLE3, row)) for name, row in PAPER_TABLE3.items()},
+        "table4": {name: dict(zip(TABLE4, row)) for name, row in PAPER_TABLE4.items()},
+    }
+    return {"ours": ours, "paper": paper, "scores": list(scores.values())}
+
+
+def report_figure(scores: Scores) -> bytes:
+    """Direct and CoT bars of every model beside the paper's two rows, as a PNG."""
+    shown = [b for b in TABLE2 if b != "mmhal" and any(b == bench for _, bench, _ in scores)]
+    bars = []  # (label, heights, standard errors, hatch)
+    for name in ("InternVL2-8B", "InternVL2-8B-MPO"):
+        paper = dict(zip(TABLE2, PAPER_TABLE2[name]))
+        bars.append((f"paper {name}", [paper[b] for b in shown], None, ""))
+    for model, setting in dict.fromkeys((model, setting) for model, _, setting in scores):
+        ours = [scores.get((model, b, setting), {}) for b in shown]
+        heights, errors = ([s.get(key) or 0 for s in ours] for key in ("score", "standard_error"))
+        bars.append((f"{model} {setting}", heights, errors, "//" if setting == "CoT" else ""))
+    figure, axes = new_figure(width=max(6, 1.6 * len(shown) + 3))
+    width = 0.8 / len(bars)
+    for i, (label, heights, errors, hatch) in enumerate(bars):
+        places = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(shown))]
+        axes.bar(places, heights, width, yerr=errors, label=label, hatch=hatch, capsize=2)
+    axes.set_xticks(range(len(shown)), [TABLE2[b] for b in shown])
+    axes.set_ylabel("score (bars: standard error)")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return png(figure)
