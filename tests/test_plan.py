@@ -1,0 +1,160 @@
+"""What a step is said to cost, in bytes and FLOPs, is what it costs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import named_config
+from data import lay_out
+from model import InternVL, TreeAttention
+from runtime import InputError, start_process, stop_process
+from tools.bench import MODES, example_pack, example_tree, measured_peak, paper_tree, run_bench
+from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, total_flops
+from train import TrainConfig, prepare, score, shard
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+# --------------------------------------------------------------------------- bytes
+
+
+@pytest.fixture
+def process():
+    yield start_process(0)
+    stop_process()
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"recompute": "off"}, {"recompute": "selective", "pack_tokens": 512}]
+)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
+    cfg = replace(TrainConfig(pack_tokens=256, head_rows=64, dtype="fp32"), **change)
+    config = named_config("toy")
+    scored = cfg.pack_tokens // 8
+    tiles = (cfg.pack_tokens - 2 * scored - 8) // config.tokens_per_tile
+    prompt = cfg.pack_tokens - 2 * scored - tiles * config.tokens_per_tile
+    tree = example_tree(config, tiles, prompt, (scored, scored))
+
+    def two_steps():
+        policy = prepare(InternVL(config.with_drop_path(cfg.drop_path), 0), cfg).train()
+        shard(policy, cfg, process)
+        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        for _ in range(2):
+            for _ in range(2):
+                score(policy, example_pack(config, [tree]), cfg)[0].sum().backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    measured = measured_peak(two_steps, CPU)
+    assert plan_of(cfg, config, 1, CPU).total == pytest.approx(measured, rel=0.15)
+
+
+# Peaks that running the real code on shapes without memory gave (torch 2.13, a fake dispatch), with
+# weights, gradients and moments; ViT attention that selective recompute keeps could not be seen.
+DRY_RUNS = [  # size, GPUs, flags, GB
+    ("8b", 1, {}, 139.34),
+    ("8b", 8, {}, 26.30),
+    ("8b", 64, {}, 12.17),
+    ("8b", 8, {"recompute": "off"}, 98.54),
+    ("8b", 8, {"recompute": "selective"}, 32.72),
+    ("8b", 8, {"state_dtype": "bf16"}, 18.22),
+    ("8b", 8, {"lora_rank": 16}, 10.87),
+    ("8b", 8, {"lora_rank": 16, "lora_parts": "both", "recompute": "off"}, 77.19),
+    ("8b", 8, {"reference": "online"}, 31.93),
+    ("8b", 8, {"head_rows": 0}, 26.30),
+    ("8b", 8, {"pack_tokens": 2048, "recompute": "off"}, 40.33),
+    ("8b", 8, {"lr_vision": 0.0}, 24.65),
+    ("8b", 8, {"lr_language": 0.0}, 12.60),
+    ("2b", 8, {}, 9.53),
+    ("2b", 8, {"recompute": "selective"}, 13.42),
+    ("2b", 8, {"recompute": "off"}, 51.09),
+    ("2b", 8, {"head_rows": 0}, 10.24),
+    ("2b", 8, {"pack_tokens": 16384}, 12.99),
+    ("2b", 8, {"state_dtype": "bf16", "reference": "online"}, 9.21),
+    ("2b", 8, {"lr_vision": 0.0, "lr_projector": 0.0, "recompute": "off"}, 29.53),
+]
+
+
+@pytest.mark.parametrize("size, gpus, change, expected", DRY_RUNS)
+def test_the_plan_is_within_10_percent_of_a_dry_run_of_the_code(size, gpus, change, expected):
+    plan = plan_of(replace(TrainConfig(), **change), named_config(size), gpus, GPU)
+    assert plan.total / GB == pytest.approx(expected, rel=0.1)
+    assert plan.needed == pytest.approx((1 + RESERVE) * plan.total)
+
+
+def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
+    lines = []
+    cfg, config = TrainConfig(gpu_memory=24.0), named_config("8b")
+    with pytest.raises(InputError, match="the plan needs 28.42 GB a GPU .*--state_dtype bf16"):
+        say_plan(cfg, config, 8, GPU, lines.append)
+    toy = TrainConfig(pack_tokens=2048, recompute="off", gpu_memory=0.25)
+    with pytest.raises(InputError, match="would fit: --recompute full.*--lora_rank 16"):
+        say_plan(toy, named_config("toy"), 1, GPU, lines.append)
+    moving = replace(toy, reference="online", reference_update_every=2)
+    with pytest.raises(InputError) as told:
+        say_plan(moving, named_config("toy"), 1, GPU, lines.append)
+    assert "cached" not in str(told.value) and "lora" not in str(told.value)
+    say_plan(replace(cfg, gpu_memory=80.0), config, 8, GPU, lines.append)
+    assert lines[-1] == "fits into 80 GB"
+    words = "weights gradients optimizer gathered activations logits reference reserve"
+    assert all(word in str(lines[-2]) for word in words.split())
+
+
+# --------------------------------------------------------------------------- FLOPs
+
+
+def qwen3_toy():
+    """Heads wider than the hidden size, each q and k normalised."""
+    config = named_config("toy")
+    return replace(config, llm=replace(config.llm, architecture="qwen3", head_dim=64))
+
+
+@pytest.mark.parametrize("frozen", ["", "vision", "language"])
+@pytest.mark.parametrize("config", [named_config("toy"), qwen3_toy()], ids=["toy", "qwen3"])
+def test_useful_flops_are_those_that_torch_counts(config, frozen):
+    cfg = TrainConfig(recompute="off", head_rows=0, drop_path=0.0)
+    cfg = replace(cfg, **{f"lr_{frozen}": 0.0}) if frozen else cfg
+    trees = [example_tree(config, 4, 23, (20, 13)), example_tree(config, 4, 8, (7, 9))]
+    trees[1].images = [("y", 4, False)]
+    model = prepare(InternVL(config, 0), cfg).train()
+    pack = example_pack(config, trees)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        score(model, pack, cfg)[0].sum().backward()
+    load = load_of(trees)
+    assert load.tokens == pack.input_ids.shape[1] and load.tiles == len(pack.tiles)
+    spans = TreeAttention(pack.tree, pack.branch).spans
+    load = replace(load, pairs=sum((end - start) ** 2 for start, end in spans))  # masked ones too
+    trained = set(PARTS) - {f"{frozen}_model"}
+    assert total_flops(flops(config, load, trained)) == counted.get_total_flops()
+
+
+def test_visible_pairs_are_those_of_the_mask():
+    config = named_config("toy")
+    trees = [example_tree(config, 2, 28, (5, 9)), example_tree(config, 2, 3, (3, 2))]
+    for share in (True, False):
+        pack = lay_out(trees, share)
+        [mask] = TreeAttention(pack.tree, pack.branch, flex=False, span=len(pack.tree)).masks
+        assert load_of(trees, share).pairs == int(mask.sum())
+
+
+def test_a_pair_of_the_8b_shape_costs_what_is_promised():
+    config, cfg = named_config("8b"), TrainConfig()
+    tree = paper_tree(config)
+    tflop = [mode.flops(config, tree) / 1e12 for mode in MODES]
+    assert tflop == pytest.approx([310.3, 289.5, 175.6, 170.0, 127.5, 127.5], rel=1e-3)
+    head = [mode.room(cfg, config, tree, 2).logits / GB for mode in MODES]
+    assert head[:4] == pytest.approx([2.468, 4.880, 2.801, 0.200], rel=1e-2)
+
+
+def test_the_bench_prints_both_tables(capsys, monkeypatch):
+    monkeypatch.setattr("tools.bench.paper_tree", lambda c, _=1: example_tree(c, 1, 8, (3, 4)))
+    run_bench(TrainConfig(), named_config("8b"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("8.08 B parameters, 1 tiles, 264 prompt tokens, answers of [3, 4]")
+    assert [line[:20].strip() for line in lines[1:6]] == [mode.name for mode in MODES[:5]]
+    assert "that is too large" in lines[6] and "cpu, torch.float32; a pair:" in lines[7]
+    assert len(lines) == 13 and all("seconds" in line for line in lines[8:])
