@@ -135,10 +135,10 @@ def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
     names = [{piece.name for parts in pieces.values() for piece in parts} for pieces in layouts]
     best = max((1, 2) if is_hf else (0,), key=lambda n: len(names[n] & set(files)))
     if strange := sorted(set(files) & set().union(*names) - names[best]):
-        layout = "transformers' (-hf)" if is_hf else "official"
+        kind = f"{model.config.llm.architecture} in {'the -hf' if is_hf else 'the official'} layout"
         raise InputError(
-            f"{model_dir}: config.json is of the {layout} layout, but {strange[0]} is a name of "
-            "another one; keep the files of one release together"
+            f"{model_dir}: config.json says {kind}, "
+            f"but {strange[0]} is a name of another one; keep the files of one release together"
         )
     _compare_keys(f"weights in {model_dir} and config.json", names[best], set(files))
     return {

@@ -6,11 +6,13 @@ import threading
 
 import pytest
 import torch
-from conftest import OURS
+from conftest import OURS, folder_from_environment
 from safetensors.torch import load_file, save_file
 
 import weights
+from losses import LOSSES, PairLogps, token_logps
 from runtime import InputError
+from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import (
     EXPORT_MARK,
     INDEX,
@@ -23,6 +25,7 @@ from weights import (
 )
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
+MPO = [(0.8, "dpo", {"beta": 0.1}), (0.2, "bco", {"beta": 0.1}), (1.0, "sft", {})]
 
 
 @pytest.fixture
@@ -37,19 +40,46 @@ def all_tensors(folder):
     }
 
 
-def test_load_save_load_is_byte_equal(tmp_path):
-    save_model(load_model(MICRO), tmp_path / "out", like=MICRO)
-    names = {p.name for p in MICRO.iterdir()} | {EXPORT_MARK}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names
-    before, after = all_tensors(MICRO), all_tensors(tmp_path / "out")
-    assert list(before) == list(after)
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
-        assert torch.equal(tensor.view(torch.int16), after[name].view(torch.int16)), name
-    for name in ("config.json", INDEX):
-        assert (MICRO / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    for path in MICRO.glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+@pytest.mark.parametrize("name", ["internvl2-micro", "qwen2-micro", "qwen3-micro"])
+def test_load_save_load_is_byte_equal(tmp_path, name):
+    release, out = OURS / name / "checkpoint", tmp_path / "out"
+    save_model(load_model(release), out, like=release)
+    assert {p.name for p in out.iterdir()} == {p.name for p in release.iterdir()} | {EXPORT_MARK}
+    for path in release.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+HF_FOLDERS = {  # of transformers' own layout -> (golden twin, case)
+    "internlm2-micro": ("internvl2-micro", "beyond_limit"),
+    "qwen2-micro": ("qwen2-micro", "c_tiles_thumb"),
+    "qwen2-micro-v4": ("qwen2-micro", "f_long_full"),
+    "qwen2-micro-other-names": ("qwen2-micro", "a_text"),
+    "qwen3-micro": ("qwen3-micro", "c_tiles_thumb"),
+    "qwen3-micro-tied": ("qwen3-micro", "tied"),
+}
+
+
+@pytest.mark.parametrize("name", HF_FOLDERS)
+@torch.no_grad()
+def test_transformers_own_layout_gives_the_golden_logits_and_comes_back(tmp_path, name):
+    folder = folder_from_environment("GOLDEN") / "hf-tiny" / name
+    twin, case = HF_FOLDERS[name]
+    golden, model = load_file(OURS / twin / "cases.safetensors"), load_model(folder)
+    ids, tiles = golden.get(f"{case}/input_ids"), None
+    if case in ("c_tiles_thumb", "tied"):
+        ids = golden["c_tiles_thumb/input_ids"]
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+        tiles = (golden["tiles_uint8"] / 255 - mean) / std
+    logits = model(ids, tiles)
+    expected = golden.get(f"{case}/logits_last4", golden.get(f"{case}/logits"))
+    expected = expected.view(1, -1, logits.shape[-1])
+    last = logits[:, -expected.shape[1] :]
+    torch.testing.assert_close(last, expected, atol=1e-4, rtol=0)
+    assert model.config.llm.tied == (case == "tied")
+    save_model(model, tmp_path / "out", like=folder)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_single_file_loads_like_shards(folder, tmp_path):
@@ -117,6 +147,106 @@ def test_a_model_of_other_depth_is_refused_by_its_keys(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="missing .*layers.2.attention"):
         load_model(folder)
+
+
+@pytest.fixture
+def qwen(tmp_path):
+    """A writable copy of the Qwen3 micro checkpoint."""
+    return shutil.copytree(OURS / "qwen3-micro" / "checkpoint", tmp_path / "qwen")
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["llm_config"] |= changes.pop("llm_config", {})
+    path.write_text(json.dumps(config | changes))
+
+
+def rename(folder, change):
+    """Give every tensor the name change(name), None to leave it out."""
+    tensors = all_tensors(folder)
+    for path in [folder / INDEX, *folder.glob("*.safetensors")]:
+        path.unlink()
+    renamed = {change(name): tensor for name, tensor in tensors.items() if change(name)}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+INTERNLM2 = {"architectures": ["InternLM2ForCausalLM"], "bias": False}
+
+
+def without_head(name):
+    return None if "lm_head" in name else name
+
+
+def test_a_head_in_the_files_is_the_head_whatever_the_flag_says(qwen):
+    expected = load_model(qwen).state_dict()
+    change_config(qwen, tie_word_embeddings=True)
+    loaded = load_model(qwen).state_dict()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+
+
+@pytest.mark.parametrize("level", ["top", "llm_config"])
+@torch.no_grad()
+def test_without_a_head_in_the_files_the_flag_makes_the_embedding_the_head(qwen, tmp_path, level):
+    rename(qwen, without_head)
+    with pytest.raises(InputError, match=r"1 missing \(language_model.lm_head.weight\)"):
+        load_model(qwen)
+    tied = {"tie_word_embeddings": True}
+    change_config(qwen, **tied if level == "top" else {"llm_config": tied})
+    model, golden = load_model(qwen), load_file(OURS / "qwen3-micro" / "cases.safetensors")
+    model.image_context_id = 348
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    logits = model(golden["c_tiles_thumb/input_ids"], (golden["tiles_uint8"] / 255 - mean) / std)
+    expected = golden["tied/logits_last4"].view(4, -1)
+    torch.testing.assert_close(logits[0, -4:], expected, atol=1e-4, rtol=0)
+    save_model(model, tmp_path / "out", like=qwen)
+    written = tmp_path / "out/model.safetensors"
+    assert written.read_bytes() == (qwen / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: rename(f, lambda n: n.replace("mlp1.0.", "multi_modal_projector.layer_norm.")),
+         "says qwen3 in the official layout, but multi_modal_projector.layer_norm.bias"),
+        (lambda f: rename(f, lambda n: n.replace(".self_attn.q_norm.", ".self_attn.norm_q.")),
+         r"2 missing \(language_model.model.layers.0.self_attn.q_norm"),
+        (lambda f: rename(f, lambda n: n.replace(".self_attn.o_proj.", ".attention.wo.")),
+         r"2 unexpected \(language_model.model.layers.0.attention.wo"),
+        (lambda f: change_config(f, llm_config={"architectures": ["Qwen2ForCausalLM"]}),
+         r"missing \(language_model.model.layers.0.self_attn.k_proj.bias"),
+        (lambda f: change_config(f, llm_config=INTERNLM2),
+         "says internlm2 in the official layout, but language_model.lm_head.weight is a name"),
+        (lambda f: change_config(f, llm_config={"architectures": ["Phi3ForCausalLM"]}),
+         "Phi3ForCausalLM.*InternVL2_5-4B"),
+        (lambda f: change_config(f, llm_config={"head_dim": 4}), r"has shape \[.*needs \["),
+    ],
+)  # fmt: skip
+def test_weights_of_another_layout_or_family_are_refused_by_name(qwen, change, message):
+    change(qwen)
+    with pytest.raises(InputError, match=message):
+        load_model(qwen)
+
+
+@pytest.mark.parametrize("name", ["qwen2-micro", "qwen3-micro"])
+def test_a_model_after_a_step_of_mpo_comes_back_as_it_was_trained(tmp_path, name):
+    release = OURS / name / "checkpoint"
+    model = load_model(release, dtype=torch.bfloat16)
+    ids = load_file(OURS / name / "cases.safetensors")["a_text/input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    chosen, rejected = (token_logps(model(row), row).sum(1) for row in (ids, ids.flip(1)))
+    start = torch.zeros(1)
+    pairs = PairLogps(chosen, rejected, start, start, start + 20, start + 20)
+    terms = [w * LOSSES[n](pairs, **k) for w, n, k in MPO]
+    sum(terms).mean().backward()
+    optimizer.step()
+    save_model(model, tmp_path / "out", like=release)
+    trained, loaded = model.state_dict(), load_model(tmp_path / "out", dtype=torch.bfloat16)
+    before = load_model(release, dtype=torch.bfloat16).state_dict()
+    for parameter, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, trained[parameter]), parameter
+    changed = [n for n in trained if not torch.equal(before[n], trained[n])]
+    assert any("wqkv.weight" in n for n in changed) and any("output.weight" in n for n in changed)
 
 
 def test_an_index_cannot_point_out_of_its_folder(folder):

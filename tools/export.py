@@ -261,6 +261,7 @@ def write_tokenizer(
     template = chat_template(config.template, "bos_token" in special)
     settings = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # no model takes token_type_ids
         "clean_up_tokenization_spaces": False,
         "chat_template": template,
     }
