@@ -508,7 +508,8 @@ class Judged:
     """The responses of one question by verdict, each distinct text once, in sampling order."""
 
     correct: list[dict] = field(default_factory=list)
-    wrong: list[dict] = field(default_factory=list)  # may be ambiguous: not used, but counted
+    wrong: list[dict] = field(default_factory=list)
+    ambiguous: list[dict] = field(default_factory=list)  # perhaps meant right: in no pair
     format: list[dict] = field(default_factory=list)  # no clear final answer
     counts: Counter = field(default_factory=Counter)
 
@@ -542,23 +543,21 @@ def judge_group(
         meta = {"k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason}
         meta |= {"answer": verdict.answer, "prompt_version": version}
         meta |= {k: row[k] for k in ("qid", "finish_reason", "tokens") if k in row}
-        entry = {"number": number, "text": text, "meta": meta, "usable": not verdict.ambiguous}
-        getattr(judged, verdict.label).append(entry)
+        getattr(judged, verdict.label).append({"number": number, "text": text, "meta": meta})
     wanted = rationales == "all" or (rationales == "unsolved" and not judged.correct)
     if wanted and rows and isinstance(rows[0].get("rationale"), str):
         text = f"{rows[0]['rationale'].strip()}\nFinal answer: {rows[0]['answer']}"
         meta = {"k": None, "verdict": "correct", "reason": "gold rationale"}
-        judged.correct.append({"number": len(rows), "text": text, "meta": meta, "usable": True})
+        judged.correct.append({"number": len(rows), "text": text, "meta": meta})
         judged.counts["gold rationales"] += 1
     return judged
 
 
 def candidates(judged: Judged) -> tuple[list[tuple[dict, dict]], list[tuple[dict, dict]]]:
     """(chosen, rejected) of all possible pairs: against wrong answers, against format failures."""
-    usable = [w for w in judged.wrong if w["usable"]]
     correctness, format_pairs = (
         [(c, r) for c in judged.correct for r in group if c["text"] != r["text"]]
-        for group in (usable, judged.format)
+        for group in (judged.wrong, judged.format)
     )
     return correctness, format_pairs
 
@@ -677,15 +676,15 @@ def pair_set(
 def query_counts(judged: Judged, pairs: tuple[list, list]) -> Counter:
     """Counts about one question as a whole."""
     correctness, format_pairs = candidates(judged)
-    guarded = sum(not w["usable"] for w in judged.wrong)
-    counts = Counter({"questions": 1, "guarded pairs": len(judged.correct) * guarded})
+    guarded = len(judged.correct) * len(judged.ambiguous)
+    counts = Counter({"questions": 1, "guarded pairs": guarded})
     counts["possible correctness pairs"] = len(correctness)
     counts["possible format pairs"] = len(format_pairs)
-    if not judged.wrong and not judged.format:
+    if not judged.wrong and not judged.ambiguous and not judged.format:
         counts["questions all right"] = 1
     elif not judged.correct:
         counts["questions never right"] = 1
-        counts["questions never parsed"] = int(not judged.wrong)
+        counts["questions never parsed"] = int(not judged.wrong + judged.ambiguous)
     counts["questions without a pair"] = int(not any(pairs))
     return counts
 

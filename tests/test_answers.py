@@ -9,8 +9,10 @@ import pytest
 from conftest import OURS
 
 from benchmarks import answers
-from runtime import InputError
+from benchmarks.quantities import same_value
+from runtime import InputError, read_jsonl
 
+JUDGED = [row for _, row in read_jsonl(OURS / "judge.jsonl")]
 CASES = json.loads((OURS / "answers.json").read_text())["cases"]
 STANDARD = answers.get_mode("anything else")
 MAVIS = answers.get_mode("mavis")
@@ -140,13 +142,13 @@ New York - USA|new york usa
 """
 DIFFERENT = r"""
 -7|7  x>5|x<5  x\ge5|x>5  a+b|a-b  a-b|b-a  (1,2)|(2,1)  [2,3]|(2,3)  (0,1]|(0,1)  5, 7|7  7, 5|5, 7
-5 apples|5 oranges  5 km|5000 m  5 cm|5 mm  100 m|100 miles  30°C|30°F  $5|€5  3 million|3
+5 apples|5 oranges  5 km|50 m  5 cm|5 mm  100 m|100 miles  30°C|30°F  $5|€5  3 million|3
 3:15|3:45  3:4|3/4  12/03/1998|03/12/1998  2015-2016|2014-2015  2 \times 3|3 \times 2
-1,23|123  12345,678|12345678  1_0|10  100 000|100000  0x10|16  1.5|1  A.M.|A  A cat|A  A, B|B
+1,23|123  12345,678|12345678  1_0|10  0x10|16  1.5|1  A.M.|A  A cat|A  A, B|B
 A B|B  (A) and (B)|A  C. dog|B. dog  cat|B. dog  the|A  dog|god  on/off|off/on  2ab|2  2x|2  2nd|2
 12 or 13|12  not 5|5  Room 12|12  x=5, y=2|x=3, y=2  y=5|x=5  x^2+1=0|x^2+2=0  \pi|3.14
 0.333|1/3  2^{100}+1|2^{100}  \frac{1}{0}|\frac{2}{0}  \sqrt{x^2}|x  C++|C  covid-19|covid 19
-9**9**9|9^9^9+1  twelve|12  0.0000001|0
+9**9**9|9^9^9+1  twelve|20  0.0000001|0
 """
 
 
@@ -239,9 +241,21 @@ def test_ratio_and_prefix_reading_are_offered_to_the_benchmarks():
     assert answers.parse_expression("apples", prefix=True) is None
 
 
+@pytest.mark.parametrize("case", JUDGED, ids=lambda c: f"{c['kind']}: {c['pred']} / {c['gold']}")
+def test_judged_case(case):
+    if case["call"] == "parse":
+        got = answers.parse_answer(case["pred"], case["gold"]) or "FAIL"
+    elif case["call"] == "judge":
+        got = answers.judge(case["pred"], case["gold"], STANDARD, "en").label
+    else:  # the years are ChartQA's
+        modes = ["relaxed_accuracy"] if case["kind"] == "year tolerance" else STANDARD
+        got = answers.is_correct(case["pred"], case["gold"], modes)
+    assert got == case["expected"], case["why"]
+
+
 def test_letters_are_compared_at_several_points():
     a, b, c = (answers.parse_expression(t) for t in ("(x+y)^2", "x^2+2xy+y^2", "x^2+y^2"))
-    assert answers.same_value(a, b) and not answers.same_value(a, c)
+    assert same_value(a, b) and not same_value(a, c)
     assert a.letters == {"x", "y"}
 
 
