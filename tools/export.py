@@ -32,7 +32,7 @@ from config import InternVLConfig
 from layouts import HF, OFFICIAL_INTERNLM2, split_stored, stored_pieces
 from model import InternVL
 from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
-from tokenizer import BLANK, Tokenizer, find_template, load_tokenizer
+from tokenizer import Tokenizer, find_template, load_tokenizer
 from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import (
     INDEX,
@@ -287,16 +287,12 @@ def tokenizer_json(tokenizer: Tokenizer, bos: str | None, images: bool) -> str:
 
     For programs without our decode rules; a run of bytes with an invalid one decodes differently.
     """
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    names = sorted(tokenizer.special, key=tokenizer.special.get)
-    if images and "<video>" not in names:
-        names.append("<video>")
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
-    )
-    if tokenizer.pieces is not None:
-        steps = [tokenizers.decoders.Replace(BLANK, " "), tokenizers.decoders.ByteFallback()]
-        backend.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Fuse()])
+    data = json.loads(tokenizer.backend.to_str())
+    for token in data["added_tokens"]:  # in ours marks are text, that is not special
+        token["special"] |= token["content"] in tokenizer.marks
+    backend = tokenizers.Tokenizer.from_str(json.dumps(data))
+    if images:
+        backend.add_special_tokens([tokenizers.AddedToken("<video>", normalized=False)])
     if bos:
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_id(bos))]
