@@ -3,7 +3,7 @@
 A closed list, never "utils": a thing enters here when two rooms need it.
 
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
-    InputError, run                  every failure of input or disk ends in one line
+    InputError, Failure, run         what people must know ends in one line
     start_process, Process           the process group: always one, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
     write_atomic, AppendLog          whole files or none; whole lines or none
@@ -36,6 +36,10 @@ LOCK_VOTE_SECONDS = 5
 
 class InputError(ValueError):
     """A mistake in what the user gave: names the file, line, key or flag, and the remedy."""
+
+
+class Failure(RuntimeError):
+    """What went wrong while running, through nobody's input: told in one line, exit status 1."""
 
 
 # --------------------------------------------------------------------------- flags
@@ -164,10 +168,10 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message, status = "", 1
-    except InputError as error:
-        message, status = str(error), 2
+    except (InputError, Failure) as error:
+        message, status = str(error), 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        message, status = str(error), 2 if error.errno in (None, *NAMED_WRONGLY) else 1
+        message, status = str(error), 2 if error.errno in NAMED_WRONGLY else 1
     except UnicodeError as error:
         message, status = f"a text or file name is not valid UTF-8: {error}", 2
     except RecursionError:

@@ -27,8 +27,9 @@ from paper.report import WITH_NTP
 from paper.story import BETA, QUICK_ROWS, SPEED, Recipe, StoryConfig, chosen_rates
 from runtime import read_json, read_whole_lines, start_process, stop_process, write_atomic
 from tools.mine import register_file
+from tools.sweep import ROWS
 from toy import COLOURS, SHAPES, SIDE, Thing, random_things, write_lines
-from train import ROWS, TrainConfig, train
+from train import TrainConfig, train
 from vision import preprocess
 
 DESCRIBE = "Describe the image."

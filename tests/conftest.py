@@ -51,7 +51,7 @@ def trained(tmp_path_factory) -> Path:
         epochs=12,
         pack_tokens=2000,
         drop_path=0.0,
-        recompute=False,
+        recompute="off",
         save_every=10_000,
     )
     assert train_in_process(cfg)[-1]["nll"] < 1

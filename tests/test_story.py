@@ -30,8 +30,8 @@ from paper.story import (
 )
 from runtime import InputError, parse_cli, read_jsonl, write_atomic
 from tokenizer import load_tokenizer
+from tools.sweep import ROWS
 from toy import COLOURS, SHAPES, Thing, chain_of_thought, draw, random_things, write_model
-from train import ROWS
 from vision import preprocess
 from weights import load_model
 

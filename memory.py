@@ -1,0 +1,174 @@
+"""What fits a model into less memory: adapters, bfloat16 states, selective recompute.
+
+    add_adapters, merge_adapters   LoRA (arXiv:2106.09685): train a product of low rank only
+    RandomRoundingAdamW            weights and moments in bfloat16, rounded at random
+    keep_some                      keep attention and narrow products, compute the rest again
+
+train.py runs without any of them; each is a switch there, and off means the plain numbers.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from data import seeded
+from weights import local, local_rows, shard_place, whole
+
+# --------------------------------------------------------------------------- adapters
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer plus a trained product of low rank."""
+
+    on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return out
+        return out + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up)
+
+
+def add_adapters(model: nn.Module, parts: list[str], rank: int, alpha: float) -> None:
+    """An adapter for every linear layer of the blocks of `parts`; it counts alpha / rank times."""
+    for part in parts:
+        for name, layer in getattr(model, part).named_modules():
+            if type(layer) is nn.Linear and "layers." in name:
+                layer.__class__, layer.scale = LoraLinear, alpha / rank
+                rows, cols = layer.weight.shape
+                layer.lora_down = nn.Parameter(layer.weight.new_empty(rank, cols))
+                layer.lora_up = nn.Parameter(layer.weight.new_empty(rows, rank))
+
+
+def adapters(model: nn.Module) -> dict[str, LoraLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+
+
+@torch.no_grad()
+def start_adapters(model: nn.Module, seed: int) -> None:
+    """Noise below, zeros above: the start is the model itself, for any number of processes."""
+    for name, layer in adapters(model).items():
+        noise = seeded(seed, "lora", name).standard_normal(tuple(layer.lora_down.shape))
+        noise = torch.from_numpy(noise) / layer.in_features**0.5
+        local(layer.lora_down).copy_(noise[local_rows(layer.lora_down)])
+        local(layer.lora_up).zero_()
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the one it started from."""
+    layers = adapters(model).values()
+    for layer in layers:
+        layer.on = False
+    yield
+    for layer in layers:
+        layer.on = True
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Add what was learned to the weights, each process to its own rows."""
+    for layer in adapters(model).values():
+        learned = layer.scale * whole(layer.lora_up).float() @ whole(layer.lora_down).float()
+        local(layer.weight).add_(learned[local_rows(layer.weight)])
+        layer.on = False
+
+
+# --------------------------------------------------------------------------- bfloat16 states
+
+
+class RandomRoundingAdamW(torch.optim.AdamW):
+    """AdamW on bfloat16 weights and moments, computed in float32, a piece at a time.
+
+    bfloat16 has 8 bits: at lr 5e-6 rounding to nearest would lose every update of a weight above
+    0.003, and the second moment's decay of 0.1 %.  Rounding up or down at random, by how near each
+    is, keeps them on average.  The draws are a function of (seed, step, tensor, shard).
+    """
+
+    PIECE = 1 << 24
+
+    def __init__(self, groups: list[dict], *, seed: int, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self.update(p, group, (number, index))
+
+    def update(self, p: Tensor, group: dict, place: tuple[int, int]) -> None:
+        """One AdamW step of parameter `p`; `place` = (group, index in it) seeds its rounding."""
+        state, (b1, b2) = self.state[p], group["betas"]
+        if not state:
+            state |= {"step": torch.tensor(0.0)}
+            state |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        state["step"] += 1
+        t = int(state["step"].item())
+        shard_number = shard_place({"": p})[0]
+        w, grad, mean, square = (
+            local(x).view(-1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+        )
+        generator = torch.Generator(w.device)
+        key = (self.seed, "rounding", t, place, shard_number)
+        generator.manual_seed(int(seeded(*key).integers(2**62)))
+        for i in range(0, len(w), self.PIECE):
+            at = slice(i, i + self.PIECE)
+            g = grad[at].float()
+            m = mean[at].float().lerp(g, 1 - b1)
+            v = square[at].float() * b2 + (1 - b2) * g * g
+            update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + group["eps"])
+            new = w[at].float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+            for kept, exact in ((w, new), (mean, m), (square, v)):
+                kept[at] = round_at_random(exact, generator)
+
+
+def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up with the chance that makes the mean exact."""
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return ((bits + noise) & -65536).view(torch.float32).bfloat16()
+
+
+# --------------------------------------------------------------------------- recompute
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def keep_some(forward: Callable, *inputs: Any) -> Tensor:
+    """A block's forward that keeps attention, and products no wider than their input."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
+        keep = narrow or op in ATTENTION
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def recompute_in_backward(block: nn.Module, amount: str) -> None:
+    """`amount`: full keeps a block's input only, selective also what keep_some says, off all."""
+    block.recompute = amount == "full"
+    if amount == "selective":
+        block.forward = partial(keep_some, block.forward)

@@ -1,0 +1,95 @@
+"""plain.py is the oracle: every fast way of train.py gives its losses and its weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_forks, train_in_process
+from safetensors.torch import load_file, save_file
+
+import plain
+from data import read_meta
+from generate import Generator, Prompt
+from runtime import read_jsonl, start_process, stop_process
+from tokenizer import load_tokenizer
+from toy import write_world
+from train import TrainConfig, train
+from weights import load_model
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    write_world(folder, 32, 0)
+    for path in (folder / "model").glob("*.safetensors"):  # saved weights then keep every bit
+        weights = {name: w.float() for name, w in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(toy):
+    """Eight steps of eight pairs in the plain way: (weights, losses)."""
+    cfg = plain.PlainConfig(model_dir=toy / "model", meta=toy / "meta.json", lr=1e-3)
+    policy, losses = plain.train(cfg)
+    return dict(policy.named_parameters()), losses
+
+
+@pytest.fixture(scope="module")
+def fast(toy):
+    """The same eight steps for train.py."""
+    return TrainConfig(
+        model_dir=toy / "model",
+        meta=toy / "meta.json",
+        lr=1e-3,
+        batch_size=8,
+        max_steps=8,
+        drop_path=0.0,
+        pack_tokens=900,
+        reference_cache=toy / "reference",
+    )
+
+
+def run_group(cfg):
+    train(cfg, start_process(cfg.seed))
+    stop_process()
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"reference": "online", "pack_tokens": 400}),
+        (2, {"reference": "online", "recompute": "selective"}),
+        (1, {"share_prefix": False, "share_images": False, "head_rows": 0, "recompute": "off"}),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else " ".join(x) or "defaults",
+)
+def test_eight_steps_end_where_the_plain_way_ends(oracle, fast, tmp_path, processes, flags):
+    weights, losses = oracle
+    cfg = replace(fast, out_dir=tmp_path / "run", **flags)
+    if processes == 1:
+        train_in_process(cfg)
+    else:
+        run_forks(processes, run_group, cfg)
+    metrics = [row for _, row in read_jsonl(cfg.out_dir / "metrics.jsonl")]
+    assert [row["loss"] for row in metrics] == pytest.approx(losses, abs=1e-5)
+    for name, trained in load_model(cfg.out_dir / "model").named_parameters():
+        expected = weights[name]
+        if name.endswith("attn.qkv.bias"):
+            # softmax loses a key's bias: its gradient is rounding alone, which Adam scales up
+            trained, expected = (torch.cat(x.chunk(3)[::2]) for x in (trained, expected))
+        torch.testing.assert_close(trained, expected, atol=1e-5, rtol=0, msg=name)
+
+
+def test_greedy_answers_are_those_of_calling_the_model_again_and_again(trained):
+    folder = trained / "base" / "model"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for data_set in read_meta(trained / "meta.json", model.config.max_tiles):
+        record = data_set[0]
+        tiles, ids = plain.read_prompt(record, model, tokenizer)
+        expected = plain.greedy_ids(model, tiles, ids, tokenizer.im_end_id, 24)
+        prompt = Prompt("q", record.question, record.images, max_tiles=record.max_tiles)
+        [sample] = Generator(model, tokenizer, max_new_tokens=24).run([prompt])
+        assert list(sample.ids) == expected, data_set.name
