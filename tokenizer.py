@@ -7,11 +7,9 @@
     encode_chat         prompt ids, from the system message to the open assistant turn
     encode_response     ids of one response with its <|im_end|>: the labels behind such a prompt
 
-Sources: tokenization_internlm2.py (the slow class), sentencepiece's bpe_model.cc and
-sentencepiece_model.proto, transformers' tokenization_qwen2.py; conversation.py and
-modeling_internvl_chat.py (chat) for prompts, internvl/train/dataset.py (preprocess_internlm,
-preprocess_mpt, preprocess_internvl2_5) for labels.  Every kind of file is turned into what a
-tokenizer.json would say; `tokenizers` runs its BPE.  No sentencepiece or protobuf is needed.
+Sources: tokenization_internlm2.py (the slow class), transformers' tokenization_qwen2.py;
+conversation.py and modeling_internvl_chat.py (chat) for prompts, internvl/train/dataset.py
+(preprocess_internlm, preprocess_mpt, preprocess_internvl2_5) for labels.  Files: vocabulary.py.
 
 Tokens with names are of three kinds.  Special ones (<s>, <|im_end|>, <img>, <IMG_CONTEXT> ...)
 enter prompts by id alone; their names in anybody's text are plain text, so no text can forge a turn
@@ -36,37 +34,17 @@ import codecs
 import json
 import operator
 import re
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import tokenizers
 
 from runtime import InputError, read_json
+from vocabulary import BLANK, from_sentencepiece, from_vocab_and_merges
 
 IMAGE = "<image>"  # the placeholder in texts; not a token
 MARKS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
-# what InternVL's prompts are made of
-CHAT_NAMES = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-BLANK = "\u2581"  # stands for a space inside SentencePiece's pieces
-LARGEST_ID = 1 << 20  # no vocabulary of the family is as large
-
-# what tokenizer_config.json calls ids of InternLM2's tokenizer.model, and adds behind it
-INTERNLM2_PIECES = 92544
-INTERNLM2_NAMES = dict(
-    enumerate(
-        "<|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|> "
-        "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split(),
-        start=92538,
-    )
-)
-# names in Qwen's added_tokens.json, which has no flags, that tokenizer_config.json flags as text
-NOT_SPECIAL = (
-    "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think> <|fim_prefix|> "
-    "<|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split()
-)
 
 # PreTrainedTokenizerBase.clean_up_tokenization, in its order; InternLM2Tokenizer always calls it
 CLEAN_UP = [
@@ -93,9 +71,8 @@ class Tokenizer:
             decoder, model = json.dumps(data["decoder"]), data["model"]
         except Exception as error:  # what `tokenizers` raises has no narrower type
             raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
-        if re.search(
-            r'"Prepend"|"prepend_scheme": "(always|first)"|"add_prefix_space": true', front
-        ):
+        prefix = r'"Prepend"|"prepend_scheme": "(always|first)"|"add_prefix_space": true'
+        if re.search(prefix, front):
             raise InputError(
                 f"{source}: puts a blank before every text, as no InternVL does, so prompts could "
                 "not be built of segments; turn add_prefix_space (prepend_scheme) off"
@@ -189,8 +166,8 @@ class Tokenizer:
 
         A special token beyond them that no prompt needs is allowed (<video> of InternVL3-hf).
         """
-        needed = {self.token_id(name) for name in CHAT_NAMES} | self.pieces.keys()
-        largest = max(needed - self.special_ids.difference(map(self.token_id, CHAT_NAMES)))
+        text = self.pieces.keys() - self.special_ids
+        largest = max(text | {self.im_end_id, self.image_context_id})
         if largest >= vocab_size:
             raise InputError(
                 f"{self.source}: has tokens up to id {largest}, but the model's vocab_size is "
@@ -274,9 +251,9 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
         for name in ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer.json")
     )
     if model.is_file():
-        return Tokenizer(_from_sentencepiece(model), model)
+        return Tokenizer(from_sentencepiece(model), model)
     if vocab.is_file() and merges.is_file():
-        return Tokenizer(_from_vocab_and_merges(vocab, merges), vocab)
+        return Tokenizer(from_vocab_and_merges(vocab, merges), vocab)
     if data.is_file():
         return Tokenizer(read_json(data), data)
     if vocab.is_file():
@@ -285,217 +262,6 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
         f"no tokenizer.model, vocab.json or tokenizer.json in {model_dir}: copy the tokenizer's "
         "files from the released checkpoint, with added_tokens.json and tokenizer_config.json"
     )
-
-
-Added = dict[int, tuple[str, bool]]  # id -> (name, special)
-
-
-def _added_tokens(folder: Path, known: dict[int, str], defaults: Added) -> Added:
-    """The tokens that tokenizer_config.json and added_tokens.json name, at least one of them there.
-
-    known: pieces that keep their names.  defaults: for files without <|im_end|>.
-    """
-    config, names = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    flagged, unflagged = (read_json(file) if file.is_file() else {} for file in (config, names))
-    try:
-        tokens = [(int(id), name, name not in NOT_SPECIAL) for name, id in unflagged.items()]
-        for id, token in flagged.get("added_tokens_decoder", {}).items():
-            tokens.append((int(id), token["content"], token["special"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{folder}: expected added_tokens_decoder {{id: {{content, special}}}} in "
-            f"{config.name} and {{name: id}} in {names.name}, got {error!r}; copy both from the "
-            "checkpoint"
-        ) from None
-    added: Added = {} if "<|im_end|>" in [name for _, name, _ in tokens] else dict(defaults)
-    known = known | {id: name for id, (name, _) in added.items()}
-    for id, name, special in tokens:
-        if known.setdefault(id, name) != name:
-            raise InputError(
-                f"{folder}: token {id} is {name!r} in one tokenizer file and {known[id]!r} in "
-                "another; copy all of them from one checkpoint"
-            )
-        if not 0 <= id < LARGEST_ID:
-            raise InputError(f"{folder}: {name!r} has the id {id}; no vocabulary is as large")
-        added[id] = (name, special)
-    if not added:
-        raise InputError(
-            f"{folder}: neither {names.name} nor added_tokens_decoder in {config.name}, so nothing "
-            "names the special tokens; copy both from the checkpoint"
-        )
-    return added
-
-
-def _bpe(folder: Path, pieces: dict[int, str], merges: list, added: Added, **parts: Any) -> dict:
-    """The content of a tokenizer.json for a BPE; `parts`: its model's and its other settings."""
-    names = pieces | {id: name for id, (name, _) in added.items()}
-    vocab = {name: id for id, name in names.items()}
-    if len(vocab) < len(names):
-        twice = next(name for id, name in names.items() if vocab[name] != id)
-        raise InputError(f"{folder}: two ids are called {twice!r}; compare added_tokens.json")
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": id, "content": name, "special": special, **plain}
-            for id, (name, special) in sorted(added.items())
-        ],
-        "post_processor": None,
-        **parts,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, **parts["model"]},
-    }
-
-
-def _from_sentencepiece(path: Path) -> dict:
-    pieces = read_pieces(path)
-    verbatim = {
-        id: (piece.text, piece.kind != USER_DEFINED)
-        for id, piece in enumerate(pieces)
-        if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    }
-    known = {id: p.text for id, p in enumerate(pieces) if p.kind in (NORMAL, BYTE)}
-    names = INTERNLM2_NAMES if len(pieces) == INTERNLM2_PIECES else {}
-    blank = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}]
-    return _bpe(
-        path.parent,
-        {id: piece.text for id, piece in enumerate(pieces)},
-        bpe_merges(pieces),
-        verbatim | _added_tokens(path.parent, known, {id: (n, True) for id, n in names.items()}),
-        model={"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True},
-        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": BLANK},
-        pre_tokenizer=None,
-        decoder={
-            "type": "Sequence",
-            "decoders": [*blank, {"type": "ByteFallback"}, {"type": "Fuse"}],
-        },
-    )
-
-
-# how Qwen's byte-level BPE splits a text before it merges (tokenization_qwen2.py)
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _from_vocab_and_merges(vocab: Path, merges: Path) -> dict:
-    ids = read_json(vocab)
-    pieces = {id: piece for piece, id in ids.items() if type(id) is int and 0 <= id < LARGEST_ID}
-    if len(pieces) < len(ids):
-        raise InputError(f"{vocab}: expected {{piece: id}}, ids from 0, each once; copy it again")
-    lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated"}
-    return _bpe(
-        vocab.parent,
-        pieces,
-        pairs,
-        _added_tokens(vocab.parent, pieces, {}),
-        model={},
-        normalizer={"type": "NFC"},
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
-        },
-        decoder=byte_level | {"use_regex": True},
-    )
-
-
-# --------------------------------------------------------------------------- tokenizer.model
-
-# sentencepiece_model.proto: ModelProto.SentencePiece.Type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-
-class Piece(NamedTuple):
-    text: str
-    score: float
-    kind: int
-
-
-def read_pieces(path: Path) -> list[Piece]:
-    """The pieces of a tokenizer.model by id; an error if it needs more than this file does."""
-    pieces, trainer, normalizer = [], None, None
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(value))
-                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-                pieces.append(Piece(piece[1].decode(), score, piece.get(3, NORMAL)))
-            elif number == 2:
-                trainer = dict(_fields(value))
-            elif number == 3:
-                normalizer = dict(_fields(value))
-    except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error) as error:
-        raise InputError(
-            f"{path}: no SentencePiece model, or a part of one ({error}); copy the file again "
-            "(a few lines of text are a Git LFS pointer: git lfs pull)"
-        ) from None
-    if trainer is None or normalizer is None:  # these follow the pieces
-        raise InputError(
-            f"{path}: ends after {len(pieces)} pieces, without the trainer and normalizer settings "
-            "behind them; copy the file again"
-        )
-    settings = {  # name: (value or the proto's default, what InternLM2 has)
-        "model_type": (trainer.get(3, 1), 2),  # BPE
-        "byte_fallback": (trainer.get(35, 0), 1),
-        "precompiled_charsmap": (normalizer.get(2, b""), b""),
-        "add_dummy_prefix": (normalizer.get(3, 1), 0),
-        "remove_extra_whitespaces": (normalizer.get(4, 1), 0),
-        "escape_whitespaces": (normalizer.get(5, 1), 1),
-        "pieces of type UNUSED": (sum(piece.kind == UNUSED for piece in pieces), 0),
-    }
-    for name, (value, needed) in settings.items():
-        if value != needed:
-            raise InputError(
-                f"{path}: {name} is {value!r:.40}, InternLM2 has {needed!r}; only SentencePiece "
-                "models with InternLM2's settings are read here"
-            )
-    return pieces
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: a varint as int, anything else as bytes."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-        elif wire in (1, 2, 5):
-            size, at = _varint(message, at) if wire == 2 else (8 if wire == 1 else 4, at)
-            value, at = message[at : at + size], at + size
-            if at > len(message):
-                raise ValueError(f"{at - len(message)} bytes are missing")
-        else:
-            raise ValueError(f"unknown wire type {wire} at byte {at}")
-        yield key >> 3, value
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """(value, position behind it): 7 bits a byte, low bits first, the top bit says "more"."""
-    value = shift = 0
-    while (byte := message[at]) & 0x80:
-        if shift > 63:
-            raise ValueError(f"no varint at byte {at}")
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return value | byte << shift, at + 1
-
-
-def bpe_merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Every way to put an ordinary piece together from two, the best piece first.
-
-    SentencePiece has no merge list: it joins whichever neighbours make the piece of highest score.
-    """
-    normal = {piece.text: id for id, piece in enumerate(pieces) if piece.kind == NORMAL}
-    ranked = []
-    for text, id in normal.items():
-        for cut in range(1, len(text)):
-            if (left := text[:cut]) in normal and (right := text[cut:]) in normal:
-                ranked.append((-pieces[id].score, id, normal[left], normal[right], left, right))
-    return [merge[-2:] for merge in sorted(ranked)]
 
 
 # --------------------------------------------------------------------------- chat

@@ -246,14 +246,6 @@ def test_no_piece_but_a_blank_line_merges_with_the_role_line(load):
             assert both == head + tokenizer.encode_plain(text), text
 
 
-def test_names_of_internlm2_are_known_without_the_json_files(load, golden_tiny, tmp_path):
-    tokenizer, _ = load("internvl2-tiny")
-    shutil.copy(golden_tiny / "checkpoint/tokenizer.model", tmp_path)
-    assert load_tokenizer(tmp_path).special == tokenizer.special
-    shutil.copy(golden_tiny / "checkpoint/added_tokens.json", tmp_path)  # names only nine of them
-    assert load_tokenizer(tmp_path).special == tokenizer.special
-
-
 # ------------------------------------------------------- a small model, ids by sentencepiece
 
 
