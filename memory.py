@@ -39,10 +39,10 @@ class LoraLinear(nn.Linear):
         return out + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up)
 
 
-def add_adapters(model: nn.Module, parts: list[str], rank: int, alpha: float) -> None:
+def add_adapters(parts: list[nn.Module], rank: int, alpha: float) -> None:
     """An adapter for every linear layer of the blocks of `parts`; it counts alpha / rank times."""
     for part in parts:
-        for name, layer in getattr(model, part).named_modules():
+        for name, layer in part.named_modules():
             if type(layer) is nn.Linear and "layers." in name:
                 layer.__class__, layer.scale = LoraLinear, alpha / rank
                 rows, cols = layer.weight.shape

@@ -35,47 +35,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import losses
 import memory
+import runtime
 import weights
 from config import load_config, named_config
 from data import Pack, PairData, Tree, prefetch, read_meta, response_keys, seeded
-from losses import (
-    BcoShift,
-    PairLogps,
-    Terms,
-    bco_rewards,
-    blend,
-    check_hyperparameters,
-    coefficients,
-    needs_reference,
-    objective,
-    pair_metrics,
-    parse_objective,
-    response_logps,
-    sum_by_response,
-    whole_step,
-)
+from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
-from runtime import (
-    AppendLog,
-    Failure,
-    InputError,
-    MetricsLog,
-    Process,
-    alone_in,
-    check_ranges,
-    claim,
-    config_json,
-    fingerprint,
-    flag,
-    parse_cli,
-    read_json,
-    read_whole_lines,
-    run,
-    start_process,
-    stop_process,
-    write_atomic,
-)
+from runtime import Failure, InputError, Process, flag, write_atomic
 from tokenizer import load_tokenizer
 from weights import local, named_tensors
 
@@ -151,7 +119,7 @@ class TrainConfig:
     gpus: int = flag(1, "for --plan", low=1)
 
     def __post_init__(self) -> None:
-        check_ranges(type(self), vars(self))
+        runtime.check_ranges(type(self), vars(self))
         if not (self.lr > 0 and self.beta > 0):
             raise ValueError("lr and beta must be > 0")
         if self.drop_path >= 1:
@@ -201,10 +169,10 @@ def train(cfg: TrainConfig, process: Process) -> None:
     from tools.doctor import Doctor  # noqa: PLC0415
     from tools.plan import Meter  # noqa: PLC0415
 
-    with alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
+    with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
         terms = parse_objective(cfg.loss)
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
-        hyper = check_hyperparameters(terms, cfg.beta, smoothing)
+        hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
         data = open_data(cfg, terms, process)
         total = data.steps_per_epoch * cfg.epochs
         total = min(total, cfg.max_steps) if cfg.max_steps else total
@@ -217,16 +185,18 @@ def train(cfg: TrainConfig, process: Process) -> None:
         run = Run(cfg, process, terms, policy, reference)
         tensors = state_tensors(policy, optimizer, reference, cfg.reference_update_every > 0)
         done = restore(cfg, tensors, optimizer, shift)
-        process.say(f"continuing after step {done}" if done else schedule_text(cfg, total))
+        process.say(f"{done} of {total} steps are done" if done else f"{total} steps to do")
+        if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
+            process.say("warning: the learning rate is 0 at every step: nothing will be trained")
         if process.is_main:
-            write_atomic(cfg.out_dir / "config.json", config_json(cfg))
+            write_atomic(cfg.out_dir / "config.json", runtime.config_json(cfg))
         background = {"on": True, "off": False, "auto": process.device.type == "cuda"}
         writer = weights.CheckpointWriter(
             cfg.out_dir / "checkpoints", cfg.keep, background[cfg.async_save]
         )
-        log = MetricsLog(cfg.out_dir, process, total, done)
+        log = runtime.MetricsLog(cfg.out_dir, process, total, done)
         doctor = Doctor(log.kept, total, process.say)
-        gradient = whole_step_gradient if whole_step(terms) else step_gradient
+        gradient = whole_step_gradient if losses.whole_step(terms) else step_gradient
 
         for step in prefetch(lambda number: make_step(data, number, process), range(done, total)):
             for name in step.dropped:
@@ -243,7 +213,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if reference:
-                shift.update(*bco_rewards(logps, cfg.beta).tolist())
+                shift.update(*losses.bco_rewards(logps, cfg.beta).tolist())
             if cfg.reference_update_every and (step.number + 1) % cfg.reference_update_every == 0:
                 reference.move(policy, cfg.reference_update_mix)
 
@@ -346,9 +316,8 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
         getattr(model, name).requires_grad_(trained and name in cfg.trained_parts)
     if cfg.lora_rank and trained:
         names = ("language", "vision") if cfg.lora_parts == "both" else (cfg.lora_parts,)
-        memory.add_adapters(
-            model, [f"{name}_model" for name in names], cfg.lora_rank, cfg.lora_alpha
-        )
+        parts = [getattr(model, f"{name}_model") for name in names]
+        memory.add_adapters(parts, cfg.lora_rank, cfg.lora_alpha)
     for block in units_of(model):
         memory.recompute_in_backward(block, cfg.recompute if trained else "off")
     return model
@@ -380,17 +349,16 @@ def make_mesh(cfg: TrainConfig, process: Process) -> DeviceMesh:
 
 
 def weight_sums(policy: InternVL) -> list[float]:
-    """A sum a tensor of what this process holds of the trained weights: tells whether any moved."""
+    """A sum a tensor of this process's share of the weights: tells whether any has moved."""
     return [local(p).double().sum().item() for p in named_tensors(policy).values()]
 
 
-def check_moved(start: list[float], policy: InternVL) -> None:
+def check_moved(before: list[float], policy: InternVL) -> None:
     """A run that changed no weight must not end as if it had."""
-    if weights.all_of(start == weight_sums(policy)):
+    if weights.all_of(before == weight_sums(policy)):
         raise Failure(
-            "no weight has changed: nothing is saved.  The rate was 0 at every step (a run of one "
-            "step has only the warm-up's first: pass --epochs 2 or --warmup 0), or every gradient "
-            "was 0"
+            "no weight has changed, so nothing is saved: the rate was 0 at every step (warm-up "
+            "starts at 0: pass --epochs 2 or --warmup 0), or all gradients were 0"
         )
 
 
@@ -421,7 +389,7 @@ def make_reference(
 ) -> "Reference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
     moving = cfg.reference_update_every > 0
-    if moving and not needs_reference(terms):
+    if moving and not losses.needs_reference(terms):
         raise InputError(f"reference_update_every is set but {cfg.loss} uses no reference")
     if moving and cfg.reference != "online":
         raise InputError(
@@ -433,7 +401,7 @@ def make_reference(
             f"reference_update_every {cfg.reference_update_every} exceeds the run's {total} steps: "
             "the reference would never move"
         )
-    if not needs_reference(terms):
+    if not losses.needs_reference(terms):
         return None
     if moving and cfg.lora_rank:
         raise InputError("a moving reference cannot be the policy without adapters: no --lora_rank")
@@ -459,7 +427,7 @@ class OnlineReference:
         """reference <- mix * policy + (1 - mix) * reference, on each process's own rows."""
         self.model.reshard()  # its forward left the root's parameters gathered
         for reference_row, policy_row in zip(self.model.parameters(), policy.parameters()):
-            blend(local(reference_row), local(policy_row), mix)
+            losses.blend(local(reference_row), local(policy_row), mix)
 
 
 class BareReference:
@@ -489,18 +457,18 @@ class CachedReference:
     def __init__(self, folder: Path, facts: dict[str, str], process: Process) -> None:
         self.folder, self.process = folder, process
         if process.is_main:
-            claim(folder, facts, "pass another --reference_cache")
+            runtime.claim(folder, facts, "pass another --reference_cache")
         dist.barrier()
-        claim(folder, facts, "pass another --reference_cache")
+        runtime.claim(folder, facts, "pass another --reference_cache")
         self.logps: dict[str, float] = {}
 
     @torch.no_grad()
     def fill(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
         """Score what is missing, with the policy before its first step: it is the reference."""
         self.mark = self.folder / f"covers-{data.digest(total)}.json"
-        with alone_in(self.folder, self.process, math.inf, "end it"):
+        with runtime.alone_in(self.folder, self.process, math.inf, "end it"):
             self.read()  # another run may have scored them meanwhile
-            marked = read_json(self.mark)["responses"] if self.mark.exists() else math.inf
+            marked = runtime.read_json(self.mark)["responses"] if self.mark.exists() else math.inf
             if self.process.broadcast(marked > len(self.logps)):
                 self.score_missing(policy, data, total, cfg)
                 self.read()
@@ -509,14 +477,16 @@ class CachedReference:
 
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
-            for record in read_whole_lines(part)[0]:
+            for record in runtime.read_whole_lines(part)[0]:
                 self.logps[record["key"]] = record["logp"]
         dist.barrier()  # nobody appends before everybody has read
 
     def score_missing(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
         """Plan a step, score its missing packs in rounds of one a process, forget it."""
         process = self.process
-        part = AppendLog(self.folder / f"part-{process.rank:03d}-of-{process.world:03d}.jsonl")
+        part = runtime.AppendLog(
+            self.folder / f"part-{process.rank:03d}-of-{process.world:03d}.jsonl"
+        )
         policy.eval()
         seen, queue = set(self.logps), []
         for step in tqdm(range(total), "reference", unit="step", disable=not process.is_main):
@@ -539,7 +509,7 @@ class CachedReference:
         policy: InternVL,
         data: PairData,
         cfg: TrainConfig,
-        part: AppendLog,
+        part: runtime.AppendLog,
     ) -> None:
         """This process's pack of the round; a stand-in where there are too few."""
         rank = self.process.rank
@@ -571,8 +541,8 @@ def cache_facts(cfg: TrainConfig, process: Process) -> dict[str, str]:
     # in bfloat16 the shape of a pack moves single tokens by 0.01 to 0.1 nats, in float32 by 1e-6
     packing = f"{cfg.pack_tokens} {cfg.share_prefix} {cfg.share_images}"
     return {
-        "weights": share_text(fingerprint(files), process),
-        "config": share_text(fingerprint([cfg.model_dir / "config.json"]), process),
+        "weights": share_text(runtime.fingerprint(files), process),
+        "config": share_text(runtime.fingerprint([cfg.model_dir / "config.json"]), process),
         "dtype": str(dtype),
         "packing": packing if dtype is torch.bfloat16 else "any",
         "scoring": SCORING_VERSION,
@@ -711,7 +681,7 @@ def whole_step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLo
     Scores the step first; then each pair is pulled by d loss / d its log-probs.
     """
     logps = score_step(run, step)
-    pull_chosen, pull_rejected = coefficients(run.terms, logps, **hyper)
+    pull_chosen, pull_rejected = losses.coefficients(run.terms, logps, **hyper)
     scored = []
     for pack, number, first in step.packs:
         seed_pack(run, step, number)
@@ -778,8 +748,8 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
         if not cfg.head_rows:  # the readable way: all logits at once, kept for backward
             logps = (rows @ weight.T).float().log_softmax(-1)
             logps = logps.gather(-1, pack.target[:, None])[:, 0]
-            return sum_by_response(logps, pack.response, pack.num_responses)
-        return response_logps(
+            return losses.sum_by_response(logps, pack.response, pack.num_responses)
+        return losses.response_logps(
             rows, weight, pack.target, pack.response, pack.num_responses, cfg.head_rows
         )
 
@@ -868,7 +838,7 @@ def step_metrics(
     metrics = {"loss": total.mean().item()}
     metrics |= {f"loss/{name}": value.mean().item() for name, value in parts.items()}
     without = trains_only_chosen(terms)
-    for name, value in pair_metrics(logps, beta).items():
+    for name, value in losses.pair_metrics(logps, beta).items():
         if not (without and name.split("/")[-1] in ("rejected", "margin", "accuracy")):
             metrics[name] = value.mean().item()
     return metrics
@@ -880,44 +850,26 @@ def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:
     logps = score_step(run, step)
     run.policy.train()
     run.policy.reshard()
-    bfloat16 = compute_dtype(run.cfg, run.process.device) is torch.bfloat16
-    compare_start(logps, bfloat16)
-    same = replace(
-        logps, reference_chosen=logps.policy_chosen, reference_rejected=logps.policy_rejected
-    )
-    total, parts = objective(run.terms, same, **hyper)
-    words = " + ".join(
-        f"{weight:g} x {parts[name].mean().item():.4f} ({name})" for weight, name in run.terms
-    )
-    return f"start check: rewards are 0 and the loss is {total.mean().item():.4f} = {words}"
+    compare_start(logps, compute_dtype(run.cfg, run.process.device) is torch.bfloat16)
+    same = {"reference_chosen": logps.policy_chosen, "reference_rejected": logps.policy_rejected}
+    total, parts = objective(run.terms, replace(logps, **same), **hyper)
+    words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
+    return f"start check: rewards are 0 and the loss is {total.mean():.4f} = {words}"
 
 
 def compare_start(logps: PairLogps, bfloat16: bool) -> None:
     """Failure where policy and reference differ by more than rounding."""
-    for ratio, length in (
-        (logps.chosen_logratio, logps.chosen_length),
-        (logps.rejected_logratio, logps.rejected_length),
-    ):
-        # bfloat16 moves single tokens by up to 0.1 nats with the shape of a pack, up and down
-        bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
-        if (excess := ratio.abs() / bound).max() > 1:
-            worst = int(excess.argmax())
-            raise Failure(
-                f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference "
-                f"on a response of {int(length[worst])} tokens; at most {bound[worst]:.2e} can be "
-                "rounding: the reference comes from other weights or another scoring"
-            )
-
-
-def schedule_text(cfg: TrainConfig, total: int) -> str:
-    """What the rate does; a warning where it is 0 at every step."""
-    peak = max(lr_at(step, total, cfg) for step in range(min(total, 100_000)))
-    if peak == 0:
-        return (
-            f"warning: the rate is 0 at all {total} steps, nothing will be trained: pass "
-            "--epochs 2, more --max_steps, or --warmup 0"
+    ratio = torch.cat([logps.chosen_logratio, logps.rejected_logratio]).abs()
+    length = torch.cat([logps.chosen_length, logps.rejected_length])
+    # bfloat16 moves single tokens by up to 0.1 nats with the shape of a pack, up and down
+    bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
+    worst = int((ratio / bound).argmax())
+    if not ratio[worst] <= bound[worst]:
+        raise Failure(
+            f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference on a "
+            f"response of {int(length[worst])} tokens; at most {bound[worst]:.2e} can be rounding: "
+            "the reference comes from other weights or another scoring"
         )
-    return f"{total} steps of {cfg.batch_size} pairs, learning rate up to {peak:.3g}"
 
 
 # --------------------------------------------------------------------------- command line
@@ -938,7 +890,7 @@ def asked_to_stop() -> bool:
 
 
 def main() -> None:
-    cfg = parse_cli(TrainConfig)
+    cfg = runtime.parse_cli(TrainConfig)
     own = []
     if cfg.mine:
         from tools.mine import register_file  # noqa: PLC0415  (a user's own objectives)
@@ -958,7 +910,7 @@ def main() -> None:
         else:
             run_bench(cfg, config)
         return
-    process = start_process(cfg.seed)
+    process = runtime.start_process(cfg.seed)
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
     try:
@@ -968,7 +920,7 @@ def main() -> None:
             train_rows(cfg, own, process)
         else:
             train(cfg, process)
-        stop_process()  # not after an error: it would wait for peers that are inside a collective
+        runtime.stop_process()  # not after an error: it would wait for peers in a collective
     except RuntimeError as error:
         if process.world > 1 and (
             isinstance(error, dist.DistError) or "gloo" in str(error).lower()
@@ -981,4 +933,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)
