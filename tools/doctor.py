@@ -1,12 +1,340 @@
-"""Classic troubles of preference runs, told while they happen: what is seen, and what to try."""
+"""Looks at a preference run and names its illnesses: what is seen, what it means, what to try.
 
-from collections.abc import Callable
+    python tools/doctor.py runs/mpo                        a run of train.py
+    python tools/doctor.py out/checkpoint-400 --meta M     one of TRL or ms-swift
+
+Reads metrics.jsonl, ms-swift's logging.jsonl or the log_history of TRL's trainer_state.json, and
+where they are there the run's config.json, its weights, the start weights and, with --meta, the
+pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
+same rules after every step (`Doctor`).
+
+A rule is a function; its docstring is what the user is told.
+"""
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config import InternVLConfig, load_config, recipe
+from data import PairRecord, read_meta
+from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
+
+PAIRS_READ = 20_000
+RENAMED = {  # TRL and ms-swift -> train.py
+    "learning_rate": "lr",
+    "nll_loss": "nll",
+    "rewards/accuracies": "rewards/accuracy",
+    "rewards/margins": "rewards/margin",
+}
+Rows = list[dict[str, float]]
+
+
+@dataclass
+class Case:
+    """What is known of a run; every part but the rows may be missing."""
+
+    rows: Rows  # one a logged step, under train.py's names
+    total: int  # rows of the whole run
+    flags: dict[str, Any] = field(default_factory=dict)  # config.json of train.py
+    model: InternVLConfig | None = None
+    weights: list[Path] = field(default_factory=list)  # safetensors of the trained model
+    start: list[Path] = field(default_factory=list)  # and of the one it started from
+    records: list[PairRecord] = field(default_factory=list)
+
+    def column(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """Means over the first and the last fifth; 0 with fewer than 10 rows."""
+        values = self.column(name)
+        fifth = len(values) // 5
+        return (fmean(values[:fifth]), fmean(values[-fifth:])) if len(values) >= 10 else (0.0, 0.0)
+
+
+# --------------------------------------------------------------------------- illnesses
+# Each: the case -> what was seen, in numbers; "" where it is healthy or cannot be told.
+
+
+def loss_is_0(case: Case) -> str:
+    """No response token is scored, or the weights are NaN and the framework prints 0.
+
+    Try: look at a pair's labels (tools/look.py show): another chat template, or prompts that fill
+    the length limit, leave none; train in bf16.
+    Source: OpenGVLab/InternVL issues 889 (MPO) and 802 (after a NaN gradient).
+    """
+    zeros = [n for n, loss in enumerate(case.column("loss"), 1) if loss == 0]
+    if len(zeros) < 3 or max(case.column("rewards/margin"), default=0) > 10:
+        return ""
+    return f"the loss is exactly 0 at {len(zeros)} of {len(case.rows)} steps, first at {zeros[0]}"
+
+
+def stuck(case: Case) -> str:
+    """All log-ratios are 0 after warm-up: nothing is trained, or the reference is the policy.
+
+    Try: check that parameters require gradients and that the reference is a copy of its own.
+    Source: huggingface/trl issue 1311.
+    """
+    rows = case.rows[-max(5, case.total // 20) :]
+    rewards = [row.get(f"rewards/{side}", 1) for row in rows for side in ("chosen", "rejected")]
+    if len(case.rows) <= max(3, case.total // 10) or any(rewards):
+        return ""
+    return f"both rewards are exactly 0 at the last {len(rows)} steps"
+
+
+def no_weight_moved(case: Case) -> str:
+    """The run ended as it began.
+
+    Try: a run of one step has only the warm-up's first rate, 0: take more steps, or --warmup 0.
+    Source: transformers' get_cosine_schedule_with_warmup, as in the official scripts.
+    """
+    for name in ("lr", "grad_norm"):
+        values = case.column(name)
+        if values and not any(values) and len(case.rows) == case.total:
+            return f"{name} is 0 at all {len(values)} steps"
+    sizes, start = ([path.stat().st_size for path in p] for p in (case.weights, case.start))
+    if case.weights and sizes == start and fingerprint(case.weights) == fingerprint(case.start):
+        return "the trained weights are the start weights, byte for byte"
+    return ""
+
+
+def weights_lost(case: Case) -> str:
+    """Weights or gradients are 0, NaN or infinite: what the model writes is noise.
+
+    Try: bf16 instead of fp16, a lower rate; under ZeRO-3 gather the weights before saving.
+    Source: OpenGVLab/InternVL issues 1217 (all 0 after MPO) and 1043.
+    """
+    for name in ("loss", "grad_norm", "nll"):
+        bad = [n for n, value in enumerate(case.column(name), 1) if not math.isfinite(value)]
+        if bad:
+            return f"{name} is not finite at {len(bad)} steps, first at {bad[0]}"
+    lost: dict[str, list[str]] = {"NaN or infinite": [], "all 0": []}
+    for name, tensor in tensors_of(case.weights):
+        if not tensor.isfinite().all():
+            lost["NaN or infinite"].append(name)
+        elif tensor.ndim > 1 and not tensor.any():
+            lost["all 0"].append(name)
+    return " and ".join(f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n)
+
+
+def tensors_of(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of safetensors files, one at a time."""
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a safetensors file ({error})") from None
+
+
+def slide(case: Case) -> str:
+    """The chosen reward falls while the margin grows: DPO only asks that rejected falls faster.
+
+    Try: +sft or more of bco, a lower rate, fewer epochs.
+    Source: MPO paper, section 4.1; eric-mitchell/direct-preference-optimization issue 32.
+    """
+    (first, last), (margin, wider) = case.ends("rewards/chosen"), case.ends("rewards/margin")
+    if last > min(-0.1, first - 0.1) or wider < margin + 0.05:
+        return ""
+    return f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
+
+
+def forgetting(case: Case) -> str:
+    """The NLL of chosen responses rises: the model unlearns to write them.
+
+    Try: a lower rate, or +sft.
+    Source: MPO paper, eq. 8; arXiv:2404.19733.
+    """
+    first, last = case.ends("nll")
+    return f"NLL {first:.3f} -> {last:.3f}" if last > 1.2 * first + 0.05 else ""
+
+
+def too_easy(case: Case) -> str:
+    """Chosen and rejected may differ by a surface mark, which is learned instead of the answer.
+
+    Try: look at pairs (tools/look.py show); sample both sides from one model with one prompt.
+    Source: hiyouga/LlamaFactory issue 5321; OpenGVLab/InternVL issue 1217.
+    """
+    accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
+    for n in range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0):
+        if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98:
+            seen = f"accuracy is 1.0 from step {n + 1} of {case.total} on"
+            return "; ".join([seen, *surface_marks(case.records)])
+    return ""
+
+
+def not_learning(case: Case) -> str:
+    """Chosen and rejected are told apart no better than by a coin.
+
+    Try: a higher rate, more steps; check that chosen and rejected are not mixed up.
+    Source: TRL's DPOTrainer, logged metrics: rewards/accuracies should rise above 0.5.
+    """
+    accuracy, (_, margin) = case.column("rewards/accuracy"), case.ends("rewards/margin")
+    late = accuracy[len(accuracy) // 2 :]
+    if len(accuracy) < 20 or not 0.42 < fmean(late) < 0.58 or abs(margin) > 0.05:
+        return ""
+    return f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {margin:+.3f}"
+
+
+def margin_explosion(case: Case) -> str:
+    """Log-ratios of 100 nats and more at beta 0.1: the policy has left its reference.
+
+    Try: a lower rate, a higher beta, fewer epochs.
+    Source: huggingface/trl issue 1236.
+    """
+    margin, wider = case.ends("rewards/margin")
+    return f"margin {margin:.1f} -> {wider:.1f}" if wider > 10 else ""
+
+
+def always_clipped(case: Case) -> str:
+    """Every step is cut to one length whatever the batch says, and spikes cannot be told apart.
+
+    Try: --max_grad_norm above the median; give ipo and sppo a far smaller weight.
+    Source: arXiv:1211.5063.
+    """
+    limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
+    if not limit or len(norms) < 10 or min(norms) <= limit:
+        return ""
+    return f"gradient norms are above {limit:g} at every step, {median(norms):.3g} at the median"
+
+
+def length_bias(case: Case) -> str:
+    """Sums of log-probs reward length itself: answers will grow or shrink.
+
+    Try: balance the lengths of the pairs; an objective of means (ipo, or simpo as your own).
+    Source: arXiv:2403.19159; eric-mitchell/direct-preference-optimization issue 35.
+    """
+    unit, chosen, rejected = "tokens", case.column("length/chosen"), case.column("length/rejected")
+    if not (chosen and rejected) and case.records:
+        unit, chosen = "characters", [len(record.chosen) for record in case.records]
+        rejected = [len(record.rejected) for record in case.records]
+    if not (chosen and rejected) or 2 / 3 <= fmean(chosen) / fmean(rejected) <= 3 / 2:
+        return ""
+    return f"chosen responses have {fmean(chosen):.0f} {unit}, rejected ones {fmean(rejected):.0f}"
+
+
+def repeated_pairs(case: Case) -> str:
+    """Copies count more often than you may think, and are learned by heart.
+
+    Try: remove them, or lower repeat_time.
+    Source: arXiv:2107.06499.
+    """
+    copies = Counter((r.question, r.images, r.chosen, r.rejected) for r in case.records)
+    again, most = len(case.records) - len(copies), max(copies.values(), default=0)
+    if again <= len(case.records) / 100:
+        return ""
+    return f"{again} of {len(case.records)} pairs are copies; one stands there {most} times"
+
+
+def shift_drifts(case: Case) -> str:
+    """All rewards move one way: BCO compares them with a mean that runs after them.
+
+    Try: +sft, a lower rate, or --bco_shift off.
+    Source: MPO paper, eq. 6 and 7; arXiv:2404.04656.
+    """
+    shifts = case.column("bco_shift")
+    late = shifts[len(shifts) // 2 :]
+    one_way = len({b > a for a, b in zip(late, late[1:]) if a != b}) == 1
+    first, last = case.ends("nll")
+    learns_to_write = late[-1:] > [0] and last < first - 0.1  # rewards may rise with likelihoods
+    if len(shifts) < 10 or not one_way or learns_to_write:
+        return ""
+    if abs(late[-1]) < max(1, 1.2 * abs(late[0])):
+        return ""
+    return f"the shift goes {late[0]:+.2f} -> {late[-1]:+.2f} over the last half, always one way"
+
+
+def learning_rate(case: Case) -> str:
+    """Later generations are trained with far smaller steps than InternVL2.
+
+    Try: the rate of the model's own script.
+    Source: config.RECIPES, after the official scripts; MPO paper, Figure 4.
+    """
+    peak, model = max([case.flags.get("lr") or 0, *case.column("lr")]), case.model
+    if not model or model.llm.hidden_size < 512 or case.flags.get("lora_rank"):
+        return ""  # a toy, or adapters, which take larger steps
+    usual = recipe(model)
+    if peak < 4 * usual.lr:
+        return ""
+    return (
+        f"learning rate {peak:.3g}, {peak / usual.lr:.3g} times the {usual.lr:g} of "
+        f"InternVL{model.generation} ({usual.source})"
+    )
+
+
+ILLNESSES = (
+    loss_is_0, stuck, no_weight_moved, weights_lost, slide, forgetting, too_easy, not_learning,
+    margin_explosion, always_clipped, length_bias, repeated_pairs, shift_drifts, learning_rate,
+)  # fmt: skip
+
+
+def examine(case: Case) -> list[dict[str, str]]:
+    """The findings: name, what is seen, what it means, what to try, the source."""
+    findings = []
+    for rule in ILLNESSES:
+        if seen := rule(case):
+            means, rest = " ".join(rule.__doc__.split()).split(" Try: ")
+            remedy, source = rest.split(" Source: ")
+            card = {"name": rule.__name__.replace("_", " "), "seen": seen, "means": means}
+            findings.append(card | {"try": remedy, "source": source})
+    return findings
+
+
+def surface_marks(records: list[PairRecord]) -> list[str]:
+    """Which marks tell chosen from rejected without reading; learned on half of the pairs."""
+    features: dict[str, Callable[[str], Any]] = {
+        "length": lambda text: len(text) // 8,
+        "the first two words": lambda text: " ".join(text.split()[:2]),
+        "the final answer's form": answer_form,
+    }
+    marks = []
+    for name, feature in features.items() if len(records) >= 20 else ():
+        pairs = [(feature(record.chosen), feature(record.rejected)) for record in records]
+        votes: Counter = Counter()
+        for chosen, rejected in pairs[::2]:
+            votes[chosen] += 1
+            votes[rejected] -= 1
+            votes["longer"] += (chosen > rejected) - (chosen < rejected)
+        score = votes.__getitem__ if name != "length" else lambda n, s=votes["longer"]: n * s
+        gaps = [score(chosen) - score(rejected) for chosen, rejected in pairs[1::2]]
+        share = fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
+        if share > 0.85:
+            marks.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")
+    return marks
+
+
+def answer_form(text: str) -> str:
+    """How a response gives its answer."""
+    if re.search(r"final answer\s*:", text, re.I):
+        return "a line"
+    return "a box" if "\\boxed" in text else "a few words" if len(text.split()) < 5 else "none"
+
+
+# --------------------------------------------------------------------------- while a run goes on
+
+
+def diagnose(history: Rows, total: int) -> dict[str, str]:
+    """What a run's metrics show so far: name of the illness -> one line."""
+    findings = examine(Case(history, total))
+    return {f["name"]: f"{f['name']}: {f['seen']}. {f['means']} Try: {f['try']}" for f in findings}
 
 
 class Doctor:
-    """Looks at a run's metrics after each step; says each trouble once."""
+    """Looks at a run's metrics after each step; says each illness once."""
 
-    def __init__(self, earlier: list[dict[str, float]], total: int, say: Callable) -> None:
+    def __init__(self, earlier: Rows, total: int, say: Callable) -> None:
         self.history, self.total, self.say = list(earlier), total, say
         self.known: set[str] = set()
 
@@ -18,29 +346,97 @@ class Doctor:
                 self.say(f"diagnosis at step {step}: {advice}")
 
 
-def diagnose(history: list[dict[str, float]], total: int) -> dict[str, str]:
-    """Classic troubles that the metrics so far show: name -> one line of advice."""
-    troubles, now, first = {}, history[-1], history[0]
-    recent = history[-max(5, total // 20) :]
-    if "rewards/margin" in now and len(history) >= 10:
-        early = history[len(history) // 2]
-        falling = now["rewards/chosen"] < min(-0.1, early["rewards/chosen"])
-        if falling and now["rewards/margin"] > early["rewards/margin"] + 0.05:
-            troubles["slide"] = (
-                "the chosen reward falls while the margin grows: DPO's known slide; "
-                "add +sft, or more of bco"
-            )
-        sure = all(m["rewards/accuracy"] == 1.0 for m in recent)
-        if sure and len(history) <= max(10, total // 20):
-            troubles["too easy"] = (
-                "accuracy is 1.0 within 5 % of the run: chosen and rejected may differ by a "
-                "surface mark (length, format); look with tools/look.py show"
-            )
-        warm = len(history) > max(3, total // 10)
-        if warm and all(m["rewards/chosen"] == m["rewards/rejected"] == 0 for m in recent):
-            troubles["stuck"] = "all log-ratios are 0 after warm-up: nothing is being trained"
-    if len(history) >= 10 and now["nll"] > 1.2 * first["nll"] + 0.05:
-        troubles["forgetting"] = (
-            "the NLL of chosen responses has risen by more than 20 %: lower lr or add +sft"
-        )
-    return troubles
+# --------------------------------------------------------------------------- reading a run
+
+
+def metrics_file(run_dir: Path) -> Path:
+    """The metrics of a run's folder; of TRL's checkpoints the newest."""
+    if run_dir.is_file():
+        return run_dir
+    for pattern in ("metrics.jsonl", "logging.jsonl", "trainer_state.json", "*/trainer_state.json"):
+        if paths := list(run_dir.glob(pattern)):
+            return max(paths, key=lambda path: path.stat().st_mtime)
+    raise InputError(
+        f"no metrics.jsonl, logging.jsonl or trainer_state.json in {run_dir}; pass the folder of a "
+        "run, or its metrics file"
+    )
+
+
+def read_rows(path: Path) -> Rows:
+    """Training rows under train.py's names; evaluations and summaries are left out."""
+    rows = read_whole_lines(path)[0] if path.suffix == ".jsonl" else None
+    rows = read_json(path).get("log_history") if rows is None else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: 'log_history' is no list of objects; expected TRL's state")
+    named = []
+    for row in rows:
+        step = str(row.get("global_step/max_steps", "")).split("/")[0]  # ms-swift
+        row = ({"step": int(step)} if step.isdigit() else {}) | row
+        row = {RENAMED.get(k, k): v for k, v in row.items() if type(v) in (int, float)}
+        named += [row] if "loss" in row else []
+    if not named:
+        raise InputError(f"{path}: no row has a 'loss'; expected the metrics of a training run")
+    return named
+
+
+def read_case(path: Path, meta: Path | None) -> Case:
+    """Metrics, and what lies beside them."""
+    folder, flags = path.parent, {"max_grad_norm": 1.0}  # what TRL and ms-swift clip to
+    if path.name == "metrics.jsonl" and (folder / "config.json").is_file():
+        flags = read_json(folder / "config.json")
+    elif (folder / "args.json").is_file():  # ms-swift
+        args = read_json(folder / "args.json")
+        flags |= {"lr": args.get("learning_rate"), "model_dir": args.get("model")}
+        flags |= {"lora_rank": args.get("train_type") == "lora"}
+    elsewhere = folder / "not said"
+    start = Path(flags.get("model_dir") or elsewhere)
+    trained = folder / "model" if (folder / "model").is_dir() else folder
+    configs = [place / "config.json" for place in (trained, start)]
+    configs = [file for file in configs if file.is_file() and "vision_config" in read_json(file)]
+    pairs = meta or Path(flags.get("meta") or elsewhere)
+    records: list[PairRecord] = []
+    if meta or pairs.is_file():
+        sets = read_meta(pairs, 12)
+        records = list(islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ))
+    rows = read_rows(path)
+    return Case(
+        rows,
+        len(rows),
+        flags,
+        load_config(configs[0].parent) if configs else None,
+        sorted(trained.glob("*.safetensors")),
+        sorted(start.glob("*.safetensors")),
+        records,
+    )
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Name what is wrong with a preference run."""
+
+    run_dir: Path = flag(Path("runs/mpo"), "folder of the run, or its metrics file")
+    meta: Path | None = flag(None, "meta.json of its pairs; default: the one of its config.json")
+    json: bool = flag(False, "print JSON")
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run_dir", *argv]
+    cfg = parse_cli(DoctorConfig, argv)
+    path = metrics_file(cfg.run_dir)
+    case = read_case(path, cfg.meta)
+    findings = examine(case)
+    if cfg.json:
+        print(json.dumps({"file": str(path), "steps": case.total, "findings": findings}, indent=1))
+    else:
+        print(f"{path}: {case.total} steps, findings: {len(findings)}")
+        for finding in findings:
+            print(f"\n{finding.pop('name')}")
+            print("\n".join(f"  {key:<7} {text}" for key, text in finding.items()))
+    if findings:
+        raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    run(main)
