@@ -255,8 +255,8 @@ class Score(Ask):
 
 
 @dataclass(frozen=True)
-class Run:
-    """What `generate` says of its folder, as far as a score needs it."""
+class RunFile:
+    """How answers were made: what `generate` says in its folder's run.json."""
 
     benchmark: str
     setting: Literal["Direct", "CoT"]
@@ -264,25 +264,26 @@ class Run:
     model: str
     weights: str | None = None
 
-    @staticmethod
-    def of(cfg: Ask, answers: tuple[Path, ...]) -> tuple["Run | None", Path | None]:
-        """(the run that made the answers, its folder); (None, None) where they are not ours."""
-        folders = {path if path.is_dir() else path.parent for path in answers}
-        folder = folders.pop() if len(folders) == 1 else None
-        if folder is None or not (path := folder / "run.json").is_file():
-            return None, None
-        made = from_json(Run, read_json(path), path)
-        if made.benchmark != cfg.bench:
-            raise InputError(f"these answers are to {made.benchmark}, not to {cfg.bench}")
-        if cfg.cot and made.setting != "CoT":
-            raise InputError("--cot, but run.json beside the answers says Direct")
-        return made, folder
+
+def read_run(cfg: "Score | Judge") -> tuple[RunFile, Path | None]:
+    """How the answers were made, and their folder if they are ours."""
+    folders = {path if path.is_dir() else path.parent for path in cfg.answers}
+    path = folders.pop() / "run.json" if len(folders) == 1 else None
+    if path is None or not path.is_file():
+        model = (cfg.answers or cfg.judgements)[0].stem
+        return RunFile(cfg.bench, setting(cfg.cot), "not ours", model), None
+    made_by = from_json(RunFile, read_json(path), path)
+    if made_by.benchmark != cfg.bench:
+        raise InputError(f"these answers are to {made_by.benchmark}, not to {cfg.bench}")
+    if cfg.cot and made_by.setting != "CoT":
+        raise InputError("--cot, but run.json beside the answers says Direct")
+    return made_by, path.parent
 
 
 def score(cfg: Score) -> dict:
     """The verb: what score.json holds."""
-    bench, (made, folder) = cfg.benchmark, Run.of(cfg, cfg.answers)
-    cot = made.setting == "CoT" if made else cfg.cot
+    bench, (made_by, folder) = cfg.benchmark, read_run(cfg)
+    cot = made_by.setting == "CoT"
     items, replies, judgements = load_scored(cfg)
     mode = cfg.extraction or (bench.judge.mode if judgements and bench.judge else bench.modes[0])
     readings, missing = read_all(bench, items, replies, judgements, mode, cot)
@@ -295,8 +296,8 @@ def score(cfg: Score) -> dict:
     part = f" ({len(items)} of {bench.n_expected} items)"
     result = {
         "benchmark": bench.name,
-        "model": cfg.name or (made.model if made else (cfg.answers or cfg.judgements)[0].stem),
-        "setting": setting(cot),
+        "model": cfg.name or made_by.model,
+        "setting": made_by.setting,
         "status": "incomplete" if missing else "complete",
         **({**total, "score": None, "standard_error": None} if missing else total),
         "metric": bench.metric,
@@ -309,8 +310,8 @@ def score(cfg: Score) -> dict:
         },
         "judge": ", ".join(sorted({row["judge"] for row in judged})) or None,
         "judge_date": max((row["date"] for row in judged), default=None) or None,
-        "prompts": made.prompts if made else "not ours",
-        "weights": made.weights if made else None,
+        "prompts": made_by.prompts,
+        "weights": made_by.weights,
         "unparsed": sum(not reading.parsed for _, reading in readings),
         "empty_replies": sum(not row["reply"].strip() for row in seen),
         "without_final_answer": sum(not FINAL.search(r["reply"]) for r in seen) if cot else None,
@@ -406,8 +407,8 @@ class Judge(Ask):
 
 def judge(cfg: Judge) -> list[str]:
     """The verb: ids still without a judgement."""
-    bench, (made, _) = cfg.benchmark, Run.of(cfg, cfg.answers)
-    cot = made.setting == "CoT" if made else cfg.cot
+    bench, (made_by, _) = cfg.benchmark, read_run(cfg)
+    cot = made_by.setting == "CoT"
     items = cfg.items()
     replies = load_replies(bench, items, cfg.answers)
     items = [item for item in items if not item.get("_left_out")]

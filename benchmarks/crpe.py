@@ -26,7 +26,7 @@ def item(row: Item) -> None:
         raise ValueError(f"correct_option {row['correct_option']!r} is not a letter")
     number, category = row["question_id"], row["category"]
     row["id"] = f"{'exist' if category == 'exist' else 'relation'}/{number}"
-    row["aliases"] = [number, f"{category}/{number}"]
+    row["_aliases"] = [number, f"{category}/{number}"]
     row["group"] = f"{row['_file']} {row['_index'] // 4}"
 
 

@@ -120,7 +120,7 @@ def read_item(bench: Benchmark, row: dict, index: int, table: Iterable[Benchmark
         best = max(like, key=lambda b: len(b.fields), default=None)
         hint = f"; it looks like {best.name}" if best else ""
         raise InputError(f"{row['_source']}: {problem}: not a file of {bench.name}{hint}")
-    row["_index"] = index
+    row |= {"_index": index, "_aliases": [], "_left_out": False}
     row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
     try:
         bench.item(row)
@@ -152,7 +152,7 @@ def rows_by_id(
     """id -> the one row of `files` that is about this item; kind: for errors."""
     known: dict[str, set[str]] = defaultdict(set)
     for item in items:
-        for name in (item["id"], *item.get("aliases", ())):
+        for name in (item["id"], *item.get("_aliases", ())):
             known[str(name)].add(item["id"])
     rows: dict[str, dict] = {}
     for order, row in (pair for f in files for pair in enumerate(read_rows(f, bench.categories))):

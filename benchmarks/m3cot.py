@@ -12,7 +12,7 @@ def item(row: Item) -> None:
     row["gold"] = answer.strip().upper() if isinstance(answer, str) else LETTERS[answer]
     if len(row["gold"]) != 1 or row["gold"] not in letters:
         raise ValueError(f"answer {answer!r} is none of the {len(letters)} choices")
-    row["aliases"] = [row["image"]] if row.get("image") else []
+    row["_aliases"] = [row["image"]] if row.get("image") else []
 
 
 def question(item: Item, cot: bool) -> str:

@@ -28,6 +28,8 @@ from runtime import InputError
 
 def item(row: Item) -> None:
     row["answer"], row["choices"] = str(row["answer"]), list(row["choices"] or [])
+    if row["question_type"] == "multi_choice" and not row["choices"]:
+        raise ValueError("a multi_choice question without choices")
     beside = row["_file"].parent / "query.json"
     if "query" not in row and beside.exists():
         row["query"] = queries(beside).get(row["id"])

@@ -11,7 +11,7 @@ COT = "Your task is to answer the question below. Give step by step reasoning. \
 
 def item(row: Item) -> None:
     row["id"] = row["id"] if row["id"].startswith("v1_") else f"v1_{row['id']}"
-    row["aliases"] = [row["id"].removeprefix("v1_")]
+    row["_aliases"] = [row["id"].removeprefix("v1_")]
     row["question"] = row.get("question", row.get("text"))
     row["image"] = row.get("imagename", row.get("image"))
 

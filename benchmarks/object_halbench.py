@@ -21,7 +21,7 @@ from runtime import InputError
 def item(row: Item) -> None:
     """Objects that are there: `gt_objects`, else COCO 2014's annotation files in the folder."""
     row["synonyms"] = row["_file"].parent / "synonyms.txt"
-    if "gt_objects" not in row:
+    if row.get("gt_objects") is None:
         objects, captions = coco_truth(row["_file"].parent)
         row["gt_objects"] = sorted(objects[int(row["image_id"])])
         row["gt_captions"] = captions[int(row["image_id"])]
@@ -129,7 +129,7 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
     if unknown := [name for name in item["gt_objects"] if name not in classes]:
         raise InputError(f"{item['id']}: gt_objects {unknown[:3]} are not in {synonyms}")
     truth = {classes[name] for name in item["gt_objects"]}
-    truth |= {c for text in item.get("gt_captions", ()) for c in named_objects(text, synonyms)}
+    truth |= {c for text in item.get("gt_captions") or () for c in named_objects(text, synonyms)}
     invented = [name for name in objects if name not in truth]
     return Reading({"objects": objects, "hallucinated": invented}, not invented, parsed)
 

@@ -36,7 +36,7 @@ def item(row: Item) -> None:
         labels = official_labels(row["_file"].parent)
         text = row["text"].removesuffix(PHRASE_SUFFIX).strip()
         row["label"] = labels.get((row["category"], row["image"], text))
-    row["id"], row["aliases"] = f"{row['category']}/{number}", [number]
+    row["id"], row["_aliases"] = f"{row['category']}/{number}", [number]
 
 
 @functools.cache
