@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model import InternVL
+from runtime import InputError
 
 # In-memory name -> stored name, replaced in this order; a * stands for q, k and v, into which a
 # packed projection is split.  First what transformers calls the parts of InternLM2's decoder:
@@ -97,9 +98,28 @@ def stored_pieces(model: InternVL, names: dict[str, str]) -> dict[str, list[Piec
     return pieces
 
 
+def folder_pieces(
+    model: InternVL, stored: set[str], architecture: str, is_hf: bool, folder: Path
+) -> dict[str, list[Piece]]:
+    """stored_pieces in the layout of a folder whose files hold the tensors `stored`.
+
+    Raises InputError where names of two layouts stand side by side.
+    """
+    official = OFFICIAL_INTERNLM2 if architecture == "internlm2" else OFFICIAL_QWEN
+    layouts = [stored_pieces(model, names) for names in (official, HF, HF_CONVERTED)]
+    names = [{piece.name for parts in pieces.values() for piece in parts} for pieces in layouts]
+    best = max((1, 2) if is_hf else (0,), key=lambda n: len(names[n] & stored))
+    if strange := sorted(stored & set().union(*names) - names[best]):
+        raise InputError(
+            f"{folder}: config.json says {architecture} in the {'-hf' if is_hf else 'official'} "
+            f"layout, but {strange[0]} is a name of another one; keep one release's files together"
+        )
+    return layouts[best]
+
+
 def split_stored(tensor: Tensor, pieces: list[Piece]) -> dict[str, Tensor]:
     """A whole parameter under its stored name, or split under its three."""
     parts: dict[str, list[Tensor]] = {}
     for piece, rows in zip(pieces, tensor.split([piece.stop - piece.start for piece in pieces])):
         parts.setdefault(piece.name, []).append(rows)
-    return {name: torch.cat(rows) for name, rows in parts.items()}
+    return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in parts.items()}

@@ -28,22 +28,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from config import load_config
-from layouts import (
-    HF,
-    HF_CONVERTED,
-    OFFICIAL_INTERNLM2,
-    OFFICIAL_QWEN,
-    Piece,
-    split_stored,
-    stored_pieces,
-)
+from layouts import Piece, folder_pieces, split_stored
 from model import InternVL
 from runtime import InputError, fingerprint, read_json, sync_folder, write_atomic
 from tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 EXPORT_MARK = "export.json"  # lists what an export wrote; only such a folder is ever replaced
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+TOKENIZERS = ("tokenizer.model", "vocab.json", "tokenizer.json")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # --------------------------------------------------------------------------- reading
@@ -124,27 +116,18 @@ def local(p: Tensor) -> Tensor:
 
 
 def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
-    """stored_pieces in the layout of a folder, each with its file.
+    """In-memory name -> the rows of a folder's files that make up the parameter, in its layout.
 
-    Raises InputError unless the folder holds exactly the model's tensors, in one layout.
+    Raises InputError unless the folder holds exactly the model's tensors.
     """
-    files = weight_files(model_dir)
-    official = OFFICIAL_INTERNLM2 if model.config.llm.architecture == "internlm2" else OFFICIAL_QWEN
+    files, architecture = weight_files(model_dir), load_config(model_dir).llm.architecture
     is_hf = "text_config" in read_json(Path(model_dir) / "config.json")
-    layouts = [stored_pieces(model, names) for names in (official, HF, HF_CONVERTED)]
-    names = [{piece.name for parts in pieces.values() for piece in parts} for pieces in layouts]
-    best = max((1, 2) if is_hf else (0,), key=lambda n: len(names[n] & set(files)))
-    if strange := sorted(set(files) & set().union(*names) - names[best]):
-        kind = f"{model.config.llm.architecture} in {'the -hf' if is_hf else 'the official'} layout"
-        raise InputError(
-            f"{model_dir}: config.json says {kind}, "
-            f"but {strange[0]} is a name of another one; keep the files of one release together"
-        )
-    _compare_keys(f"weights in {model_dir} and config.json", names[best], set(files))
-    return {
-        name: [piece._replace(file=files[piece.name]) for piece in parts]
-        for name, parts in layouts[best].items()
-    }
+    pieces = folder_pieces(model, set(files), architecture, is_hf, model_dir)
+    expected = {piece.name for parts in pieces.values() for piece in parts}
+    _compare_keys(f"weights in {model_dir} and config.json", expected, set(files))
+    for name, parts in pieces.items():
+        pieces[name] = [piece._replace(file=files[piece.name]) for piece in parts]
+    return pieces
 
 
 def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import tokenizers
 import torch
-from conftest import OURS
+from conftest import OURS, folder_from_environment
 from safetensors.torch import load_file, save_file
 
+from config import load_config
 from runtime import InputError
 from tokenizer import encode_chat, load_tokenizer
 from tools.export import ExportConfig, export
-from weights import INDEX, load_model
+from weights import INDEX, load_model, save_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
 
@@ -57,18 +59,130 @@ def test_the_llama_layout_splits_wqkv_by_group(trained, tmp_path):
     assert not list((tmp_path / "out").glob("*.py")), "a Llama needs no code of its own"
 
 
+def with_tokenizer(name, folder):
+    """A copy of a micro checkpoint; InternLM2's has no tokenizer of its own."""
+    shutil.copytree(OURS / name / "checkpoint", folder)
+    if name == "internvl2-micro":
+        for path in (OURS / "tokenizer").glob("*token*"):
+            shutil.copy(path, folder)
+    return folder
+
+
+MICROS = ["internvl2-micro", "qwen2-micro", "qwen3-micro"]
+
+
+@pytest.mark.parametrize("name", MICROS)
+def test_official_to_hf_and_back_is_byte_equal(tmp_path, name):
+    release, hf, back = with_tokenizer(name, tmp_path / "a"), tmp_path / "hf", tmp_path / "back"
+    export(ExportConfig(release, hf, hf=True))
+    save_model(load_model(hf), back, like=release)
+    for path in release.glob("*.safetensors"):
+        assert path.read_bytes() == (back / path.name).read_bytes()
+    ours, theirs = load_config(release), load_config(hf)
+    vision = replace(theirs.vision, drop_path_rate=ours.vision.drop_path_rate)
+    llm = replace(theirs.llm, architecture=ours.llm.architecture)
+    theirs = replace(theirs, vision=vision, llm=llm, generation=ours.generation)
+    assert replace(theirs, image_token_id=None) == ours
+    assert load_tokenizer(hf).image_context_id == load_tokenizer(release).image_context_id
+
+
+def test_the_hf_layout_has_the_names_shapes_and_files_of_save_pretrained(tmp_path):
+    """Against a folder that transformers 4.57.1 wrote; the tokenizer is one file here."""
+    golden = folder_from_environment("GOLDEN") / "hf-tiny"
+    for name in ("qwen2-micro-v4", "internlm2-micro"):
+        twin = {"internlm2-micro": "internvl2-micro"}.get(name, "qwen2-micro")
+        out = tmp_path / name
+        export(ExportConfig(with_tokenizer(twin, tmp_path / twin), out, hf=True))
+        expected, written = load_file(golden / name / "model.safetensors"), tensors(out)
+        assert set(expected) == set(written)
+        assert all(torch.equal(expected[n], written[n]) for n in expected)
+    theirs, ours = golden / "qwen2-micro-v4", tmp_path / "qwen2-micro-v4"
+    crop = {"crop_to_patches": True}
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        expected, written = (json.loads((f / file).read_text()) for f in (theirs, ours))
+        assert written == expected | (crop if "crop_to_patches" in expected else {})
+    config, expected = (json.loads((f / "config.json").read_text()) for f in (ours, theirs))
+    for part in ("text_config", "vision_config"):
+        for key in set(config[part]) & set(expected[part]) - {"architectures"}:
+            assert config[part][key] == expected[part][key], key
+    for key, value in expected.items():
+        if key not in ("text_config", "vision_config", "transformers_version"):
+            assert config[key] == value, key
+
+
 @torch.no_grad()
-def test_transformers_loads_the_llama_layout_and_gives_our_logits(trained, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="pip install .[llama] to run this")
-    export(ExportConfig(trained, tmp_path / "out", llama=True))
+@pytest.mark.parametrize("name", MICROS)
+def test_transformers_loads_the_hf_layout_gives_our_logits_and_stops_where_we_do(tmp_path, name):
+    """Install 4.57 or 5 to run this: an eos token that the model writes ends both answers."""
+    transformers = pytest.importorskip("transformers", reason="pip install .[hf] to run this")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    ours = load_model(trained)
-    golden = load_file(OURS / "internvl2-micro" / "cases.safetensors")
-    for case in ("text", "beyond_limit"):
-        ids = golden[f"{case}/input_ids"]
-        expected = ours(ids)
-        torch.testing.assert_close(theirs(ids).logits.float(), expected, atol=1e-4, rtol=0)
+    release, out = with_tokenizer(name, tmp_path / "a"), tmp_path / "hf"
+    golden = load_file(OURS / name / "cases.safetensors")
+    ids = golden[f"{'text' if name == 'internvl2-micro' else 'a_text'}/input_ids"]
+    stop = load_tokenizer(release).im_end_id
+    written = greedy(load_model(release), ids, None, 12)
+    copy_head_row(release, written[8], stop)
+    export(ExportConfig(release, out, hf=True))
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    ours = load_model(out)
+    long = ids.repeat(1, 8)  # past max_position_embeddings
+    for case in (ids, long):
+        logits = theirs(input_ids=case, attention_mask=torch.ones_like(case)).logits
+        torch.testing.assert_close(logits.float(), ours(case), atol=1e-4, rtol=0)
+    if name != "internvl2-micro":  # its golden ids are not those of the tokenizer beside it
+        case = golden["d_two_images/input_ids"]
+        tiles = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+        logits = theirs(input_ids=case, pixel_values=tiles).logits
+        torch.testing.assert_close(logits, ours(case, tiles), atol=1e-4, rtol=0)
+    answer = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )[0, ids.shape[1] :].tolist()
+    assert answer == greedy(ours, ids, stop, 12) and answer[-1] == stop and len(answer) < 12
+
+
+def greedy(model, ids, stop, count):
+    """At most `count` ids that continue `ids`, the stop id included."""
+    answer = []
+    while len(answer) < count and stop not in answer:
+        answer.append(model(torch.cat([ids, torch.tensor([answer]).long()], 1))[0, -1].argmax())
+        answer[-1] = int(answer[-1])
+    return answer
+
+
+def copy_head_row(folder, source, target):
+    """Let the model want token `target` more than it wanted `source`."""
+    for path in folder.glob("*.safetensors"):
+        changed = load_file(path)
+        for name in ("language_model.lm_head.weight", "language_model.output.weight"):
+            if name in changed:
+                changed[name][target] = changed[name][source] * 1.5
+        save_file(changed, path, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("internvl2-micro", {"llama": True}), *[(n, {"llm_only": True}) for n in MICROS[1:]]],
+)
+def test_transformers_loads_the_language_model_alone_and_gives_our_logits(tmp_path, name, flags):
+    transformers = pytest.importorskip("transformers", reason="pip install .[hf] to run this")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    release = with_tokenizer(name, tmp_path / "a")
+    export(ExportConfig(release, tmp_path / "out", **flags))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
+    golden, ours = load_file(OURS / name / "cases.safetensors"), load_model(release)
+    for case in ("text", "beyond_limit", "a_text", "f_long_full"):
+        if f"{case}/input_ids" in golden:
+            ids = golden[f"{case}/input_ids"]
+            torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-4, rtol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "<|im_start|>user\nHow  many? 猫<|im_end|>"
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token else []
+    assert tokenizer(text).input_ids == [*bos, *load_tokenizer(release).encode(text)]
+    assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # what generate() takes
+    assert theirs.generation_config.eos_token_id == load_tokenizer(release).im_end_id
 
 
 def test_the_llama_layout_has_a_tokenizer_without_code_that_gives_our_ids(trained, tmp_path):
