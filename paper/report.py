@@ -29,6 +29,8 @@ PAPER = {  # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7
 KEEP_RATIO = {0.25: (9.3, 4.8), 0.5: (7.6, 4.1), 0.75: (11.6, 6.2)}  # Table 9: responses, mentions
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
+MADE_UP = ("responses", "mentions")  # share of them that name what is not there, %
+SIDES = ("chosen", "rejected")
 BOTH = {"Direct": "direct", "CoT": "cot"}
 DRAWN = ("SFT", "DPO", "BCO", "DPO+", "MPO")
 CURVES = ("rewards/chosen", "rewards/margin", "nll", "bco_shift")
@@ -267,7 +269,7 @@ def ablation_lines(c: Collected) -> list[dict]:
         line: dict[str, Any] = {"study": study, "value": results[0]["value"], "seeds": seeds}
         for key in SETTINGS:
             line[key], line[f"{key}_std"] = mean_std(r["test"][key]["score"] for r in results)
-        for key in ("responses", "mentions"):
+        for key in MADE_UP:
             rates = [(r.get("describe") or {}).get(key) for r in results]
             line[key], line[f"{key}_std"] = mean_std(rates)
         lines.append(line | {"paper": KEEP_RATIO.get(at) if study == "keep ratio" else None})
@@ -280,10 +282,11 @@ def sample_answers(c: Collected, most: int = 6) -> list[dict]:
     start, answers = c.folder / f"seed-{seed}", {}
     for row in ("base", "SFT", "DPO", "MPO", WITH_NTP):
         folder = start if row == "base" else start / "rows" / row
-        for setting in SETTINGS:
+        for setting in SETTINGS if seed in c.rows.get(row, {}) else ():
+            right = c.rows[row][seed][setting]
             for line in read_whole_lines(folder / f"test-{setting}/answers.jsonl")[0]:
-                right = c.rows[row][seed][setting].get(line["id"]) == 100
-                answer = [row, setting, line["response"], "right" if right else "wrong"]
+                verdict = "right" if right.get(line["id"]) else "wrong"
+                answer = [row, setting, line["response"], verdict]
                 answers.setdefault(line["id"], []).append(answer)
     samples = []
     for question in read_whole_lines(start / "test.jsonl")[0]:
@@ -356,7 +359,7 @@ def draw_ablations(lines: list[dict]) -> bytes:
             curve = panels.setdefault(line["study"], {}).setdefault(label, [{}])[0]
             if line[key] is not None:
                 curve[line["value"]] = line[key]
-    return figures.png(figures.curve_panels(panels, cols=len(panels), y_label="%"))
+    return figures.png(figures.curve_panels(panels, cols=min(3, len(panels)), y_label="%"))
 
 
 def draw_placed(placed: list[dict]) -> bytes:
@@ -366,8 +369,8 @@ def draw_placed(placed: list[dict]) -> bytes:
         axis.plot(line["committed"], [y] * len(line["committed"]), "o", color="#aaa")
         axis.plot(line["value"], y, "D", color="black")
         axis.annotate(f"{line['value']:+.1f}", (line["value"], y + 0.2), fontsize=7, ha="center")
-    names = [line["claim"].split(" (")[0] for line in reversed(placed)]
-    axis.set_yticks(range(len(placed)), names, fontsize=7)
+    names = [line["claim"] for line in reversed(placed)]
+    axis.set_yticks(range(len(placed)), names, fontsize=6)
     axis.set_xlabel("points, %; for log-probs nats")
     axis.grid(axis="x", alpha=0.3)
     return figures.png(drawn)
@@ -376,43 +379,72 @@ def draw_placed(placed: list[dict]) -> bytes:
 # --------------------------------------------------------------------------- text
 
 
-def show(x: float | None, spread: float | None = None, digits: int = 1, sign: bool = False) -> str:
+def show(x: float | None, spread: float | None = None, form: str = ".1f") -> str:
     if x is None:
         return "-"
-    text = f"{x:+.{digits}f}" if sign else f"{x:.{digits}f}"
-    return text + (f" ± {spread:.{digits}f}" if spread is not None else "")
+    return f"{x:{form}}" if spread is None else f"{x:{form}} ± {spread:{form.lstrip('+')}}"
 
 
-ROW_HEADER = (
-    "row", "Direct", "CoT", "gap", "CoT - base", "CoT - SFT", "malformed", "made up",
-    "chosen shift", "lr", "seeds", "paper Direct", "paper CoT", "paper gap",
-)  # fmt: skip
+COLUMNS = {  # of the table of rows: header -> (number, its spread, format)
+    "Direct": ("direct", "direct_std", ".1f"), "CoT": ("cot", "cot_std", ".1f"),
+    "gap": ("gap", "", "+.1f"), "CoT - base": ("cot_minus_base", "cot_minus_base_half", "+.1f"),
+    "CoT - SFT": ("cot_minus_SFT", "cot_minus_SFT_half", "+.1f"),
+    "malformed": ("malformed", "", ".1f"), "made up": ("mentions", "", ".1f"),
+    "chosen shift": ("chosen_shift", "", "+.2f"),
+}  # fmt: skip
 
 
-def row_cells(line: dict) -> list[str]:
-    paper, lr = line["paper"], line["flags"].get("lr")
-    return [
-        line["row"],
-        show(line["direct"], line["direct_std"]),
-        show(line["cot"], line["cot_std"]),
-        show(line["gap"], sign=True),
-        *(show(line[f"cot_minus_{other}"], line.get(f"cot_minus_{other}_half"), sign=True)
-          for other in ("base", "SFT")),
-        show(line["malformed"]),
-        show(line.get("mentions")),
-        show(line["chosen_shift"], digits=2, sign=True),
-        f"{lr:g}" if lr else "-",
-        str(len(line["seeds"])),
-        *(map(show, paper) if paper else "--"),
-        show(paper[1] - paper[0], sign=True) if paper else "-",
-    ]  # fmt: skip
+def row_table(lines: list[dict]) -> tuple:
+    rows = []
+    for line in lines:
+        numbers = [show(line.get(key), line.get(std), form) for key, std, form in COLUMNS.values()]
+        direct, cot = line["paper"] or (None, None)
+        paper = show(direct), show(cot), show(cot and cot - direct, form="+.1f")
+        lr, seeds = line["flags"].get("lr", "-"), len(line["seeds"])
+        rows.append([line["row"], *numbers, lr, seeds, *paper])
+    return ("row", *COLUMNS, "lr", "seeds", "paper Direct", "paper CoT", "paper gap"), rows
 
 
-def claim_cells(line: dict) -> list[str]:
-    seeds = [show(x, line["questions"].get(s), sign=True) for s, x in line["values"].items()]
-    text = f"open question: {line['claim']}" if line["open"] else line["claim"]
-    number = show(line["number"], line["half"], sign=True)
-    return [text, line["needed"], number, ", ".join(seeds) or "-", line["verdict"]]
+def claim_table(lines: list[dict]) -> tuple:
+    rows = []
+    for line in lines:
+        halves = line["questions"]
+        seeds = [show(x, halves.get(seed), "+.1f") for seed, x in line["values"].items()]
+        text = f"open question: {line['claim']}" if line["open"] else line["claim"]
+        mean = show(line["number"], line["half"], "+.1f")
+        rows.append([text, line["needed"], mean, ", ".join(seeds) or "-", line["verdict"]])
+    return ("claim", "needed", "mean", "each seed", "verdict"), rows
+
+
+def placed_table(lines: list[dict]) -> tuple:
+    rows = []
+    for line in lines:
+        committed = ", ".join(show(x, form="+.1f") for x in line["committed"])
+        rows.append([line["claim"], show(line["value"], form="+.1f"), line["words"], committed])
+    return ("claim", "here", "that is", "committed seeds"), rows
+
+
+def dropout_table(pairs: dict) -> tuple:
+    rows = []
+    for seed, made in pairs.items():
+        for ratio, of in made["dropout"].items():
+            rates = [show(of[side][key]) for side, key in product(SIDES, MADE_UP)]
+            rows.append([seed, ratio, of["pairs"], *rates])
+    return (
+        "seed",
+        "kept",
+        "pairs",
+        *(f"{side}: {key}" for side, key in product(SIDES, MADE_UP)),
+    ), rows
+
+
+def ablation_table(lines: list[dict]) -> tuple:
+    rows = []
+    for line in lines:
+        numbers = [show(line[key], line[f"{key}_std"]) for key in (*SETTINGS, *MADE_UP)]
+        paper = "ObjHal {} / {}".format(*line["paper"]) if line["paper"] else "-"
+        rows.append([line["study"], line["value"], len(line["seeds"]), *numbers, paper])
+    return ("study", "value", "seeds", *BOTH, *MADE_UP, "Table 9"), rows
 
 
 def headline(lines: list[dict], claims: list[dict]) -> str:
@@ -466,60 +498,40 @@ def blocks_of(results: dict, folder: Path) -> list[figures.Block]:
         f"{about['date']}, {about['machine']}, torch {about['torch']}, commit {about['commit']}, "
         f"{', '.join(['seeds ' + ', '.join(map(str, about['seeds'])), *took])}.",
         "## What agrees with the paper, and what does not",
-        (("claim", "needed", "mean", "each seed", "verdict"), map(claim_cells, results["claims"])),
+        claim_table(results["claims"]),
         "Mean over seeds with its 95 % interval (Student's t, paired: same base, same pairs); of "
         "each seed the 95 % interval over its test questions, where the number is a mean of "
         "questions. A claim is decided where the whole interval over seeds lies on one side of "
         "what is needed; one seed never decides.",
         f"Of the {order['of']} pairs of rows whose CoT accuracy the paper sets more than a point "
         f"apart, {order['agree']} stand in the same order here; rank correlation "
-        f"{show(order['spearman'], digits=2)} over {order['rows']} rows.",
+        f"{show(order['spearman'], form='.2f')} over {order['rows']} rows.",
     ]
     if placed := results.get("placed"):
-        rows = [
-            (line["claim"], show(line["value"], sign=True), line["words"],
-             ", ".join(show(x, sign=True) for x in line["committed"])) for line in placed
-        ]  # fmt: skip
-        header = ("claim", "here", "that is", "committed seeds")
-        blocks += ["## Among the committed seeds", placed_words(results), (header, rows)]
-        blocks.append(Path("seeds.png"))
+        words, table = placed_words(results), placed_table(placed)
+        blocks += ["## Among the committed seeds", words, table, Path("seeds.png")]
     blocks += [
-        "## All rows", (ROW_HEADER, map(row_cells, results["rows"])),
+        "## All rows",
+        row_table(results["rows"]),
         "Accuracy on test questions, greedy, %: mean ± standard deviation over seeds; differences "
         "with their 95 % interval. Malformed: no answer, or not a number; the worse of the two "
         "settings. Made up: share of mentions in descriptions that name what is not there. Chosen "
         "shift: change of a chosen answer's summed log-prob over the last 10 steps, nats."
         + how_tuned(about["settings"]),
         Path("rows.png"),
-    ]  # fmt: skip
+    ]
     if (folder / "curves.png").exists():
         blocks += ["## Training curves", Path("curves.png")]
-    kept = [
-        (seed, ratio, of["pairs"], *(show(of[side][key]) for side in ("chosen", "rejected")
-                                     for key in ("responses", "mentions")))
-        for seed, pairs in results["pairs"].items() for ratio, of in pairs["dropout"].items()
-    ]  # fmt: skip
-    header = [
-        "seed",
-        "kept",
-        "pairs",
-        "chosen: answers",
-        "mentions",
-        "rejected: answers",
-        "mentions",
-    ]
-    blocks += ["## DropoutNTP: answers and mentions in them that name what is not there, %",
-               (header, kept)]  # fmt: skip
+    blocks += ["## DropoutNTP: share that names what is not there, %"]
+    blocks += [dropout_table(results["pairs"])]
     if results["ablations"]:
-        rows = [(line["study"], line["value"], len(line["seeds"]),
-                 *(show(line[k], line[f"{k}_std"]) for k in (*SETTINGS, "responses", "mentions")),
-                 "ObjHal {} / {}".format(*line["paper"]) if line["paper"] else "-")
-                for line in results["ablations"]]  # fmt: skip
-        header = ["study", "value", "seeds", "Direct", "CoT", "answers", "mentions", "Table 9"]
-        blocks += ["## Ablations (Figure 4, Table 9)", (header, rows), Path("ablations.png")]
+        table = ablation_table(results["ablations"])
+        blocks += ["## Ablations (Figure 4, Table 9)", table, Path("ablations.png")]
+    if results.get("samples"):
+        blocks.append("## The same questions, put to every model")
     for sample in results.get("samples", ()):
-        blocks += [f"## {sample['question']} ({sample['answer']})", Path(sample["picture"]),
-                   (("row", "setting", "answer", ""), sample["answers"])]  # fmt: skip
+        question, table = f"{sample['question']} ({sample['answer']})", sample["answers"]
+        blocks += [question, Path(sample["picture"]), (("row", "setting", "answer", ""), table)]
     return blocks
 
 

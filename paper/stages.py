@@ -331,9 +331,10 @@ def dropout_pairs(cfg: StoryConfig, seed: int, ratio: float) -> dict:
 # --------------------------------------------------------------------------- rows
 
 
-def train_row(cfg: StoryConfig, seed: int, row: str, folder: Path, flags: dict, about: dict) -> str:
+def train_row(cfg: StoryConfig, seed: int, row: str, folder: str, flags: dict, about: dict) -> str:
     """Train one objective from the base and measure it."""
     start, r = cfg.folder(seed), cfg.recipe
+    out = start / folder
     if cfg.mine:
         register_file(cfg.mine)
     of_paper = "MPO" if row == WITH_NTP else row
@@ -347,7 +348,7 @@ def train_row(cfg: StoryConfig, seed: int, row: str, folder: Path, flags: dict, 
     if "reference_update_every" in flags:
         flags["reference_update_every"] = min(64, max(1, r.steps // 4))
     train_model(
-        model_dir=start / "base/model", meta=meta, out_dir=folder, reference_cache=cache,
+        model_dir=start / "base/model", meta=meta, out_dir=out, reference_cache=cache,
         epochs=100, batch_size=r.batch_size, max_steps=r.steps, beta=BETA, seed=seed, **flags,
     )  # fmt: skip
-    return write_result(cfg, seed, row, folder, folder / "model", {"flags": flags} | about)
+    return write_result(cfg, seed, row, out, out / "model", {"flags": flags} | about)

@@ -9,27 +9,28 @@ starts when the tasks it needs are done, and leaves one last file.  Worker proce
 A task whose last file exists is not done again: a story that was stopped goes on where it was.
 """
 
-import contextlib
-import importlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import subprocess
-import sys
-import threading
 import time
-import traceback
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 from paper.report import PAPER, WITH_NTP, write_report
-from runtime import InputError, claim, clock, flag, parse_cli, read_json, run, write_atomic
+from runtime import (
+    InputError,
+    claim,
+    flag,
+    parse_cli,
+    read_json,
+    run,
+    try_lock,
+    write_atomic,
+)
+from tools.workers import Task, run_tasks
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ QUICK = Recipe(
     pictures=3000, cap=700, questions=800, direct_questions=200, described=200, test=400, steps=200,
 )  # fmt: skip
 TINY = Recipe(
-    pictures=400, base_batch_size=16, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8,
-    test=20, questions=24, direct_questions=8, described=8, steps=6,
+    pictures=200, base_batch_size=8, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8,
+    test=10, questions=24, direct_questions=8, described=8, steps=3,
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # that --tune tries for every row
 TUNING_SEED = 100
@@ -95,7 +96,7 @@ class StoryConfig:
     mine: Path | None = flag(None, "Python file with objectives of your own, a row each")
     tune: bool = flag(False, "try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "a few seconds a stage, to see that everything works")
-    steps: int = flag(0, "steps of every row; 0 = 400, quick 200, tiny 6", low=0)
+    steps: int = flag(0, "steps of every row; 0 = 400, quick 200, tiny 3", low=0)
     wide: float = flag(0.0, "share of pictures with two tiles and a thumbnail", 0, 1)
     noise: float = flag(0.05, "noise of the pictures, as a share of full white", 0, 1)
     habit: float = flag(0.0, "share of lesson objects with the usual shape of their colour", 0, 1)
@@ -132,20 +133,6 @@ def chosen_rates() -> dict[str, float]:
 # --------------------------------------------------------------------------- tasks
 
 
-@dataclass(frozen=True)
-class Task:
-    """A call of stage(cfg, seed, *arguments) in a worker; `made` is the last file it writes."""
-
-    seed: int
-    name: str
-    stage: str
-    arguments: tuple
-    made: Path
-    needs: tuple[str, ...] = ()  # names of tasks of the same seed
-    seconds: float = 1.0  # on one idle core, roughly
-    module: str = "paper.stages"  # by name: it loads torch, which takes seconds, in workers only
-
-
 def row_names(cfg: StoryConfig) -> list[str]:
     """The rows of this story, MPO first: it fills the cache of the reference."""
     own = []
@@ -165,26 +152,45 @@ def ratios(cfg: StoryConfig) -> tuple[float, ...]:
     return () if cfg.tune else (cfg.recipe.keep_ratio,) if few else (0.25, 0.5, 0.75)
 
 
+def task_of(
+    cfg: StoryConfig, seed: int, name: str, stage: str, arguments: tuple, made: str,
+    needs: tuple[str, ...] = (), seconds: float = 1.0,
+) -> Task:  # fmt: skip
+    """stages.<stage>(cfg, seed, *arguments), whose last file is `made` in the seed's folder."""
+    needs = tuple(f"seed {seed} {need}" for need in needs)
+    arguments, made = (cfg, seed, *arguments), cfg.folder(seed) / made
+    return Task(f"seed {seed} {name}", f"paper.stages:{stage}", arguments, made, needs, seconds)
+
+
+def row_task(
+    cfg: StoryConfig, seed: int, row: str, folder: str = "", *, need: str = "MPO",
+    about: dict | None = None, flags: dict | None = None,
+) -> Task:  # fmt: skip
+    """Train one row from the base and measure it; `flags` differ from the row's own."""
+    folder = folder or f"rows/{row}"
+    arguments, made = (row, folder, flags or {}, about or {}), f"{folder}/result.json"
+    seconds = 0.06 * cfg.recipe.steps + 0.015 * cfg.recipe.test
+    name = Path(folder).name
+    return task_of(cfg, seed, name, "train_row", arguments, made, (need,), seconds)
+
+
 def tasks_of(cfg: StoryConfig, seed: int) -> list[Task]:
     """A seed's base, its answers and pairs, and every row; MPO's comes first."""
-    folder, r = cfg.folder(seed), cfg.recipe
-    pairs = folder / "pairs.json"
+    r, kept, made, base = cfg.recipe, ratios(cfg), "pairs.json", ("base",)
     sampling = 0.003 * r.questions * r.samples
-    tasks = [
-        Task(seed, "base", "train_base", (), folder / "base/base.json",
-             seconds=0.1 * (r.cap + r.cooldown)),
-        Task(seed, "base measured", "measure_base", (), folder / "result.json", ("base",), 9),
-        Task(seed, "chains of thought", "sample_answers", ("new", "en"), pairs, ("base",),
-             sampling),
-        Task(seed, "direct answers", "sample_answers", ("new_direct", "direct"), pairs, ("base",),
-             sampling / 8),
-        Task(seed, "descriptions", "drop_image", (ratios(cfg),), pairs, ("base",),
-             0.01 * r.described * len(ratios(cfg))),
-        Task(seed, "pairs", "make_pairs", (ratios(cfg),), pairs,
-             ("chains of thought", "direct answers", "descriptions")),
-    ]  # fmt: skip
+    training, describing = 0.1 * (r.cap + r.cooldown), 0.01 * r.described * len(kept)
+    answers = ("chains of thought", "direct answers", "descriptions")
+    stages = [
+        ("base", "train_base", (), "base/base.json", (), training),
+        ("base measured", "measure_base", (), "result.json", base, 0.02 * r.test),
+        (answers[0], "sample_answers", ("new", "en"), made, base, sampling),
+        (answers[1], "sample_answers", ("new_direct", "direct"), made, base, sampling / 8),
+        (answers[2], "drop_image", (kept,), made, base, describing),
+        ("pairs", "make_pairs", (kept,), made, answers),
+    ]
+    tasks = [task_of(cfg, seed, *stage) for stage in stages]
     first, *others = row_names(cfg)
-    tasks.append(row_task(cfg, seed, first, needs=("pairs",)))
+    tasks.append(row_task(cfg, seed, first, need="pairs"))
     if cfg.tune:
         for name, lr in product((first, *others), RATES):
             tasks.append(row_task(cfg, seed, name, f"rows/{name} {lr:g}", flags={"lr": lr}))
@@ -199,124 +205,7 @@ def tasks_of(cfg: StoryConfig, seed: int) -> list[Task]:
     return tasks
 
 
-def row_task(
-    cfg: StoryConfig, seed: int, row: str, folder: str = "", *, needs: tuple[str, ...] = ("MPO",),
-    about: dict | None = None, flags: dict | None = None,
-) -> Task:  # fmt: skip
-    """Train one row from the base and measure it; `flags` differ from the row's own."""
-    where = cfg.folder(seed) / (folder or f"rows/{row}")
-    seconds = 0.06 * cfg.recipe.steps + 0.015 * cfg.recipe.test
-    arguments = (row, where, flags or {}, about or {})
-    return Task(seed, where.name, "train_row", arguments, where / "result.json", needs, seconds)
-
-
-# --------------------------------------------------------------------------- running
-
-
-class TaskFailed(RuntimeError):
-    """A task ended with an error, or its process did."""
-
-
-def start_worker() -> None:
-    """A worker ends with its story, however that ends; Ctrl-C is the story's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    story = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (story.join(), os._exit(1)), daemon=True).start()
-
-
-def perform(cfg: StoryConfig, task: Task) -> str:
-    """One task in a worker, its output appended to log.txt; what came out, in some words."""
-    task.made.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(task.made.parent / "log.txt", "a", buffering=1) as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        print(f"{time.strftime('%F %T')} {task.stage}{(task.seed, *task.arguments)}")
-        stage = getattr(importlib.import_module(task.module), task.stage)
-        return stage(cfg, task.seed, *task.arguments)
-
-
-class Progress:
-    """A line when a task starts or ends: time so far, tasks done, what, time left."""
-
-    def __init__(self, tasks: list[Task], jobs: int) -> None:
-        self.began, self.jobs, self.done, self.count = time.time(), jobs, 0, len(tasks)
-        self.expected, self.left = 0.0, sum(task.seconds for task in tasks)
-
-    def tell(self, task: Task, words: str) -> None:
-        spent = time.time() - self.began
-        pace = (spent * self.jobs + 20) / (self.expected + 20)  # 1 on idle cores of the usual kind
-        left = clock(self.left * pace / self.jobs)
-        what = f"seed {task.seed} {task.name}: {words}"
-        print(f"{clock(spent)}  {self.done} of {self.count} done, {left} left  {what}", flush=True)
-
-    def finish(self, task: Task, words: str) -> None:
-        self.done, self.expected = self.done + 1, self.expected + task.seconds
-        self.left -= task.seconds
-        self.tell(task, words)
-
-
-def play(cfg: StoryConfig, tasks: list[Task]) -> None:
-    """Do every task that is not done yet, on `cfg.jobs` workers; the first failure ends all."""
-    waiting = [task for task in tasks if not task.made.exists()]
-    done = {(task.seed, task.name) for task in tasks if task not in waiting}
-    if done:
-        print(f"{len(done)} of {len(tasks)} tasks were done before")
-    progress, others = Progress(waiting, cfg.jobs), multiprocessing.active_children()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of a worker: small products
-    spawn, running = multiprocessing.get_context("spawn"), {}
-    pool = ProcessPoolExecutor(cfg.jobs, mp_context=spawn, initializer=start_worker)
-    for _ in range(cfg.jobs):  # starts every worker: at a submission the pool watches those there
-        pool.submit(os.getpid)
-    try:
-        while waiting or running:
-            ready = [t for t in waiting if all((t.seed, name) in done for name in t.needs)]
-            for task in ready[: cfg.jobs - len(running)]:
-                waiting.remove(task)
-                running[pool.submit(perform, cfg, task)] = task
-                progress.tell(task, "started")
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running[future]
-                if error := future.exception():
-                    raise_for(task, error)
-                del running[future]
-                progress.finish(task, future.result())
-                done.add((task.seed, task.name))
-    finally:
-        if running:  # after a failure: what the other workers do is continued next time
-            for worker in set(multiprocessing.active_children()) - set(others):
-                worker.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-def raise_for(task: Task, error: BaseException) -> None:
-    """One line about a task that failed; the traceback goes to its log."""
-    log = task.made.parent / "log.txt"
-    what = f"seed {task.seed} {task.name}"
-    if isinstance(error, InputError):
-        raise InputError(f"{what}: {error}") from None
-    if isinstance(error, BrokenProcessPool):
-        raise TaskFailed(f"{what}: its process was killed; the same command goes on from here")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
-        file.writelines(traceback.format_exception(error))
-    raise TaskFailed(f"{what}: {type(error).__name__}: {error} (see {log})")
-
-
 # --------------------------------------------------------------------------- rates
-
-
-def tried_rates(cfg: StoryConfig) -> dict[str, dict[float, tuple[float, float]]]:
-    """Row -> rate -> (Direct, CoT) on the tuning questions."""
-    tried: dict[str, dict] = {}
-    for row in row_names(cfg):
-        for path in cfg.folder(cfg.seeds[0]).glob(f"rows/{row} */result.json"):
-            result = read_json(path)
-            scores = result[cfg.split]
-            both = scores["direct"]["score"], scores["cot"]["score"]
-            tried.setdefault(row, {})[result["flags"]["lr"]] = both
-    return tried
 
 
 def best_rate(scores: dict[float, tuple[float, float]]) -> float:
@@ -326,11 +215,17 @@ def best_rate(scores: dict[float, tuple[float, float]]) -> float:
 
 def write_tuning(cfg: StoryConfig, about: dict) -> None:
     """tuning.json, and a line a row: every rate that was tried and the one chosen."""
-    rows = {}
-    for row, scores in tried_rates(cfg).items():
-        tried = {f"{lr:g}": scores[lr] for lr in sorted(scores)}
-        rows[row] = {"Direct, CoT": tried, "chosen": best_rate(scores)}
-        print(f"{row}: {tried}; chosen {best_rate(scores):g}")
+    rows: dict[str, dict] = {}
+    for row in row_names(cfg):
+        scores = {}
+        for path in cfg.folder(cfg.seeds[0]).glob(f"rows/{row} */result.json"):
+            result = read_json(path)
+            both = tuple(result[cfg.split][setting]["score"] for setting in ("direct", "cot"))
+            scores[result["flags"]["lr"]] = both
+        if scores:
+            tried = {f"{lr:g}": scores[lr] for lr in sorted(scores)}
+            rows[row] = {"Direct, CoT": tried, "chosen": best_rate(scores)}
+            print(f"{row}: {tried}; chosen {best_rate(scores):g}")
     settings = {k: v for k, v in about["settings"].items() if k != "rates"}  # those of before
     about = about | {"settings": settings, "rows": rows}
     write_atomic(cfg.out / "tuning.json", json.dumps(about, indent=1) + "\n")
@@ -380,19 +275,19 @@ def main() -> None:
     default = (TUNING_SEED,) if cfg.tune else (1,) if cfg.few else (1, 2, 3)
     cfg = replace(cfg, out=cfg.out / "story", seeds=cfg.seeds or default)
     tasks = [task for seed in cfg.seeds for task in tasks_of(cfg, seed)]  # --mine is read
-    about = begin(cfg)
-    try:
-        play(cfg, tasks)
-    except TaskFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    kind = "ablations" if cfg.ablate else "rows"
-    about["seconds"][kind] = round(about["seconds"].get(kind, 0) + time.time() - began)
-    write_atomic(cfg.out / "story.json", json.dumps(about, indent=1) + "\n")
-    if cfg.tune:
-        write_tuning(cfg, about)
-    else:
-        print(write_report(cfg.out))
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    with open(cfg.out / ".lock", "wb") as lock:
+        if not try_lock(lock, 5):
+            raise InputError(f"{cfg.out}: another story works there; wait for it, or pass --out")
+        about = begin(cfg)
+        run_tasks(tasks, cfg.jobs)
+        kind = "ablations" if cfg.ablate else "rows"
+        about["seconds"][kind] = round(about["seconds"].get(kind, 0) + time.time() - began)
+        write_atomic(cfg.out / "story.json", json.dumps(about, indent=1) + "\n")
+        if cfg.tune:
+            write_tuning(cfg, about)
+        else:
+            print(write_report(cfg.out))
 
 
 if __name__ == "__main__":

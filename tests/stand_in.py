@@ -1,11 +1,11 @@
-"""A stage of the story that only writes its name; worker processes import it without torch."""
+"""A task that only writes its name; worker processes import it without torch."""
 
 import os
 import time
 
 
-def note(cfg, seed, name, action=""):
-    with open(cfg.out / "order.txt", "a") as order:
+def note(folder, name, action=""):
+    with open(folder / "order.txt", "a") as order:
         order.write(f"{name} {os.getpid()}\n")
     if action == "fail":
         raise ValueError("no luck")
@@ -13,5 +13,5 @@ def note(cfg, seed, name, action=""):
         os._exit(9)
     if action == "wait":
         time.sleep(60)
-    (cfg.out / name).write_text("done")
+    (folder / name).write_text("done")
     return f"{name} was played"

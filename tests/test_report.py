@@ -208,10 +208,9 @@ def test_an_ablated_value_is_one_line_over_its_seeds_beside_the_plain_run(story)
 def test_equal_scores_leave_the_rank_correlation_open(story):
     for path in story.glob("seed-*/**/result.json"):
         record = json.loads(path.read_text())
-        record["test"]["cot"]["score"] = 0.0  # a story that learned nothing still has a report
+        record["test"]["cot"]["score"] = 0.0
         write(path, record)
     assert report.orderings(report.row_lines(report.collect(story)))["spearman"] is None
-    assert "rank correlation -" in report.write_report(story)
 
 
 def test_a_folder_without_a_story_or_with_a_broken_file_is_named(tmp_path, story):

@@ -21,17 +21,15 @@ from paper.story import (
     RATES,
     TINY,
     StoryConfig,
-    Task,
-    TaskFailed,
     begin,
-    play,
     tasks_of,
     write_tuning,
 )
-from runtime import InputError, parse_cli, read_jsonl, write_atomic
+from runtime import Failure, InputError, parse_cli, read_jsonl, write_atomic
 from tokenizer import load_tokenizer
 from tools.sweep import ROWS
-from toy import COLOURS, SHAPES, Thing, chain_of_thought, draw, random_things, write_model
+from tools.workers import Task, run_tasks
+from toy import COLOURS, SHAPES, Thing, chain_of_thought, draw, random_things
 from vision import preprocess
 from weights import load_model
 
@@ -41,9 +39,15 @@ SMALL = replace(TINY, pictures=12, dev=4, test=5, questions=6, direct_questions=
 # --------------------------------------------------------------------------- lessons
 
 
-def test_a_model_that_sees_starts_with_the_words_of_every_cell(tmp_path):
-    write_model(tmp_path, 3, lambda *model: stages.fit_projector(*model, 3))
-    model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lessons")
+    stages.write_lessons(folder, 1, replace(SMALL, wide=0.5, habit=1.0))
+    return folder
+
+
+def test_a_model_that_sees_starts_with_the_words_of_every_cell(lessons):
+    model, tokenizer = load_model(lessons / "model"), load_tokenizer(lessons / "model")
     words = model.language_model.model.tok_embeddings.weight
     places = [f"{col}{row}" for row in "123" for col in "abc"]
     rng, right = np.random.default_rng(9), []
@@ -58,22 +62,20 @@ def test_a_model_that_sees_starts_with_the_words_of_every_cell(tmp_path):
     assert sum(right) / len(right) > 0.97
 
 
-def test_lessons_development_and_test_questions_share_no_picture(tmp_path):
-    stages.write_lessons(tmp_path, 1, replace(SMALL, wide=0.5))
+def test_lessons_development_and_test_questions_share_no_picture(lessons):
     splits = ("direct", "steps", "dev", "tune", "test", "new")
     shown = {
-        split: {r["image"] for _, r in read_jsonl(tmp_path / f"{split}.jsonl")} for split in splits
+        split: {r["image"] for _, r in read_jsonl(lessons / f"{split}.jsonl")} for split in splits
     }
     assert shown["direct"] == shown["steps"]  # several lessons a picture
     apart = [shown[split] for split in splits[1:]]
     assert sum(map(len, apart)) == len(set().union(*apart)) == 12 + 4 + 20 + 5 + 6
     assert any("wide" in name for name in shown["test"])
-    assert load_config(tmp_path / "model").max_tiles >= 2
+    assert load_config(lessons / "model").max_tiles >= 2
 
 
-def test_habits_are_of_the_lessons_alone(tmp_path):
-    stages.write_lessons(tmp_path, 1, replace(SMALL, habit=1.0))
-    truth = json.loads((tmp_path / "truth.json").read_text())
+def test_habits_are_of_the_lessons_alone(lessons):
+    truth = json.loads((lessons / "truth.json").read_text())
 
     def usual(split):
         words = [w for image, all_ in truth.items() if image.startswith(split) for w in all_]
@@ -102,7 +104,7 @@ def test_hallucination_counts_answers_and_mentions_of_what_is_not_there(tmp_path
 def test_a_story_has_every_row_of_the_paper_and_tuning_tries_each_at_every_rate(tmp_path):
     def rows(**flags):
         tasks = tasks_of(StoryConfig(out=tmp_path, seeds=(7,), **flags), 7)
-        return [task.name for task in tasks if task.stage == "train_row"]
+        return [task.name[7:] for task in tasks if task.function.endswith("train_row")]
 
     assert set(PAPER) == {"base", *ROWS}
     assert rows(quick=True) == ["MPO", "SFT", "DPO"]
@@ -137,48 +139,52 @@ def test_a_folder_holds_one_setting_of_the_story(tmp_path):
     cfg = StoryConfig(out=tmp_path, tiny=True, seeds=(1,))
     begin(cfg)
     begin(cfg)
-    with pytest.raises(InputError, match=r"another pictures \(400, now 3000\); pass another --out"):
+    with pytest.raises(InputError, match=r"another pictures \(200, now 3000\); pass another --out"):
         begin(replace(cfg, tiny=False, quick=True))
 
 
 # --------------------------------------------------------------------------- workers
 
 
-def stand_in(cfg, name, *needs, action=""):
-    return Task(1, name, "note", (name, action), cfg.out / name, needs, module="stand_in")
+def stand_in(folder, name, *needs, action=""):
+    return Task(name, "stand_in:note", (folder, name, action), folder / name, needs)
 
 
-def played(cfg):
-    return [line.split()[0] for line in (cfg.out / "order.txt").read_text().splitlines()]
+def played(folder):
+    return [line.split()[0] for line in (folder / "order.txt").read_text().splitlines()]
 
 
 def test_a_task_waits_for_what_it_needs_and_is_done_once(tmp_path, capfd):
-    cfg = StoryConfig(out=tmp_path, seeds=(1,))
-    tasks = [stand_in(cfg, "last", "a", "b"), stand_in(cfg, "a"), stand_in(cfg, "b", "a")]
-    play(cfg, tasks)
-    assert played(cfg) == ["a", "b", "last"]
+    tasks = [
+        stand_in(tmp_path, "last", "a", "b"),
+        stand_in(tmp_path, "a"),
+        stand_in(tmp_path, "b", "a"),
+    ]
+    run_tasks(tasks, 2)
+    assert played(tmp_path) == ["a", "b", "last"]
     first, *_, end = capfd.readouterr().out.splitlines()
-    assert re.fullmatch(r"0:00:0\d  0 of 3 done, 0:00:\d\d left  seed 1 a: started", first)
-    assert "3 of 3 done, 0:00:00 left  seed 1 last: last was played" in end
+    assert re.fullmatch(r"0:00:0\d  0 of 3 done, 0:00:\d\d left  a: started", first)
+    assert "3 of 3 done, 0:00:00 left  last: last was played" in end
     (tmp_path / "b").unlink()
-    play(cfg, tasks)
-    assert played(cfg) == ["a", "b", "last", "b"]
+    run_tasks(tasks, 2)
+    assert played(tmp_path) == ["a", "b", "last", "b"]
     assert "2 of 3 tasks were done before" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("action, words", [
-    ("fail", r"seed 1 bad: ValueError: no luck \(see .*log.txt\)"),
-    ("die", "seed 1 bad: its process was killed; the same command goes on from here"),
+    ("fail", r"bad: ValueError: no luck \(see .*log.txt\)"),
+    ("die", r"a process was killed \(memory\?\) during slow, bad; start this again"),
 ])  # fmt: skip
 def test_a_task_that_fails_ends_the_story_and_the_other_worker(tmp_path, action, words):
-    cfg = StoryConfig(out=tmp_path, seeds=(1,))
     began = time.time()
-    with pytest.raises(TaskFailed, match=words):
-        play(cfg, [stand_in(cfg, "slow", action="wait"), stand_in(cfg, "bad", action=action)])
+    with pytest.raises(Failure, match=words):
+        run_tasks(
+            [stand_in(tmp_path, "slow", action="wait"), stand_in(tmp_path, "bad", action=action)], 2
+        )
     assert time.time() - began < 30
     if action == "fail":
         assert 'raise ValueError("no luck")' in (tmp_path / "log.txt").read_text()
-    play(cfg, [stand_in(cfg, "slow"), stand_in(cfg, "bad")])
+    run_tasks([stand_in(tmp_path, "slow"), stand_in(tmp_path, "bad")], 2)
     assert (tmp_path / "slow").exists() and (tmp_path / "bad").exists()
 
 
@@ -186,11 +192,10 @@ def test_workers_end_with_a_story_that_is_killed(tmp_path):
     story = tmp_path / "killed.py"
     story.write_text(f"""
 from pathlib import Path
-from paper.story import StoryConfig, Task, play
+from tools.workers import Task, run_tasks
 if __name__ == "__main__":
     out = Path({str(tmp_path)!r})
-    task = Task(1, "slow", "note", ("slow", "wait"), out / "slow", module="stand_in")
-    play(StoryConfig(out=out, seeds=(1,), jobs=1), [task])
+    run_tasks([Task("slow", "stand_in:note", (out, "slow", "wait"), out / "slow")], 1)
 """)
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     process = subprocess.Popen([sys.executable, story], env={**os.environ, "PYTHONPATH": path})

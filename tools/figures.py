@@ -28,7 +28,7 @@ def png(figure: Any, dpi: int = 110) -> bytes:
 
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")  # legends outside, too
     plt.close(figure)
     return buffer.getvalue()
 
@@ -59,12 +59,13 @@ def curve_panels(
 
     A label has one colour in all panels and stands at the right end of its curve.
     """
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    shown = [(label, runs) for curves in panels.values() for label, runs in curves.items()]
+    labels = list(dict.fromkeys(label for label, runs in shown if runs))
     rows = -(-len(panels) // cols)
     figure, axes = new_figure(rows, cols, width=5, height=3.2, squeeze=False)
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for label, runs in curves.items():
-            colour = f"C{labels.index(label)}"
+            colour = f"C{labels.index(label)}" if runs else ""
             for run in runs if len(runs) > 1 else ():
                 axis.plot(*zip(*run.items()), color=colour, alpha=0.25, linewidth=0.7)
             # only what every run has: the mean does not jump where one ends
@@ -76,8 +77,10 @@ def curve_panels(
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
         label_ends(axis)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     keys = [axes.flat[0].plot([], [], color=f"C{k}")[0] for k in range(len(labels))]
-    figure.legend(keys, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(keys, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(labels))
     return figure
 
 
