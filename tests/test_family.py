@@ -11,27 +11,15 @@ import torch
 from conftest import OURS, folder_from_environment
 from safetensors.torch import load_file
 
-from config import RELEASES, load_config, named_config, recipe
+from config import RELEASES, load_config, named_config, parse_config, recipe
+from layouts import OFFICIAL_QWEN, split_stored, stored_pieces
 from losses import token_logps
 from model import InternVL, KVCache, causal_attention
 from runtime import InputError
 from vision import IMAGENET_MEAN, IMAGENET_STD
+from weights import load_model
 
 ABS = {"atol": 1e-4, "rtol": 0}
-NAMES = {  # in memory -> in the files
-    "projector.": "mlp1.",
-    "language_model.output": "language_model.lm_head",
-    "tok_embeddings": "embed_tokens",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention.wqkv": "self_attn.wqkv",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 class Golden:
@@ -40,31 +28,15 @@ class Golden:
     def __init__(self, folder):
         self.facts = json.loads((folder / "cases.json").read_text())
         self.tensors = load_file(folder / "cases.safetensors")
-        self.config = load_config(folder / "checkpoint")
-        self.stored = {}
-        for file in (folder / "checkpoint").glob("*.safetensors"):
-            self.stored |= {name: t.float() for name, t in load_file(file).items()}
-        self.model = self.build(self.config)
+        self.model = load_model(folder / "checkpoint")
+        self.model.image_context_id = self.facts["image_context_token_id"]
+        self.config = self.model.config
         if "tiles_uint8" in self.tensors:
             pixels = self.tensors["tiles_uint8"].float() / 255
             mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
             self.tiles = (pixels - mean[:, None, None]) / std[:, None, None]
         else:
             self.tiles = self.tensors["c_tiles_thumb/pixel_values"]
-
-    def build(self, config):
-        model = InternVL(config, self.facts["image_context_token_id"])
-        names = {official(name): name for name, _ in model.named_parameters()}
-        tensors = {names[name]: self.packed(name) for name in names}
-        model.load_state_dict(tensors)
-        return model.eval()
-
-    def packed(self, name):
-        if "wqkv" not in name:
-            return self.stored[name]
-        g, d = self.config.llm.num_key_value_heads, self.config.llm.head_dim
-        parts = [self.stored[name.replace("wqkv", f"{part}_proj")] for part in "qkv"]
-        return torch.cat([p.unflatten(0, (g, -1, d)) for p in parts], dim=1).flatten(0, 2)
 
     def __getitem__(self, name):
         return self.tensors[name]
@@ -74,12 +46,6 @@ class Golden:
         if tiles is None:
             return None if case not in ("c_tiles_thumb", "m_loss") else self.tiles
         return self.tiles[tiles]
-
-
-def official(name):
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 @pytest.fixture(scope="module", params=["qwen2-micro", "qwen3-micro", "qwen2-tiny", "qwen3-tiny"])
@@ -163,7 +129,8 @@ def test_greedy_ids_are_exact(golden, case):
     [expected], stop = facts["output_ids"], facts["eos_token_id"]
     ids, out = golden[f"{case}/prompt_ids"], []
     while len(out) < len(expected):
-        next_id = golden.model(ids, tiles)[:, -1].argmax(-1, keepdim=True)
+        last = golden.model(ids, tiles, head=lambda hidden, weight: hidden[:, -1] @ weight.T)
+        next_id = last.argmax(-1, keepdim=True)
         ids = torch.cat([ids, next_id], dim=1)
         out.append(int(next_id))
     assert out == expected
@@ -193,14 +160,9 @@ def test_loss_and_gradients_are_those_of_transformers(golden):
     loss = -logps.sum() / (labels[:, 1:] != -100).sum()
     loss.backward()
     torch.testing.assert_close(loss, golden["m_loss/loss"][0], atol=1e-5, rtol=0)
-    grads, llm = {}, golden.config.llm
+    grads, pieces = {}, stored_pieces(model, OFFICIAL_QWEN)
     for name, p in model.named_parameters():
-        if "wqkv" not in name:
-            grads[official(name)] = p.grad
-            continue
-        packed = p.grad.unflatten(0, (llm.num_key_value_heads, -1, llm.head_dim))
-        for part, rows in zip("qkv", (packed[:, :-2], packed[:, -2:-1], packed[:, -1:])):
-            grads[official(name).replace("wqkv", f"{part}_proj")] = rows.flatten(0, 2)
+        grads |= split_stored(p.grad, pieces[name])
     prefix, rows = "m_loss/grad.", golden["m_loss/grad_rows"]
     expected = {k.removeprefix(prefix): t for k, t in golden.tensors.items() if prefix in k}
     assert {name.removesuffix("[grad_rows]") for name in expected} == set(grads)
@@ -219,8 +181,10 @@ def test_loss_and_gradients_are_those_of_transformers(golden):
 def test_a_tied_model_has_its_embedding_as_its_head(golden):
     if "tied/logits_last4" not in golden.tensors:
         pytest.skip("only the micro folders have a tied case")
-    tied = golden.build(golden.config.with_tied_head(True))
-    assert not hasattr(tied.language_model, "output")
+    tied = InternVL(golden.config.with_tied_head(True), golden.model.image_context_id)
+    weights = golden.model.state_dict()
+    del weights["language_model.output.weight"]
+    tied.eval().load_state_dict(weights)
     compare(golden, "tied", tied(golden["c_tiles_thumb/input_ids"], golden.tiles))
 
 
@@ -262,16 +226,22 @@ def test_named_sizes_have_the_parameters_of_the_releases(size):
     assert parameters(model.vision_model) == 304_012_288
 
 
-def test_stored_names_and_shapes_of_a_qwen3_release_follow_from_the_packed_ones():
-    shapes = {official(n): list(p.shape) for n, p in on_meta("3.5-4b").named_parameters()}
-    layer = "language_model.model.layers.35"
-    assert shapes[f"{layer}.self_attn.wqkv.weight"] == [(32 + 2 * 8) * 128, 2560]
-    assert shapes[f"{layer}.self_attn.o_proj.weight"] == [2560, 4096]
-    assert shapes[f"{layer}.self_attn.q_norm.weight"] == [128]
-    assert shapes[f"{layer}.mlp.down_proj.weight"] == [2560, 9728]
-    assert shapes["language_model.lm_head.weight"] == [151936, 2560]
-    assert f"{layer}.self_attn.wqkv.bias" not in shapes
-    assert any(name.endswith("wqkv.bias") for name, _ in on_meta("3-1b").named_parameters())
+def test_stored_names_and_shapes_of_a_release_are_the_official_ones():
+    for size, bias in (("3-1b", True), ("3.5-4b", False)):
+        model = on_meta(size)
+        stored = stored_pieces(model, OFFICIAL_QWEN)
+        rows = {piece.name: piece.stop for parts in stored.values() for piece in parts}
+        layer, llm = "language_model.model.layers.23.", model.config.llm
+        heads, groups, d = llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim
+        assert rows[f"{layer}self_attn.q_proj.weight"] == heads * d
+        assert rows[f"{layer}self_attn.k_proj.weight"] == groups * d
+        assert (f"{layer}self_attn.v_proj.bias" in rows) == bias
+        assert (f"{layer}self_attn.q_norm.weight" in rows) != bias
+        assert rows[f"{layer}self_attn.o_proj.weight"] == llm.hidden_size
+        assert rows[f"{layer}mlp.gate_proj.weight"] == llm.intermediate_size
+        assert rows["language_model.lm_head.weight"] == llm.vocab_size
+        wo = model.get_parameter("language_model.model.layers.23.attention.wo.weight")
+        assert list(wo.shape) == [llm.hidden_size, heads * d]
 
 
 def test_a_size_without_a_generation_is_the_first_that_has_it():
@@ -306,3 +276,72 @@ def test_every_named_size_has_a_recipe_and_whole_heads():
         config = named_config(name)
         assert recipe(config).max_tiles == config.max_tiles == 12
         assert replace(config.llm, tied=True) == config.with_tied_head(True).llm
+
+
+# --------------------------------------------------------------------------- config.json
+
+
+def qwen_config(name="qwen2-micro"):
+    return json.loads((OURS / name / "checkpoint/config.json").read_text())
+
+
+def in_transformers_layout(raw, version):
+    """The -hf twin of an official config.json, as transformers 4 or 5 writes it."""
+    llm, vision = dict(raw["llm_config"]), dict(raw["vision_config"])
+    rope = {"rope_theta": llm.pop("rope_theta"), "rope_type": "default"}
+    scaling = llm.pop("rope_scaling", None) or {}
+    if version == 5:
+        llm["rope_parameters"] = rope | scaling
+    else:
+        llm |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling or None}
+    size, patch = vision.pop("image_size"), vision.pop("patch_size")
+    vision |= {"image_size": [size, size], "patch_size": [patch, patch], "model_type": "x"}
+    vision["attention_bias"] = vision.pop("qkv_bias")
+    vision["use_qk_norm"] = vision.pop("qk_normalization")
+    del vision["drop_path_rate"], llm["architectures"]
+    return {
+        "model_type": "internvl",
+        "image_token_id" if version == 5 else "image_token_index": 344,
+        "text_config": llm,
+        "vision_config": vision,
+    }
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", ["qwen2-micro", "qwen3-micro"])
+def test_both_layouts_say_the_same_of_a_model(name, version):
+    raw = qwen_config(name)
+    official, hf = parse_config(raw), parse_config(in_transformers_layout(raw, version))
+    assert replace(hf, image_token_id=None) == official.with_drop_path(0.0)
+    assert hf.image_token_id == 344
+
+
+def test_tiles_of_the_hf_layout_are_those_of_its_processor(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(in_transformers_layout(qwen_config(), 5)))
+    assert load_config(tmp_path).max_tiles == 12
+    (tmp_path / "preprocessor_config.json").write_text('{"max_patches": 6}')
+    assert load_config(tmp_path).max_tiles == 6
+
+
+def test_template_and_system_message_of_each_generation_are_read():
+    assert parse_config(qwen_config()).system_message is None  # null in InternVL3
+    assert parse_config(qwen_config() | {"system_message": ""}).system_message == ""
+    assert parse_config(qwen_config() | {"template": "Hermes-2"}).generation == "2"
+
+
+def test_generations_are_told_apart_by_their_configs():
+    three = qwen_config()
+    assert parse_config(three).generation == "3"
+    three["llm_config"]["eos_token_id"] = 151645  # an InternVL3 that somebody mended
+    assert parse_config(three).generation == "3"
+    half = {key: value for key, value in three.items() if key != "system_message"}
+    assert parse_config(half).generation == "2.5"
+    assert parse_config(in_transformers_layout(half, 5)).generation == "3", "in doubt small steps"
+    assert parse_config(qwen_config("qwen3-micro")).generation == "3.5"
+
+
+@pytest.mark.parametrize("level", ["top", "llm"])
+def test_a_tied_head_is_declared_at_either_level(level):
+    raw = qwen_config()
+    (raw if level == "top" else raw["llm_config"])["tie_word_embeddings"] = True
+    assert parse_config(raw).llm.tied
