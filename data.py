@@ -15,6 +15,7 @@ a random one, nothing is truncated, image paths cannot leave their root.
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,6 +56,29 @@ def resolve_image(root: Path, relative: str) -> Path:
     if not path.resolve().is_relative_to(resolved(Path(root).absolute())):
         raise InputError(f"image {relative!r} leaves its root {root}")
     return path
+
+
+def image_names(record: dict, name: str) -> list[str]:
+    """Image paths of a record; absent, "" and [] all mean text only.  `name` is for errors."""
+    if record.get("video") or record.get("clip"):
+        raise InputError(f"{name}: video records are not supported; remove them")
+    images = record.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(i, str) and i for i in images):
+        raise InputError(f"{name}: 'image' must be a path or a list of paths")
+    return images
+
+
+def image_paths(root: Path, images: list[str], name: str) -> tuple[Path, ...]:
+    """Paths of images under `root`, each of which must exist."""
+    try:
+        paths = tuple(resolve_image(root, image) for image in images)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{name}: no image {path}")
+    return paths
 
 
 @lru_cache(maxsize=64)
@@ -110,47 +134,65 @@ class PairRecord:
     augment: bool
 
 
+class JsonLines:
+    """The objects of a jsonl file, each read when it is asked for; empty lines do not count."""
+
+    def __init__(self, path: Path, part: bool = False) -> None:
+        """part: written by a process that may be killed; a torn last line is left out."""
+        self.path, self.file = Path(path), open(path, "rb")  # noqa: SIM115  (read from any time)
+        starts, numbers, position = [], [], 0
+        for number, line in enumerate(self.file, 1):
+            if part and not line.endswith(b"\n"):
+                break
+            if line.strip():
+                starts.append(position)
+                numbers.append(number)
+            position += len(line)
+        self.starts, self.numbers = np.array([*starts, position]), np.array(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, n: int) -> dict:
+        start, end = int(self.starts[n]), int(self.starts[n + 1])
+        line = os.pread(self.file.fileno(), end - start, start)  # threads share the file
+        return parse_json_line(self.path, int(self.numbers[n]), line)
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """("file line N", object) of each line."""
+        return ((self.name(n), self[n]) for n in range(len(self)))
+
+    def name(self, n: int) -> str:
+        return f"{self.path} line {self.numbers[n]}"
+
+
 @dataclass(frozen=True)
 class DataSet:
-    """One entry of meta.json; records are read by their byte offset, when needed."""
+    """One entry of meta.json."""
 
     name: str
     root: Path
-    annotation: Path
+    lines: JsonLines
     repeat_time: Fraction
     max_tiles: int
     augment: bool
-    offsets: np.ndarray  # (record) start of each line
-    lines: np.ndarray  # (record) its line number, from 1
 
     def __len__(self) -> int:
-        return len(self.offsets)
-
-    def raw(self, number: int) -> dict:
-        """The record as it stands in its file."""
-        with open(self.annotation, "rb") as f:
-            f.seek(self.offsets[number])
-            return parse_json_line(self.annotation, int(self.lines[number]), f.readline())
+        return len(self.lines)
 
     def __getitem__(self, number: int) -> PairRecord:
-        where = f"{self.name}, {self.annotation} line {self.lines[number]}"
-        return self.parse(self.raw(number), where)
+        return self.parse(self.lines[number], f"{self.name}, {self.lines.name(number)}")
 
     def parse(self, raw: dict, where: str) -> PairRecord:
         """Check one record.  Raises InputError naming set, file, line and key."""
-        if raw.get("video") or raw.get("clip"):
-            raise InputError(f"{where}: video records are not supported; remove them")
         for key in ("question", "chosen", "rejected"):
             if not isinstance(raw.get(key), str):
                 raise InputError(f"{where}: no text {key!r}")
             if not raw[key].strip():
                 raise InputError(f"{where}: {key} is empty")
-        given = raw.get("image") or []
-        given = [given] if isinstance(given, str) else given
-        if not isinstance(given, list):
-            raise InputError(f"{where}: 'image' must be a path or a list of paths")
+        names = image_names(raw, where)
         try:
-            images = tuple(resolve_image(self.root, path) for path in given)
+            images = tuple(resolve_image(self.root, name) for name in names)
             question = raw["question"]
             if images:  # in a text-only question <image> is plain text
                 question = with_image_placeholders(question, len(images))
@@ -199,30 +241,18 @@ def _data_set(meta: Path, name: str, entry: dict, max_tiles: int) -> DataSet:
     tiles = entry.get("max_dynamic_patch", max_tiles)
     if not isinstance(tiles, int) or tiles < 1:
         raise InputError(f"{where}: max_dynamic_patch must be a whole number >= 1, got {tiles!r}")
-    offsets, lines = _line_offsets(annotation)
-    if "length" in entry and entry["length"] != len(offsets):
-        raise InputError(f"{where}: length says {entry['length']}, {annotation} has {len(offsets)}")
+    lines = JsonLines(annotation)
+    if "length" in entry and entry["length"] != len(lines):
+        raise InputError(f"{where}: length says {entry['length']}, {annotation} has {len(lines)}")
     augment = bool(entry.get("data_augment", False))
     root = _beside(meta, entry.get("root", ""))
-    return DataSet(name, root, annotation, repeat, tiles, augment, offsets, lines)
+    return DataSet(name, root, lines, repeat, tiles, augment)
 
 
 def _beside(meta: Path, path: str) -> Path:
     """A path of meta.json: beside it, else as it stands (officially: from the working folder)."""
     beside = meta.parent / path
     return Path(path) if path and not beside.exists() and Path(path).exists() else beside
-
-
-def _line_offsets(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Start and number of each non-empty line."""
-    starts, numbers, position = [], [], 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                starts.append(position)
-                numbers.append(number)
-            position += len(line)
-    return np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
 
 
 # --------------------------------------------------------------------------- order
@@ -572,7 +602,7 @@ class PairData:
         for of in self.sets:
             facts = (of.name, of.root, of.repeat_time, of.max_tiles, of.augment)
             digest.update(repr(facts).encode())
-            with open(of.annotation, "rb") as file:
+            with open(of.lines.path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         return digest.hexdigest()
 

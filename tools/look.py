@@ -37,8 +37,8 @@ class CheckConfig:
 
     meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
-    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's")
-    max_length: int = flag(6144, "tokens of prompt and response, at most")
+    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", low=0)
+    max_length: int = flag(6144, "tokens of prompt and response, at most", low=1)
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class ShowConfig:
 
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "config.json and tokenizer, for printing")
-    out: Path = flag(Path(""), "write this HTML page instead of printing")
-    limit: int = flag(0, "records, shared evenly among the data sets; 0 = 3 printed, 200 on a page")
-    image_size: int = flag(384, "longer side of the page's pictures in pixels")
-    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's")
+    out: Path | None = flag(None, "write this HTML page instead of printing")
+    limit: int = flag(
+        0, "records, shared evenly among the data sets; 0 = 3 printed, 200 on a page", low=0
+    )
+    image_size: int = flag(384, "longer side of the page's pictures in pixels", low=1)
+    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", low=0)
     seed: int = flag(42, "decides which records are shown")
 
 
@@ -59,9 +61,9 @@ class StatsConfig:
     """Numbers of a set of pairs beside the paper's table, as text, JSON and histograms."""
 
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
-    model_dir: Path = flag(Path(""), "count tokens with this model's tokenizer; empty = words")
-    out_dir: Path = flag(Path(""), "stats.json and stats.png go here, empty = beside meta.json")
-    max_length: int = flag(6144, "tokens from which a record counts as over-long")
+    model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
+    out_dir: Path | None = flag(None, "for stats.json and stats.png; empty = beside meta.json")
+    max_length: int = flag(6144, "tokens from which a record counts as over-long", low=1)
 
 
 # --------------------------------------------------------------------------- check
@@ -127,10 +129,7 @@ def bars(counts: dict) -> list[tuple]:
 
 
 def show(cfg: ShowConfig) -> None:
-    if cfg.out != Path(""):
-        write_page(cfg)
-    else:
-        print_records(cfg)
+    write_page(cfg) if cfg.out else print_records(cfg)
 
 
 def print_records(cfg: ShowConfig) -> None:
@@ -203,7 +202,7 @@ def write_page(cfg: ShowConfig) -> None:
     for data_set in sets:
         drawn = seeded("show", cfg.seed, data_set.name).permutation(len(data_set))[:each]
         for number in sorted(drawn.tolist()):
-            record, raw = data_set[number], data_set.raw(number)
+            record, raw = data_set[number], data_set.lines[number]
             pictures = [picture(path, cfg.image_size) for path in record.images]
             cards.append((data_set.name, raw, pictures))
     write_atomic(cfg.out, render_page(cards))
@@ -326,12 +325,12 @@ def records_of(sets: list[DataSet]) -> Iterator[tuple[str, PairRecord, dict]]:
     """(data set, record, its line as it stands) of all pairs in the order of meta.json."""
     for data_set in sets:
         for number in range(len(data_set)):
-            yield data_set.name, data_set[number], data_set.raw(number)
+            yield data_set.name, data_set[number], data_set.lines[number]
 
 
 def stats(cfg: StatsConfig) -> None:
     unit, count = "words", lambda text: len(text.split())
-    if cfg.model_dir != Path(""):
+    if cfg.model_dir:
         encode = load_tokenizer(cfg.model_dir).encode_plain
         unit, count = "tokens", lambda text: len(encode(text))
     kinds: dict[str, KindStats] = defaultdict(KindStats)
@@ -344,7 +343,7 @@ def stats(cfg: StatsConfig) -> None:
         groups[f"{name} / {version}"].add(record, raw, lengths, cfg.max_length)
     if not kinds:
         raise InputError(f"{cfg.meta}: no pairs")
-    out = cfg.out_dir if cfg.out_dir != Path("") else cfg.meta.parent
+    out = cfg.out_dir or cfg.meta.parent
     summary = {
         "unit": unit,
         "kinds": {k: v.summary() for k, v in sorted(kinds.items())},

@@ -1,0 +1,62 @@
+"""The RLAIF-V baseline: claims, their yes/no questions, pairs by score."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_pairs import read_lines, sampling
+from test_pairs import world as world
+
+import pairs
+from tools import rlaifv
+
+
+def test_claims_by_rule_are_sentences():
+    text = "There is a cat. It is red!\n- No dog is there\n三只猫。没有狗。"
+    want = ["There is a cat.", "It is red!", "No dog is there", "三只猫。", "没有狗。"]
+    assert rlaifv.split_sentences(text) == want
+    assert rlaifv.bullets("Claims:\n- one\n 2. two\n* three\nplain") == ["one", "two", "three"]
+
+
+def test_the_score_counts_claims_denied_and_needs_a_question_for_each(world):
+    rows = [{"rid": "a", "question": "q", "claims": ["x", "y"], "questions": ["x?", "y?"]}]
+    rows.append({"rid": "b", "question": "q", "claims": ["x", "y"], "questions": ["x?"]})
+    rlaifv.judge_claims(rows, pairs.Generator(), Path("images"), 6)
+    denied = sum(no > yes for yes, no in rows[0]["yes_no"])
+    assert [row["score"] for row in rows] == [-denied, None]
+
+
+def test_pairs_by_score_skip_ties_mismatches_and_equal_texts():
+    rows = [
+        {"k": k, "score": s, "response": t}
+        for k, (s, t) in enumerate([(0, "a"), (-1, "b"), (-1, "c"), (None, "d"), (-2, "a")])
+    ]
+    made = {(c["k"], r["k"]) for c, r in rlaifv.score_pairs(rows, 99, 0)}
+    assert made == {(0, 1), (0, 2), (1, 4), (2, 4)}
+    assert len(rlaifv.score_pairs(rows, 2, 0)) == 2
+
+
+def test_the_length_limit_brings_the_means_together():
+    lengths = [(10, 12)] * 5 + [(12, 10)] * 5 + [(5, 50)] * 5
+    limit = rlaifv.length_threshold(lengths)
+    kept = [(c, r) for c, r in lengths if (r - c) / r <= limit]
+    assert len(kept) == 10 and sum(c - r for c, r in kept) == 0
+
+
+@pytest.mark.parametrize("split", ["model", "rule"])
+def test_divide_and_conquer_runs_from_samples_to_pairs(world, split):
+    pairs.sample(sampling(prompts="none", num_samples=6))
+    cfg = rlaifv.DivideConfig(model_dir=Path("model"), out_dir=Path("out"), split=split)
+    rlaifv.divide_and_conquer(cfg)
+    rows = read_lines("out/annotations/toys_pairs_divide_and_conquer.jsonl")
+    assert 0 < len(rows) <= 12
+    for row in rows:
+        assert row["chosen_meta"]["score"] > row["rejected_meta"]["score"]
+    report = json.loads(Path("out/pairs.report.json").read_text())["divide_and_conquer"]["sets"]
+    spent = report["toys"]["tokens"]["spent"]["generated"]
+    part = read_lines("out/divide/toys/part-0-of-1.jsonl")
+    judged = sum(len(row["yes_no"]) for row in part)
+    assert spent == 36 * 7 * (3 if split == "model" else 1) + judged  # answers, claims, questions
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    rlaifv.divide_and_conquer(cfg)
+    assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
