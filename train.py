@@ -22,6 +22,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
@@ -39,7 +40,7 @@ import losses
 import memory
 import runtime
 import weights
-from config import load_config, named_config
+from config import InternVLConfig, load_config, named_config, recipe
 from data import Pack, PairData, Tree, prefetch, read_meta, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
@@ -55,7 +56,10 @@ SHOWN = "loss rewards/margin rewards/accuracy nll lr grad_norm tokens_per_s mfu"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train InternVL on preference pairs.  The defaults are the paper's 8B run."""
+    """Train InternVL on preference pairs.  The defaults are the paper's run.
+
+    lr, max_length and drop_path, left out, are those of the model's generation (config.RECIPES).
+    """
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
     meta: Path = flag(Path("MMPR/meta.json"), "MMPR's meta.json: the preference data")
@@ -71,7 +75,7 @@ class TrainConfig:
     reference_cache: Path | None = flag(None, "folder to share; default out_dir/reference")
     reference_update_every: int = flag(0, "TR-DPO: steps between updates; 0 = off", low=0)
     reference_update_mix: float = flag(0.9, "TR-DPO: the policy's share of an update", 0, 1)
-    lr: float = flag(5e-6, "peak learning rate")
+    lr: float | None = flag(None, "peak learning rate; default: the generation's (8B of 2: 5e-6)")
     lr_vision: float = flag(1.0, "times lr for the ViT; 0 = frozen", low=0)
     lr_projector: float = flag(1.0, "times lr for the projector; 0 = frozen", low=0)
     lr_language: float = flag(1.0, "times lr for the language model; 0 = frozen", low=0)
@@ -83,9 +87,11 @@ class TrainConfig:
     epochs: int = flag(1, "passes over the data", low=1)
     max_steps: int = flag(0, "stop the schedule here; 0 = all epochs", low=0)
     limit: int = flag(0, "use only this many pairs of the epoch's order; 0 = all", low=0)
-    drop_path: float = flag(0.1, "stochastic depth in the policy's ViT", low=0)
-    pack_tokens: int = flag(8192, "tokens of one forward pass, prompts and responses packed", 1)
-    max_length: int = flag(6144, "tokens of prompt + response, at most", low=1)
+    drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", low=0)
+    pack_tokens: int | None = flag(
+        None, "tokens of one forward pass; default 8192, or max_length if that is more", low=1
+    )
+    max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", low=0)
     overlong: Literal["drop", "fewer_tiles", "error"] = flag("drop", "what a too long record gets")
     pairs_per_prompt: int = flag(1, "pairs of one question trained as one tree, at most", low=1)
@@ -120,9 +126,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         runtime.check_ranges(type(self), vars(self))
-        if not (self.lr > 0 and self.beta > 0):
+        if self.beta <= 0 or (self.lr is not None and self.lr <= 0):
             raise ValueError("lr and beta must be > 0")
-        if self.drop_path >= 1:
+        if self.drop_path is not None and self.drop_path >= 1:
             raise ValueError("drop_path must be below 1")
         if self.state_dtype == "bf16" and self.dtype == "fp32":
             raise ValueError("state_dtype bf16 computes in bf16; dtype fp32 needs fp32 weights")
@@ -170,6 +176,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
     from tools.plan import Meter  # noqa: PLC0415
 
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
+        cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
         terms = parse_objective(cfg.loss)
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
         hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
@@ -242,6 +249,19 @@ def train(cfg: TrainConfig, process: Process) -> None:
 
 
 # --------------------------------------------------------------------------- before the loop
+
+
+def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
+    """What the user left open is what the release's own MPO script sets."""
+    values = recipe(config)
+    names = [n for n in ("lr", "max_length", "drop_path") if getattr(cfg, n) is None]
+    settings = {name: getattr(values, name) for name in names}
+    if cfg.pack_tokens is None:
+        settings["pack_tokens"] = max(8192, cfg.max_length or values.max_length)
+    if settings:
+        words = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+        say(f"recipe of InternVL{config.generation}: {words} (as {values.source})")
+    return replace(cfg, **settings)
 
 
 def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
@@ -903,6 +923,7 @@ def main() -> None:
         from tools.plan import say_plan  # noqa: PLC0415
 
         config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
+        cfg = with_recipe(cfg, config, print)
         if cfg.gpus % cfg.replicate:
             raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
         if cfg.plan:

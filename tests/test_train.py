@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import runtime
 from data import PairData
 from losses import PairLogps
-from runtime import Failure, InputError, run, start_process, stop_process
+from runtime import Failure, InputError, read_json, run, start_process, stop_process
 from tools.doctor import diagnose
 from toy import write_world
 from train import TrainConfig, compare_start, lr_at, main, state_tensors, train
@@ -520,3 +520,12 @@ def test_processes_vote_while_one_waits_for_a_lock(tmp_path):
     for fork in forks:
         fork.join(60)
     assert [fork.exitcode for fork in forks] == [0, 0]
+
+
+def test_settings_left_open_are_those_of_the_model_s_generation(base, tmp_path, capsys):
+    cfg = replace(base, lr=None, max_length=None, out_dir=tmp_path, reference_cache=None)
+    assert run_here(replace(cfg, max_steps=2, warmup=0.0))[0]["lr"] == 5e-6
+    assert "recipe of InternVL2: lr 5e-06, max_length 6144 (as internvl_chat" in (
+        capsys.readouterr().err
+    )
+    assert read_json(tmp_path / "config.json")["lr"] == 5e-6

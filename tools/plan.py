@@ -24,7 +24,7 @@ from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, Process
-from train import PARTS, TrainConfig, compute_dtype, prepare, units_of
+from train import PARTS, TrainConfig, compute_dtype, prepare, units_of, with_recipe
 from vision import VisionConfig
 
 GB = 1e9
@@ -275,6 +275,7 @@ def count(module: nn.Module, trained: bool = False) -> int:
 
 def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device) -> Plan:
     """What a GPU needs for packs full of image tokens, a quarter of them responses."""
+    cfg = with_recipe(cfg, config, lambda text: None)
     size = compute_dtype(cfg, device).itemsize
     state = 2 if cfg.state_dtype == "bf16" else 4
     model = prepare(meta_model(config), cfg)
@@ -311,6 +312,7 @@ def say_plan(
     cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, say: Callable
 ) -> None:
     """Print the plan; InputError with the ways out where it exceeds the GPU's memory."""
+    cfg = with_recipe(cfg, config, lambda text: None)
     plan = plan_of(cfg, config, shards, device)
     say(plan)
     memory = cfg.gpu_memory * GB

@@ -13,10 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import load_config
 from losses import parse_objective
 from runtime import Process, read_whole_lines, write_atomic
 from tools.figures import new_figure, png, text_table
-from train import TrainConfig, open_data, train
+from train import TrainConfig, open_data, train, with_recipe
 
 # Tables 6 and 7 of the paper.  It gives beta 0.1 and nothing else per row: label smoothing 0.1 for
 # cDPO and RobustDPO, and TR-DPO's period and mix (TRL 0.10's), are our choice.
@@ -44,6 +45,7 @@ COLUMNS = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy 
 
 def train_rows(cfg: TrainConfig, own: list[str], process: Process) -> None:
     """Every row, and every objective of the user's `own`; a table and a PNG of the curves."""
+    cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
     total = open_data(replace(cfg, loss="dpo"), parse_objective("dpo"), process).steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or math.inf)
     curves: dict[str, list[dict]] = {}
