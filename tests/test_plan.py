@@ -42,8 +42,8 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
         policy = prepare(InternVL(config.with_drop_path(cfg.drop_path), 0), cfg).train()
         shard(policy, cfg, process)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-        for _ in range(2):
-            for _ in range(2):
+        for packs in (1, 2):  # the second pack meets moments and gradients
+            for _ in range(packs):
                 score(policy, example_pack(config, [tree]), cfg)[0].sum().backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
@@ -95,9 +95,9 @@ def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     with pytest.raises(InputError, match="would fit: --recompute full.*--lora_rank 16"):
         say_plan(toy, named_config("toy"), 1, GPU, lines.append)
     moving = replace(toy, reference="online", reference_update_every=2)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as refusal:
         say_plan(moving, named_config("toy"), 1, GPU, lines.append)
-    assert "cached" not in str(told.value) and "lora" not in str(told.value)
+    assert "cached" not in str(refusal.value) and "lora" not in str(refusal.value)
     say_plan(replace(cfg, gpu_memory=80.0), config, 8, GPU, lines.append)
     assert lines[-1] == "fits into 80 GB"
     words = "weights gradients optimizer gathered activations logits reference reserve"
@@ -151,10 +151,12 @@ def test_a_pair_of_the_8b_shape_costs_what_is_promised():
 
 
 def test_the_bench_prints_both_tables(capsys, monkeypatch):
+    modes = (MODES[0], MODES[4], MODES[5])
+    monkeypatch.setattr("tools.bench.MODES", modes)
     monkeypatch.setattr("tools.bench.paper_tree", lambda c, _=1: example_tree(c, 1, 8, (3, 4)))
     run_bench(TrainConfig(), named_config("8b"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("8.08 B parameters, 1 tiles, 264 prompt tokens, answers of [3, 4]")
-    assert [line[:20].strip() for line in lines[1:6]] == [mode.name for mode in MODES[:5]]
-    assert "that is too large" in lines[6] and "cpu, torch.float32; a pair:" in lines[7]
-    assert len(lines) == 13 and all("seconds" in line for line in lines[8:])
+    assert [line[:20].strip() for line in lines[1:3]] == [mode.name for mode in modes[:2]]
+    assert "that is too large" in lines[3] and "cpu, torch.float32; a pair:" in lines[4]
+    assert len(lines) == 7 and all("seconds" in line for line in lines[5:])

@@ -293,22 +293,22 @@ def examine(case: Case) -> list[dict[str, str]]:
 
 
 def surface_marks(records: list[PairRecord]) -> list[str]:
-    """Which marks tell chosen from rejected without reading; learned on half of the pairs."""
-    features: dict[str, Callable[[str], Any]] = {
-        "length": lambda text: len(text) // 8,
-        "the first two words": lambda text: " ".join(text.split()[:2]),
-        "the final answer's form": answer_form,
-    }
+    """Marks that tell chosen from rejected unread: learned on half of the pairs, tried on half."""
+    learned, tried = records[::2], records[1::2]
+    if len(tried) < 10:
+        return []
+    sign = sum((len(r.chosen) > len(r.rejected)) * 2 - 1 for r in learned)
+    scores: dict[str, Callable[[str], float]] = {"length": lambda text: sign * len(text)}
+    for name, mark in (
+        ("the first two words", lambda text: " ".join(text.split()[:2])),
+        ("the final answer's form", answer_form),
+    ):
+        votes = Counter(mark(record.chosen) for record in learned)
+        votes.subtract(mark(record.rejected) for record in learned)
+        scores[name] = lambda text, votes=votes, mark=mark: votes[mark(text)]
     marks = []
-    for name, feature in features.items() if len(records) >= 20 else ():
-        pairs = [(feature(record.chosen), feature(record.rejected)) for record in records]
-        votes: Counter = Counter()
-        for chosen, rejected in pairs[::2]:
-            votes[chosen] += 1
-            votes[rejected] -= 1
-            votes["longer"] += (chosen > rejected) - (chosen < rejected)
-        score = votes.__getitem__ if name != "length" else lambda n, s=votes["longer"]: n * s
-        gaps = [score(chosen) - score(rejected) for chosen, rejected in pairs[1::2]]
+    for name, score in scores.items():
+        gaps = [score(record.chosen) - score(record.rejected) for record in tried]
         share = fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
         if share > 0.85:
             marks.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")
@@ -364,8 +364,10 @@ def metrics_file(run_dir: Path) -> Path:
 
 def read_rows(path: Path) -> Rows:
     """Training rows under train.py's names; evaluations and summaries are left out."""
-    rows = read_whole_lines(path)[0] if path.suffix == ".jsonl" else None
-    rows = read_json(path).get("log_history") if rows is None else rows
+    if path.suffix == ".jsonl":
+        rows = read_whole_lines(path)[0]
+    else:
+        rows = read_json(path).get("log_history")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: 'log_history' is no list of objects; expected TRL's state")
     named = []
@@ -373,7 +375,8 @@ def read_rows(path: Path) -> Rows:
         step = str(row.get("global_step/max_steps", "")).split("/")[0]  # ms-swift
         row = ({"step": int(step)} if step.isdigit() else {}) | row
         row = {RENAMED.get(k, k): v for k, v in row.items() if type(v) in (int, float)}
-        named += [row] if "loss" in row else []
+        if "loss" in row:
+            named.append(row)
     if not named:
         raise InputError(f"{path}: no row has a 'loss'; expected the metrics of a training run")
     return named
