@@ -25,6 +25,7 @@ from typing import Literal
 
 from benchmarks import (
     crpe,
+    files,
     llava_bench,
     m3cot,
     mathvision,
@@ -37,15 +38,6 @@ from benchmarks import (
     tables,
 )
 from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
-from benchmarks.files import (
-    listed,
-    load_items,
-    load_judgements,
-    load_replies,
-    raw_id,
-    read_rows,
-    wrong_field,
-)
 from runtime import (
     AppendLog,
     InputError,
@@ -89,7 +81,7 @@ class Ask:
         return BENCHMARKS[self.bench]
 
     def items(self) -> list[Item]:
-        return load_items(self.benchmark, self.data, self.ids, TABLE)
+        return files.load_items(self.benchmark, self.data, self.ids, TABLE)
 
 
 def setting(cot: bool) -> str:
@@ -218,7 +210,7 @@ def answered(out: Path) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     for path in sorted(out.glob("answers.*-of-*.jsonl")):
         for row in read_whole_lines(path)[0]:
-            if problem := wrong_field({"id": str, "response": str}, row):
+            if problem := files.wrong_field({"id": str, "response": str}, row):
                 raise InputError(f"{path}: {problem}: not replies of `generate`")
             if rows.setdefault(row["id"], row)["response"] != row["response"]:
                 raise InputError(f"{path}: a second, different reply to {row['id']!r}")
@@ -337,12 +329,12 @@ def load_scored(cfg: Score) -> tuple[list[Item], dict[str, dict], dict[str, dict
     if cfg.data:
         items = cfg.items()
     else:
-        rows = [row for path in cfg.judgements for row in read_rows(path)]
-        items = [{"id": str(raw_id(row)), "category": row.get("category")} for row in rows]
+        rows = [row for path in cfg.judgements for row in files.read_rows(path)]
+        items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]
     if cfg.synonyms:
         items = [{**item, "synonyms": cfg.synonyms} for item in items]
-    replies = load_replies(bench, items, cfg.answers)
-    judgements = load_judgements(bench, items, cfg.judgements, cfg.judge_name)
+    replies = files.load_replies(bench, items, cfg.answers)
+    judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
     if not judgements and bench.judge:
         who = cfg.judge_name or "extraction column of the answers"
         for name, row in replies.items():
@@ -410,10 +402,10 @@ def judge(cfg: Judge) -> list[str]:
     bench, (made_by, _) = cfg.benchmark, read_run(cfg)
     cot = made_by.setting == "CoT"
     items = cfg.items()
-    replies = load_replies(bench, items, cfg.answers)
+    replies = files.load_replies(bench, items, cfg.answers)
     items = [item for item in items if not item.get("_left_out")]
-    given = cfg.judge_template
-    template = given.read_text() if given else bench.judge.template
+    official = cfg.judge_template
+    template = official.read_text() if official else bench.judge.template
     requests = []
     for item in items:
         text = replies[item["id"]]["reply"]
@@ -422,17 +414,18 @@ def judge(cfg: Judge) -> list[str]:
                 "id": item["id"], "benchmark": bench.name,
                 "messages": bench.judge.messages(item, Reply(text, cot), template),
                 "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
-                "template": given.name if given else "ours",
+                "template": official.name if official else "ours",
             })  # fmt: skip
     lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
     write_atomic(cfg.out / "requests.jsonl", "".join(lines))
-    files = cfg.judgements or tuple(cfg.out.glob("judgements.jsonl"))
-    judgements = load_judgements(bench, items, files, cfg.judge_name)
+    given = cfg.judgements or tuple(cfg.out.glob("judgements.jsonl"))
+    judgements = files.load_judgements(bench, items, given, cfg.judge_name)
     judged = [item for item in items if item["id"] in judgements]
     read_all(bench, judged, replies, judgements, bench.judge.mode, cot)  # out of range ends here
     left = [request["id"] for request in requests if request["id"] not in judgements]
-    print(f"{cfg.out / 'requests.jsonl'}: {len(lines)} requests, {len(left)} not judged yet"
-          + (f": {listed(left)}" if judgements and left else ""), file=sys.stderr)  # fmt: skip
+    names = f": {files.listed(left)}" if judgements and left else ""
+    counts = f"{len(lines)} requests, {len(left)} not judged yet{names}"
+    print(f"{cfg.out / 'requests.jsonl'}: {counts}", file=sys.stderr)
     return left
 
 

@@ -13,17 +13,9 @@ from conftest import ROOT
 
 import eval as evaluation
 import generate as generation
-from benchmarks import llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope
+from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope
 from benchmarks import object_halbench as halbench
-from benchmarks.common import (
-    COT,
-    LETTER_SUFFIX,
-    PHRASE_SUFFIX,
-    Reading,
-    Reply,
-    final_answer,
-    last_number,
-)
+from benchmarks.common import Reading, Reply, final_answer
 from eval import BENCHMARKS, Generate, Judge, Report, Score
 from runtime import InputError, run
 
@@ -186,7 +178,7 @@ RULES: list[tuple[Callable, list[tuple]]] = [  # (function, [(*arguments, result
         ("**Final answer:** B", "** B"),
         ("no marker", "no marker"),
     ]),
-    (last_number, [
+    (common.last_number, [
         ("1 + 2 = 1,200.00 $", "1200.00"), ("1200 or 12", "12"), ("none", ""),
         ("9{,}500", "9500"), ("$9\\,500$", "9500"), ("9\\,\\!500", "9500"), ("9\u202f500", "9500"),
         ("so −5", "-5"), ("so –5.5", "-5.5"), ("x=-5", "-5"), ("10-5", "5"), ("A 4-5 mix", "5"),
@@ -264,51 +256,37 @@ def test_mathvista_always_picks_a_choice_and_reads_numbers_strictly():
 
 
 def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
-    options, rows = ["cat", "dog", "cow", "pig"], []
-    for question in range(2):
-        for turn in range(4):
-            turned = options[turn:] + options[:turn]
-            lines = "".join(f"\n{k}. {o}" for k, o in zip("ABCD", turned))
-            rows.append(
-                {"question_id": len(rows), "image": "a.jpg", "category": "subject",
-                 "text": f"What?{lines}{LETTER_SUFFIX}",
-                 "correct_option": "ABCD"[turned.index("cat")], "q": question}
-            )  # fmt: skip
+    rows, replies = [], []
+    for n in range(8):  # two questions in four orders
+        options = ["cat", "dog", "cow", "pig"][n % 4 :] + ["cat", "dog", "cow", "pig"][: n % 4]
+        lines = "".join(f"\n{k}. {option}" for k, option in zip("ABCD", options))
+        gold = "ABCD"[options.index("cat")]
+        text = f"What?{lines}{common.LETTER_SUFFIX}"
+        row = {"question_id": n, "image": "a.jpg", "text": text, "category": "subject"}
+        rows.append({**row, "correct_option": gold})
+        replies.append({"question_id": n, "text": {0: "The Cat.", 5: f"{gold}. cat"}.get(n, gold)})
     data = write_jsonl(tmp_path / "crpe_relation.jsonl", rows)
-    replies = [r["correct_option"] if r["q"] or r["question_id"] else "The Cat." for r in rows]
-    replies[5] = replies[5] + ". cat"
-    replies = [{"question_id": i, "text": text} for i, text in enumerate(replies)]
     result = scored("crpe", data, write_jsonl(tmp_path / "answers.jsonl", replies))
     assert (result["score"], result["n"]) == (100, 2)
     assert result["other_extractions"] == {"strict": 0}
     prompt = BENCHMARKS["crpe"].question(rows[0], True)
-    assert prompt.startswith(COT) and prompt.endswith("D. pig")
+    assert prompt.startswith(common.COT) and prompt.endswith("D. pig")
 
 
-@pytest.mark.parametrize(
-    ("module", "judgement", "reading"),
-    [
+def test_judges_are_read_by_the_official_rules_and_named_out_of_range():
+    for module, judgement, reading in (
         (mmvet, "0.7 | x", Reading(0.7)),
         (mmvet, "n/a", Reading(0.0, parsed=False)),
         (llava_bench, "8, 7\nwhy", Reading((-1, -1), parsed=False)),  # two blanks: three words
         (llava_bench, "8,7\nwhy", Reading((8, 7))),
         (mmhal, "Rating: 5 ... Rating: 2", Reading(0.0, parsed=False)),
         (mmhal, "- Rating: 6, very", Reading(6.0)),
-        (mmvet, 1.5, "out of range"),
-        (mmvet, [0.5, -1], "out of range"),
-        (llava_bench, "15 3\n", "out of range"),
-        (llava_bench, [11, 3], "out of range"),
-        (mmhal, "Rating: 9", "out of range"),
-        (mmhal, 7, "out of range"),
-    ],
-)
-def test_judges_are_read_by_the_official_rules_and_named_out_of_range(module, judgement, reading):
-    reply = Reply("", judgement=judgement)
-    if isinstance(reading, str):
-        with pytest.raises(InputError, match=f"v1_3.*{reading}"):
-            module.read({"id": "v1_3"}, reply, "judge")
-    else:
-        assert module.read({"id": "v1_3"}, reply, "judge") == reading
+    ):
+        assert module.read({"id": "v1_3"}, Reply("", judgement=judgement), "judge") == reading
+    wrong = {mmvet: (1.5, [0.5, -1]), llava_bench: ("15 3\n", [11, 3]), mmhal: ("Rating: 9", 7)}
+    for module, judgement in ((m, j) for m, judgements in wrong.items() for j in judgements):
+        with pytest.raises(InputError, match="v1_3.*out of range"):
+            module.read({"id": "v1_3"}, Reply("", judgement=judgement), "judge")
 
 
 SYNONYMS = """person, man, woman, child, girl, police officer
@@ -455,8 +433,9 @@ def pope_answers(path: Path, **reply_to: str) -> Path:
 def test_pope_is_paired_by_key_also_in_llavas_list(tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
     assert scored("pope", data, answers)["score"] == 100
+    text = "Is it?" + common.PHRASE_SUFFIX
     rows = [
-        {"question_id": n, "category": c, "image": r["image"], "text": r["text"] + PHRASE_SUFFIX}
+        {"question_id": n, "category": c, "image": r["image"], "text": text}
         for n, (c, r) in enumerate((c, r) for c in pope.CATEGORIES for r in POPE_ROWS)
     ]
     llava = write_jsonl(tmp_path / "d/llava_pope_test.jsonl", rows)
@@ -802,4 +781,3 @@ def test_every_benchmark_of_the_table_is_complete():
     assert len(BENCHMARKS) == 14
     for bench in BENCHMARKS.values():
         assert bench.judge is None or bench.judge.mode in bench.modes
-        assert bench.judge is not None or "judge" not in bench.modes
