@@ -356,9 +356,8 @@ class Generator:
         self.device = model.language_model.head.device
         self.dtype = model.language_model.head.dtype
         self.stop_ids = {tokenizer.im_end_id}
-        banned = [i for i in tokenizer.special_ids if i not in self.stop_ids]
-        banned += range(tokenizer.vocab_size, model.config.llm.vocab_size)  # ids without a token
-        self.banned = torch.tensor(sorted(banned), device=self.device)
+        banned = tokenizer.banned_ids(model.config.llm.vocab_size)
+        self.banned = torch.tensor(banned, device=self.device)
         # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
         # that hardly matters, and one row alone is faster without company
         on_cpu = self.device.type == "cpu"

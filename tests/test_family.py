@@ -345,3 +345,13 @@ def test_a_tied_head_is_declared_at_either_level(level):
     raw = qwen_config()
     (raw if level == "top" else raw["llm_config"])["tie_word_embeddings"] = True
     assert parse_config(raw).llm.tied
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers(tmp_path):
+    for path in (OURS / "qwen3-micro/checkpoint").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw = qwen_config("qwen3-micro")
+    raw["llm_config"]["vocab_size"] = 350
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="tokens up to id 354, but the model's vocab_size is 350"):
+        load_model(tmp_path)
