@@ -273,9 +273,11 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
             f"batch_size {cfg.batch_size} does not divide by {process.world} processes; "
             "choose a multiple"
         )
+    tokenizer = load_tokenizer(cfg.model_dir)
+    tokenizer.check_vocabulary(config.llm.vocab_size)
     data = PairData(
         read_meta(cfg.meta, cfg.max_tiles or config.max_tiles),
-        load_tokenizer(cfg.model_dir),
+        tokenizer,
         config,
         batch_size=cfg.batch_size,
         pack_tokens=cfg.pack_tokens,

@@ -197,9 +197,7 @@ def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternV
         )
         config = config.with_tied_head(not any(heads))
     if any((Path(model_dir) / name).is_file() for name in TOKENIZERS):
-        tokenizer = load_tokenizer(model_dir)
-        tokenizer.check_vocabulary(config.llm.vocab_size)
-        image_token = tokenizer.image_context_id
+        image_token = load_tokenizer(model_dir).image_context_id
     with torch.device("meta"):
         return InternVL(config, config.image_token_id if image_token is None else image_token)
 
