@@ -292,7 +292,8 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out_dir} is a file; name another folder")
     mark = out / EXPORT_MARK
-    written = {mark.name, *read_json(mark).get("files", ())} if mark.is_file() else set()
+    written = read_json(mark).get("files") if mark.is_file() else []
+    written = {mark.name, *written} if isinstance(written, list) else set()
     if strange := sorted({path.name for path in out.glob("*")} - written):
         raise InputError(
             f"{out_dir} holds {strange[0]}, which no export of this program wrote there; "

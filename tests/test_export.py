@@ -14,19 +14,41 @@ from safetensors.torch import load_file, save_file
 from config import load_config
 from runtime import InputError
 from tokenizer import encode_chat, load_tokenizer
-from tools.export import ExportConfig, export
-from weights import INDEX, load_model, save_model
+from tools.export import HF, ExportConfig, chat_template, export, renamed_tensors
+from weights import INDEX, empty_model, load_model, save_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
+
+
+MICROS = ["internvl2-micro", "qwen2-micro", "qwen3-micro"]
+
+
+def with_tokenizer(name, folder):
+    """A copy of a micro checkpoint; InternLM2's gets a tokenizer, and a row for each of its ids."""
+    shutil.copytree(OURS / name / "checkpoint", folder)
+    if name != "internvl2-micro":
+        return folder
+    for path in (OURS / "tokenizer").glob("*token*"):
+        shutil.copy(path, folder)
+    size = load_tokenizer(folder).vocab_size
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["vocab_size"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("*.safetensors"):
+        changed = load_file(path)
+        for part in ("tok_embeddings", "output"):
+            for table in [name for name in changed if f".{part}." in name]:
+                rows = changed[table]
+                changed[table] = rows.repeat(-(-size // len(rows)), 1)[:size].clone()
+        save_file(changed, path, metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture
 def trained(tmp_path):
     """A trained model with the code and tokenizer files of its release."""
-    folder = shutil.copytree(MICRO, tmp_path / "trained")
+    folder = with_tokenizer("internvl2-micro", tmp_path / "trained")
     (folder / "modeling_internlm2.py").write_text("raise SystemExit('remote code was run')\n")
-    for path in (OURS / "tokenizer").glob("*token*"):
-        shutil.copy(path, folder)
     return folder
 
 
@@ -59,18 +81,6 @@ def test_the_llama_layout_splits_wqkv_by_group(trained, tmp_path):
     assert not list((tmp_path / "out").glob("*.py")), "a Llama needs no code of its own"
 
 
-def with_tokenizer(name, folder):
-    """A copy of a micro checkpoint; InternLM2's has no tokenizer of its own."""
-    shutil.copytree(OURS / name / "checkpoint", folder)
-    if name == "internvl2-micro":
-        for path in (OURS / "tokenizer").glob("*token*"):
-            shutil.copy(path, folder)
-    return folder
-
-
-MICROS = ["internvl2-micro", "qwen2-micro", "qwen3-micro"]
-
-
 @pytest.mark.parametrize("name", MICROS)
 def test_official_to_hf_and_back_is_byte_equal(tmp_path, name):
     release, hf, back = with_tokenizer(name, tmp_path / "a"), tmp_path / "hf", tmp_path / "back"
@@ -89,14 +99,14 @@ def test_official_to_hf_and_back_is_byte_equal(tmp_path, name):
 def test_the_hf_layout_has_the_names_shapes_and_files_of_save_pretrained(tmp_path):
     """Against a folder that transformers 4.57.1 wrote; the tokenizer is one file here."""
     golden = folder_from_environment("GOLDEN") / "hf-tiny"
-    for name in ("qwen2-micro-v4", "internlm2-micro"):
-        twin = {"internlm2-micro": "internvl2-micro"}.get(name, "qwen2-micro")
-        out = tmp_path / name
-        export(ExportConfig(with_tokenizer(twin, tmp_path / twin), out, hf=True))
-        expected, written = load_file(golden / name / "model.safetensors"), tensors(out)
+    for name, twin in (("qwen2-micro", "qwen2-micro"), ("internlm2-micro", "internvl2-micro")):
+        expected = load_file(golden / name / "model.safetensors")
+        release = OURS / twin / "checkpoint"
+        written = dict(renamed_tensors(empty_model(release), release, HF))
         assert set(expected) == set(written)
         assert all(torch.equal(expected[n], written[n]) for n in expected)
-    theirs, ours = golden / "qwen2-micro-v4", tmp_path / "qwen2-micro-v4"
+    export(ExportConfig(OURS / "qwen2-micro" / "checkpoint", tmp_path / "out", hf=True))
+    theirs, ours = golden / "qwen2-micro-v4", tmp_path / "out"
     crop = {"crop_to_patches": True}
     for file in ("processor_config.json", "preprocessor_config.json"):
         expected, written = (json.loads((f / file).read_text()) for f in (theirs, ours))
@@ -207,6 +217,28 @@ def test_the_llama_layout_has_a_tokenizer_without_code_that_gives_our_ids(traine
     )
     prompt = encode_chat(ours, "internlm2-chat", [("hi", None)], [], "S")
     assert ours.encode(rendered) == prompt
+
+
+def test_the_chat_template_of_the_hf_layout_renders_as_the_releases_one():
+    chats = folder_from_environment("GOLDEN") / "hf-tiny" / "chat.json"
+    jinja2 = pytest.importorskip("jinja2")  # comes with torch
+    template = jinja2.Template(chat_template("internvl2_5", with_bos=False))
+    for chat in json.loads(chats.read_text())["chats"]:
+        rendered = template.render(messages=chat["messages"], add_generation_prompt=True)
+        assert rendered == chat["text"]
+
+
+def test_only_an_internlm2_is_a_llama(tmp_path):
+    release = with_tokenizer("qwen3-micro", tmp_path / "a")
+    with pytest.raises(InputError, match="qwen3 is no Llama; pass --llm_only"):
+        export(ExportConfig(release, tmp_path / "out", llama=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_needs_the_image_token_s_id(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer, which names the image token's id"):
+        export(ExportConfig(MICRO, tmp_path / "out", hf=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_stops_where_the_chat_does(trained, tmp_path):

@@ -228,6 +228,22 @@ def test_weights_of_another_layout_or_family_are_refused_by_name(qwen, change, m
         load_model(qwen)
 
 
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_shards_of_packed_projections_hold_the_rows_of_the_whole(monkeypatch, world):
+    """As FSDP splits rows, in the middle of a head too; each process reads its own rows alone."""
+    folder = OURS / "qwen2-micro" / "checkpoint"
+    model = load_model(folder)
+    pieces = weights.pieces_of(model, folder)
+    for name, p in model.named_parameters():
+        size, parts = -(-len(p) // world), []
+        for rank in range(world):
+            own = slice(min(rank * size, len(p)), min((rank + 1) * size, len(p)))
+            monkeypatch.setattr(weights, "local_rows", lambda _, own=own: own)
+            parts.append(weights.read_rows(pieces[name], p))
+            assert len(parts[-1]) == own.stop - own.start
+        assert torch.equal(torch.cat(parts).float(), p), name
+
+
 @pytest.mark.parametrize("name", ["qwen2-micro", "qwen3-micro"])
 def test_a_model_after_a_step_of_mpo_comes_back_as_it_was_trained(tmp_path, name):
     release = OURS / name / "checkpoint"
