@@ -4,17 +4,17 @@
     python generate.py --model_dir weights/InternVL2-8B --image cat.jpg          a chat, streaming
     python generate.py --bench --size 2b                                         how fast is it here
 
-`prefill` reads a prompt into a group of the KV cache, `decode` makes one step for all rows,
-`choose` picks their next tokens, the Scheduler keeps the rows busy: a finished row makes way for
-the next sample of its prompt, a finished group for the next prompt.  A group's rows share the
-prompt's keys and values: nothing is copied per sample.
+`prefill` reads a prompt into the KV cache, `decode` makes one step for all rows, `choose` picks
+their next tokens, the Scheduler keeps the rows busy: a finished row makes way for the next sample,
+a finished prompt for the next.  Rows share their prompt's keys and values: nothing is copied.
 
 A sample is a function of (seed, prompt id, sample number) alone.  Each token consumes one uniform
 number, a hash of these three and the token's index, through the inverse of the distribution's
 cumulative sum in the order of ids: the same text for any batch, order, process count or restart.
 
-Follows `modeling_internvl_chat.py: chat`: the end is <|im_end|> only.  Differs: other special
-tokens are never produced (an image token in a response could not be scored again).
+Follows `modeling_internvl_chat.py: chat`: the end is <|im_end|> only.  Differs: other
+control tokens are never produced (an image token in a response could not be scored again);
+grounding marks are, and stay in the text unless `marks` is off, as chat() has it.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,8 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from data import load_image, open_image
-from model import Attend, InternVL, KVCache, causal_attention
+from model import Attend, InternVL, causal_attention
 from runtime import InputError, check_ranges, flag, parse_cli, run
 from tokenizer import (
     IMAGE,
@@ -48,8 +50,7 @@ from tokenizer import (
 from vision import num_tiles, preprocess
 from weights import load_model
 
-WINDOW = 512  # prompts whose lengths decide one layout of the cache
-MAX_ROWS = 256  # rows of one decode step, at most
+MAX_ROWS = 512  # rows of one decode step, at most
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,10 @@ class Settings:
     top_p: float = flag(1.0, "sample from the smallest set with this probability; 1 = off", 1e-6, 1)
     seed: int = flag(0, "with the prompt and the sample's number it decides the text")
     stop: tuple[str, ...] = flag((), "text that ends an answer; may be repeated")
-    cache_tokens: int = flag(65536, "room of the KV cache: how many rows run at once", 1)
-    compile: bool = flag(False, "compile the decode step (on a GPU: a captured graph)")
+    marks: bool = flag(True, "show grounding marks: <ref>, <box>, <quad> and their ends")
+    cache_tokens: int = flag(0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", 0)
+    exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
+    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
 
     def __post_init__(self) -> None:
         check_ranges(type(self), vars(self))
@@ -107,7 +110,7 @@ class Settings:
 def prefill(model: InternVL, ids: list[int], tiles: Tensor | None, attend: Attend) -> Tensor:
     """Read a prompt in one pass; the logits (vocab) of what follows it.
 
-    attend: `cache.prefill(group)` keeps the prompt's keys and values, `causal_attention` does not.
+    attend: `cache.prefill(room)` keeps the prompt's keys and values, `causal_attention` does not.
     """
     input_ids = torch.tensor([ids], device=model.language_model.head.device)
     head = lambda hidden, weight: (hidden[0, -1] @ weight.T).float()  # noqa: E731
@@ -115,46 +118,16 @@ def prefill(model: InternVL, ids: list[int], tiles: Tensor | None, attend: Atten
 
 
 @torch.no_grad()
-def decode(model: InternVL, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """One step: (group*row) tokens at their positions -> (group*row vocab) logits.
+def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab)
+    """Feed each row of the plan its token; the logits of what follows.
 
     Text only, so not through InternVL.forward, which counts image slots on the host.
     """
-    llm, rows = model.language_model, len(tokens)
-    extra = (0, max(0, cache.least_rows - rows))
-    tokens, positions = F.pad(tokens, extra), F.pad(positions, extra)
+    llm = model.language_model
+    tokens, positions, attend = cache.decode(plan)
     x = llm.model.tok_embeddings(tokens[:, None])
-    x = llm.model(x, positions[:, None], positions + 1, cache.decode())
-    return F.linear(x[:, 0], llm.head)[:rows].float()
-
-
-class GraphedDecode:
-    """`decode` on CUDA as one captured graph: no launch costs.  Needs static shapes and memory."""
-
-    def __init__(self, step: Callable, model: InternVL, cache: KVCache) -> None:
-        self.cache, rows = cache, cache.answer_length.numel()
-        self.tokens, self.positions = torch.zeros(
-            2, rows, dtype=torch.long, device=cache.answer_length.device
-        )
-        work = lambda: step(model, cache, self.tokens, self.positions)  # noqa: E731
-        side = torch.cuda.Stream()  # capture wants a warmed-up allocator, off the main stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                work()  # writes where the first real step will write
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = work()
-
-    def __call__(
-        self, model: InternVL, cache: KVCache, tokens: Tensor, positions: Tensor
-    ) -> Tensor:
-        assert cache is self.cache
-        self.tokens.copy_(tokens)
-        self.positions.copy_(positions)
-        self.graph.replay()
-        return self.logits
+    x = llm.model(x, positions[:, None], positions + 1, attend)
+    return F.linear(x[:, 0], llm.head).float()
 
 
 # --------------------------------------------------------------------------- choosing a token
@@ -176,13 +149,16 @@ def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:  # (row) uint64,
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+PART = 256  # tokens
+
+
 def filtered_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """(row vocab) probabilities after temperature, then top-k, then top-p; 0 and 1 mean off.
 
     Ties at the k-th place all stay.  Top-p keeps the smallest set of most probable tokens that
     reaches top_p, as the nucleus of arXiv:1904.09751.
     """
-    logits = logits.double() / temperature
+    logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -202,146 +178,178 @@ def choose(
     """The most probable token at temperature 0, else the inverse of the cumulative sum."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = filtered_probs(logits, temperature, top_k, top_p).cumsum(-1)
-    target = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    # right=True: a token of probability 0 spans nothing and is never met
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    probs = filtered_probs(logits, temperature, top_k, top_p)
+    # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
+    parts = F.pad(probs, (0, -probs.shape[1] % PART)).view(len(probs), -1, PART)
+    ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)
+    part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
+    inside = parts[torch.arange(len(parts), device=parts.device), part].double().cumsum(-1)
+    return (part * PART + find(inside, rest)[0]).clamp(max=logits.shape[1] - 1)  # NaN: any token
+
+
+def find(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the intervals that end at `ends` (row n) holds target (row 1), and how far inside.
+
+    An interval of length 0 spans nothing and is never met, whatever the target was rounded to.
+    """
+    target = torch.minimum(target, ends[:, -1:].nextafter(ends.new_zeros(1)))
+    index = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    return index[:, 0], target - F.pad(ends, (1, 0)).gather(1, index)
 
 
 # --------------------------------------------------------------------------- the scheduler
 
 
-@dataclass
-class Encoded:
-    """A prompt as ids; its pixels are read when its turn comes."""
+@dataclass(eq=False)
+class Group:
+    """A prompt as ids, and its samples; in its turn its pixels are read and it enters the cache."""
 
     prompt: Prompt
     ids: list[int]
-    prefix: list[int]
+    prefix: list[int]  # the end of ids: the answer's beginning
     image_tokens: int
-    samples: list[int]  # numbers of the wanted samples
+    todo: list[int]  # numbers of the samples to be drawn
+    rows: int = 0  # samples under way
+    room: Room = dataclasses.field(default_factory=Room)
+    first_logits: Tensor | None = None  # (vocab) of every sample's first token
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A sample under way, in one place of the batch."""
+    """A sample under way."""
 
-    encoded: Encoded
+    group: Group
     sample: int
-    place: int
     key: int
+    answer: Room = dataclasses.field(default_factory=Room)
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     finish_reason: Literal["", "stop", "length"] = ""
 
 
-class Group:
-    """A prompt in the cache, and the rows that answer it.  A place without a row is idle."""
-
-    def __init__(self, encoded: Encoded, first_logits: Tensor, places: range) -> None:
-        self.encoded, self.first_logits, self.places = encoded, first_logits, places
-        self.todo, self.rows = list(encoded.samples), {}
-
-    def refill(self, seed: int) -> list[Row]:
-        """Start the next samples in the idle places."""
-        idle = [place for place in self.places if place not in self.rows]
-        fresh = []
-        for place, sample in zip(idle, self.todo):
-            key = row_key(seed, self.encoded.prompt.id, sample)
-            self.rows[place] = Row(self.encoded, sample, place, key)
-            fresh.append(self.rows[place])
-        del self.todo[: len(fresh)]
-        return fresh
-
-
 class Scheduler:
     """Keeps the rows of one cache busy with the samples of many prompts.
 
-    refill    a finished row makes way for its prompt's next sample, a finished group for a prompt
+    refill    new samples begin, of prompts in the cache or of the next, while there is memory
+    grow      every row gets room for a token; the youngest goes back where there is none
     step      every row is fed its last token
-    collect   every row gets its next token; rows that end here become idle
+    collect   every row gets its next token; those that end make way
+
+    An answer takes memory as it grows.  A sample that had to go back begins again later and gets
+    the same text, because it is a function of its name alone.
     """
 
-    def __init__(self, generator: "Generator", window: list[Encoded]) -> None:
-        self.generator, self.coming = generator, iter(window)
-        self.shape = generator.layout(window)
-        config, device = generator.model.config.llm, generator.device
-        least_rows = generator.least_rows
-        self.cache = KVCache(config, *self.shape, device, generator.dtype, least_rows)
-        self.groups: list[Group | None] = [None] * self.shape[0]
-        self.graphs: dict[int, GraphedDecode] = {}
+    def __init__(self, generator: "Generator", coming: Iterator[Group]) -> None:
+        self.generator, self.model, self.coming = generator, generator.model, coming
+        self.waiting = deque(islice(coming, MAX_ROWS))  # seen, not in the cache
+        self.groups: list[Group] = []  # in the cache
+        self.rows: list[Row] = []  # the oldest first
+        self.cache = generator.make_cache(self.waiting)
+        on_gpu = generator.device.type == "cuda"
+        self.decode = Captured(generator.decode) if on_gpu else generator.decode
 
     def run(self) -> Iterator[Row]:
         """Each row each time it got a token; `finish_reason` says whether that was its last."""
         while True:
             while fresh := self.refill():  # repeated, as a sample may end with its first token
-                yield from self.collect([row for _, row in fresh], self.first_logits(fresh))
-            if not (rows := self.rows()):
+                yield from self.collect(fresh, torch.stack([r.group.first_logits for r in fresh]))
+            if not self.rows:
                 return
-            logits = self.step(rows)
-            yield from self.collect(rows, logits[[row.place for row in rows]])
+            self.grow()
+            if self.rows:
+                logits = self.step()
+                yield from self.collect(list(self.rows), logits)
 
-    def rows(self) -> list[Row]:
-        return [row for group in self.groups if group for row in group.rows.values()]
-
-    def refill(self) -> list[tuple[Group, Row]]:
-        """The rows that begin now; reads a new prompt where a group has nothing left to do."""
-        size, fresh = self.shape[1], []
-        for n, group in enumerate(self.groups):
-            if group is None or not (group.todo or group.rows):
-                encoded = next(self.coming, None)
-                places = range(n * size, (n + 1) * size)
-                self.groups[n] = group = encoded and Group(encoded, self.read(n, encoded), places)
-            if group:
-                fresh += [(group, row) for row in group.refill(self.generator.settings.seed)]
+    def refill(self) -> list[Row]:
+        """Start samples while there is memory for them, and for the rows under way to grow."""
+        fresh = []
+        while len(self.rows) < MAX_ROWS:
+            group = next((group for group in self.groups if group.todo), None) or self.read()
+            if group is None or not self.has_room(1, len(self.groups), group.rows + 1):
+                break
+            sample = group.todo.pop(0)
+            row = Row(group, sample, row_key(self.generator.settings.seed, group.prompt.id, sample))
+            self.cache.enlarge(row.answer, 1)
+            group.rows += 1
+            self.rows.append(row)
+            fresh.append(row)
         return fresh
 
-    def read(self, n: int, encoded: Encoded) -> Tensor:  # (vocab)
-        """Prefill group n with a prompt."""
-        tiles = self.generator.tiles(encoded.prompt)
-        return prefill(self.generator.model, encoded.ids, tiles, self.cache.prefill(n))
+    def read(self) -> Group | None:
+        """Prefill the next prompt, if there is one and room for it."""
+        self.waiting.extend(islice(self.coming, 0 if self.waiting else 1))
+        if not self.waiting:
+            return None
+        prompt, length = self.waiting[0].prompt, len(self.waiting[0].ids)
+        limit = self.generator.limit(prompt)
+        if num_blocks(length) + num_blocks(limit) > self.cache.num_blocks:
+            raise InputError(
+                f"prompt {prompt.id}: {length} tokens and up to {limit} new ones do not fit a "
+                f"cache of {self.cache.num_blocks * KEYS}; raise --cache_tokens, or use fewer tiles"
+            )
+        if not self.has_room(num_blocks(length) + 1, len(self.groups) + 1, 1):
+            return None
+        group = self.waiting.popleft()
+        self.cache.enlarge(group.room, length, prompt=True)
+        attend = self.cache.prefill(group.room, length)
+        tiles = self.generator.tiles(group.prompt)
+        group.first_logits = prefill(self.model, group.ids, tiles, attend)
+        self.groups.append(group)
+        return group
 
-    def first_logits(self, fresh: list[tuple[Group, Row]]) -> Tensor:  # (row vocab)
-        """A new row's first token follows from its prompt's prefill."""
-        self.cache.answer_length.view(-1)[[row.place for _, row in fresh]] = 0
-        return torch.stack([group.first_logits for group, _ in fresh])
+    def has_room(self, blocks: int, groups: int, rows: int) -> bool:
+        """Whether so many blocks are left, and half a block for every row to grow.
 
-    def step(self, rows: list[Row]) -> Tensor:  # (place vocab)
-        """Feed each row its last token; idle rows are computed and ignored.
-
-        A step reads no more keys than the longest live prompt and answer have.  A compiled step
-        needs static shapes: all prompt keys, and answers in powers of two.
+        A step computes as many rows for each group as the widest has: one wide group among many
+        narrow ones has to wait.
         """
-        cache, generator = self.cache, self.generator
-        prompt = max(len(row.encoded.ids) for row in rows)
-        answer = max(len(row.ids) for row in rows)
-        if generator.settings.compile:
-            prompt, answer = self.shape[2], 1 << (max(answer, 64) - 1).bit_length()
-        cache.narrow(prompt, answer)
-        tokens = np.zeros(cache.answer_length.numel(), dtype=np.int64)
-        for row in rows:
-            tokens[row.place] = row.ids[-1]
-        positions = (cache.prompt_length[:, None] + cache.answer_length).view(-1)
-        step = generator.decode
-        if generator.settings.compile and generator.device.type == "cuda":
-            if cache.window not in self.graphs:
-                self.graphs[cache.window] = GraphedDecode(step, generator.model, cache)
-            step = self.graphs[cache.window]
-        with torch.inference_mode(
-            not generator.settings.compile
-        ):  # faster, but nothing for torch.compile
-            tokens = torch.from_numpy(tokens).to(generator.device)
-            logits = step(generator.model, cache, tokens, positions)
-        cache.answer_length.add_(1).clamp_(max=cache.answer[0].shape[4] - 1)
-        return logits
+        widest = max([rows, *(group.rows for group in self.groups)])
+        spare = self.cache.num_free() - blocks
+        fits = groups * widest <= 4 * MAX_ROWS and spare >= len(self.rows) // 2
+        return fits or not self.rows
+
+    def grow(self) -> None:
+        """Room for one more token in every row; the youngest gives way where there is none."""
+        grown = 0
+        while grown < len(self.rows):
+            row = self.rows[grown]
+            if self.cache.enlarge(row.answer, len(row.ids)):
+                grown += 1
+            else:
+                self.send_back(self.rows[-1])
+
+    def step(self) -> Tensor:  # (row vocab)
+        """Feed each row its last token."""
+        rooms = [(row.group.room, row.answer) for row in self.rows]
+        plan = self.cache.plan(rooms, [row.ids[-1] for row in self.rows])
+        with torch.inference_mode(not self.generator.settings.compile):  # not for torch.compile
+            return self.decode(self.model, self.cache, plan)[: len(self.rows)]
 
     def collect(self, rows: list[Row], logits: Tensor) -> Iterator[Row]:  # logits (row vocab)
         """Choose each row's next token, and take out the rows that end with it."""
         for row, (token, logp) in zip(rows, self.generator.choose(logits, rows)):
             self.generator.push(row, token, logp)
             if row.finish_reason:
-                del self.groups[row.place // self.shape[1]].rows[row.place]
+                self.leave(row)
             yield row
+
+    def leave(self, row: Row) -> None:
+        """Free a row's memory, and its prompt's after the last row."""
+        self.rows.remove(row)
+        self.cache.release(row.answer)
+        row.group.rows -= 1
+        if not row.group.rows and not row.group.todo:
+            self.groups.remove(row.group)
+            self.cache.release(row.group.room)
+
+    def send_back(self, row: Row) -> None:
+        """Give up a sample's memory, and its prompt's if no other row reads it: both come again."""
+        row.group.todo.insert(0, row.sample)
+        if row.group.rows == 1:
+            again = dataclasses.replace(row.group, rows=0, room=Room(), first_logits=None)
+            self.waiting.appendleft(again)
+            row.group.todo = []
+        self.leave(row)
 
 
 # --------------------------------------------------------------------------- the generator
@@ -358,10 +366,6 @@ class Generator:
         self.stop_ids = {tokenizer.im_end_id}
         banned = tokenizer.banned_ids(model.config.llm.vocab_size)
         self.banned = torch.tensor(banned, device=self.device)
-        # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
-        # that hardly matters, and one row alone is faster without company
-        on_cpu = self.device.type == "cpu"
-        self.least_rows = 16 if on_cpu and self.settings.temperature > 0 else 1
         self.decode = torch.compile(decode, dynamic=False) if self.settings.compile else decode
 
     @classmethod
@@ -382,7 +386,7 @@ class Generator:
 
     # ----- prompts
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: Prompt) -> Group:
         """Ids of the prompt; reads the sizes of its images."""
         config, question = self.model.config, prompt.question
         try:
@@ -401,7 +405,7 @@ class Generator:
             raise InputError(f"prompt {prompt.id}: {error}") from None
         prefix = self.tokenizer.encode_plain(prompt.prefix)
         samples = range(prompt.num_samples) if prompt.samples is None else prompt.samples
-        return Encoded(prompt, ids + prefix, prefix, sum(tokens), list(samples))
+        return Group(prompt, ids + prefix, prefix, sum(tokens), list(samples))
 
     def tiles(self, prompt: Prompt) -> Tensor | None:
         """Pixels of the prompt's images, (tile 3 h w)."""
@@ -414,51 +418,44 @@ class Generator:
     def limit(self, prompt: Prompt) -> int:
         return prompt.max_new_tokens or self.settings.max_new_tokens
 
-    def layout(self, window: list[Encoded]) -> tuple[int, int, int, int]:
-        """(groups, rows, prompt capacity, answer capacity) within cache_tokens."""
-        longest = max(window, key=lambda e: len(e.ids))
-        prompt, answer = len(longest.ids), max(self.limit(e.prompt) for e in window)
-        if prompt + answer > self.settings.cache_tokens:
-            raise InputError(
-                f"prompt {longest.prompt.id}: {prompt} tokens and up to {answer} new ones do not "
-                f"fit --cache_tokens {self.settings.cache_tokens}; raise it, or use fewer tiles"
-            )
-
-        def groups(rows: int) -> int:
-            fitting = self.settings.cache_tokens // (prompt + rows * answer)
-            return min(len(window), fitting, MAX_ROWS // rows)
-
-        # as many rows as possible; among such layouts one whose groups get several rounds of
-        # samples, since the rows of a group that wait for its last answer do nothing
-        most = min(MAX_ROWS, max(len(e.samples) for e in window))
-        rounds = sum(len(e.samples) for e in window) / len(window) / 2
-        rows = max(range(1, most + 1), key=lambda r: (r * groups(r), -abs(r - rounds)))
-        return groups(rows), rows, prompt, answer
+    def make_cache(self, groups: Collection[Group]) -> KVCache:
+        """A cache for these prompts, or of the full size if more may follow."""
+        settings, on_gpu = self.settings, self.device.type == "cuda"
+        needed, samples = None, sum(len(group.todo) for group in groups)
+        if len(groups) < MAX_ROWS:
+            longest = max((self.limit(group.prompt) for group in groups), default=0)
+            needed = sum(num_blocks(len(group.ids)) for group in groups)
+            needed += min(MAX_ROWS, samples) * num_blocks(longest)
+        llm = self.model.config.llm
+        return KVCache(
+            llm,
+            most_blocks(llm, self.device, self.dtype, settings.cache_tokens, needed),
+            self.device,
+            self.dtype,
+            apart=samples > len(groups),
+            rounded=on_gpu or settings.compile,
+            # CPU libraries multiply fewer rows in another way, with other rounding; at temperature
+            # 0 that hardly matters, and one row alone is faster without company
+            exact=settings.exact_batches and not on_gpu and settings.temperature > 0,
+        )
 
     # ----- running
 
     def run(self, prompts: Iterable[Prompt], log: TextIO | None = None) -> Iterator[Sample]:
-        """Each sample as it ends; prompts are read a window at a time, whose layout goes to log."""
-        prompts = iter(prompts)
-        while window := [self.encode(prompt) for prompt in islice(prompts, WINDOW)]:
-            if window := [encoded for encoded in window if encoded.samples]:
-                yield from self.run_window(window, log)
-
-    def run_window(self, window: list[Encoded], log: TextIO | None = None) -> Iterator[Sample]:
-        scheduler = Scheduler(self, window)
+        """Each sample as it ends; prompts are read as their turn comes."""
+        scheduler = Scheduler(self, (group for group in map(self.encode, prompts) if group.todo))
         if log:
-            groups, rows, prompt, answer = scheduler.shape
-            tokens = groups * (prompt + rows * answer)
-            print(f"{groups} prompts x {rows} rows at once, {tokens} cache tokens", file=log)
+            tokens = scheduler.cache.num_blocks * KEYS
+            print(f"up to {MAX_ROWS} rows at once in {tokens} cache tokens", file=log)
         for row in scheduler.run():
             if row.finish_reason:
                 yield self.sample(row)
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
         """The text of sample 0, piece by piece; together equal to run()'s text without prefix."""
-        decoder = StreamDecoder(self.tokenizer)
-        encoded = dataclasses.replace(self.encode(prompt), samples=[0])
-        for row in Scheduler(self, [encoded]).run():
+        decoder = StreamDecoder(self.tokenizer, self.settings.marks)
+        group = dataclasses.replace(self.encode(prompt), todo=[0])
+        for row in Scheduler(self, iter([group])).run():
             if row.ids[-1] not in self.stop_ids:
                 yield decoder.push(row.ids[-1])
         yield decoder.flush()
@@ -467,13 +464,13 @@ class Generator:
         self, prompts: Iterable[Prompt], words: list[str]
     ) -> list[dict[str, float]]:
         """For each prompt, the probability that its answer begins with each word's first token."""
-        ids = {word: self.tokenizer.encode_plain(word)[0] for word in words}
+        first_ids = {word: self.tokenizer.encode_plain(word)[0] for word in words}
         rows = []
         for prompt in prompts:
-            encoded = self.encode(prompt)
-            logits = prefill(self.model, encoded.ids, self.tiles(prompt), causal_attention)
+            ids = self.encode(prompt).ids
+            logits = prefill(self.model, ids, self.tiles(prompt), causal_attention)
             probs = logits.softmax(-1)
-            rows.append({word: probs[i].item() for word, i in ids.items()})
+            rows.append({word: probs[i].item() for word, i in first_ids.items()})
         return rows
 
     # ----- one token
@@ -490,7 +487,7 @@ class Generator:
 
     def push(self, row: Row, token: int, logp: float) -> None:
         """Add a token to a row, and say why if it was the row's last."""
-        prompt = row.encoded.prompt
+        prompt = row.group.prompt
         if not math.isfinite(logp):
             raise InputError(
                 f"prompt {prompt.id}, sample {row.sample}, token {len(row.ids)}: the model's "
@@ -498,38 +495,31 @@ class Generator:
             )
         row.ids.append(token)
         row.logps.append(logp)
-        if token in self.stop_ids or (self.settings.stop and self.stop_at(row) >= 0):
+        stop_string = self.settings.stop and self.stop_at(row, self.text(row)) >= 0
+        if token in self.stop_ids or stop_string:
             row.finish_reason = "stop"
         elif len(row.ids) >= self.limit(prompt):
             row.finish_reason = "length"
 
     def text(self, row: Row) -> str:
-        ids = row.ids[:-1] if row.ids[-1] in self.stop_ids else row.ids
-        return self.tokenizer.decode(row.encoded.prefix + ids)
+        ended = row.ids[-1] in self.stop_ids
+        ids = row.group.prefix + row.ids[: len(row.ids) - ended]
+        return self.tokenizer.decode(ids, self.settings.marks)
 
-    def stop_at(self, row: Row) -> int:
-        """Where the first stop string begins in the row's text; -1 without one."""
-        text, begin = self.text(row), len(row.encoded.prompt.prefix)
+    def stop_at(self, row: Row, text: str) -> int:
+        """Where the first stop string of a row's text begins; -1 without one."""
+        begin = len(self.tokenizer.decode(row.group.prefix, self.settings.marks))
         places = [text.find(string, begin) for string in self.settings.stop]
         return min((place for place in places if place >= 0), default=-1)
 
     def sample(self, row: Row) -> Sample:
-        """The finished sample of a row, its text cut before a stop string."""
-        text, encoded = self.text(row), row.encoded
-        if row.ids[-1] not in self.stop_ids and (end := self.stop_at(row)) >= 0:
+        """What a finished row has become."""
+        group, text = row.group, self.text(row)
+        if row.ids[-1] not in self.stop_ids and (end := self.stop_at(row, text)) >= 0:
             text = text[:end]
-        return Sample(
-            encoded.prompt.id,
-            row.sample,
-            text,
-            row.finish_reason,
-            len(row.ids),
-            len(encoded.ids),
-            encoded.image_tokens,
-            math.fsum(row.logps),
-            tuple(row.ids),
-            tuple(row.logps),
-        )
+        tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
+        lists = (tuple(row.ids), tuple(row.logps))
+        return Sample(group.prompt.id, row.sample, text, row.finish_reason, *tokens, *lists)
 
 
 # --------------------------------------------------------------------------- command line
@@ -546,6 +536,7 @@ class GenerateConfig(Settings):
     prefix: str = flag("", "beginning of the answer, to be continued")
     max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0)
     num_samples: int = flag(1, "answers to the question", 1)
+    marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
     bench: bool = flag(False, "measure prefill and decode on random weights and stop")

@@ -8,7 +8,7 @@ but for `projector`, there `mlp1`.  How queries meet keys is passed in as `atten
 
     causal_attention    plain causal, the whole sequence at once
     TreeAttention       many trees (prompt + responses) in one flat sequence: training
-    KVCache             keys and values of the past: generation
+    cache.KVCache       keys and values of the past: generation
 
 The model knows nothing of processes, files or losses.
 
@@ -178,105 +178,6 @@ def compiled_flex_attention() -> Callable:
     return _COMPILED[0]
 
 
-BLOCK_KEYS = 32  # cached keys are read in multiples of this
-
-
-class KVCache:
-    """Keys and values of prompts and of their answers, in static memory.
-
-    A group holds one prompt, once, and `rows` answers that continue it: forking a prompt into many
-    samples copies nothing.  Keys are stored as they were turned; later steps never turn them again.
-
-    Capacities and windows are multiples of BLOCK_KEYS, and products have at least `least_rows`
-    rows: with AVX-512 and one thread MKL and oneDNN round alike for such shapes, so a row's bits
-    depend on no other row (MKL with AVX2, or with two threads and 1024 terms, only under
-    MKL_CBWR=AUTO,STRICT).
-    """
-
-    def __init__(
-        self,
-        config: LLMConfig,
-        groups: int,
-        rows: int,
-        prompt_capacity: int,
-        answer_capacity: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        least_rows: int = 1,
-    ) -> None:
-        g, d, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-        self.shape, self.least_rows = (groups, rows), least_rows
-        self.prompt_window = -(-prompt_capacity // BLOCK_KEYS) * BLOCK_KEYS  # keys a step reads
-        self.window = -(-answer_capacity // BLOCK_KEYS) * BLOCK_KEYS
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(layers, groups, g, *shape, d, device=device, dtype=dtype)
-
-        self.prompt = (zeros(self.prompt_window), zeros(self.prompt_window))  # layer group g t d
-        self.answer = (zeros(rows, self.window), zeros(rows, self.window))  # layer group g row t d
-        self.prompt_length = torch.zeros(groups, dtype=torch.long, device=device)
-        self.answer_length = torch.zeros(groups, rows, dtype=torch.long, device=device)
-
-    def narrow(self, prompt: int, answer: int) -> None:
-        """Let steps read only the first keys: as many as the longest live prompt and answer have.
-
-        What is beyond is masked anyway; this saves time, where shapes need not be static.
-        """
-        self.prompt_window = min(-(-prompt // BLOCK_KEYS) * BLOCK_KEYS, self.prompt[0].shape[3])
-        self.window = min(-(-answer // BLOCK_KEYS) * BLOCK_KEYS, self.answer[0].shape[4])
-
-    def prefill(self, group: int) -> Attend:
-        """Attention for a prompt's first pass, (1 s ...); fills the group's prompt memory."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for memory, new in zip(self.prompt, (k, v)):
-                memory[layer, group, :, : new.shape[1]] = new[0].transpose(0, 1)
-            self.prompt_length[group] = k.shape[1]
-            return causal_attention(layer, q, k, v)
-
-        return attend
-
-    def decode(self) -> Attend:
-        """Attention for one new token a row, (group*row 1 h d): prompt and answer in one softmax.
-
-        Rows beyond group*row are padding and get zeros.
-        """
-        (n, r), prompt, answer = self.shape, self.prompt_window, self.window
-        t = torch.arange(max(prompt, answer), device=self.prompt_length.device)
-        seen = t[:prompt] < self.prompt_length[:, None, None]  # n 1 t
-        own = t[:answer] <= self.answer_length[:, :, None]  # n r t
-        hidden = ~torch.cat([seen.expand(n, r, prompt), own], dim=-1)[:, None, :, None]  # n 1 r 1 t
-        place = self.answer_length[:, None, :, None, None]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            g, d, j = k.shape[2], k.shape[3], q.shape[2] // k.shape[2]
-            for memory, new in zip(self.answer, (k, v)):
-                new = new[: n * r].view(n, r, g, 1, d).transpose(1, 2)  # n g r 1 d
-                memory[layer].scatter_(3, place.expand_as(new), new)
-            prompt_k, prompt_v = (m[layer, :, :, :prompt].flatten(0, 1) for m in self.prompt)
-            answer_k, answer_v = (m[layer, :, :, :, :answer].flatten(0, 2) for m in self.answer)
-            q = q[: n * r].view(n, r, g, j, d).transpose(1, 2)  # n g r j d
-            to_prompt = self._product(q.reshape(n * g, r * j, d), prompt_k.transpose(1, 2))
-            to_answer = q.reshape(n * g * r, j, d) @ answer_k.transpose(1, 2)
-            scores = torch.cat([to_prompt, to_answer.view(n * g, r * j, answer)], dim=-1)
-            scores = scores.float().view(n, g, r, j, prompt + answer) * d**-0.5
-            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
-            on_prompt, on_answer = weights.view(n * g, r * j, -1).split([prompt, answer], dim=-1)
-            out = self._product(on_prompt, prompt_v)  # (n g) (r j) d
-            out = out + (on_answer.reshape(n * g * r, j, answer) @ answer_v).view_as(out)
-            out = out.view(n, g, r, j, d).transpose(1, 2).reshape(n * r, 1, g * j, d)
-            return F.pad(out, (0, 0) * 3 + (0, len(k) - n * r)) if len(k) > n * r else out
-
-        return attend
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:  # (b s t), (b t d) -> (b s d)
-        """a @ b, a filled up to `least_rows` rows."""
-        s = a.shape[1]
-        if s < self.least_rows:
-            return (F.pad(a, (0, 0, 0, self.least_rows - s)) @ b)[:, :s]
-        return a @ b
-
-
 # --------------------------------------------------------------------------- decoder
 
 
@@ -299,15 +200,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
-        packed = rearrange(
-            self.wqkv(x), "b s (g slot d) -> b s g slot d", g=self.num_kv_heads, d=self.head_dim
-        )
-        q = rearrange(packed[:, :, :, :-2], "b s g slot d -> b s (g slot) d")
+        # plain views: a decoding step spends much of its time between small operations
+        packed = self.wqkv(x).unflatten(2, (self.num_kv_heads, -1, self.head_dim))  # b s g slot d
+        q = packed[:, :, :, :-2].flatten(2, 3)  # b s (g slot) d
         k, v = packed[:, :, :, -2], packed[:, :, :, -1]  # (b s g d)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.wo(rearrange(out, "b s h d -> b s (h d)"))
+        return self.wo(out.flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -279,8 +279,10 @@ class EngineConfig:
     top_p: float = flag(1.0, "sample within this probability mass", low=1e-6, high=1)
     max_new_tokens: int = flag(4096, "longest response", low=1)
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
-    cache_tokens: int = flag(65536, "room of the KV cache: how many responses run at once", low=1)
-    compile: bool = flag(False, "compile the decode step (on a GPU: a captured graph)")
+    cache_tokens: int = flag(
+        0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", low=0
+    )
+    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
 
 
 def text_settings(cfg: EngineConfig) -> dict:

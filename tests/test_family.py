@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import OURS, folder_from_environment
 from safetensors.torch import load_file
+from test_model import decode_all
 
 from config import RELEASES, load_config, named_config, parse_config, recipe
 from layouts import OFFICIAL_QWEN, split_stored, stored_pieces
 from losses import token_logps
-from model import InternVL, KVCache, causal_attention
+from model import InternVL, causal_attention
 from runtime import InputError
-from tokenizer import load_tokenizer
 from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import load_model
 
@@ -96,14 +96,8 @@ def test_logits_and_hidden_states_are_those_of_transformers(golden, case):
 def test_cached_steps_past_the_limit_follow_the_cached_rule(golden):
     facts, ids = golden.facts["cases"]["f_long_cached"], golden["f_long_full/input_ids"]
     start, end = facts["prefill"], facts["prefill"] + facts["steps"]
-    cache = KVCache(golden.config.llm, 1, 1, start, end - start, "cpu", torch.float32)
-    golden.model(ids[:, :start], attend=cache.prefill(0))
-    steps = []
-    for n in range(start, end):
-        positions = torch.tensor([[n]])
-        steps.append(golden.model(ids[:, n : n + 1], positions=positions, attend=cache.decode()))
-        cache.answer_length += 1
-    compare(golden, "f_long_cached", torch.cat(steps, dim=1))
+    logits = decode_all(golden.model, ids[:, :end], start)
+    compare(golden, "f_long_cached", logits)
 
 
 @pytest.mark.parametrize("case", ["e_right_pad", "e_left_pad"])
@@ -348,8 +342,11 @@ def test_a_tied_head_is_declared_at_either_level(level):
     assert parse_config(raw).llm.tied
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers():
-    tokenizer = load_tokenizer(OURS / "qwen3-micro/checkpoint")
-    tokenizer.check_vocabulary(355)
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers(tmp_path):
+    for path in (OURS / "qwen3-micro/checkpoint").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw = qwen_config("qwen3-micro")
+    raw["llm_config"]["vocab_size"] = 350
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match="tokens up to id 354, but the model's vocab_size is 350"):
-        tokenizer.check_vocabulary(350)
+        load_model(tmp_path)

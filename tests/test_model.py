@@ -9,10 +9,10 @@ from conftest import OURS
 from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import flex_attention
 
+from cache import KVCache, Room
 from losses import row_logps, token_logps
 from model import (
     InternVL,
-    KVCache,
     LLMConfig,
     TreeAttention,
     causal_attention,
@@ -105,14 +105,14 @@ def test_loss_and_every_gradient_equal_the_official_ones(micro):
 
 def decode_all(model, ids, prefilled):
     """Logits of the tokens after the first `prefilled`, each in a step of its own."""
-    new = ids.shape[1] - prefilled
-    cache = KVCache(model.config.llm, 1, 1, prefilled, new, "cpu", torch.float32)
-    model(ids[:, :prefilled], attend=cache.prefill(0))
+    cache, prompt, answer = KVCache(model.config.llm, 9, "cpu", torch.float32), Room(), Room()
+    assert cache.enlarge(prompt, prefilled, prompt=True)
+    model(ids[:, :prefilled], attend=cache.prefill(prompt, prefilled))
     steps = []
     for n in range(prefilled, ids.shape[1]):
-        token, position = ids[:, n : n + 1], torch.tensor([[n]])
-        steps.append(model(token, positions=position, attend=cache.decode()))
-        cache.answer_length += 1
+        assert cache.enlarge(answer, n + 1 - prefilled)
+        token, position, attend = cache.decode(cache.plan([(prompt, answer)], ids[0, n : n + 1]))
+        steps.append(model(token[:, None], positions=position[:, None], attend=attend))
     return torch.cat(steps, dim=1)
 
 

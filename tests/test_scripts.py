@@ -56,10 +56,16 @@ def world(trained, tmp_path_factory):
     """A folder in which the README's relative paths exist."""
     folder = tmp_path_factory.mktemp("readme")
     run(folder, ["python", "toy.py", "--out", "toy"])
-    for name in ("weights/InternVL2-8B", "toy/run/model", "runs/mpo/model"):
-        shutil.copytree(trained / "base/model", folder / name)
-    (folder / "MMPR").symlink_to(folder / "toy")
-    (folder / "cat.png").symlink_to(folder / "toy/images/square-00000.png")
+    shutil.copytree(trained / "base/model", folder / "base/model")
+    for name, target in {
+        "weights/InternVL2-8B": "base/model",
+        "toy/run/model": "base/model",
+        "runs/mpo/model": "base/model",
+        "MMPR": "toy",
+        "cat.png": "toy/images/square-00000.png",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(folder / target)
     rows = [json.loads(line) for line in (folder / "toy/toy_steps.jsonl").read_text().splitlines()]
     with open(folder / "questions.jsonl", "w") as questions:
         for r in rows:

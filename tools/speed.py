@@ -10,8 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import GenerateConfig, GraphedDecode, decode, prefill  # noqa: E402
-from model import InternVL, KVCache, named_config  # noqa: E402
+from cache import Captured, KVCache, Room, num_blocks  # noqa: E402
+from config import named_config  # noqa: E402
+from generate import GenerateConfig, decode, prefill  # noqa: E402
+from model import InternVL  # noqa: E402
 
 
 @torch.inference_mode()
@@ -30,28 +32,15 @@ def measure_generation(cfg: GenerateConfig, dtype: torch.dtype | None) -> None:
     print(f"{name}; measured copy bandwidth {copy_rate / 1e9:.1f} GB/s")
     prompt, steps = cfg.bench_prompt, cfg.bench_steps
     ids = torch.randint(3, config.llm.vocab_size, (prompt,)).tolist()
-    compiled = torch.compile(decode, dynamic=False) if cfg.compile else decode
+    on_gpu = device.type == "cuda"
+    step = torch.compile(decode, dynamic=False) if cfg.compile else decode
     weights = sum(p.numel() for p in model.language_model.parameters()) * dtype.itemsize
     weights -= model.language_model.model.tok_embeddings.weight.nbytes  # one row of it is read
     print("rows  prefill tok/s  decode tok/s   ms/step  MB/step  of copy bandwidth  peak memory")
     for rows in (1, 8, 32):
-        cache = KVCache(config.llm, 1, rows, prompt, steps + 2, device, dtype)
-        attend = cache.prefill(0)
-        prefill_s = timed(lambda: prefill(model, ids, None, attend), device, 2)  # noqa: B023
-        tokens = torch.ones(rows, dtype=torch.long, device=device)
-
-        step = compiled
-        if cfg.compile and device.type == "cuda":
-            step = GraphedDecode(compiled, model, cache)
-
-        def one_step(
-            cache: KVCache = cache, tokens: torch.Tensor = tokens, step: Callable = step
-        ) -> None:
-            positions = (cache.prompt_length[:, None] + cache.answer_length).view(-1)
-            step(model, cache, tokens, positions)
-            cache.answer_length += 1
-
-        step_s = timed(one_step, device, steps)
+        sampling = Sampling(model, ids, rows, steps + 2, Captured(step) if on_gpu else step)
+        prefill_s = timed(sampling.prefill, device, 2)
+        step_s = timed(sampling.step, device, steps)
         per_token = 2 * config.llm.num_hidden_layers * config.llm.num_key_value_heads
         per_token *= config.llm.head_dim * dtype.itemsize
         moved = weights + per_token * (prompt + rows * steps / 2)
@@ -60,24 +49,53 @@ def measure_generation(cfg: GenerateConfig, dtype: torch.dtype | None) -> None:
             f"{rows:>4}  {prompt / prefill_s:>13.1f}  {rows / step_s:>12.1f}  {step_s * 1e3:>8.2f}"
             f"  {moved / 1e6:>7.1f}  {share:>17.0%}  {peak_memory(device) / 1e9:>8.2f} GB"
         )
-    measure_fork(model, cfg, device)
+    measure_fork(model, cfg, device, step)
 
 
-def measure_fork(model: InternVL, cfg: GenerateConfig, device: torch.device) -> None:
+class Sampling:
+    """Many rows that continue one prompt."""
+
+    def __init__(
+        self,
+        model: InternVL,
+        ids: list[int],
+        rows: int,
+        steps: int,
+        decode: Callable,
+        tiles: torch.Tensor | None = None,
+    ) -> None:
+        self.model, self.ids, self.tiles, self.decode = model, ids, tiles, decode
+        head, blocks = model.language_model.head, num_blocks(len(ids)) + rows * num_blocks(steps)
+        rounded = head.device.type == "cuda"
+        config = model.config.llm
+        self.cache = KVCache(config, blocks, head.device, head.dtype, rows > 1, rounded=rounded)
+        self.prompt, self.answers = Room(), [Room() for _ in range(rows)]
+        self.cache.enlarge(self.prompt, len(ids), prompt=True)
+
+    def prefill(self) -> None:
+        prefill(self.model, self.ids, self.tiles, self.cache.prefill(self.prompt, len(self.ids)))
+
+    def step(self) -> None:
+        for answer in self.answers:
+            self.cache.enlarge(answer, answer.length + 1)
+        rows = [(self.prompt, answer) for answer in self.answers]
+        self.decode(self.model, self.cache, self.cache.plan(rows, [3] * len(rows)))
+
+
+def measure_fork(
+    model: InternVL, cfg: GenerateConfig, device: torch.device, decode: Callable
+) -> None:
     """32 samples of one image prompt: one prefill forked into 32 rows, against 32 single calls."""
-    config, dtype = model.config, model.language_model.head.dtype
+    config = model.config
     size, tokens = config.tile_size, 3 * config.tokens_per_tile
     tiles = torch.randn(3, 3, size, size, device=device)
     ids = [model.image_context_id] * tokens + [3] * 80
 
     def sample(rows: int) -> None:
-        cache = KVCache(config.llm, 1, rows, len(ids), cfg.bench_steps, device, dtype)
-        prefill(model, ids, tiles, cache.prefill(0))
-        new = torch.full((rows,), 3, device=device)
-        for n in range(cfg.bench_steps):
-            cache.narrow(len(ids), n + 1)
-            decode(model, cache, new, torch.full((rows,), len(ids) + n, device=device))
-            cache.answer_length += 1
+        sampling = Sampling(model, ids, rows, cfg.bench_steps, decode, tiles)
+        sampling.prefill()
+        for _ in range(cfg.bench_steps):
+            sampling.step()
 
     together, alone = timed(lambda: sample(32), device, 1), timed(lambda: sample(1), device, 4)
     print(

@@ -1,0 +1,300 @@
+"""Keys and values of the past: what makes a decoding step cost one token, not the whole text.
+
+    KVCache.prefill    attention for a prompt's first pass, which fills its blocks
+    KVCache.plan       which blocks the rows of a step read, and where they write
+    KVCache.decode     attention for one new token a row
+
+Blocks as in PagedAttention (arXiv:2309.06180), partial softmax sums as in Flash-Decoding
+(pytorch.org/blog/flash-decoding), a shared prompt read once for all its rows as in Hydragen
+(arXiv:2402.05099); in plain torch operations.
+
+Shapes: row, block, g or head = key/value heads, query = query heads of one of them, d channels.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import LLMConfig
+from model import Attend, causal_attention
+
+CPU_TOKENS = 65536
+GPU_RESERVE = 0.15  # of the card: a prefill's activations, logits, partial sums of attention
+KEYS = 64  # tokens of a block of the cache
+HIDDEN = -1e30  # a score without weight; finite, so that a row without any key stays finite
+
+
+def num_blocks(tokens: int) -> int:
+    return -(-tokens // KEYS)
+
+
+class Room:
+    """A prompt's or an answer's place in the cache: its blocks in order, and the tokens in them."""
+
+    def __init__(self) -> None:
+        self.blocks, self.length = np.zeros(0, np.int64), 0
+
+
+class Span(NamedTuple):
+    """The first blocks of the cache, or the last, each read by up to `seats` rows of a step."""
+
+    blocks: int
+    seats: int
+    width: int  # blocks that one row reads, at most
+    ragged: bool  # some rows read fewer
+    high: bool  # the last blocks
+
+
+class Plan(NamedTuple):
+    """A decoding step: its shapes, and one tensor of numbers that says where to read and write."""
+
+    rows: int
+    spans: tuple[Span, ...]
+    numbers: Tensor
+
+
+class KVCache:
+    """Keys and values of prompts and of their answers, in blocks of KEYS tokens.
+
+    A prompt's blocks are read by all rows that continue it; an answer takes blocks as it grows.
+    Each block is attended by itself, in place, and a row's partial sums are weighed in the end (as
+    in Flash-Decoding): nothing is copied, and a row's numbers depend on no other row.  Keys are
+    stored as they were turned; later steps never turn them again.
+
+    apart: prompts take low blocks and answers high ones, as suits many answers a prompt.
+    rounded: sizes are rounded up, so that few different shapes are compiled or captured.
+    exact: products have 16 rows at least, and rows come in multiples of 16.  With AVX-512 and one
+    thread MKL and oneDNN then round alike in any batch (MKL with AVX2, or with two threads and 1024
+    terms, only under MKL_CBWR=AUTO,STRICT).
+    """
+
+    def __init__(
+        self,
+        config: LLMConfig,
+        blocks: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        apart: bool = True,
+        rounded: bool = False,
+        exact: bool = False,
+    ) -> None:
+        self.heads, self.channels = config.num_key_value_heads, config.head_dim
+        self.queries = config.num_attention_heads // self.heads  # that share a key head
+        self.device, self.dtype = torch.device(device), dtype
+        self.apart = apart or exact
+        self.row_multiple = 16 if exact else 1
+        self.least_seats = -(-16 // self.queries) if exact else 1
+        self.round = rounded_up if rounded else int
+        self.num_blocks, self.free = blocks, np.ones(blocks, bool)
+        # (block head) key d, and one more block where idle rows write
+        shape = ((blocks + 1) * self.heads, KEYS, self.channels)
+        zeros = lambda: torch.zeros(shape, device=self.device, dtype=dtype)  # noqa: E731
+        self.memory = [(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
+
+    # ----- rooms
+
+    def enlarge(self, room: Room, length: int, prompt: bool = False) -> bool:
+        """Take blocks until the room holds `length` tokens; False if too few are free."""
+        missing = num_blocks(length) - len(room.blocks)
+        if missing > 0:
+            free = np.flatnonzero(self.free)
+            if missing > len(free):
+                return False
+            taken = free[::-1][:missing] if self.apart and not prompt else free[:missing]
+            self.free[taken] = False
+            room.blocks = np.concatenate([room.blocks, taken])
+        return True
+
+    def num_free(self) -> int:
+        return int(self.free.sum())
+
+    def release(self, room: Room) -> None:
+        self.free[room.blocks] = True
+        room.blocks, room.length = room.blocks[:0], 0
+
+    def index(self, places: Tensor) -> tuple[Tensor, Tensor]:  # (t) -> (t head), (t 1)
+        """Where the keys and values of tokens are kept; a place is block * KEYS + offset."""
+        blocks = (places // KEYS * self.heads)[:, None]
+        return blocks + torch.arange(self.heads, device=self.device), (places % KEYS)[:, None]
+
+    # ----- attention
+
+    def prefill(self, room: Room, length: int) -> Attend:
+        """Attention for a prompt's first pass, (1 s ...), which fills its room."""
+        room.length, t = length, np.arange(length)
+        places = torch.from_numpy(room.blocks[t // KEYS] * KEYS + t % KEYS)
+        index = self.index(places.to(self.device))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for memory, new in zip(self.memory[layer], (k, v)):
+                memory.index_put_(index, new[0])
+            return causal_attention(layer, q, k, v)
+
+        return attend
+
+    def plan(self, rows: list[tuple[Room, Room]], tokens: list[int]) -> Plan:
+        """The step that feeds each row, (prompt, answer), a token; its answer grows by it.
+
+        An answer must have room for it.  Idle rows, up to a rounded number of rows, are computed
+        and ignored.
+        """
+        prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
+        seats, taken = [], {}  # rows of one prompt sit side by side
+        for prompt in prompts:
+            seats.append(taken.get(id(prompt), 0))
+            taken[id(prompt)] = seats[-1] + 1
+        positions = [prompt.length + answer.length for prompt, answer in rows]
+        places = [a.blocks[a.length // KEYS] * KEYS + a.length % KEYS for a in answers]
+        for answer in answers:
+            answer.length += 1
+        padded = -(-self.round(len(rows)) // self.row_multiple) * self.row_multiple
+        idle, sink = [0] * (padded - len(rows)), [self.num_blocks * KEYS] * (padded - len(rows))
+        numbers = [np.array([*tokens, *idle, *positions, *idle, *places, *sink], int)]
+
+        most_seats = max(self.least_seats, self.round(max(seats) + 1))
+        if self.apart or most_seats > 1:
+            parts = [
+                self._span([[p] for p in prompts], np.array(seats), most_seats, padded, False),
+                self._span([[a] for a in answers], np.zeros(len(rows), int), 1, padded, self.apart),
+            ]
+        else:  # prompts and answers are read alike
+            parts = [self._span([[*pair] for pair in rows], np.array(seats), 1, padded, False)]
+        for _, arrays in parts:
+            numbers += [array.ravel() for array in arrays]
+        on_device = torch.from_numpy(np.concatenate(numbers)).to(self.device)
+        return Plan(padded, tuple(span for span, _ in parts), on_device)
+
+    def _span(
+        self, rooms: list[list[Room]], seat: np.ndarray, seats: int, padded: int, high: bool
+    ) -> tuple[Span, list[np.ndarray]]:
+        """The span of each row's rooms; its readers (block seat), tokens (block), and the blocks of
+        each row (row width), as the number of the first partial sum that they give it, or -1.
+        """
+        flat = [room for row in rooms for room in row]
+        block = np.concatenate([room.blocks for room in flat])
+        in_room = np.array([len(room.blocks) for room in flat])
+        in_row = in_room.reshape(len(rooms), -1).sum(1)
+        length = np.repeat([room.length for room in flat], in_room) - KEYS * counted(in_room)
+        row = np.repeat(np.arange(len(rooms)), in_row)
+
+        used = self.num_blocks - block.min() if high else 1 + block.max()
+        width = self.round(in_row.max())
+        ragged = padded > len(rooms) or bool((in_row < width).any())
+        span = Span(min(self.round(used), self.num_blocks), seats, width, ragged, high)
+        block = block - (self.num_blocks - span.blocks if high else 0)
+        readers = np.zeros((span.blocks, seats), int)
+        readers[block, seat[row]] = row
+        filled = np.zeros(span.blocks, int)
+        filled[block] = np.clip(length, 0, KEYS)
+        table = np.full((padded, width), -1)
+        table[row, counted(in_row)] = block * self.heads * seats + seat[row]
+        return span, [readers, filled, table]
+
+    def decode(self, plan: Plan) -> tuple[Tensor, Tensor, Attend]:
+        """(tokens (row), positions (row), attention for one new token a row) of a plan."""
+        rows, g, j, d = plan.rows, self.heads, self.queries, self.channels
+        lengths = [rows] * 3
+        for span in plan.spans:
+            lengths += [span.blocks * span.seats, span.blocks, rows * span.width]
+        tokens, positions, places, *arrays = plan.numbers.split(lengths)
+        head, query, key = (torch.arange(n, device=self.device) for n in (g, j, KEYS))
+        index, spans = self.index(places), []
+        for span, readers, filled, table in zip(plan.spans, *(arrays[n::3] for n in range(3))):
+            start = (self.num_blocks - span.blocks if span.high else 0) * g
+            part = slice(start, start + span.blocks * g)  # of (block head)
+            asking = readers.view(-1, 1, span.seats) * g + head[:, None]  # block head seat
+            hidden = (key >= filled[:, None]).repeat_interleave(g, 0)[:, None]  # (block head) 1 key
+            mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, HIDDEN)
+            sums = table.clamp(min=0).view(rows, span.width, 1, 1) + head[:, None] * span.seats
+            sums = sums * j + query  # row width head query -> line of (block head seat query)
+            absent = (table < 0).view(rows, span.width, 1, 1)
+            spans.append((span, part, asking.flatten(), mask, sums.flatten(), absent))
+        scale, dtype = d**-0.5, self.dtype
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for memory, new in zip(self.memory[layer], (k, v)):
+                memory.index_put_(index, new[:, 0])
+            all_keys, all_values = self.memory[layer]
+            q, outs, totals, tops = q.reshape(rows * g, j * d), [], [], []
+            for span, part, asking, mask, sums, absent in spans:
+                asked = q.index_select(0, asking).view(-1, span.seats * j, d)
+                keys = all_keys[part].transpose(1, 2)
+                scores = torch.baddbmm(mask, asked, keys, alpha=scale).float()
+                top = scores.amax(-1, keepdim=True)  # (block head) (seat query) 1
+                weights = (scores - top).exp_()
+                out = torch.bmm(weights.to(dtype), all_values[part])
+                shape = (rows, span.width, g * j, -1)  # row width h ...
+                outs.append(out.view(-1, d).index_select(0, sums).view(shape))
+                totals.append(weights.sum(-1).view(-1).index_select(0, sums).view(shape))
+                top = top.view(-1).index_select(0, sums).view(shape)
+                tops.append(top.masked_fill(absent, HIDDEN) if span.ragged else top)
+            if len(spans) == 1:
+                [top], [total] = tops, totals
+            else:
+                top, total = torch.cat(tops, 1), torch.cat(totals, 1)
+            share = (top - top.amax(1, keepdim=True)).exp_()  # of each block in its row
+            shares = share.to(dtype).split([span.width for span, *_ in spans], 1)
+            out = sum((s * o).sum(1, dtype=torch.float32) for s, o in zip(shares, outs))
+            return (out / (share * total).sum(1)).to(dtype).view(rows, 1, g * j, d)
+
+        return tokens, positions, attend
+
+
+def counted(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each count: [2, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+
+
+def rounded_up(n: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: at most a quarter more."""
+    step = 1 << max(0, (int(n) - 1).bit_length() - 3)
+    return -(-int(n) // step) * step
+
+
+def most_blocks(
+    config: LLMConfig, device: torch.device, dtype: torch.dtype, tokens: int, needed: int | None
+) -> int:
+    """Blocks of a cache of `tokens` tokens, but no more than `needed`.
+
+    0 tokens: what a GPU has left but for a reserve, or CPU_TOKENS.
+    """
+    if not tokens and device.type == "cuda":
+        free, card = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        tokens = max(0, int((free - GPU_RESERVE * card) // (numbers * dtype.itemsize)))
+    else:
+        tokens = tokens or CPU_TOKENS
+    return tokens // KEYS if needed is None else min(tokens // KEYS, needed)
+
+
+class Captured:
+    """A step on a GPU without launch costs: a CUDA graph, captured once for each shape of plan."""
+
+    def __init__(self, step: Callable) -> None:
+        self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, model: nn.Module, cache: KVCache, plan: Plan) -> Tensor:
+        shape = (plan.rows, plan.spans)
+        if shape not in self.graphs:
+            self.graphs[shape] = self.capture(model, cache, plan)
+        graph, numbers, logits = self.graphs[shape]
+        numbers.copy_(plan.numbers)
+        graph.replay()
+        return logits
+
+    def capture(self, model: nn.Module, cache: KVCache, plan: Plan) -> tuple:
+        plan = plan._replace(numbers=plan.numbers.clone())  # the graph reads its numbers here
+        side = torch.cuda.Stream()  # capture wants a warmed-up allocator, off the main stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step(model, cache, plan)  # writes what the replay will write again
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.step(model, cache, plan)
+        return graph, plan.numbers, logits
