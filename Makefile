@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TOY := toy
 
-.PHONY: demo test paper clean
+.PHONY: demo test quick paper clean
 
 # a tiny world, MPO training on two processes, and a question to the trained model
 demo: .venv/installed
@@ -12,6 +12,10 @@ demo: .venv/installed
 	$(BIN)/python generate.py --model_dir $(TOY)/run/model --image $(TOY)/images/square-00000.png \
 	    --question "How many red objects are there? Answer the question using a single word or phrase." --max_new_tokens 40 --temperature 0
 	@echo "above: the answer of a model that has seen 240 pairs four times: a number, often wrong"
+
+# the paper in miniature on one seed: a base model, then SFT, DPO and MPO, and a report
+quick: .venv/installed
+	$(BIN)/python -m paper.story --quick --out $(TOY)
 
 # the paper in miniature: every objective on three seeds, and a report; under 40 minutes on two cores
 paper: .venv/installed

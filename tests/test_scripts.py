@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from conftest import ROOT, start_forks
+from test_layout import ORDER
 
 from losses import LOSSES
 
@@ -56,16 +57,12 @@ def world(trained, tmp_path_factory):
     """A folder in which the README's relative paths exist."""
     folder = tmp_path_factory.mktemp("readme")
     run(folder, ["python", "toy.py", "--out", "toy"])
-    shutil.copytree(trained / "base/model", folder / "base/model")
-    for name, target in {
-        "weights/InternVL2-8B": "base/model",
-        "toy/run/model": "base/model",
-        "runs/mpo/model": "base/model",
-        "MMPR": "toy",
-        "cat.png": "toy/images/square-00000.png",
-    }.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(folder / target)
+    for name in ("weights/InternVL2-8B", "toy/run/model", "runs/mpo/model"):
+        shutil.copytree(trained / "base/model", folder / name)
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(trained / "base" / name, folder / "runs/mpo")
+    (folder / "MMPR").symlink_to(folder / "toy")
+    (folder / "cat.png").symlink_to(folder / "toy/images/square-00000.png")
     rows = [json.loads(line) for line in (folder / "toy/toy_steps.jsonl").read_text().splitlines()]
     with open(folder / "questions.jsonl", "w") as questions:
         for r in rows:
@@ -112,6 +109,13 @@ def run_script(script, flags, folder, out):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     else:  # python -m
         runpy.run_module(script, run_name="__main__")
+
+
+def test_the_readme_s_lines_of_python_give_logits(world):
+    lines = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    (world / "snippet.py").write_text(lines + "print(tuple(logits.shape))\n")
+    stdout, _ = run(world, ["python", str(world / "snippet.py")])
+    assert re.fullmatch(r"\(1, \d+, \d+\)\n", stdout)
 
 
 def test_the_readme_has_commands():
@@ -178,6 +182,26 @@ def test_the_two_first_commands_are_those_that_ci_runs():
             assert script in makefile, line
 
 
-def test_every_file_of_the_table_exists():
-    listed = set(re.findall(r"^\|.*?`(\w+\.py)`", README, re.M))
-    assert listed == {p.name for p in ROOT.glob("*.py")}
+def table_of_files():
+    """The README's table: every flat file in reading order, its lines, what it owns."""
+    header = ["| file | lines | owns |", "| --- | --- | --- |"]
+    rows = []
+    for name in ["plain", *(n for n in ORDER if n != "plain")]:
+        text = (ROOT / f"{name}.py").read_text()
+        owns = text.split("\n")[0].lstrip('r"').rstrip(".")
+        rows.append(f"| `{name}.py` | {text.count(chr(10))} | {owns} |")
+    return "\n".join(header + rows)
+
+
+def test_the_readme_tells_each_file_s_lines():
+    """`PYTHONPATH=. python tests/test_scripts.py` writes the table anew."""
+    assert table_of_files() in README
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1800
+
+
+if __name__ == "__main__":
+    table = re.compile(r"(\| file \| lines \| owns \|\n(\|.*\n)*|<!-- lines -->\n)")
+    (ROOT / "README.md").write_text(table.sub(lambda _: table_of_files() + "\n", README))
