@@ -1,259 +1,30 @@
-"""Preference records from disk to packed trees on the device.
+"""Preference pairs on their way to the device: the order of a run, packed trees.
 
-    read_meta      MMPR's meta.json -> data sets with repeat_time, tile limits, JPEG augmentation
     PairData       deterministic order of pairs; the packs of any step, so resuming needs no state
     Tree           prompt (trunk) + responses (branches) of one question, as token ids
     Pack           several trees laid one after another in ONE flat sequence, no padding
 
-`tools/look.py` checks and shows what is read here.
-
-Formats: the MMPR release (`meta.json` + jsonl).  Differs from the official loader: the image is
-encoded once per tree and not four times, a bad record stops the run instead of being replaced by
-a random one, nothing is truncated, image paths cannot leave their root.
+Differs from the official loader: the image is encoded once per tree and not four times, and a
+record that is too long is dropped by name unless --overlong cut asks for the official way.
 """
 
 import hashlib
-import io
-import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from fractions import Fraction
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from images import image_key, jpeg, load_image, open_image
 from model import InternVLConfig
-from runtime import InputError, parse_json_line
-from tokenizer import (
-    Tokenizer,
-    encode_chat,
-    encode_response,
-    with_image_placeholders,
-)
+from records import DataSet, PairRecord
+from runtime import InputError
+from tokenizer import Tokenizer, encode_chat, encode_response, training_text
 from vision import cut_tiles, normalize, num_tiles
-
-MAX_PIXELS = 200_000_000  # an image bomb is refused before it is decoded
-MAX_BYTES = 500_000_000
-
-
-# --------------------------------------------------------------------------- images
-
-
-def resolve_image(root: Path, relative: str) -> Path:
-    """root/relative; absolute paths and whatever resolves outside root (links too) are refused."""
-    if not isinstance(relative, str) or not relative:
-        raise InputError(f"image path must be a non-empty text, got {relative!r}")
-    if relative.startswith(("s3://", "http://", "https://")) or Path(relative).is_absolute():
-        raise InputError(f"image {relative!r}: give a path relative to root {root}")
-    path = Path(root) / relative
-    if not path.resolve().is_relative_to(resolved(Path(root).absolute())):
-        raise InputError(f"image {relative!r} leaves its root {root}")
-    return path
-
-
-def image_names(record: dict, name: str) -> list[str]:
-    """Image paths of a record; absent, "" and [] all mean text only.  `name` is for errors."""
-    if record.get("video") or record.get("clip"):
-        raise InputError(f"{name}: video records are not supported; remove them")
-    images = record.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(i, str) and i for i in images):
-        raise InputError(f"{name}: 'image' must be a path or a list of paths")
-    return images
-
-
-def image_paths(root: Path, images: list[str], name: str) -> tuple[Path, ...]:
-    """Paths of images under `root`, each of which must exist."""
-    try:
-        paths = tuple(resolve_image(root, image) for image in images)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{name}: no image {path}")
-    return paths
-
-
-@lru_cache(maxsize=64)
-def resolved(root: Path) -> Path:
-    """The folder without links, looked up once: it is asked for with every image."""
-    return root.resolve()
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image with its size known but not yet decoded; limits on bytes and pixels."""
-    if not path.is_file():
-        raise InputError(f"no image {path}")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"image {path} has more than {MAX_BYTES} bytes")
-    try:
-        image = Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be read: {error}") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(f"image {path} has more than {MAX_PIXELS} pixels")
-    return image
-
-
-def load_image(path: Path) -> Image.Image:
-    """The decoded RGB image; a broken or cut-off file is an InputError that names it."""
-    with open_image(path) as image:
-        try:
-            return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise InputError(f"image {path} cannot be decoded: {error}") from None
-
-
-def jpeg(tile: Image.Image, quality: int) -> Image.Image:
-    """The tile after a round through JPEG (the official `data_augment`)."""
-    buffer = io.BytesIO()
-    tile.save(buffer, format="JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
-
-
-# --------------------------------------------------------------------------- records
-
-
-@dataclass(frozen=True)
-class PairRecord:
-    """One preference pair as it stands in a jsonl file."""
-
-    where: str  # "set name, file line N": for errors and the run record
-    question: str
-    chosen: str
-    rejected: str
-    images: tuple[Path, ...]
-    max_tiles: int
-    augment: bool
-
-
-class JsonLines:
-    """The objects of a jsonl file, each read when it is asked for; empty lines do not count."""
-
-    def __init__(self, path: Path, part: bool = False) -> None:
-        """part: written by a process that may be killed; a torn last line is left out."""
-        self.path, self.file = Path(path), open(path, "rb")  # noqa: SIM115  (read from any time)
-        starts, numbers, position = [], [], 0
-        for number, line in enumerate(self.file, 1):
-            if part and not line.endswith(b"\n"):
-                break
-            if line.strip():
-                starts.append(position)
-                numbers.append(number)
-            position += len(line)
-        self.starts, self.numbers = np.array([*starts, position]), np.array(numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, n: int) -> dict:
-        start, end = int(self.starts[n]), int(self.starts[n + 1])
-        line = os.pread(self.file.fileno(), end - start, start)  # threads share the file
-        return parse_json_line(self.path, int(self.numbers[n]), line)
-
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        """("file line N", object) of each line."""
-        return ((self.name(n), self[n]) for n in range(len(self)))
-
-    def name(self, n: int) -> str:
-        return f"{self.path} line {self.numbers[n]}"
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One entry of meta.json."""
-
-    name: str
-    root: Path
-    lines: JsonLines
-    repeat_time: Fraction
-    max_tiles: int
-    augment: bool
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, number: int) -> PairRecord:
-        return self.parse(self.lines[number], f"{self.name}, {self.lines.name(number)}")
-
-    def parse(self, raw: dict, where: str) -> PairRecord:
-        """Check one record.  Raises InputError naming set, file, line and key."""
-        for key in ("question", "chosen", "rejected"):
-            if not isinstance(raw.get(key), str):
-                raise InputError(f"{where}: no text {key!r}")
-            if not raw[key].strip():
-                raise InputError(f"{where}: {key} is empty")
-        names = image_names(raw, where)
-        try:
-            images = tuple(resolve_image(self.root, name) for name in names)
-            question = raw["question"]
-            if images:  # in a text-only question <image> is plain text
-                question = with_image_placeholders(question, len(images))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        return PairRecord(
-            where,
-            question,
-            raw["chosen"],
-            raw["rejected"],
-            images,
-            max(1, self.max_tiles // max(1, len(images))),
-            self.augment,
-        )
-
-
-def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
-    """meta.json -> data sets.  `max_tiles` holds where an entry has no max_dynamic_patch."""
-    try:
-        meta = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(f"no {path}; expected MMPR's meta.json (see README)") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(meta, dict) or not meta:
-        raise InputError(f"{path}: expected one object of data set name -> entry")
-    return [_data_set(Path(path), name, entry, max_tiles) for name, entry in meta.items()]
-
-
-def _data_set(meta: Path, name: str, entry: dict, max_tiles: int) -> DataSet:
-    where = f"{meta}: {name}"
-    for key in ("annotation", "repeat_time"):
-        if key not in entry:
-            raise InputError(f"{where}: no {key!r}")
-    annotation = _beside(meta, entry["annotation"])
-    if annotation.suffix != ".jsonl":
-        raise InputError(f"{where}: annotation {annotation} must end in .jsonl")
-    if not annotation.is_file():
-        raise InputError(f"{where}: no annotation file {annotation}")
-    try:
-        repeat = Fraction(str(entry["repeat_time"]))  # exact: 0.07 * 100 is 7
-    except ValueError:
-        raise InputError(f"{where}: repeat_time must be a number") from None
-    if repeat < 0:
-        raise InputError(f"{where}: repeat_time is {repeat}; it must be >= 0")
-    tiles = entry.get("max_dynamic_patch", max_tiles)
-    if not isinstance(tiles, int) or tiles < 1:
-        raise InputError(f"{where}: max_dynamic_patch must be a whole number >= 1, got {tiles!r}")
-    lines = JsonLines(annotation)
-    if "length" in entry and entry["length"] != len(lines):
-        raise InputError(f"{where}: length says {entry['length']}, {annotation} has {len(lines)}")
-    augment = bool(entry.get("data_augment", False))
-    root = _beside(meta, entry.get("root", ""))
-    return DataSet(name, root, lines, repeat, tiles, augment)
-
-
-def _beside(meta: Path, path: str) -> Path:
-    """A path of meta.json: beside it, else as it stands (officially: from the working folder)."""
-    beside = meta.parent / path
-    return Path(path) if path and not beside.exists() and Path(path).exists() else beside
-
 
 # --------------------------------------------------------------------------- order
 
@@ -322,6 +93,7 @@ def encode_tree(
     """Token ids of one record; reads image sizes, not pixels.  Errors name the record."""
     limit = max_tiles or record.max_tiles
     try:
+        question = training_text(config.template, record.question)
         tiles = []
         for path in record.images:
             with open_image(path) as image:
@@ -329,21 +101,56 @@ def encode_tree(
         trunk = encode_chat(
             tokenizer,
             config.template,
-            [(record.question, None)],
+            [(question, None)],
             [config.tokens_per_tile * n for n in tiles],
-            config.system_message,
+            record.system_prompt or config.system_message,
         )
+        texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
+        responses = [encode_response(tokenizer, config.template, text) for text in texts]
     except InputError as error:
         raise InputError(f"{record.where}: {error}") from None
-    texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
     return Tree(
         trunk,
-        [encode_response(tokenizer, config.template, text) for text in texts],
+        responses,
         [0],
         [] if only_chosen else [1],
         [(path, limit, record.augment) for path in record.images],
         tiles,
         [record.where],
+    )
+
+
+Overlong = Literal["drop", "cut", "fewer_tiles", "error"]
+
+
+def fit_tree(
+    record: PairRecord,
+    tokenizer: Tokenizer,
+    config: InternVLConfig,
+    max_length: int,
+    overlong: Overlong,
+    only_chosen: bool = False,
+) -> Tree | None:
+    """The record's tree of at most `max_length` tokens a prompt and response; None = dropped.
+
+    cut: responses end where the length is reached, without <|im_end|> (the official way); a record
+    whose prompt alone is too long, or whose responses begin alike up to there, is dropped.
+    """
+    tree = encode_tree(record, tokenizer, config, None, only_chosen)
+    limit = record.max_tiles
+    while overlong == "fewer_tiles" and tree.longest > max_length and limit > 1:
+        limit //= 2
+        tree = encode_tree(record, tokenizer, config, limit, only_chosen)
+    if tree.longest <= max_length:
+        return tree
+    if overlong == "cut" and (room := max_length - len(tree.trunk)) > 0:
+        cut = [response[:room] for response in tree.responses]
+        return None if len(cut) == 2 and cut[0] == cut[1] else replace(tree, responses=cut)
+    if overlong in ("drop", "cut"):
+        return None
+    raise InputError(
+        f"{record.where}: {tree.longest} tokens, more than max_length {max_length}; "
+        "shorten it, lower the tile limit, or pass --overlong drop, cut or fewer_tiles"
     )
 
 
@@ -474,10 +281,10 @@ def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
 
 
 def response_keys(tree: Tree) -> list[str]:
-    """What each response's log-prob depends on besides the weights: ids, and image files."""
+    """What each response's log-prob depends on besides the weights: ids, and images' content."""
     trunk = hashlib.blake2b(np.array(tree.trunk).tobytes(), digest_size=16)
     for (path, limit, augment), tiles in zip(tree.images, tree.tiles):
-        trunk.update(repr((path.name, path.stat().st_size, limit, tiles, augment)).encode())
+        trunk.update(repr((image_key(path), limit, tiles, augment)).encode())
     keys = []
     for response in tree.responses:
         h = trunk.copy()
@@ -565,7 +372,7 @@ class PairData:
         pack_tokens: int,
         max_length: int,
         seed: int,
-        overlong: Literal["drop", "fewer_tiles", "error"] = "drop",
+        overlong: Overlong = "drop",
         only_chosen: bool = False,
         share_images: bool = True,
         share_prefix: bool = True,
@@ -612,26 +419,14 @@ class PairData:
         rows = self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
         return [self.sets[i][int(n)] for i, n in rows]
 
-    def fitted_tree(self, record: PairRecord) -> Tree | None:
-        """The record's tree; None if it is too long and `overlong` says to drop such."""
-        tree = encode_tree(record, self.tokenizer, self.config, None, self.only_chosen)
-        limit = record.max_tiles
-        while self.overlong == "fewer_tiles" and tree.longest > self.max_length and limit > 1:
-            limit //= 2
-            tree = encode_tree(record, self.tokenizer, self.config, limit, self.only_chosen)
-        if tree.longest <= self.max_length:
-            return tree
-        if self.overlong == "drop":
-            return None
-        raise InputError(
-            f"{record.where}: {tree.longest} tokens, more than max_length {self.max_length}; "
-            "shorten it, lower the tile limit, or pass --overlong drop or fewer_tiles"
-        )
-
     def plan(self, step: int) -> tuple[list[list[Tree]], list[str]]:
-        """(packs of trees of the step, names of the records dropped as too long)."""
+        """(packs of trees of the step, names of the records dropped as too long).
+
+        Where all records of a step are too long there is no pack.
+        """
         records = self.records(step)
-        trees = [self.fitted_tree(record) for record in records]
+        fit = (self.tokenizer, self.config, self.max_length, self.overlong, self.only_chosen)
+        trees = [fit_tree(record, *fit) for record in records]
         dropped = [record.where for record, tree in zip(records, trees) if tree is None]
         kept = [tree for tree in trees if tree is not None]
         if self.pairs_per_prompt > 1:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
-from data import load_image, open_image
+from images import load_image, open_image
 from model import Attend, InternVL, causal_attention
 from runtime import InputError, check_ranges, flag, parse_cli, run
 from tokenizer import (

@@ -42,14 +42,16 @@ from benchmarks.answers import (
     split_prefix,
     strip_instruction,
 )
-from data import JsonLines, image_names, image_paths
 from generate import Generator, Prompt, Sample
+from images import image_key, image_names, image_paths, open_image
+from records import JsonLines, with_placeholders
 from runtime import (
     AppendLog,
     InputError,
     claim,
     fingerprint,
     flag,
+    from_json,
     parse_command,
     rank_and_world,
     read_json,
@@ -59,7 +61,7 @@ from runtime import (
     try_lock,
     write_atomic,
 )
-from tokenizer import IMAGE, with_image_placeholders
+from tokenizer import IMAGE
 from weights import weight_files
 
 NOT_SETTINGS = ("out_dir", "samples", "model_dir", "compile", "cache_tokens")  # of a report
@@ -107,14 +109,13 @@ class Question:
         return self.fields["qid"]
 
 
-def wrap_question(question: str, num_images: int, version: str) -> str:
+def wrap_question(question: str, num_images: int, version: str, name: str = "question") -> str:
     """The full prompt: instruction around the question, one placeholder an image."""
     text = question if version == "none" else strip_instruction(question)
     if num_images == 1 and text.count(IMAGE) == 1:  # moved to the front
         text = text.replace(IMAGE + "\n", "").replace(IMAGE, "").strip()
     # plain replacement: questions contain braces
-    wrapped = PROMPTS[version].replace("{question}", text)
-    return with_image_placeholders(wrapped, num_images) if num_images else wrapped
+    return with_placeholders(PROMPTS[version].replace("{question}", text), num_images, name)
 
 
 def read_questions(
@@ -127,7 +128,8 @@ def read_questions(
     if not records:
         raise InputError(f"{path}: no questions")
     if limit:  # an even choice, whatever the order of the file
-        records = choose(records, limit, "choose", seed)
+        records, total = choose(records, limit, "choose", seed), len(records)
+        print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)
     questions: list[Question] = []
     lines: dict[tuple, int] = {}  # what may stand only once -> its line
     for line, record in records:
@@ -135,6 +137,10 @@ def read_questions(
         question, gold = record.get("question"), record.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise InputError(f"{source}: no 'question'")
+        if record.get("system_prompt"):
+            raise InputError(
+                f"{source}: 'system_prompt' is not supported; write it into 'question'"
+            )
         images = image_names(record, source)
         if gold is None and versions != ["none"]:
             raise InputError(f"{source}: no 'answer'; only --prompts none does without gold")
@@ -150,13 +156,35 @@ def read_questions(
             qid = digest(name, images, question, gold_text, version, max_tiles)
             if (first := lines.setdefault(("qid", qid), line)) != line:
                 raise InputError(f"{source}: the same question as line {first}")
-            try:
-                wrapped = wrap_question(question, len(images), version)
-            except InputError as error:
-                raise InputError(f"{source}: {error}") from None
+            wrapped = wrap_question(question, len(images), version, source)
             fields = {"qid": qid, **kept, "question": wrapped, "question_orig": question}
             questions.append(Question(source, images, fields | {"prompt_version": version}))
     return questions
+
+
+@dataclass(frozen=True)
+class SampledLine:
+    """The keys of a line of sampled responses that are read, by `from_json`."""
+
+    question: str
+    response: str
+    prompt_version: str = "none"
+    qid: str = ""
+    k: int = 0
+    finish_reason: str | None = None
+    tokens: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    image_keys: list[str] | None = None
+
+
+def check_images(paths: Iterable[Path], name: str) -> None:
+    """Open each image: worth doing before a model is loaded."""
+    for path in paths:
+        try:
+            open_image(path).close()
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def split_names(text: str) -> list[str]:
@@ -339,13 +367,15 @@ class SampleConfig(EngineConfig):
     num_samples: int = flag(32, "responses a question, shared among the prompt versions", low=1)
     max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", low=0)
     max_questions: int = flag(
-        20_000, "questions of the file at most, chosen evenly; 0 = all", low=0
+        0, "questions of the file at most, chosen evenly; 0 = all (the authors: 20,000)", low=0
     )
     modes: str = flag("", "matching modes with commas, kept for judging; empty = by name")
 
 
 def sample(cfg: SampleConfig) -> None:
     name = cfg.name or cfg.questions.stem
+    if Path(name).name != name or name.startswith("."):
+        raise InputError(f"--name {name}: expected the name of one folder, without separators")
     default_versions, default_tiles = DOMAINS[cfg.domain]
     versions = split_names(cfg.prompts) or list(default_versions)
     if "_zh_" in cfg.questions.name and not cfg.prompts:
@@ -362,12 +392,23 @@ def sample(cfg: SampleConfig) -> None:
         "max_tiles": tiles,
     }
     write_atomic(folder / "info.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
-    done = {(row["qid"], row["k"]) for _, row in read_parts(part_files(folder))}
+    done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
+    for source, row in read_parts(part_files(folder)):
+        line = from_json(SampledLine, row, source)
+        done.add((line.qid, line.k))
+        pixels[line.qid] = line.image_keys
     requests = []
     for question in questions:
         missing = tuple(k for k in range(share) if (question.qid, k) not in done)
         if missing and is_mine(question.qid):
             paths = image_paths(cfg.root, question.images, question.name)
+            check_images(paths, question.name)
+            keys = question.fields["image_keys"] = [image_key(path) for path in paths]
+            if pixels.get(question.qid, keys) != keys:
+                raise InputError(
+                    f"{question.name}: an image has changed since {folder} was sampled; use "
+                    "another --out_dir"
+                )
             each = max(1, tiles // max(1, len(paths)))
             text = question.fields["question"]
             prompt = Prompt(question.qid, text, paths, max_tiles=each, samples=missing)
@@ -390,6 +431,7 @@ class Response:
     """A judged response: what a pair takes from it."""
 
     number: int  # among the responses of its question
+    question: str  # the prompt: a question may be asked under several prompt versions
     verdict: str  # correct, wrong, ambiguous (makes no pair), or format: no clear final answer
     text: str
     meta: dict
@@ -402,8 +444,8 @@ KINDS = {"correctness": "wrong", "format": "format"}  # kind of pair -> verdict 
 def judge_group(
     rows: list[dict], modes: list[str], rationales: str = "off", clean: bool = True
 ) -> tuple[list[Response], Counter]:
-    """The responses to one question, each distinct text of a verdict once, and what was counted."""
-    judged: dict[tuple[str, str], Response] = {}
+    """The responses to one question, each text once a prompt and verdict; what was counted."""
+    judged: dict[tuple[str, str, str], Response] = {}
     counts: Counter[str] = Counter(questions=1, responses=len(rows))
     for number, row in enumerate(rows):
         text, version, finish = row["response"], row["prompt_version"], row.get("finish_reason")
@@ -413,32 +455,37 @@ def judge_group(
         meta = {"k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason}
         meta |= {"answer": verdict.answer, "prompt_version": version}
         meta |= {k: row[k] for k in ("qid", "finish_reason", "tokens") if k in row}
-        response = Response(number, verdict.label, text, meta)
+        response = Response(number, row["question"], verdict.label, text, meta)
         counts[f"{verdict.label} responses"] += 1
         counts[f"{verdict.label}: {verdict.reason}"] += 1
         counts["cut off"] += finish == "length"
         if not text.strip():  # nothing to train on
             counts["empty responses"] += 1
-        elif judged.setdefault((verdict.label, text), response) is not response:
+        elif judged.setdefault((row["question"], verdict.label, text), response) is not response:
             counts["duplicate responses"] += 1
-    solved = any(verdict == "correct" for verdict, _ in judged)
-    counts["questions all right"] += all(verdict == "correct" for verdict, _ in judged)
+    solved = any(verdict == "correct" for _, verdict, _ in judged)
+    counts["questions all right"] += all(verdict == "correct" for _, verdict, _ in judged)
     counts["questions never right"] += not solved
     wanted = rationales == "all" or (rationales == "unsolved" and not solved)
     if wanted and isinstance(rows[0].get("rationale"), str):
         text = f"{rows[0]['rationale'].strip()}\nFinal answer: {rows[0]['answer']}"
         meta = {"k": None, "verdict": "correct", "reason": "gold rationale"}
-        judged["correct", text] = Response(len(rows), "correct", text, meta)
-        counts["gold rationales"] += 1
+        for question in sorted({row["question"] for row in rows}):
+            added = Response(len(rows), question, "correct", text, meta)
+            judged[question, "correct", text] = added
+            counts["gold rationales"] += 1
     return list(judged.values()), counts
 
 
 def possible_pairs(judged: list[Response], kind: str) -> Pairs:
-    """Each right response against each one of the verdict that the kind rejects."""
+    """Each right response against each one to the same prompt that the kind rejects."""
     right = [response for response in judged if response.verdict == "correct"]
     bad = [response for response in judged if response.verdict == KINDS[kind]]
     return [
-        (chosen, rejected) for chosen in right for rejected in bad if chosen.text != rejected.text
+        (chosen, rejected)
+        for chosen in right
+        for rejected in bad
+        if chosen.question == rejected.question and chosen.text.strip() != rejected.text.strip()
     ]
 
 
@@ -464,7 +511,9 @@ class CorrectnessConfig:
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
     modes: str = flag("", "matching modes with commas; empty = as given to `sample`, else by name")
-    pairs_per_query: int = flag(15, "pairs a question at most, over both kinds", low=1)
+    pairs_per_query: int = flag(
+        15, "pairs a question at most, over both kinds and all prompt versions", low=1
+    )
     official_caps: bool = flag(False, "the cap for each kind, and 3 above 500,000 responses")
     gold_rationales: Literal["off", "unsolved", "all"] = flag(
         "off", "let gold rationales join the right responses"
@@ -475,15 +524,14 @@ class CorrectnessConfig:
 
 
 def response_key(record: dict, name: str) -> str:
-    """The group of a response: (images, wrapped question, gold as text)."""
-    for key in ("question", "response", "prompt_version"):
-        if not isinstance(record.get(key), str):
-            raise InputError(f"{name}: no text {key!r}")
+    """The group of a response: (images, question before it was wrapped, gold as text)."""
+    from_json(SampledLine, record, name)
     if record.get("answer") is None:
         raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
     if wrong := check_gold(record["answer"]):
         raise InputError(f"{name}: the gold answer {wrong}")
-    return digest(image_names(record, name), record["question"], str(record["answer"]))
+    question = record.get("question_orig", record["question"])
+    return digest(image_names(record, name), question, str(record["answer"]))
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
@@ -543,7 +591,7 @@ def pair_set(
 def pair_record(row: dict, chosen: Response, rejected: Response) -> dict:
     """A line of the output, in MMPR's format."""
     record = {"image": row["image"]} if row.get("image") else {}
-    record |= {"question": row["question"], "chosen": chosen.text, "rejected": rejected.text}
+    record |= {"question": chosen.question, "chosen": chosen.text, "rejected": rejected.text}
     record |= {"answer_gt": str(row["answer"])}
     return record | {"chosen_meta": chosen.meta, "rejected_meta": rejected.meta}
 
@@ -654,9 +702,13 @@ MAX_DRAWS = 4  # a continuation and up to three redraws
 
 @dataclass(frozen=True)
 class DropoutConfig(EngineConfig):
-    """DropoutNTP: keep the start of a response, continue it without the image."""
+    """DropoutNTP: keep the start of a response, continue it without the image.
 
-    samples: Path = flag(Path("samples"), "folder of `sample --prompts none`")
+    Responses with a chain of thought serve as well: after an opening that says what the picture
+    shows, a blind continuation makes up more (section 4.2 of the paper).
+    """
+
+    samples: Path = flag(Path("samples"), "folder of `sample`, best with --prompts none")
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
     keep_ratio: float = flag(
@@ -688,14 +740,9 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
     """
     seen = set()
     for name, row in read_parts(data_set.files):
-        text = row.get("response", row.get("chosen"))
-        if not isinstance(text, str) or not isinstance(row.get("question"), str):
-            raise InputError(f"{name}: no text 'response' (or 'chosen') and 'question'")
-        if (version := row.get("prompt_version", "none")) != "none":
-            raise InputError(
-                f"{name}: prompt_version {version!r}, but DropoutNTP continues answers to "
-                "plain questions: run `pairs.py sample --prompts none`"
-            )
+        if "response" not in row and "chosen" in row:  # a file of pairs
+            row["response"] = row["chosen"]
+        text = from_json(SampledLine, row, name).response
         images = image_names(row, name)
         rid = digest(images, row["question"], row.get("qid"), row.get("k"), text)
         if rid in seen:
@@ -711,7 +758,7 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
             counts["empty kept part"] += 1
         else:
             prefix = kept + (glue if "\n" in glue else "")
-            yield row | {"rid": rid, "response": text, "kept": kept, "glue": glue, "prefix": prefix}
+            yield row | {"rid": rid, "kept": kept, "glue": glue, "prefix": prefix}
 
 
 def draws_so_far(folder: Path) -> Counter:
@@ -728,7 +775,8 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
     draws, todo = draws_so_far(folder), []
     for row in cut_responses(data_set, cfg, Counter()):
         if is_mine(row["rid"]) and draws[row["rid"]] < MAX_DRAWS:
-            image_paths(data_set.root(cfg.root), image_names(row, ""), data_set.name)
+            paths = image_paths(data_set.root(cfg.root), image_names(row, ""), data_set.name)
+            check_images(paths, data_set.name)
             todo.append(row)
 
     def finish(row: dict, s: Sample) -> dict:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from data import PairRecord, epoch_order, read_meta
+from data import epoch_order
+from images import load_image
 from model import InternVL
+from records import PairRecord, read_meta
 from runtime import InputError, flag, parse_cli, run
-from tokenizer import Tokenizer, encode_chat, encode_response, load_tokenizer
+from tokenizer import Tokenizer, encode_chat, encode_response, load_tokenizer, training_text
 from vision import preprocess
 from weights import load_model
 
@@ -51,15 +52,14 @@ def read_prompt(record: PairRecord, model: InternVL, tokenizer: Tokenizer) -> tu
     if record.augment:
         raise InputError(f"{record.where}: plain.py has no data_augment; use train.py")
     images = [
-        preprocess(Image.open(path).convert("RGB"), record.max_tiles, config.tile_size)
-        for path in record.images
+        preprocess(load_image(path), record.max_tiles, config.tile_size) for path in record.images
     ]  # each: tiles of 448 x 448, and the whole image as one more
     prompt = encode_chat(
         tokenizer,
         config.template,
-        [(record.question, None)],
+        [(training_text(config.template, record.question), None)],
         [config.tokens_per_tile * len(tiles) for tiles in images],
-        config.system_message or None,
+        record.system_prompt or config.system_message,
     )
     return torch.cat(images) if images else None, prompt
 

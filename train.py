@@ -41,9 +41,10 @@ import memory
 import runtime
 import weights
 from config import InternVLConfig, load_config, named_config, recipe
-from data import Pack, PairData, Tree, prefetch, read_meta, response_keys, seeded
+from data import Overlong, Pack, PairData, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
+from records import read_meta
 from runtime import Failure, InputError, Process, flag, write_atomic
 from tokenizer import load_tokenizer
 from weights import local, named_tensors
@@ -93,7 +94,7 @@ class TrainConfig:
     )
     max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", low=0)
-    overlong: Literal["drop", "fewer_tiles", "error"] = flag("drop", "what a too long record gets")
+    overlong: Overlong = flag("drop", "what becomes of a too long record; cut = the official way")
     pairs_per_prompt: int = flag(1, "pairs of one question trained as one tree, at most", low=1)
     share_prefix: bool = flag(True, "compute a prompt once for all its responses")
     share_images: bool = flag(True, "encode an image once a pack")

@@ -1,30 +1,31 @@
 """Records, order, packed trees: what reaches the model, and what is refused."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_records import GOOD, write_set
 
+from config import load_config
 from data import (
-    DataSet,
     PairData,
     add_tiles,
     encode_tree,
     epoch_order,
     first_fit,
+    fit_tree,
     lay_out,
-    load_image,
     prefetch,
-    read_meta,
-    resolve_image,
     response_keys,
     seeded,
 )
 from losses import response_logps, token_logps
-from model import TreeAttention, load_config
+from model import TreeAttention
+from records import DataSet, read_meta
 from runtime import InputError
 from tokenizer import load_tokenizer
 from toy import write_world
@@ -40,19 +41,7 @@ def toy(tmp_path_factory):
     return folder, load_config(model_dir), load_tokenizer(model_dir), load_model(model_dir)
 
 
-def write_set(folder, records, **entry):
-    """A meta.json with one data set of the given records (objects, or raw lines)."""
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
-    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
-    meta = {"a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 1, **entry}}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder / "meta.json"
-
-
-GOOD = {"question": "What is 1 plus 2?", "chosen": "It is 3.", "rejected": "It is 4."}
-
-
-# --------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------- order
 
 
 def test_the_official_example_yields_thirteen_records_an_epoch(tmp_path):
@@ -98,100 +87,6 @@ def test_the_draw_of_a_set_does_not_depend_on_the_other_sets():
     other = data_set(20, 1)
     both = epoch_order([other, data_set(50, 0.5)], 3, 0)
     assert set(both[both[:, 0] == 1, 1]) == set(alone)
-
-
-def test_placeholders_are_put_in_front_when_missing_and_counted_when_there(toy):
-    folder, *_ = toy
-    image = next((folder / "images").glob("square-*.png")).name
-    entry = {"root": str(folder / "images")}
-    one = {**GOOD, "image": image}
-    assert read_meta(write_set(folder, [one], **entry), 12)[0][0].question.startswith("<image>\n")
-    two = {**GOOD, "image": [image, image]}
-    question = read_meta(write_set(folder, [two], **entry), 12)[0][0].question
-    assert question == "<image>\n<image>\n" + GOOD["question"]
-    for absent in ("", [], None):
-        record = read_meta(write_set(folder, [{**GOOD, "image": absent}], **entry), 12)[0][0]
-        assert record.images == () and record.question == GOOD["question"]
-
-
-def test_several_images_share_the_tile_limit(toy):
-    folder, *_ = toy
-    image = next((folder / "images").glob("square-*.png")).name
-    entry = {"root": str(folder / "images"), "max_dynamic_patch": 12}
-    sets = read_meta(write_set(folder, [{**GOOD, "image": [image] * 5}], **entry), 6)
-    assert sets[0][0].max_tiles == 2
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ('{"question": "x"', "a.jsonl line 2: not valid JSON"),
-        ({"question": "x", "chosen": "y"}, "a.jsonl line 2: no text 'rejected'"),
-        ({**GOOD, "chosen": " "}, "line 2: chosen is empty"),
-        ({**GOOD, "image": "/etc/passwd"}, "line 2: image '/etc/passwd'.*relative to root"),
-        ({**GOOD, "image": "../x.png"}, "line 2: image '../x.png' leaves its root"),
-        ({**GOOD, "image": "s3://b/x.png"}, "relative to root"),
-        ({**GOOD, "image": [["x"]]}, "must be a path or a list"),
-        ({**GOOD, "image": 12}, "must be a path or a list"),
-        ({**GOOD, "image": ["a.png"], "question": "<image> <image>"}, "line 2: .*2.*1"),
-        ({**GOOD, "video": "x.mp4"}, "line 2: video records are not supported"),
-    ],
-)
-def test_a_bad_record_is_named_by_file_and_line(tmp_path, record, message):
-    sets = read_meta(write_set(tmp_path, [GOOD, record]), 12)
-    assert sets[0][0].chosen == GOOD["chosen"]
-    with pytest.raises(InputError, match=message):
-        sets[0][1]
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"length": 2}, "length says 2, .*a.jsonl has 1"),
-        ({"annotation": "b.jsonl"}, "no annotation file .*b.jsonl"),
-        ({"annotation": "a.json"}, "must end in .jsonl"),
-        ({"repeat_time": -1}, "repeat_time is -1"),
-        ({"repeat_time": "often"}, "repeat_time must be a number"),
-        ({"max_dynamic_patch": 0}, "max_dynamic_patch must be"),
-    ],
-)
-def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
-    with pytest.raises(InputError, match=message):
-        read_meta(write_set(tmp_path, [GOOD], **entry), 12)
-
-
-def test_meta_json_itself_may_be_missing_or_broken(tmp_path):
-    with pytest.raises(InputError, match="no .*meta.json"):
-        read_meta(tmp_path / "meta.json", 12)
-    (tmp_path / "meta.json").write_text("[]")
-    with pytest.raises(InputError, match="expected one object"):
-        read_meta(tmp_path / "meta.json", 12)
-
-
-def test_a_link_cannot_leave_the_root(tmp_path):
-    (tmp_path / "root").mkdir()
-    (tmp_path / "secret.png").write_bytes(b"x")
-    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(InputError, match="leaves its root"):
-        resolve_image(tmp_path / "root", "link.png")
-
-
-def test_missing_broken_and_huge_images_are_named(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no image .*a.png"):
-        load_image(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match="a.png cannot be read"):
-        load_image(tmp_path / "a.png")
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "b.png")
-    whole = (tmp_path / "b.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="b.png cannot be decoded"):
-        load_image(tmp_path / "b.png")
-    monkeypatch.setattr("data.MAX_PIXELS", 1000)
-    (tmp_path / "b.png").write_bytes(whole)
-    with pytest.raises(InputError, match="more than 1000 pixels"):
-        load_image(tmp_path / "b.png")
 
 
 # --------------------------------------------------------------------------- trees
@@ -301,6 +196,20 @@ def test_response_keys_follow_what_the_log_prob_depends_on(toy):
     assert not set(response_keys(changed)) & set(response_keys(a))
 
 
+def test_a_key_of_a_response_follows_the_content_of_its_image(tmp_path, toy):
+    _, config, tokenizer, _ = toy
+    keys = []
+    for folder, colour in (("a", "red"), ("b", "blue"), ("c", "red")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (32, 32), colour).save(tmp_path / folder / "x.bmp")
+        meta = write_set(tmp_path / folder, [{**GOOD, "image": "x.bmp"}])
+        keys.append(response_keys(encode_tree(read_meta(meta, 1)[0][0], tokenizer, config)))
+    assert keys[0] == keys[2] and not set(keys[0]) & set(keys[1])
+    tree = encode_tree(read_meta(meta, 1)[0][0], tokenizer, config)
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "c" / "x.bmp")  # of equal size
+    assert not set(response_keys(tree)) & set(keys[2])
+
+
 def test_first_fit_fills_packs_in_order():
     assert first_fit([5, 4, 3, 2, 1], 8) == [[0, 2], [1, 3, 4]]
     with pytest.raises(InputError, match="9 tokens does not fit --pack_tokens 8"):
@@ -352,9 +261,59 @@ def test_over_long_records_are_dropped_by_name_or_get_fewer_tiles_or_stop_the_ru
     assert kept + len(dropped) == sum(map(len, data.sets))
     with pytest.raises(InputError, match=r"line \d+: \d+ tokens, more than max_length"):
         pair_data(toy, max_length=long - 1, batch_size=100, overlong="error").plan(0)
-    wide = toy_trees(toy)[2]
-    data = pair_data(toy, max_length=wide.longest - 1, overlong="fewer_tiles")
-    assert sum(data.fitted_tree(data.sets[2][0]).tiles) < sum(wide.tiles)
+    record = data.sets[2][0]  # a wide image
+    fit = {"tokenizer": toy[2], "config": toy[1], "max_length": toy_trees(toy)[2].longest - 1}
+    assert sum(fit_tree(record, overlong="fewer_tiles", **fit).tiles) < sum(toy_trees(toy)[2].tiles)
+
+
+def text_pair(tmp_path, **changes):
+    """The record of a text pair."""
+    return read_meta(write_set(tmp_path, [{**GOOD, **changes}]), 1)[0][0]
+
+
+def long_tree(toy, tmp_path, overlong, room):
+    """A text pair that may have `room` tokens behind its prompt; (tree, whole tree)."""
+    record = text_pair(tmp_path, chosen="It is 3 it is 3", rejected="It is 4 it is 4")
+    whole = encode_tree(record, toy[2], toy[1])
+    return fit_tree(record, toy[2], toy[1], len(whole.trunk) + room, overlong), whole
+
+
+def test_cut_responses_end_where_the_length_is_reached_without_their_end_token(toy, tmp_path):
+    tree, whole = long_tree(toy, tmp_path, "cut", 6)
+    assert tree.responses == [response[:6] for response in whole.responses]
+    assert all(toy[2].im_end_id not in response for response in tree.responses)
+    fits, whole = long_tree(toy, tmp_path, "cut", 99)
+    assert fits.responses == whole.responses
+
+
+@pytest.mark.parametrize(("overlong", "room"), [("drop", 6), ("cut", 0), ("cut", 1)])
+def test_what_cannot_be_cut_apart_is_dropped(toy, tmp_path, overlong, room):
+    assert long_tree(toy, tmp_path, overlong, room)[0] is None
+
+
+def test_a_step_whose_records_are_all_too_long_has_no_pack_and_names_them(toy):
+    data = pair_data(toy, max_length=10, batch_size=4)
+    packs, dropped = data.plan(0)
+    assert packs == [] and len(dropped) == 4
+
+
+@pytest.mark.parametrize("ending", ["", "\n", " \n\t"])
+def test_a_question_is_stripped_as_the_template_strips_in_training(toy, tmp_path, ending):
+    _, config, tokenizer, _ = toy
+    padded = text_pair(tmp_path, question="\n" + GOOD["question"] + ending)
+    trees = [encode_tree(r, tokenizer, config) for r in (padded, text_pair(tmp_path))]
+    assert trees[0].trunk == trees[1].trunk
+    keeps = replace(config, template="internvl2_5")
+    trees = [encode_tree(r, tokenizer, keeps) for r in (padded, text_pair(tmp_path))]
+    assert trees[0].trunk != trees[1].trunk
+
+
+def test_a_system_prompt_stands_in_the_place_of_the_models(toy, tmp_path):
+    _, config, tokenizer, _ = toy
+    ours = tokenizer.decode(encode_tree(text_pair(tmp_path), tokenizer, config).trunk)
+    record = text_pair(tmp_path, system_prompt="It is 3.")
+    theirs = tokenizer.decode(encode_tree(record, tokenizer, config).trunk)
+    assert theirs == ours.replace("You are a careful observer.", "It is 3.") != ours
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path, toy):

@@ -11,7 +11,7 @@ from conftest import run_forks, start_forks, train_in_process
 
 import eval as evaluation
 import pairs
-from data import read_meta
+from records import read_meta
 from runtime import read_jsonl
 from train import TrainConfig
 

@@ -42,14 +42,41 @@ def run_look(monkeypatch, capsys):
 
 def test_check_passes_a_good_set_and_lists_the_bad_records(toy, tmp_path, run_look):
     status, out = run_look("check", toy / "meta.json", "--model_dir", toy / "model")
-    assert status == 0 and "0 of them bad" in out and "tiles a record" in out
+    assert status == 0 and "0 are bad" in out and "tiles a record" in out
     (tmp_path / "broken.png").write_bytes(b"x")
     records = [GOOD, {**GOOD, "image": "broken.png"}, {**GOOD, "image": "none.png"}]
     meta = write_set(tmp_path, records)
     status, out = run_look("check", meta, "--model_dir", toy / "model")
     assert status == 1
-    assert "line 2: image" in out and "line 3: no image" in out, out
-    assert "3 records, 2 of them bad" in out
+    assert "bad: a, " in out and "line 2: image" in out and "line 3: no image" in out, out
+    assert "3 records: 1 can be read, 2 are bad" in out
+
+
+def test_check_names_flat_images_and_counts_what_each_choice_does_with_long_records(
+    toy, tmp_path, run_look
+):
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "white.png")
+    Image.linear_gradient("L").resize((300, 100)).save(tmp_path / "wide.png")
+    tail = " It is so." * 20
+    records = [
+        {**GOOD, "image": "white.png"},
+        {**GOOD, "chosen": GOOD["chosen"] + tail},  # only cut helps
+        {**GOOD, "chosen": "It" + tail, "rejected": "It" + tail + " No."},  # alike up to the cut
+        {**GOOD, "image": "wide.png"},  # fewer tiles help
+    ]
+    meta = write_set(tmp_path, records)
+    words = ("check", meta, "--model_dir", toy / "model", "--max_length", 50, "--max_tiles", 6)
+    status, out = run_look(*words)
+    assert status == 0 and "4 records: 4 can be read, 0 are bad" in out
+    assert "line 1: image" in out and "white.png is of one colour" in out
+    for line in (
+        "3 records are longer than 50 tokens; they would",
+        "--overlong drop: be dropped: 3",
+        "--overlong cut: be trained on: 1",
+        "--overlong fewer_tiles: be trained on: 1",
+        "--overlong fewer_tiles: stop the run: 2",
+    ):
+        assert line in out, out
 
 
 def test_show_tells_prompt_and_responses_apart(toy, run_look):

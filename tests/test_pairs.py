@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import generate
 import pairs
-from data import read_meta
+from records import read_meta
 from runtime import InputError, run
 
 ROWS = [json.loads(line) for line in (OURS / "pairs_in.jsonl").read_text().splitlines()]
@@ -172,7 +172,8 @@ def test_one_placeholder_moves_to_the_front_and_several_stay():
     two = "Image 1: <image>\nImage 2: <image>\nWhich?"
     assert pairs.wrap_question(two, 2, "en").endswith(two)
     assert pairs.wrap_question("Both?", 2, "none") == "<image>\n<image>\nBoth?"
-    assert pairs.wrap_question("The tag <image> in text", 0, "none") == "The tag <image> in text"
+    with pytest.raises(InputError, match="the question has <image> but the record no 'image'"):
+        pairs.wrap_question("The tag <image> in text", 0, "none")
     with pytest.raises(InputError, match="2 <image>"):
         pairs.wrap_question("<image> and <image>", 1, "en")
 
@@ -342,7 +343,16 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"image": "../a.png", "question": "q", "answer": 1}], "leaves its root"),
         ([{"image": "/etc/passwd", "question": "q", "answer": 1}], "relative to root"),
         ([{"image": "none.png", "question": "q", "answer": 1}], "no image"),
-        ([{"video": "a.mp4", "question": "q", "answer": 1}], "video"),
+        ([{"video": "a.mp4", "question": "q", "answer": 1}], "line 1: 'video' is not supported"),
+        (
+            [{"images": ["0.png"], "question": "q", "answer": 1}],
+            "line 1: 'images' is not supported",
+        ),
+        ([{"system_prompt": "x", "question": "q", "answer": 1}], "line 1: 'system_prompt' is not"),
+        ([{"history": [["a", "b"]], "question": "q", "answer": 1}], "line 1: 'history' is not"),
+        ([{"image": False, "question": "q", "answer": 1}], "line 1: 'image' must be"),
+        ([{"question": "<image> q", "answer": 1}], "line 1: the question has <image>"),
+        ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
         ([], "no questions"),
     ],
@@ -351,6 +361,61 @@ def test_bad_questions_are_named(world, rows, message):
     write_lines(world / "bad.jsonl", rows)
     with pytest.raises(InputError, match=message):
         pairs.sample(sampling(questions=Path("bad.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "..", ".", ".hidden", "/tmp/evil"])
+def test_a_name_cannot_leave_the_output_folder(world, name):
+    with pytest.raises(InputError, match="expected the name of one folder"):
+        pairs.sample(sampling(name=name))
+    assert not Path("samples").exists()
+
+
+def test_a_choice_of_questions_is_told_and_all_are_taken_by_default(world, capsys):
+    pairs.sample(sampling(num_samples=1, max_questions=2))
+    assert "kept 2 of 6 questions" in capsys.readouterr().err
+    assert len(responses("samples/toys")) == 2
+    pairs.sample(sampling(num_samples=1))
+    assert "kept" not in capsys.readouterr().err and len(responses("samples/toys")) == 6
+
+
+def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):
+    pairs.sample(sampling(num_samples=4))
+    Image.new("RGB", (40, 30), "white").save(world / "images" / "5.png")  # of no question
+    pairs.sample(sampling(num_samples=5))
+    Image.new("RGB", (40, 30), "white").save(world / "images" / "3.png")
+    with pytest.raises(InputError, match="toys.jsonl line 4: an image has changed since"):
+        pairs.sample(sampling(num_samples=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": "0"}, "'k' must be int"),
+        ({"qid": 7}, "'qid' must be str"),
+        ({"tokens": [1]}, "'tokens' must be int"),
+        ({"response": None}, "'response' must be str"),
+        ({"answer": {"a": 1}}, "the gold answer is dict"),
+    ],
+)
+def test_a_spoilt_line_of_samples_is_named(world, change, message):
+    pairs.sample(sampling())
+    part = Path("samples/toys/part-0-of-1.jsonl")
+    rows = read_lines(part)
+    write_lines(part, [rows[0], rows[1] | change, *rows[2:]])
+    with pytest.raises(InputError, match=f"part-0-of-1.jsonl line 2: .*{message}"):
+        pairs.correctness(pairs.CorrectnessConfig())
+
+
+def test_the_cap_counts_all_prompt_versions_of_a_question(world):
+    pairs.sample(sampling(prompts="en,en_bg", num_samples=16))
+    pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out"), pairs_per_query=5))
+    rows = [r for f in sorted(Path("out/annotations").iterdir()) for r in read_lines(f)]
+    asked = [r["question"].rsplit("Question:", 1)[1] for r in rows]
+    assert max(map(asked.count, asked)) == 5
+    versions = {
+        (r["chosen_meta"]["prompt_version"], r["rejected_meta"]["prompt_version"]) for r in rows
+    }
+    assert versions == {("en", "en"), ("en_bg", "en_bg")}  # a pair answers one prompt
 
 
 def test_a_link_out_of_the_root_is_refused(world):
@@ -510,10 +575,12 @@ def test_dropout_ntp_shared_and_stopped_gives_the_same_pairs(world, monkeypatch,
     assert "left to other processes" in capsys.readouterr().out
 
 
-def test_dropout_ntp_refuses_wrapped_questions(world):
+def test_dropout_ntp_continues_chains_of_thought_too(world):
     pairs.sample(sampling())
-    with pytest.raises(InputError, match="--prompts none"):
-        pairs.dropout_ntp(pairs.DropoutConfig(model_dir=Path("model"), out_dir=Path("out")))
+    pairs.dropout_ntp(pairs.DropoutConfig(model_dir=Path("model"), out_dir=Path("out")))
+    rows = read_lines("out/annotations/toys_prefix_pair_sr0.5_wo_image.jsonl")
+    assert rows and all(row["question"].startswith("<image>") for row in rows)
+    assert all("Give step by step" in prompt.question for prompt in Generator.prompts)
 
 
 def test_both_kinds_of_pairs_share_one_meta_file(world):

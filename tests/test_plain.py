@@ -8,8 +8,8 @@ from conftest import run_forks, train_in_process
 from safetensors.torch import load_file, save_file
 
 import plain
-from data import read_meta
 from generate import Generator, Prompt
+from records import read_meta
 from runtime import read_jsonl, start_process, stop_process
 from tokenizer import load_tokenizer
 from toy import write_world

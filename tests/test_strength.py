@@ -32,8 +32,9 @@ from torch import nn
 import train as train_module
 import weights as weights_module
 from config import load_config
-from data import PairData, gather_questions, grow_bushes, lay_out, merge, read_meta
+from data import PairData, gather_questions, grow_bushes, lay_out, merge
 from memory import RandomRoundingAdamW, adapters, merge_adapters, start_adapters
+from records import read_meta
 from runtime import Failure, run, start_process, stop_process
 from tokenizer import load_tokenizer
 from tools.bench import example_tree

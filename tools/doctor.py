@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import InternVLConfig, load_config, recipe
-from data import PairRecord, read_meta
+from records import PairRecord, read_meta
 from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
 
 PAIRS_READ = 20_000

@@ -15,15 +15,17 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import DataSet, PairRecord, encode_tree, epoch_order, load_image, read_meta, seeded
-from model import load_config
+from config import load_config
+from data import encode_tree, epoch_order, fit_tree, seeded
+from images import is_flat, load_image
+from records import PairRecord, read_meta
 from runtime import InputError, flag, parse_command, run, write_atomic
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, new_figure, page, png, text_table
@@ -70,43 +72,58 @@ class StatsConfig:
 
 
 def check(cfg: CheckConfig) -> None:
-    """Verify all records; print tables of tiles and tokens and every bad record."""
+    """Verify all records; print tables of tiles and tokens, every bad record and every odd one."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     max_length = min(cfg.max_length, config.llm.max_position_embeddings)
-    bad: list[str] = []
-    tiles: Counter[int] = Counter()
-    lengths: list[int] = []
-    for data_set in read_meta(cfg.meta, cfg.max_tiles or config.max_tiles):
+    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    bad, odd, lengths = [], [], []
+    tiles, overlong = Counter(), Counter()
+    for data_set in sets:
         print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
         for number in range(len(data_set)):
             try:
                 record = data_set[number]
                 tree = encode_tree(record, tokenizer, config)
-                check_images(record)
+                odd += look_at_images(record)
             except InputError as error:
                 bad.append(str(error))
                 continue
             tiles[sum(tree.tiles)] += 1
             lengths.append(tree.longest)
             if tree.longest > max_length:
-                bad.append(f"{record.where}: {tree.longest} tokens, limit {max_length}")
-    print(text_table(("tiles a record", "records"), bars(dict(sorted(tiles.items())))))
-    print(text_table(("tokens a record", "records"), bars(token_bins(lengths))))
-    for line in bad:
-        print(f"bad: {line}")
-    total = sum(map(len, read_meta(cfg.meta, 1)))
-    print(f"{total} records, {len(bad)} of them bad")
+                odd.append(f"{record.where}: {tree.longest} tokens, more than {max_length}")
+                overlong.update(outcomes(record, tokenizer, config, max_length))
+    print(text_table(("tiles a record", "records", ""), bars(dict(sorted(tiles.items())))))
+    print(text_table(("tokens a record", "records", ""), bars(token_bins(lengths))))
+    print("\n".join([*(f"bad: {line}" for line in bad), *(f"look: {line}" for line in odd)]))
+    if overlong:
+        print(f"{overlong.pop('too long')} records are longer than {max_length} tokens; they would")
+        print("\n".join(f"  {name}: {count}" for name, count in sorted(overlong.items())))
+    total = sum(map(len, sets))
+    print(f"{total} records: {total - len(bad)} can be read, {len(bad)} are bad")
     if bad:
         raise SystemExit(1)
 
 
-def check_images(record: PairRecord) -> None:
-    """Decode the record's images; errors name the record."""
-    for path in record.images:
+def look_at_images(record: PairRecord) -> list[str]:
+    """Decode the record's images; lines about those of one colour.  Errors name the record."""
+    try:
+        flat = [path for path in record.images if is_flat(load_image(path))]
+    except InputError as error:
+        raise InputError(f"{record.where}: {error}") from None
+    return [f"{record.where}: image {path} is of one colour" for path in flat]
+
+
+def outcomes(record: PairRecord, *fit: Any) -> list[str]:
+    """What becomes of a too long record under each --overlong; fit: arguments of `fit_tree`."""
+    results = ["too long"]
+    for choice in ("drop", "cut", "fewer_tiles"):
         try:
-            load_image(path)
-        except InputError as error:
-            raise InputError(f"{record.where}: {error}") from None
+            result = "be trained on" if fit_tree(record, *fit, choice) else "be dropped"
+        except InputError:
+            result = "stop the run"
+        results.append(f"--overlong {choice}: {result}")
+    return results
 
 
 def token_bins(lengths: list[int]) -> dict[str, int]:
@@ -321,13 +338,6 @@ class KindStats:
         }
 
 
-def records_of(sets: list[DataSet]) -> Iterator[tuple[str, PairRecord, dict]]:
-    """(data set, record, its line as it stands) of all pairs in the order of meta.json."""
-    for data_set in sets:
-        for number in range(len(data_set)):
-            yield data_set.name, data_set[number], data_set.lines[number]
-
-
 def stats(cfg: StatsConfig) -> None:
     unit, count = "words", lambda text: len(text.split())
     if cfg.model_dir:
@@ -335,12 +345,14 @@ def stats(cfg: StatsConfig) -> None:
         unit, count = "tokens", lambda text: len(encode(text))
     kinds: dict[str, KindStats] = defaultdict(KindStats)
     groups: dict[str, KindStats] = defaultdict(KindStats)
-    for name, record, raw in records_of(read_meta(cfg.meta, 1)):
-        lengths = {part: count(raw[part].replace(IMAGE, "").strip()) for part in PARTS}
-        kinds[gold_kind(raw)].add(record, raw, lengths, cfg.max_length)
-        meta = raw.get("chosen_meta")
-        version = meta.get("prompt_version") or "none" if isinstance(meta, dict) else "none"
-        groups[f"{name} / {version}"].add(record, raw, lengths, cfg.max_length)
+    for data_set in read_meta(cfg.meta, 1):
+        for number in range(len(data_set)):
+            record, raw = data_set[number], data_set.lines[number]
+            lengths = {part: count(raw[part].replace(IMAGE, "").strip()) for part in PARTS}
+            meta = raw.get("chosen_meta")
+            version = meta.get("prompt_version") or "none" if isinstance(meta, dict) else "none"
+            for group in (kinds[gold_kind(raw)], groups[f"{data_set.name} / {version}"]):
+                group.add(record, raw, lengths, cfg.max_length)
     if not kinds:
         raise InputError(f"{cfg.meta}: no pairs")
     out = cfg.out_dir or cfg.meta.parent
@@ -398,7 +410,6 @@ def plot_stats(kinds: dict[str, KindStats], unit: str) -> bytes:
 
 
 COMMANDS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
-VERBS: dict[str, Callable] = {"check": check, "show": show, "stats": stats}
 
 
 def main() -> None:
@@ -406,7 +417,7 @@ def main() -> None:
     if len(argv) > 1 and not argv[1].startswith("-"):  # META may stand without its flag
         argv.insert(1, "--meta")
     verb, cfg = parse_command(COMMANDS, argv)
-    VERBS[verb](cfg)
+    {"check": check, "show": show, "stats": stats}[verb](cfg)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import image_names, image_paths
 from generate import Generator, Prompt
+from images import image_names, image_paths
 from pairs import (
     EngineConfig,
+    SampledLine,
     SampleSet,
     annotation_file,
+    check_images,
     choose,
     digest,
     drop_repeats,
@@ -42,7 +44,7 @@ from pairs import (
     spend,
     without_image,
 )
-from runtime import InputError, flag, parse_cli, run
+from runtime import InputError, flag, from_json, parse_cli, run
 from tokenizer import IMAGE
 
 CHUNK = 256  # candidates that go through the steps together
@@ -119,8 +121,8 @@ def length_threshold(lengths: list[tuple[int, int]]) -> float:
 def candidate_rows(data_set: SampleSet) -> Iterator[dict]:
     """The sampled responses, each with its rid."""
     for name, row in read_parts(data_set.files):
-        if not isinstance(row.get("response"), str) or "qid" not in row:
-            raise InputError(f"{name}: no 'response' and 'qid'; run `sample`")
+        if not from_json(SampledLine, row, name).qid:
+            raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
         yield row | {"rid": digest(row["qid"], row["k"])}
 
 
@@ -155,6 +157,7 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
     for row in rows:
         row["yes_no"], images = [], image_names(row, row["rid"])
         paths = image_paths(root, images, row["question"][:60])
+        check_images(paths, row["question"][:60])
         each = max(1, max_tiles // max(1, len(images)))
         matched = len(row["questions"]) == len(row["claims"])
         for i, question in enumerate(row["questions"] if matched else ()):

@@ -1,0 +1,162 @@
+"""Image files: a list of formats, limits, one way to RGB, one key of what a file holds.
+
+    image_names, image_paths   what a record names -> files under a root that nothing leaves
+    open_image, load_image     size without decoding; RGB pixels
+    image_key                  a hash of every byte: what caches and resumed runs compare
+
+As the official code (`Image.open(path).convert("RGB")`): the first frame of an animation, and EXIF
+orientation is not applied.  Differs: gray levels of 16 and 32 bits and of floats are scaled (there
+they end at 255, nearly all white), transparent places are white (there whatever lies below, mostly
+black), and formats outside the list are refused: some of their decoders start other programs.
+"""
+
+import io
+import os
+import struct
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from runtime import InputError, fingerprint
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 200_000_000  # an image bomb is refused before it is decoded
+MAX_BYTES = 500_000_000
+DECODER_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError),
+    *(MemoryError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what to do
+    "images": "name the key 'image', a path or a list of paths",
+    "history": "write earlier turns into 'question'",
+    "video": "remove the record",
+    "clip": "remove the record",
+}
+
+
+# --------------------------------------------------------------------------- paths
+
+
+def image_names(record: dict, name: str) -> list[str]:
+    """Image paths of a record; absent, null, "" and [] all mean text only.  `name` is for errors.
+
+    Also refuses, by name, what this program would otherwise pass over (NOT_SUPPORTED).
+    """
+    for key, remedy in NOT_SUPPORTED.items():
+        if record.get(key):
+            raise InputError(f"{name}: {key!r} is not supported; {remedy}")
+    image = record.get("image")
+    names = image if isinstance(image, list) else [] if image in (None, "") else [image]
+    if not all(isinstance(path, str) and path for path in names):
+        raise InputError(f"{name}: 'image' must be a path or a list of paths, got {image!r:.60}")
+    return names
+
+
+def image_paths(root: Path, names: list[str], name: str) -> tuple[Path, ...]:
+    """Files of image names under `root`; absolute names, and what leaves the root, are refused."""
+    paths = []
+    for image in names:
+        if "://" in image or Path(image).is_absolute():
+            raise InputError(f"{name}: image {image!r}: give a path relative to root {root}")
+        path = Path(root) / image
+        try:
+            inside = Path(os.path.realpath(path)).is_relative_to(real_folder(Path(root).absolute()))
+        except ValueError:  # a null character, half a character
+            raise InputError(f"{name}: image {image!r:.80} is no file name") from None
+        if not inside:
+            raise InputError(f"{name}: image {image!r} leaves its root {root}")
+        paths.append(path)
+    return tuple(paths)
+
+
+@lru_cache(maxsize=64)
+def real_folder(root: Path) -> str:
+    """The folder without links, looked up once: it is asked for with every image."""
+    return os.path.realpath(root)
+
+
+def image_key(path: Path) -> str:
+    """What the file holds: remembered by path, size and time, read again if one of them changed."""
+    return fingerprint([path])
+
+
+# --------------------------------------------------------------------------- pixels
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image with its size known but not yet decoded; limits on bytes and pixels."""
+    if not os.path.isfile(path):  # also a name that no file system takes
+        raise InputError(f"no image {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"image {path} has more than {MAX_BYTES} bytes")
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        formats = ", ".join(FORMATS)
+        raise InputError(
+            f"image {path} cannot be read: it is none of {formats}; convert it"
+        ) from None
+    except DECODER_ERRORS as error:
+        raise InputError(f"image {path} cannot be read: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"image {path} has more than {MAX_PIXELS} pixels")
+    return image
+
+
+def load_image(path: Path) -> Image.Image:
+    """The decoded RGB image; a broken or cut-off file is an InputError that names it."""
+    with open_image(path) as image:
+        try:
+            image.load()
+            return to_rgb(image)
+        except InputError as error:
+            raise InputError(f"image {path}: {error}") from None
+        except DECODER_ERRORS as error:
+            raise InputError(f"image {path} cannot be decoded: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits, transparency on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(eight_bits(image)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image.getchannel("A"))  # opaque pixels are copied exactly
+    return canvas
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:  # (row col) uint8
+    """Gray levels scaled to 0..255 from the format's range.
+
+    That is 0..65535 for 16 bits.  32 bits and floats carry smaller images as well: theirs is the
+    smallest of the usual ranges that holds all levels.
+    """
+    levels = np.asarray(image).astype(np.float64)
+    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    ranges = {"F": (1, 2**8 - 1, 2**16 - 1), "I": (2**8 - 1, 2**16 - 1, 2**31 - 1)}
+    usual = (2**16 - 1,) if sixteen and image.mode != "F" else ranges[image.mode]
+    low, high = levels.min(), levels.max()
+    top = next((top for top in usual if 0 <= low and high <= top), None)
+    if top is None:  # also levels that are no numbers
+        raise InputError(
+            f"gray levels from {low:g} to {high:g}, expected 0 to {usual[-1]:g}; save it as 8 bits"
+        )
+    transparent = levels == image.info.get("transparency", -1)
+    return np.where(transparent, 255, np.rint(levels * (255 / top))).astype(np.uint8)
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether all pixels of an RGB image are equal: nothing can be seen."""
+    return all(low == high for low, high in image.getextrema())
+
+
+def jpeg(tile: Image.Image, quality: int) -> Image.Image:
+    """The tile after a round through JPEG (the official `data_augment`)."""
+    buffer = io.BytesIO()
+    tile.save(buffer, format="JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")

@@ -1,0 +1,209 @@
+"""Preference pairs as they stand on disk: MMPR's meta.json and jsonl files.
+
+    read_meta    meta.json -> data sets with repeat_time, tile limits, JPEG augmentation
+    DataSet      its records by number, each read and checked when it is asked for
+    JsonLines    the objects of any jsonl file, likewise
+
+`tools/look.py` checks and shows what is read here.  Differs from the official loader: a bad record
+stops the run instead of being replaced by a random one, image paths cannot leave their root, and a
+key that changes what a record means is obeyed or refused by name.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from images import image_names, image_paths
+from runtime import InputError, flag, from_json, parse_json_line, rank_and_world, read_json
+from tokenizer import IMAGE, with_image_placeholders
+
+
+class JsonLines:
+    """The objects of a jsonl file, each read when it is asked for; empty lines do not count."""
+
+    def __init__(self, path: Path, part: bool = False) -> None:
+        """part: written by a process that may be killed; a torn last line is left out."""
+        self.path, self.file = Path(path), open(path, "rb")  # noqa: SIM115  (read from any time)
+        starts, numbers, position = [], [], 0
+        for number, line in enumerate(self.file, 1):
+            if part and not line.endswith(b"\n"):
+                break
+            if line.strip():
+                starts.append(position)
+                numbers.append(number)
+            position += len(line)
+        self.starts, self.numbers = np.array([*starts, position]), np.array(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, n: int) -> dict:
+        start, end = int(self.starts[n]), int(self.starts[n + 1])
+        line = os.pread(self.file.fileno(), end - start, start)  # threads share the file
+        return parse_json_line(self.path, int(self.numbers[n]), line)
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """("file line N", object) of each line."""
+        return ((self.name(n), self[n]) for n in range(len(self)))
+
+    def name(self, n: int) -> str:
+        return f"{self.path} line {self.numbers[n]}"
+
+
+@dataclass(frozen=True)
+class PairLine:
+    """The keys of a line in a jsonl file of pairs that are read; `image` is read in images.py."""
+
+    question: str
+    chosen: str
+    rejected: str
+    system_prompt: str | None = None  # in the place of the model's system message
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """One preference pair, checked."""
+
+    where: str  # "set name, file line N": for errors and the run record
+    question: str
+    chosen: str
+    rejected: str
+    images: tuple[Path, ...]
+    max_tiles: int
+    augment: bool
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One entry of meta.json."""
+
+    name: str
+    root: Path
+    lines: JsonLines
+    repeat_time: Fraction
+    max_tiles: int
+    augment: bool
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, number: int) -> PairRecord:
+        """Read and check one record.  Raises InputError naming set, file, line and key."""
+        name = f"{self.name}, {self.lines.name(number)}"
+        raw = self.lines[number]
+        line, names = from_json(PairLine, raw, name), image_names(raw, name)
+        for key in ("question", "chosen", "rejected"):
+            if not raw[key].strip():
+                raise InputError(f"{name}: {key} is empty")
+        if line.chosen.strip() == line.rejected.strip():
+            raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
+        return PairRecord(
+            name,
+            with_placeholders(line.question, len(names), name),
+            line.chosen,
+            line.rejected,
+            image_paths(self.root, names, name),
+            max(1, self.max_tiles // max(1, len(names))),
+            self.augment,
+            line.system_prompt,
+        )
+
+
+def with_placeholders(question: str, num_images: int, name: str) -> str:
+    """The question with one <image> an image; `name` is for errors."""
+    if not num_images and IMAGE in question:
+        raise InputError(f"{name}: the question has {IMAGE} but the record no 'image'; add it")
+    try:
+        return with_image_placeholders(question, num_images)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+# --------------------------------------------------------------------------- meta.json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set in meta.json."""
+
+    annotation: str
+    root: str = ""
+    repeat_time: int | float | str = 1
+    length: int | None = None
+    max_dynamic_patch: int | None = flag(None, "tiles of an image at most", low=1, high=128)
+    data_augment: bool = False
+
+
+def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
+    """meta.json -> data sets.  `max_tiles` holds where an entry has no max_dynamic_patch.
+
+    Paths are looked for beside meta.json, then from the working folder, then by their tails: MMPR
+    was published with paths of its authors' disks, or from above the folder (`find_beside`).
+    """
+    path, notes = Path(path), []
+    if not path.is_file():
+        raise InputError(f"no {path}; expected MMPR's meta.json (see README)")
+    meta = read_json(path)
+    if not meta:
+        raise InputError(f"{path}: expected one object of data set name -> entry")
+    sets = [_data_set(path, name, entry, max_tiles, notes) for name, entry in meta.items()]
+    if notes and rank_and_world()[0] == 0:
+        more = f" (and {len(notes) - 3} more)" if len(notes) > 3 else ""
+        print("\n".join(notes[:3]) + more, file=sys.stderr)
+    return sets
+
+
+def _data_set(path: Path, name: str, raw: object, max_tiles: int, notes: list[str]) -> DataSet:
+    name_of_entry = f"{path}: {name}"
+    if not isinstance(raw, dict):
+        raise InputError(f"{name_of_entry}: expected an object with 'annotation', got {raw!r:.60}")
+    entry = from_json(Entry, raw, name_of_entry)
+    annotation = find_beside(path, entry.annotation, name_of_entry, notes)
+    if annotation.suffix != ".jsonl":
+        raise InputError(f"{name_of_entry}: annotation {annotation} must end in .jsonl")
+    if not annotation.is_file():  # also a pipe, which would never answer
+        raise InputError(f"{name_of_entry}: no annotation file {annotation}")
+    lines = JsonLines(annotation)
+    if entry.length not in (None, len(lines)):
+        notes.append(f"{name_of_entry}: length says {entry.length}, {annotation} has {len(lines)}")
+    root = find_beside(path, entry.root, name_of_entry, notes)
+    repeat = repeat_time(entry.repeat_time, name_of_entry)
+    tiles = entry.max_dynamic_patch or max_tiles
+    return DataSet(name, root, lines, repeat, tiles, entry.data_augment)
+
+
+def repeat_time(value: int | float | str, name: str) -> Fraction:
+    """Exactly the decimal number that stands in the file: 0.07 * 100 is 7."""
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise InputError(f"{name}: repeat_time must be a number, got {value!r:.40}") from None
+    if not 0 <= number <= 1e6:
+        raise InputError(f"{name}: repeat_time must be >= 0 and <= 1000000, got {value!r:.40}")
+    return Fraction(str(number))
+
+
+def find_beside(meta: Path, path: str, name: str, notes: list[str]) -> Path:
+    """A path of meta.json: beside it, else from the working folder, else its longest tail.
+
+    Two tails that name different files are an error; `notes` gets a line when a tail is taken.
+    """
+    beside = meta.parent / path
+    if not path or os.path.lexists(beside):
+        return beside
+    if os.path.lexists(path):
+        return Path(path)
+    parts = Path(path).parts
+    tails = [meta.parent.joinpath(*parts[n:]) for n in range(1, len(parts))]
+    there = [tail for tail in tails if ".." not in tail.parts and tail.exists()]
+    if any(not there[0].samefile(tail) for tail in there):
+        raise InputError(f"{name}: {path} could be {' or '.join(map(str, there))}; write which")
+    if there:
+        notes.append(f"{name}: {path} found by its tail as {there[0]}")
+    return there[0] if there else beside

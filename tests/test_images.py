@@ -1,0 +1,160 @@
+"""Image files: which formats are read, how their levels become 8 bits, what is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import images
+from images import image_key, image_paths, load_image
+from runtime import InputError
+
+GRAY = np.linspace(0, 65535, 1024).reshape(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        ("16.png", GRAY.astype(np.uint16)),
+        ("16.tif", GRAY.astype(np.uint16)),
+        ("16.pgm", GRAY.astype(np.uint16)),
+        ("16-in-32.tif", GRAY.astype(np.int32)),
+        ("32.tif", (GRAY / 65535 * (2**31 - 1)).astype(np.int32)),
+        ("8-in-32.tif", (GRAY / 257).round().astype(np.int32)),
+        ("float-1.tif", (GRAY / 65535).astype(np.float32)),
+        ("float-255.tif", (GRAY / 257).astype(np.float32)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gray_levels_are_scaled_from_the_formats_range(tmp_path, name, levels):
+    Image.fromarray(levels).save(tmp_path / name)
+    pixels = np.asarray(load_image(tmp_path / name)).astype(float)
+    np.testing.assert_allclose(pixels, np.repeat(GRAY[..., None] / 257, 3, -1), atol=0.51)
+
+
+def test_a_dark_16_bit_image_stays_dark(tmp_path):
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray((GRAY / 257).astype(np.uint16)).save(tmp_path / name)
+        assert np.asarray(load_image(tmp_path / name)).max() == 1
+
+
+@pytest.mark.parametrize("low_high", [(-1, 1), (0, 1e9), (0, np.nan), (0, np.inf)])
+def test_levels_without_a_range_are_refused(tmp_path, low_high):
+    Image.fromarray(np.array([low_high], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif: gray levels from .* save it as 8 bits"):
+        load_image(tmp_path / "a.tif")
+
+
+def drawing(mode):
+    """A black square on transparency."""
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[8:16, 8:16, 3] = 255
+    return Image.fromarray(rgba).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.png", "RGBA"), ("a.webp", "RGBA"), ("a.png", "LA"), ("a.gif", "RGBA")]
+)
+def test_transparent_places_are_white(tmp_path, name, mode):
+    drawing(mode).save(tmp_path / name, lossless=True)
+    pixels = np.asarray(load_image(tmp_path / name))
+    assert (pixels[8:16, 8:16] == 0).all() and (pixels[:8] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "I;16"])
+def test_one_transparent_level_is_white(tmp_path, mode):
+    colour = (0, 0, 0) if mode == "RGB" else 0
+    Image.new(mode, (8, 8), colour).save(tmp_path / "a.png", transparency=colour)
+    assert (np.asarray(load_image(tmp_path / "a.png")) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "RGBA"])
+def test_opaque_images_of_8_bits_are_read_as_the_official_code_reads_them(tmp_path, mode):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    Image.fromarray(noise).convert(mode).save(tmp_path / name)
+    official = Image.open(tmp_path / name).convert("RGB")
+    assert np.array_equal(np.asarray(load_image(tmp_path / name)), np.asarray(official))
+
+
+def test_orientation_in_exif_is_not_applied_and_the_first_frame_counts(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (20, 10)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "JPEG2000", "DDS", "TGA", "PDF", "ICNS"])
+def test_other_formats_are_refused_whatever_the_file_is_called(tmp_path, kind):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a", format=kind)
+    (tmp_path / "a").rename(tmp_path / "a.png")
+    with pytest.raises(InputError, match="a.png cannot be read: it is none of PNG, JPEG"):
+        load_image(tmp_path / "a.png")
+
+
+def test_missing_broken_and_huge_images_are_named(tmp_path, monkeypatch):
+    for name in ("a.png", "x" * 300, "x\0.png", "."):
+        with pytest.raises(InputError, match="no image"):
+            load_image(tmp_path / name)
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match="a.png cannot be read"):
+        load_image(tmp_path / "a.png")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "b.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="b.png cannot be decoded"):
+        load_image(tmp_path / "b.png")
+    monkeypatch.setattr("images.MAX_PIXELS", 1000)
+    (tmp_path / "b.png").write_bytes(whole)
+    with pytest.raises(InputError, match="more than 1000 pixels"):
+        load_image(tmp_path / "b.png")
+
+
+def test_damaged_files_of_every_format_are_read_or_refused_by_name(tmp_path):
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    for kind in ("png", "jpeg", "webp", "bmp", "gif", "tiff", "ppm"):
+        noise.save(tmp_path / "good", format=kind)
+        good = np.frombuffer((tmp_path / "good").read_bytes(), np.uint8)
+        for _ in range(40):
+            bad = good.copy()
+            bad[random.integers(0, len(bad), 4)] = random.integers(0, 256, 4)
+            (tmp_path / "bad").write_bytes(bad[: random.integers(1, len(bad) + 1)].tobytes())
+            try:
+                assert load_image(tmp_path / "bad").mode == "RGB"
+            except InputError as error:
+                assert "bad" in str(error)
+
+
+def test_a_link_cannot_leave_the_root(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "root" / "loop.png").symlink_to(tmp_path / "root" / "loop.png")
+    with pytest.raises(InputError, match="line 1: image 'link.png' leaves its root"):
+        image_paths(tmp_path / "root", ["link.png"], "line 1")
+    (path,) = image_paths(tmp_path / "root", ["loop.png"], "line 1")
+    with pytest.raises(InputError, match="no image .*loop.png"):
+        load_image(path)
+
+
+def test_a_key_follows_content_and_is_remembered_by_path_size_and_time(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"1" if name == "a" else b"2")
+    keys = [image_key(tmp_path / name / "x.png") for name in ("a", "b", "a")]
+    assert keys[0] == keys[2] != keys[1]
+    (tmp_path / "a" / "x.png").write_bytes(b"3")
+    assert image_key(tmp_path / "a" / "x.png") not in keys
+
+
+def test_a_flat_image_is_told_from_one_with_a_drawing():
+    assert images.is_flat(Image.new("RGB", (8, 8), "white"))
+    assert not images.is_flat(load_image_of(drawing("RGBA")))
+
+
+def load_image_of(image):
+    return images.to_rgb(image)

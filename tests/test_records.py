@@ -1,0 +1,194 @@
+"""meta.json and jsonl files of pairs: what is read, and what is refused by name."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from records import find_beside, read_meta
+from runtime import InputError
+
+GOOD = {"question": "What is 1 plus 2?", "chosen": "It is 3.", "rejected": "It is 4."}
+
+
+def write_set(folder, records, **entry):
+    """A meta.json with one data set of the given records (objects, or raw lines)."""
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    meta = {"a": {"root": ".", "annotation": "a.jsonl", "repeat_time": 1, **entry}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+def test_placeholders_are_put_in_front_when_missing_and_counted_when_there(tmp_path):
+    one = {**GOOD, "image": "x.png"}
+    assert read_meta(write_set(tmp_path, [one]), 12)[0][0].question.startswith("<image>\n")
+    two = {**GOOD, "image": ["x.png", "x.png"]}
+    question = read_meta(write_set(tmp_path, [two]), 12)[0][0].question
+    assert question == "<image>\n<image>\n" + GOOD["question"]
+    for absent in ("", [], None):
+        record = read_meta(write_set(tmp_path, [{**GOOD, "image": absent}]), 12)[0][0]
+        assert record.images == () and record.question == GOOD["question"]
+
+
+def test_several_images_share_the_tile_limit(tmp_path):
+    record = {**GOOD, "image": ["x.png"] * 5}
+    assert read_meta(write_set(tmp_path, [record], max_dynamic_patch=12), 6)[0][0].max_tiles == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"question": "x"', "a.jsonl line 2: not valid JSON"),
+        (
+            '{"question": "x", "question": "y"}',
+            "a.jsonl line 2: the key 'question' stands .* twice",
+        ),
+        ('["x"]', "a.jsonl line 2: expected a JSON object"),
+        ({"question": "x", "chosen": "y"}, "a.jsonl line 2: no 'rejected'"),
+        ({**GOOD, "chosen": 3}, "line 2: 'chosen' must be str, got 3"),
+        ({**GOOD, "chosen": " "}, "line 2: chosen is empty"),
+        ({**GOOD, "rejected": " It is 3.\n"}, "line 2: chosen and rejected are the same text"),
+        ({**GOOD, "rejected": GOOD["chosen"]}, "line 2: chosen and rejected are the same text"),
+        ({**GOOD, "image": "/etc/passwd"}, "line 2: image '/etc/passwd'.*relative to root"),
+        ({**GOOD, "image": "../x.png"}, "line 2: image '../x.png' leaves its root"),
+        ({**GOOD, "image": "s3://b/x.png"}, "line 2: .*relative to root"),
+        ({**GOOD, "image": "x\0.png"}, "line 2: image .* is no file name"),
+        *(
+            ({**GOOD, "image": image}, "line 2: 'image' must be a path or a list of paths, got")
+            for image in (0, False, {}, 12, [["x"]], ["x.png", None], [""])
+        ),
+        ({**GOOD, "image": ["a.png"], "question": "<image> <image>"}, "line 2: .*2.*1"),
+        (
+            {**GOOD, "question": "<image>\nWhat?"},
+            "line 2: the question has <image> but .* no 'image'",
+        ),
+        ({**GOOD, "images": ["a.png"]}, "line 2: 'images' is not supported; name the key 'image'"),
+        ({**GOOD, "history": [["a", "b"]]}, "line 2: 'history' is not supported; write earlier"),
+        ({**GOOD, "system_prompt": ["x"]}, "line 2: 'system_prompt' must be"),
+        ({**GOOD, "video": "x.mp4"}, "line 2: 'video' is not supported; remove the record"),
+        ({**GOOD, "clip": [0, 1]}, "line 2: 'clip' is not supported"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_line_and_key(tmp_path, record, message):
+    sets = read_meta(write_set(tmp_path, [GOOD, record]), 12)
+    assert sets[0][0].chosen == GOOD["chosen"]
+    with pytest.raises(InputError, match=message):
+        sets[0][1]
+
+
+def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
+    meta = write_set(tmp_path, [json.dumps([GOOD, GOOD], indent=1)])
+    with pytest.raises(InputError, match="this is a JSON list; write one object a line"):
+        read_meta(meta, 12)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"annotation": "b.jsonl"}, "no annotation file .*b.jsonl"),
+        ({"annotation": "a.json"}, "must end in .jsonl"),
+        ({"annotation": ["a.jsonl"]}, "'annotation' must be str, got"),
+        ({"annotation": "fifo.jsonl"}, "no annotation file .*fifo.jsonl"),
+        ({"root": None}, "'root' must be str, got None"),
+        ({"root": 3}, "'root' must be str, got 3"),
+        ({"repeat_time": -1}, "repeat_time must be >= 0 .* got -1"),
+        ({"repeat_time": "often"}, "repeat_time must be a number, got 'often'"),
+        ({"repeat_time": "1/0"}, "repeat_time must be a number, got '1/0'"),
+        ({"repeat_time": "1e99999999"}, "repeat_time must be >= 0 .* got '1e99999999'"),
+        ({"repeat_time": "nan"}, "repeat_time must be >= 0"),
+        ({"repeat_time": True}, "'repeat_time' must be"),
+        ({"repeat_time": [1]}, "'repeat_time' must be"),
+        ({"data_augment": "false"}, "'data_augment' must be bool, got 'false'"),
+        ({"data_augment": 1}, "'data_augment' must be bool, got 1"),
+        ({"length": "5"}, "'length' must be"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch must be >= 1"),
+        ({"max_dynamic_patch": 3000}, "max_dynamic_patch must be .*<= 128"),
+        ({"max_dynamic_patch": 2.5}, "'max_dynamic_patch' must be"),
+    ],
+)
+def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    with pytest.raises(InputError, match=f"meta.json: a: .*{message}"):
+        read_meta(write_set(tmp_path, [GOOD], **entry), 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no .*meta.json; expected MMPR's"),
+        ("[]", "expected a JSON object"),
+        ("{}", "expected one object of data set name"),
+        ('{"a": 3}', "meta.json: a: expected an object with 'annotation', got 3"),
+        ('{"a": {}}', "meta.json: a: no 'annotation'"),
+        ('{"a": {"annotation": "a.jsonl"}, "a": {}}', "the key 'a' stands there twice"),
+        ("[" * 100_000, "not valid JSON"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_meta_json_itself_may_be_missing_or_broken(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_meta(tmp_path / "meta.json", 12)
+
+
+def test_a_byte_order_mark_is_taken_and_repeat_time_is_1_unless_said(tmp_path):
+    meta = write_set(tmp_path, [GOOD])
+    entry = {"a": {"annotation": "a.jsonl"}}
+    meta.write_bytes(b"\xef\xbb\xbf" + json.dumps(entry).encode())
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    (data_set,) = read_meta(meta, 12)
+    assert data_set.repeat_time == 1 and data_set[0].chosen == GOOD["chosen"]
+
+
+def test_another_length_than_the_file_has_is_a_warning(tmp_path, capsys):
+    assert len(read_meta(write_set(tmp_path, [GOOD], length=2), 12)[0]) == 1
+    assert "a: length says 2, " in capsys.readouterr().err
+    read_meta(write_set(tmp_path, [GOOD], length=1), 12)
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------- MMPR as published
+
+
+@pytest.mark.parametrize(
+    ("annotation", "root"),
+    [
+        ("annotations/x.jsonl", "images/ai2d"),  # v1.1
+        ("MMPR-v1.2/annotations/x.jsonl", "MMPR-v1.2/images/ai2d"),
+        (
+            "/mnt/petrelfs/someone/MMPR/annotations/x.jsonl",
+            "/mnt/petrelfs/someone/MMPR/images/ai2d/",
+        ),
+    ],
+)
+@pytest.mark.parametrize("above", [False, True], ids=["from its folder", "from above"])
+def test_mmpr_loads_where_it_was_unpacked(tmp_path, monkeypatch, capsys, annotation, root, above):
+    folder = tmp_path / "MMPR-v1.2"
+    for name in ("annotations", "images/ai2d"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "images/ai2d/1.png")
+    (folder / "annotations/x.jsonl").write_text(json.dumps({**GOOD, "image": "1.png"}))
+    entry = {"annotation": annotation, "root": root, "repeat_time": 0.5, "length": 1}
+    (folder / "meta.json").write_text(json.dumps({"ai2d_correctness_rules": entry}))
+    monkeypatch.chdir(tmp_path if above else folder)
+    record = read_meta(folder / "meta.json", 12)[0][0]
+    assert record.images[0].samefile(folder / "images/ai2d/1.png")
+    by_tail = "found by its tail as" in capsys.readouterr().err
+    assert by_tail == (annotation.startswith("/") or (annotation.startswith("MMPR") and not above))
+
+
+def test_the_longest_tail_is_taken_and_two_different_ones_are_an_error(tmp_path):
+    meta = tmp_path / "meta.json"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/c.jsonl").write_text("")
+    notes = []
+    assert find_beside(meta, "/x/a/b/c.jsonl", "set", notes) == tmp_path / "b/c.jsonl"
+    assert notes == [f"set: /x/a/b/c.jsonl found by its tail as {tmp_path}/b/c.jsonl"]
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(InputError, match="could be .*b/c.jsonl or .*c.jsonl; write which"):
+        find_beside(meta, "/x/a/b/c.jsonl", "set", notes)
+    assert find_beside(meta, "/x/d.jsonl", "set", notes).name == "d.jsonl"  # nowhere: named later
+    assert not find_beside(meta, "/x/../../d", "set", notes).exists()
