@@ -18,6 +18,7 @@ times; BCO's shift is updated once a step, after use, and is part of the checkpo
 why); weight decay spares vectors.
 """
 
+import hashlib
 import json
 import math
 import signal
@@ -177,6 +178,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
     from tools.plan import Meter  # noqa: PLC0415
 
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
+        weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
         cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
         terms = parse_objective(cfg.loss)
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
@@ -272,9 +274,11 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
             f"batch_size {cfg.batch_size} does not divide by {process.world} processes; "
             "choose a multiple"
         )
+    tokenizer = load_tokenizer(cfg.model_dir)
+    tokenizer.check_vocabulary(config.llm.vocab_size)
     data = PairData(
         read_meta(cfg.meta, cfg.max_tiles or config.max_tiles),
-        load_tokenizer(cfg.model_dir),
+        tokenizer,
         config,
         batch_size=cfg.batch_size,
         pack_tokens=cfg.pack_tokens,
@@ -467,6 +471,13 @@ class BareReference:
         return sums
 
 
+def with_checksum(record: dict) -> dict:
+    """The record and a checksum of its other values."""
+    values = {key: value for key, value in record.items() if key != "checksum"}
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4)
+    return values | {"checksum": digest.hexdigest()}
+
+
 class CachedReference:
     """Log-probs of every response of the run under the start weights, scored once.
 
@@ -498,7 +509,9 @@ class CachedReference:
 
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
-            for record in runtime.read_whole_lines(part)[0]:
+            for number, record in enumerate(runtime.read_whole_lines(part)[0], 1):
+                if record != with_checksum(record):
+                    raise InputError(f"{part} line {number}: not as it was written; delete {part}")
                 self.logps[record["key"]] = record["logp"]
         dist.barrier()  # nobody appends before everybody has read
 
@@ -539,7 +552,7 @@ class CachedReference:
         sums, lengths = score(policy, pack, cfg)
         if rank < len(packs):
             for key, logp, length in zip(pack.keys, sums.tolist(), lengths.tolist()):
-                part.append({"key": key, "logp": logp, "length": int(length)})
+                part.append(with_checksum({"key": key, "logp": logp, "length": int(length)}))
 
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
         if pack.where == [BLANK]:

@@ -12,6 +12,7 @@ A sharded parameter is a DTensor split over its first dimension as torch.chunk d
 reads only its own rows of each tensor, so nobody ever holds the model twice.
 """
 
+import errno
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 from config import load_config
 from layouts import Piece, folder_pieces, split_stored
 from model import InternVL
-from runtime import InputError, fingerprint, read_json, sync_folder, write_atomic
+from runtime import Failure, InputError, fingerprint, read_json, sync_folder, write_atomic
 from tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -196,9 +197,7 @@ def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternV
         )
         config = config.with_tied_head(not any(heads))
     if any((Path(model_dir) / name).is_file() for name in TOKENIZERS):
-        tokenizer = load_tokenizer(model_dir)
-        tokenizer.check_vocabulary(config.llm.vocab_size)
-        image_token = tokenizer.image_context_id
+        image_token = load_tokenizer(model_dir).image_context_id
     with torch.device("meta"):
         return InternVL(config, config.image_token_id if image_token is None else image_token)
 
@@ -264,7 +263,7 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
                 name, p = parameters[stored]
                 full = whole(p)  # every process takes part
                 if not is_finite(full):
-                    raise ArithmeticError(f"{name} holds NaN or infinity; {out_dir} is not written")
+                    raise Failure(f"{name} holds NaN or infinity; {out_dir} is not written")
                 if is_writer():
                     rows = split_stored(full, pieces[name])[stored]
                     shard[stored] = rows.to("cpu", DTYPES[f.get_slice(stored).get_dtype()])
@@ -274,7 +273,7 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
     barrier()
     for name, p, rows in stored_rows(model, partial):
         if not torch.equal(local(p).to("cpu", rows.dtype), rows):
-            raise RuntimeError(f"{partial}: {name} read back differs from the model; disk at fault")
+            raise Failure(f"{partial}: {name} read back differs from the model; disk at fault")
     barrier()
     if is_writer():
         finish_export(partial, out_dir)
@@ -330,7 +329,9 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> 
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, **options)
         sync_file(path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; what was saved before is intact") from error
+        number = getattr(error, "errno", None) or errno.EIO
+        message = f"cannot write {path}: {error}; what was saved before is intact"
+        raise OSError(number, message) from error
 
 
 def sync_file(path: Path) -> None:

@@ -37,13 +37,15 @@ from benchmarks.quantities import (
     FUNCTIONS,
     GREEK,
     MAX_EXPRESSION,
+    SPELLINGS,
     Expression,
     Quantity,
+    Rules,
     at_points,
-    in_plain_signs,
     is_whole,
     parse_expression,
     read_quantity,
+    read_sum,
     read_unit,
     same_quantity,
 )
@@ -114,17 +116,17 @@ _TRIGGERS = {  # on lower-cased text: a literal start passes megabytes quickly, 
     "final": re.compile(r"final[ \t]{1,4}answer[*_ \t]{0,8}[:：]"),
     "答案": re.compile(r"答案[*_ \t]{0,8}[:：]"),
 }
-_EMPHASIS = [  # marks come off with their partners
-    (re.compile(pattern, re.DOTALL), new)
-    for pattern, new in (
-        (r"(?<![\w)*])\*\*(?=[^\s*])([^*]+)(?<=[^\s*])\*\*(?!\*)", r"\1"),  # not 9**9**9
-        (r"(?<![\w)*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])", r"\1"),
-        (r"(?<![\w_])__(?=[^\s_])([^_]+)__(?!_)|(?<![\w_])_(?=[^\s_])([^_]+)_(?!\w)", r"\1\2"),
-        (r"`([^`]+)`|^'([^']+)'$|^\"([^\"]+)\"$|^“([^”]+)”$", r"\1\2\3\4"),
-        (r"^「([^」]+)」$|^『([^』]+)』$|^«([^»]+)»$", r"\1\2\3"),
-        (r"^(?:#{1,6}|>) | #{1,6}$", ""),
-    )
-]
+_EMPHASIS = Rules(  # marks come off with their partners
+    (r"(?<![\w)*])(\*\*\*?)(?=[^\s*])([^*]+)(?<=[^\s*])\1(?!\*)", r"\2"),  # not 9**9**9
+    (r"(?<![\w)*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])", r"\1"),
+    (r"(?<![\w_])__(?=[^\s_])([^_]+)__(?!_)|(?<![\w_])_(?=[^\s_])([^_]+)_(?!\w)", r"\1\2"),
+    (r"`([^`]+)`|^'([^']+)'$|^\"([^\"]+)\"$|^“([^”]+)”$", r"\1\2\3\4"),
+    (r"^「([^」]+)」$|^『([^』]+)』$|^«([^»]+)»$", r"\1\2\3"),
+    (r"^(?:#{1,6}|>) | #{1,6}$", ""),
+    (r"^(?:‘([^’]+)’|【([^】]+)】|\((\0[^()]+)\)|\[(\0[^\[\]]+)\])$", r"\1\2\3\4"),
+    flags=re.DOTALL,
+    needs="*_`'\"#>([",
+)
 
 
 @dataclass(frozen=True)
@@ -166,24 +168,17 @@ def _find_triggers(response: str) -> list[tuple[int, int]]:
 
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
     """(text before, trigger, answer) without the marks that dress the answer line."""
-    marks = response[response.rfind("\n", 0, start) + 1 : start]
-    if marks.strip('*_#> \t"“「『`'):  # the line begins with wording: only what touches the trigger
-        marks = marks[len(marks.rstrip('*_"“「『`')) :]
-    elif not marks.strip():  # an indent
-        marks = ""
+    line_start = response.rfind("\n", 0, start) + 1
+    marks = re.search(r"[*_\"'“‘「『【`(\[]*$", response[line_start:start])[0]
+    if not response[line_start:start].strip("*_#> \t\"'“‘「『【`(["):  # the whole start of the line
+        marks = response[line_start:start] if response[line_start:start].strip() else ""
     trigger, answer = re.sub(r"[*_]", "", response[start:end]), response[end:].strip()
     if len(answer) <= MAX_ANSWER:
         inner = re.sub(r"[^*_]", "", response[start:end])  # of **Final answer**: 5
-        answer = _strip_emphasis(f"{marks.strip()}\0{inner}{answer}").partition("\0")[2].strip()
+        answer = _EMPHASIS.apply(f"{marks.strip()}\0{inner}{answer}").partition("\0")[2].strip()
         if answer.count("**") % 2 or not answer.strip("*_ \n"):  # half a mark, or marks alone
             answer = answer.strip("*_ \n")
     return response[: start - len(marks)], trigger, answer
-
-
-def _strip_emphasis(text: str) -> str:
-    for pattern, new in _EMPHASIS:
-        text = pattern.sub(new, text).strip()
-    return text
 
 
 def _parse_after_trigger(response: str) -> Parsed:
@@ -204,7 +199,7 @@ def _parse_after_trigger(response: str) -> Parsed:
 
 def _last_box(text: str) -> tuple[int, str | None]:
     r"""(where the last \boxed{ starts or -1, its content or None when the braces never close)."""
-    boxes = [*re.finditer(r"\\boxed[ \t]{0,8}\{", text)]
+    boxes = [*re.finditer(r"\\boxed\s{0,8}\{", text)]
     if not boxes:
         return -1, None
     match, level = boxes[-1], 1
@@ -272,18 +267,19 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
     before, trigger, answer = _split_at_trigger(response, start, end)
     gap = re.match(r"[\s*_]*", response[end:])[0]
     blank = "\n" if "\n" in gap else " " if " " in gap else ""
-    line = before[before.rfind("\n") + 1 :] + trigger + answer
+    fixed = before + trigger.rstrip() + blank + answer
+    line = fixed[before.rfind("\n") + 1 :]
+    for mark in ("**", "__", '"', "`"):
+        if line.count(mark) % 2 or fixed.count(mark) % 2 > response.count(mark) % 2:
+            return response
     as_written = (response[:start], response[start:end], response[end:].strip())
-    half = any(line.count(mark) % 2 for mark in ("**", "__", '"', "`"))
-    if half or (before, trigger, answer) == as_written:
-        return response
-    return before + trigger.rstrip() + blank + answer
+    return response if (before, trigger, answer) == as_written else fixed
 
 
 # --------------------------------------------------------------------------- plain text
 
 _LOOKALIKES = str.maketrans(
-    dict.fromkeys("‐‑‒–−﹣－", "-") | dict.fromkeys("‘’′", "'") | dict.fromkeys("“”″", '"')
+    dict.fromkeys("‐‑‒–—―−﹣－", "-") | dict.fromkeys("‘’′", "'") | dict.fromkeys("“”″", '"')
     | dict.fromkeys("º˚", "°") | dict.fromkeys("⁄∕", "/") | dict.fromkeys("×·∙∗⋅", "*")
 )  # fmt: skip
 _INVISIBLE = re.compile(
@@ -292,38 +288,50 @@ _INVISIBLE = re.compile(
 )
 _SUPERSCRIPT = re.compile("[⁺⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _VULGAR_FRACTION = re.compile("([0-9]?)([¼-¾⅐-⅞])")
-_MARKUP = [
-    (re.compile(pattern, re.DOTALL), new)
-    for pattern, new in (
-        (r"<(b|i|u|em|strong|code|mark|span|answer|p)>([^<>]*)</\1>", r"\2"),
-        (r"<sup>([^<>]*)</sup>", r"^{\1}"),
-        (r"\\\(((?:[^\\]|\\[^()])*)\\\)|\\\[((?:[^\\]|\\[^][])*)\\\]", r" \1\2 "),
-        (r"(?<!\\)\$\$([^$]+)\$\$", r" \1 "),
-        (r"(?<![\\$])\$(?=[^\s$])([^$]*)(?<=[^\s\\$])\$(?![0-9$])", r"\1"),  # not "$5 and $6"
-    )
-]
-_WRAPPER = re.compile(  # of words in mathematics: its braces go with it, all others stay
-    r"(\\(?:text(?:bf|it|rm|sf|tt|up)?|math(?:rm|bf|it|sf|bb|tt)|boldsymbol|bm|[mf]?box|boxed|emph"
-    r"|underline|operatorname\*?)\s{0,9}\{|\\?[{}])"
+_IN_BRACES = "[^{}]*"
+for _ in range(4):  # levels of braces
+    _IN_BRACES = rf"(?:[^{{}}]|\{{{_IN_BRACES}\}})*"
+_MARKUP = Rules(
+    (r"<(b|i|u|em|strong|code|mark|span|answer|p)>([^<>]*)</\1>", r"\2"),
+    (r"<sup>([^<>]*)</sup>", r"^{\1}"),
+    (r"^</\w{1,9}>|</\w{1,9}>$", ""),  # opened before the trigger
+    (r"<br ?/?>|\\\\$", " "),
+    (r"\\\(((?:[^\\]|\\[^()])*)\\\)|\\\[((?:[^\\]|\\[^][])*)\\\]", r" \1\2 "),
+    (r"(?<!\\)\$\$([^$]+)\$\$|^\$([^$]+)\$$", r" \1\2 "),
+    (r"(?<![\\$])\$(?=[^\s$])((?:[^$\\]|\\.)*)(?<!\s)\$(?![0-9$])", r"\1"),  # not $5, $6
+    (  # words in mathematics
+        r"\\(?:text(?:bf|it|rm|sf|tt|up)?|math(?:rm|bf|it|sf|bb|tt)|boldsymbol|bm|[mf]?box|boxed|emph"
+        rf"|underline|operatorname\*?) ?\{{({_IN_BRACES})\}}",
+        r" \1 ",
+    ),
+    flags=re.DOTALL,
+    needs="\\$<",
 )
-_WORDING = [
-    (re.compile(pattern, re.IGNORECASE), new)
-    for pattern, new in (
-        (r"^(?:about|around|approximately|approx\.?|roughly|exactly)\s+(?=[^\s]*[0-9])", ""),
-        (r"\b([0-9]{1,2}) o'clock\b", r"\1:00"),
-        (r"(?<=[0-9])(?::00)?\s*([ap])\.?m\b\.?", r" \1m"),  # 11:00 a.m.
-        (r"^(?:from\s+)?([0-9.]+)\s+(?:to|through|until)\s+([0-9.]+)\b", r"\1-\2"),
-        (r"^between\s+([0-9.]+)\s+and\s+([0-9.]+)\b", r"\1-\2"),
-        (r"\bper\s+cent\b", "percent"),
-        (r"\b([0-9]+) and (?:a|1) half\b", r"(\1+1/2)"),
-        (r"\b([0-9]+)[ -]hal(?:f|ves)\b", r"\1/2"),
-        (r"\b([0-9]+)[ -]thirds?\b", r"\1/3"),
-        (r"\b([13])[ -]quarters?\b", r"\1/4"),
-    )
-]
+_WORDING = Rules(
+    (
+        r"^(?:(?:so|thus|hence|therefore|the|my|correct|right|best|final)\b,?\s*){0,4}"
+        r"(?:answer|ans|result)(?:\s+(?:is|would be)\b\s*:?|\s*[:=])\s*"
+        r"|^(?:正确|最终)?答案[是为:]+\s*",
+        "",
+    ),
+    (r"^(?:about|around|approximately|approx\.?|roughly|exactly)\s+(?=[^\s]*[0-9])", ""),
+    (r"\b([0-9]{1,2}) o'clock\b", r"\1:00"),
+    (r"(?<=[0-9])(?::00)?\s*([ap])\.?m\b\.?", r" \1m"),  # 11:00 a.m.
+    (r"^(?:from\s+)?([0-9.]+)\s+(?:to|through|until)\s+([0-9.]+)\b", r"\1–\2"),  # a range
+    (r"^between\s+([0-9.]+)\s+and\s+([0-9.]+)\b", r"\1–\2"),
+    (r"\bper ?cent(?:age points?)?\b", "percent"),
+    (r"\ban? (?=dozen|million|billion)", "1 "),
+    (r"\b([0-9]+) and (?:a|1) half\b", r"(\1+1/2)"),
+    (r"\b([0-9]+)[ -]hal(?:f|ves)\b", r"\1/2"),
+    (r"^(?:a )?half$", "1/2"),
+    (r"\b([0-9]+)[ -]thirds?\b", r"\1/3"),
+    (r"\b([13])[ -]quarters?\b", r"\1/4"),
+    flags=re.IGNORECASE,
+)
 _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
     r"(?<![\w.,/'])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}"
-    r"|[0-9]{1,3}(?:\ [0-9]{3})+|[0-9]{1,3}(?:'[0-9]{3})+)(?![0-9'/]|[, ][0-9])"
+    r"|[0-9]{1,3}(?: [0-9]{3})+|[0-9]{1,3}(?:\.[0-9]{3}){2,}|[0-9]{1,3}(?:'[0-9]{3})+)"
+    r"(?![0-9'/]|[, ][0-9])"
 )
 _WORD_VALUE = dict(
     zip(
@@ -334,7 +342,7 @@ _WORD_VALUE = dict(
     )
 )
 _NUMBER_WORDS = re.compile(
-    rf"(?<![\w-])(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(_WORD_VALUE)})"
+    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(_WORD_VALUE)})"
     rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(_WORD_VALUE)}))*(?![\w-])",
     re.IGNORECASE,
 )
@@ -351,11 +359,7 @@ def undress(text: str) -> str:
     text = " ".join(_INVISIBLE.sub("", text).split())
     for _ in range(8):  # layers
         bare = text.rstrip(".。;,、 ")
-        if any(mark in bare for mark in "\\$<"):
-            for pattern, new in _MARKUP:
-                bare = pattern.sub(new, bare).strip()
-            bare = _drop_wrappers(bare).strip()
-        bare = _strip_emphasis(bare)
+        bare = _EMPHASIS.apply(_MARKUP.apply(bare))
         if bare.count("**") % 2:  # half a mark
             bare = bare.removeprefix("**").removesuffix("**").strip()
         if bare == text:
@@ -364,36 +368,21 @@ def undress(text: str) -> str:
     return text
 
 
-def _drop_wrappers(text: str) -> str:
-    r"""\text{5} cm -> 5 cm at any depth; the text as it is when a brace has no partner."""
-    pieces, closing = [], []
-    for piece in _WRAPPER.split(text):
-        if piece == "}" and closing:
-            pieces.append(closing.pop())
-        elif piece == "{" or len(piece) > 2 and _WRAPPER.fullmatch(piece):
-            pieces.append("{" if piece == "{" else " ")
-            closing.append("}" if piece == "{" else " ")
-        else:
-            pieces.append(piece)
-    return text if closing else "".join(pieces)
-
-
 @functools.lru_cache(maxsize=8192)
 def plain_text(text: str) -> str:
     """The answer undressed and in one spelling: LaTeX as plain signs, numbers in digits."""
-    text = in_plain_signs(undress(text))
+    text = SPELLINGS.apply(undress(text))
     if text.lower() == "none":
         return "0"
     text = _NUMBER_WORDS.sub(_in_digits, text)
-    for pattern, new in _WORDING if any(c.isdigit() for c in text) else ():
-        text = pattern.sub(new, text)
-    return _GROUPED.sub(lambda match: _ungrouped(match, text), text).strip()
+    text = _WORDING.apply(text)
+    return _GROUPED.sub(lambda match: _ungrouped(match, text), text)
 
 
 def _ungrouped(match: re.Match, text: str) -> str:
     """1,234 as 1234; inside brackets a comma separates: (1,234) is a point."""
     separates = "," in match[0] and _inside(text[: match.start()])
-    return match[0] if separates else re.sub("[ ,']", "", match[0])
+    return match[0] if separates else re.sub("[ ,'.]", "", match[0])
 
 
 def _inside(head: str) -> bool:
@@ -452,15 +441,15 @@ _MATHEMATICAL = re.compile(
 )
 _DECIMAL = r"[0-9]+(?:\.[0-9]+)?"
 _CHAIN = re.compile(
-    rf"({_DECIMAL}\s*([-:/x*])\s*{_DECIMAL}(?:\s*\2\s*{_DECIMAL})*)"
+    rf"({_DECIMAL}\s*([-–:/x*])\s*{_DECIMAL}(?:\s*\2\s*{_DECIMAL})*)"
     r"\s*([^0-9\s(^!.+*/,;:=<>-][^0-9,;=<>]{0,40})?"
 )
 _JOINER = re.compile(r"\s*[,;、]\s*(?:(?:and|or)\b)?|\s*\b(?:and|or)\b|\s*[&∪]", re.IGNORECASE)
 _RELATION = re.compile(r"[=<>≤≥≠]")
 _FLIPPED = {">": "<", "≥": "≤"}
-_NAME = re.compile(
-    r"(?:m\s*)?∠?\s*[^\W\d_]+(?: [^\W\d_]+)*(?:_\w|_\{\w+\}|'|\([^\W\d_]\))?"
-    r"|\([a-z](?:,\s*[a-z])*\)"
+_NAME = re.compile(  # x_1, f(x), BC, the area; m∠ABC; (x, y)
+    r"[^\W\d_]+(?: [^\W\d_]+)*(?:_\w|_\{\w+\}|'|\([\w.-]{1,5}\))?"
+    r"|(?:m\s*)?∠\s*\w+|\([a-z](?:,\s*[a-z])*\)"
 )
 
 
@@ -470,7 +459,7 @@ def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
     text = text.strip()
     if len(text) > MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
         return None
-    for reader in (_read_chain, _read_list, _read_relation, _read_brackets):
+    for reader in (_read_chain, read_sum, _read_list, _read_relation, _read_brackets):
         if (reading := reader(text, depth)) is not None:
             return reading
     return read_quantity(text)
@@ -493,13 +482,13 @@ def _read_chain(text: str, depth: int) -> Items | Quantity | None:
     sign, tail = match[2], match[3]
     unit = read_unit(tail) if tail else None
     numbers = [Quantity(Expression(Fraction(n)), unit) for n in re.findall(_DECIMAL, match[1])]
-    if (tail and (unit is None or sign not in "-:")) or (sign == "/" and len(numbers) == 2):
+    if (tail and (unit is None or sign not in "-–:")) or (sign == "/" and len(numbers) == 2):
         return None  # 2*3 cm and the fraction 3/4 are quantities
     if sign == ":" and tail and len(numbers) == 2 and not numbers[1].expression.tree:
         return numbers[0]  # 11:00 am
     arithmetic = not tail and (sign == "*" or (sign == "-" and len(numbers) == 2))
     value = read_quantity(text) if arithmetic else None
-    return Items(sign, tuple(numbers), value=value)
+    return Items(sign.replace("–", "-"), tuple(numbers), value=value)
 
 
 def _read_list(text: str, depth: int) -> Items | None:
@@ -563,9 +552,13 @@ def _same_plain(pred: str, gold: str) -> bool:
         return ours.letters == theirs.letters
     if theirs and theirs.text:  # the gold is "B. dog"
         return _same_plain(pred, theirs.text)
-    pred, gold = (_ANSWER_IS.sub("", text) for text in (pred, gold))
     a, b = read(pred), read(gold)
-    return (a is not None and b is not None and _same(a, b)) or _same_wording(pred, gold)
+    if a is not None and b is not None and not (theirs and len(theirs.letters) > 1):
+        if _same(a, b):
+            return True
+        if isinstance(a, Quantity) and isinstance(b, Quantity) and a.unit and b.unit:
+            return False  # mW is not MW
+    return _same_wording(pred, gold)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -573,9 +566,9 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Relation) and isinstance(b, Relation):
         return _same_relation(a, b)
     if isinstance(a, Relation):  # x = 5 meets 5, and 1 < x < 5 meets (1, 5)
-        return _same(_as_interval(a) if a.signs else a.sides[0], b)
+        return _same(_as_interval(a, b) if a.signs else a.sides[0], b)
     if isinstance(b, Relation):
-        return _same(a, _as_interval(b) if b.signs else b.sides[0])
+        return _same(a, _as_interval(b, a) if b.signs else b.sides[0])
     if isinstance(a, Items) and isinstance(b, Items):
         return _same_items(a, b)
     a, b = (x.value if isinstance(x, Items) else x for x in (a, b))
@@ -585,7 +578,7 @@ def _same(a: Any, b: Any) -> bool:
 def _same_items(a: Items, b: Items) -> bool:
     if len(a.items) != len(b.items):
         return False
-    bare = "" in (a.brackets, b.brackets) and len(a.brackets + b.brackets) == 2
+    bare = "" in (a.brackets, b.brackets) and a.brackets + b.brackets in ("()", "[]", "{}")
     if a.brackets != b.brackets and not bare:
         return False  # (0, 1] is not (0, 1), but a bare list has no brackets to disagree
     named = all(isinstance(x, Relation) and x.name for x in (*a.items, *b.items))
@@ -633,8 +626,10 @@ def _proportional(a: Expression, b: Expression, sign: str) -> bool:
     )
 
 
-def _as_interval(relation: Relation) -> Items | None:
+def _as_interval(relation: Relation, other: Any) -> Items | None:
     """1 < x <= 5 as (1, 5], x > 3 as (3, oo)."""
+    if not isinstance(other, Items) or not other.brackets:
+        return None
     signs, sides = relation.signs, relation.sides
     expressions = [side.expression if isinstance(side, Quantity) else None for side in sides]
     place = next((i for i, e in enumerate(expressions) if e and isinstance(e.tree, str)), None)
@@ -649,60 +644,63 @@ def _as_interval(relation: Relation) -> Items | None:
 
 # --------------------------------------------------------------------------- options and wording
 _LEAD_WORDS = (
-    "the my so thus hence therefore then correct right best final true most likely appropriate "
-    "answers? ans options? choices? letters? is are it its it's that this would will must should "
-    "be i i'd i'll we choose chose chosen select selected pick picked think believe say go going "
-    "with conclude which both only to"
+    "the my so thus hence therefore then correct right best final true most appropriate "
+    "definitely clearly probably likely answers? ans options? choices? letters? is are it's it its "
+    "that this would will must should be i'd i'll i we choose chose chosen select selected pick "
+    "picked think believe say go going with conclude which both only to"
 )
 _LEAD = re.compile(
     rf"(?:(?:{'|'.join(_LEAD_WORDS.split())})\b[\s.,:=-]*"
-    r"|(?:正确|最终|的|我|应|该|选择|选项|选|答案|是|为)[\s:]*)+",
-    re.IGNORECASE,
-)
-_ANSWER_IS = re.compile(  # "the answer is 5"
-    r"^(?:(?:so|thus|hence|therefore|the|my|correct|right|best|final)\b,?\s*){0,4}(?:answer|ans|result)"
-    r"(?:\s+is\b\s*:?|\s*[:=])\s*|^(?:正确|最终)?答案[是为:]\s*",
+    r"|(?:因此|所以|故|正确|最终|的|我|应|该|选择|选项|选|答案|是|为)[\s:]*)+",
     re.IGNORECASE,
 )
 _ONE_OPTION = re.compile(  # (C) dog, C. dog, C
-    r"(?:[(\[{]\s*([A-N])\s*[)\]}]\s*[.:、]?|([A-N])\s*(?:[.:)、]|$))\s*(.*)",
+    r"(?:[(\[{]\s*([A-N])\s*[)\]}]\s*[.:、]?|([A-N])\s*(?:[.:)、。]|选?项|$))\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
-_LOOSE_OPTION = re.compile(  # C - dog, C (dog), C because ...; dog (C); dog, option C
-    r"\(?([A-N])\)?(?:\s+-\s|\s+\(|,?\s+(?:because|since|as|is|for)\b).*"
-    r"|.*\s\(([A-N])\)|.*,\s(?:option|choice|answer)\s+([A-N])",
+_LOOSE_OPTION = re.compile(  # C - dog, C (dog), C, dog, C because ...; dog (C); ... the answer is C
+    r"(?!.*(?:\b(?:not|neither|except|wrong|incorrect)\b|n't\b))(?:\(?([A-N])\)?"
+    r"(?:\s-\s|\s\(|,\s(?!(?:and|or)\b|\W?[A-N]\b)|,?\s(?:because|since|as|is|for)\b).*"
+    r"|.*\s\(([A-N])\)"
+    r"|.*\b(?:answer|option|choice)\b(?:\sis)?\s*:?\s*\W?([A-N])\W?(?:[.,:].*)?)",
     re.DOTALL,
 )
-_SINGLE = r"[(\[]?[A-N][)\]]?\.?"
-_OPTION_SET = re.compile(
-    rf"{_SINGLE}(?:(?:\s*(?:[,;&、和及与]|\band\b)\s*(?:and\b\s*)?|\s+){_SINGLE})+", re.IGNORECASE
-)
+_OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、和及与]", re.IGNORECASE)
 
 
+@functools.lru_cache(maxsize=8192)
 def read_options(text: str, strict: bool = False) -> Options | None:
     """The option letters A-N that a plain answer clearly names; `strict` for gold answers."""
     lead = _LEAD.match(text)
     for body in (text[lead.end() :], text) if lead else (text,):
         body = body.strip()
-        if _OPTION_SET.fullmatch(body) and (
-            body.isupper() or " AND " in body.upper() or not strict
-        ):
-            return Options(frozenset(re.findall(r"(?<![^\W_])[A-N](?![^\W_])", body.upper())))
-        if 1 < len(body) < 7 and re.fullmatch("[A-H]+", body) and len(set(body)) == len(body):
-            if not strict or list(body) == sorted(body):  # AC
-                return Options(frozenset(body))
+        if letters := _option_set(body, strict):
+            return Options(letters)
         if match := _ONE_OPTION.fullmatch(body):
             rest, mark = match[3], body[match.start(3) - 1 : match.start(3)]  # mark " " at a blank
             initials = not match[1] and mark in ".:" and re.match(r"[^\W\d_](?![^\W\d_])", rest)
             several = re.match(r"(?:and\b|or\b|[&,/和或]|[(\[][A-N][)\]])", rest)
             if not (rest and initials) and not several:  # not A.M, a:b, (A) or (B)
                 return Options(frozenset((match[1] or match[2]).upper()), rest.strip())
-        if not strict:
-            after_comma = r"([A-N]),\s+(?!(?:and|or)\b)[^,]+"  # option C, dog
-            match = _LOOSE_OPTION.fullmatch(body) or (lead and re.fullmatch(after_comma, body))
-            if match:
-                return Options(frozenset(match[match.lastindex]))
+        if not strict and (match := _LOOSE_OPTION.fullmatch(body)):
+            return Options(frozenset(match[match.lastindex]))
     return None
+
+
+def _option_set(body: str, strict: bool) -> frozenset[str] | None:
+    """A, C and D; (A) and (C); ACD, of a gold answer in this order (BAD is a word)."""
+    body = body if strict else re.sub(r"(?<=[A-N])\s?[/+]\s?(?=[A-N])", " ", body)
+    letters = _OPTION_JOINER.sub("", body)
+    apart = len(_OPTION_JOINER.sub(" ", body).split()) == len(letters)
+    if apart and not strict:
+        letters = letters.upper()
+    if len(letters) < 2 or len(set(letters)) < len(letters):
+        return None
+    if not re.fullmatch("[A-N]+" if apart else "[A-H]{2,6}", letters):
+        return None
+    return (
+        frozenset(letters) if apart or not strict or letters == "".join(sorted(letters)) else None
+    )
 
 
 _CONTRACTED = re.compile(  # don't = dont, but men's and mens differ
@@ -710,7 +708,7 @@ _CONTRACTED = re.compile(  # don't = dont, but men's and mens differ
 )
 # operators, signs beside digits, brackets around digits: no wording, compared letter by letter
 _NOT_WORDING = re.compile(
-    r"[+*/<>=^\\≤≥≠±|]|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
+    r"[0-9)]!|[+*/<>=^\\≤≥≠±|]|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
 )
 # between words, not operators: New York - USA, red/blue
 _JOINED_WORDS = re.compile(r"(?<=[^\W\d_]{2})(?:\s+-\s+|\s*/\s*)(?=[^\W\d_]{2})")
@@ -738,26 +736,20 @@ def _wording(text: str) -> list[str]:
 # --------------------------------------------------------------------------- official rules
 
 
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+
+
 def multi_choice_score(pred: str, gold: str) -> bool:
     """mc_score: the same option letter, or the wording of the gold option."""
     return same_answer(pred, gold)
 
 
-def _number(text: str, marks: str) -> Fraction | None:
-    """A plain decimal number without `marks`; never inf, nan or 1_0."""
-    text = re.sub(marks, "", text).replace(" ", "")
-    return (
-        Fraction(text)
-        if re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?", text)
-        and len(text) < 400
-        else None
-    )
-
-
 def _within(pred: str, gold: str, marks: str, margin: Fraction) -> bool:
-    a, b = _number(pred, marks), _number(gold, marks)
-    if a is None or b is None:
+    """Plain decimals (no inf, nan or 1_0) within a part `margin` of the gold one, or equal text."""
+    numbers = [re.sub(marks, "", text).replace(" ", "") for text in (pred, gold)]
+    if not all(_PLAIN_NUMBER.fullmatch(number) for number in numbers):
         return pred.lower() == gold.lower() != ""
+    a, b = map(Fraction, numbers)
     return abs(a - b) <= margin * abs(b)
 
 
@@ -872,7 +864,7 @@ def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | 
     answer, gold = str(answer), str(gold)
     if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return "equal" if len(answer) == len(gold) and answer.lower() == gold.lower() else None
-    bare_answer, bare_gold = undress(answer).lower(), undress(gold).lower()
+    bare_answer, bare_gold = undress(answer), undress(gold)
     if not bare_gold or not bare_answer:  # an empty gold is an input error, never a match
         return None
     if bare_answer == bare_gold:
@@ -899,51 +891,38 @@ def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
 # --------------------------------------------------------------------------- verdicts
 
 _CJK = "\u3400-\u9fff\uf900-\ufaff"
-_GUARD_TOKEN = re.compile(
-    r"(?P<minus>(?<![\w)])-\s?)?(?:\\frac\s*\{(?P<up>-?[0-9]{1,50})\}\s*\{(?P<down>[0-9]{1,50})\}"
-    r"|(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/(?P<over>[0-9]{1,50})(?![0-9./]))?)"
-    rf"|(?P<cjk>[{_CJK}])|(?P<word>[^\W\d_{_CJK}]+(?:'[^\W\d_{_CJK}]+)*)"
+_TOKEN = re.compile(  # signed numbers and fractions, words, single Chinese characters
+    r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/[1-9][0-9]*(?![./]))?"
+    rf"|[{_CJK}]|[^\W\d_{_CJK}]+(?:'[^\W\d_{_CJK}]+)*"
 )
 
 
-def _guard_tokens(text: str) -> list[str | Fraction]:
-    """Signed numbers by value, words, single Chinese characters."""
-    tokens: list[str | Fraction] = []
-    for m in _GUARD_TOKEN.finditer(text):
-        up, down = m["up"] or m["number"], m["down"] or m["over"] or "1"
-        if up is None or len(up) > 100 or not int(down):
-            tokens.append(m[0].lower())
-        else:
-            tokens.append((-1 if m["minus"] else 1) * Fraction(up) / int(down))
-    return tokens
+def _tokens(text: str) -> list[str | Fraction]:
+    """Words in lower case, numbers by value."""
+    text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()
+    return [Fraction(t) if t[-1].isdecimal() else t for t in _TOKEN.findall(text)]
 
 
 def is_ambiguous(answer: str, gold: str) -> bool:
     """A wrong answer that may be meant right: it holds the gold answer as whole tokens (`12 or 13`
     for 12), is a number within a hundredth of it, or the same list in another order."""
     answer, gold = plain_text(answer[:MAX_ANSWER]), plain_text(str(gold))
-    option = read_options(gold, strict=True)
-    if option and len(option.letters) == 1:
-        (letter,) = option.letters
-        ours = read_options(answer)
-        if re.search(rf"(?<![^\W_]){letter}(?![^\W_])", answer) and (
-            ours is None or ours.letters > option.letters
-        ):
+    option, ours = read_options(gold, strict=True), read_options(answer)
+    if option and (ours is None or ours.letters > option.letters):
+        if len(option.letters) == 1 and re.search(rf"\b{min(option.letters)}\b", answer):
             return True
-    have, want = _guard_tokens(answer), _guard_tokens(option.text if option else gold)
+    have, want = _tokens(answer), _tokens(option.text if option else gold)
     n = len(want)
     if n and any(have[i : i + n] == want for i in range(len(have) - n + 1)):
         return True
     a, b = read(answer), read(gold)
     if isinstance(a, Items) and isinstance(b, Items):
-        return a != b and _same_items(a._replace(unordered=True), b)
-    if not (isinstance(a, Quantity) and isinstance(b, Quantity)):
+        return _same_items(a._replace(unordered=True), b)
+    if not isinstance(a, Quantity) or not isinstance(b, Quantity) or (a.unit and a.unit != b.unit):
         return False
-    near = [a, b] if a.unit == b.unit else [a._replace(unit=None), b._replace(unit=None)]
     try:
-        x, y = (q.expression.value() for q in near)
-        letters = a.expression.letters | b.expression.letters
-        return not letters and not (is_whole(x) and is_whole(y)) and abs(x - y) <= abs(y) / 100
+        x, y = a.expression.value(), b.expression.value()
+        return not (is_whole(x) and is_whole(y)) and abs(x - y) <= abs(y) / 100
     except ArithmeticError:
         return False
 

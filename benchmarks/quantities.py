@@ -29,6 +29,22 @@ MAX_BITS = 4096  # of an exact power; a larger one is computed as a float, which
 
 # --------------------------------------------------------------------------- spelling
 
+
+class Rules:
+    """Replacements in order; ASCII text without any of the characters `needs` stays as it is."""
+
+    def __init__(self, *pairs: tuple[str, str | Callable], flags: int = 0, needs: str = "") -> None:
+        self.pairs = [(re.compile(pattern, flags), new) for pattern, new in pairs]
+        self.needs = frozenset(needs)
+
+    def apply(self, text: str) -> str:
+        if self.needs and self.needs.isdisjoint(text) and text.isascii():
+            return text
+        for pattern, new in self.pairs:
+            text = pattern.sub(new, text).strip()
+        return text
+
+
 GREEK = dict(
     zip(
         "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
@@ -36,51 +52,38 @@ GREEK = dict(
         "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
     )
 )
-_SPELLINGS = [  # LaTeX and typographic signs -> the small alphabet of the readers below
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\{,\}", ","),
-        (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
-        (r"\\(?:left|right|displaystyle|limits|[Bb]igg?|q?quad)(?![A-Za-z])|\\[,!;: ]|~", " "),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\(?:circ|degree)(?![A-Za-z])", "°"),
-        (r"\\([%$&{}])", r"\1"),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"√", r"\\sqrt "),
-        (r"π", r"\\pi "),
-        (rf"\\(?:var)?({'|'.join(GREEK)})(?![A-Za-z])", lambda match: GREEK[match[1]]),
-        (r"\\infty(?![A-Za-z])", "∞"),
-        (r"\\cup(?![A-Za-z])", "∪"),
-        (r"\\pm(?![A-Za-z])|\+/-", "±"),
-        (r"\\(?:cdot|times|ast)(?![A-Za-z])|(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
-        (r"\\div(?![A-Za-z])|÷", "/"),
-        (r"\\leq?(?:slant)?(?![A-Za-z])|<=", "≤"),
-        (r"\\geq?(?:slant)?(?![A-Za-z])|>=", "≥"),
-        (r"\\neq?(?![A-Za-z])|!=", "≠"),
-        (r"\\(?:approx|cong|in)(?![A-Za-z])|[≈≅∈]", "="),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\[lr]?vert(?![A-Za-z])", "|"),
-        (r"\\(?:measured)?angle(?![A-Za-z])", "∠"),
-        (r"\\(?:triangle|overline|vec|bar)(?![A-Za-z])|△", " "),
-        (r"\*\*", "^"),
-        # a whole number in front of a proper fraction is a mixed number
-        (r"(?<![\w.^}/])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}", r"(\1+\2/\3)"),  # noqa: E501
-        (r"(?<![\w.^}/])([0-9]{1,6})\s+([0-9]{1,6})\s*/\s*([0-9]{1,6})(?![\w.])", r"(\1+\2/\3)"),
-    )
-]  # fmt: skip
-
-
-_SPELLED = frozenset("\\*~<>!/xX{+")  # no ASCII text without these needs respelling
-
-
-def in_plain_signs(text: str) -> str:
-    """LaTeX and typographic signs in the alphabet that is read below."""
-    if not text.isascii() or not _SPELLED.isdisjoint(text):
-        for pattern, new in _SPELLINGS:
-            text = pattern.sub(new, text)
-    return text
+SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the readers below
+    (r"\{,\}", ","),
+    (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
+    (r"\\(?:left|right|displaystyle|limits|[Bb]igg?|q?quad)(?![A-Za-z])|\\[,!;: ]|~", " "),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\(?:circ|degree)(?![A-Za-z])", "°"),
+    (r"\\([%$&{}])", r"\1"),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"√", r"\\sqrt "),
+    (r"π", r"\\pi "),
+    (rf"\\(?:var)?({'|'.join(GREEK)})(?![A-Za-z])", lambda match: GREEK[match[1]]),
+    (r"\\infty(?![A-Za-z])", "∞"),
+    (r"\\cup(?![A-Za-z])", "∪"),
+    (r"\\pm(?![A-Za-z])|\+/-", "±"),
+    (r"\\(?:cdot|times|ast)(?![A-Za-z])|(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
+    (r"\\div(?![A-Za-z])|÷", "/"),
+    (r"\\leq?(?:slant)?(?![A-Za-z])|<=", "≤"),
+    (r"\\geq?(?:slant)?(?![A-Za-z])|>=", "≥"),
+    (r"\\neq?(?![A-Za-z])|!=", "≠"),
+    (r"\\(?:approx|cong|in)(?![A-Za-z])|[≈≅∈]", "="),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\[lr]?vert(?![A-Za-z])", "|"),
+    (r"\\(?:measured)?angle(?![A-Za-z])", "∠"),
+    (r"\\(?:triangle|overline|vec|bar)(?![A-Za-z])|△", " "),
+    (r"\*\*", "^"),
+    # a whole number in front of a proper fraction is a mixed number
+    (r"(?<![\w.^}/])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}", r"(\1+\2/\3)"),  # noqa: E501
+    (r"(?<![\w.^}/])([0-9]{1,6})\s+([0-9]{1,6})\s*/\s*([0-9]{1,6})(?![\w.])", r"(\1+\2/\3)"),
+    needs="\\*~<>!/xX{+",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------- expressions
@@ -88,7 +91,8 @@ def in_plain_signs(text: str) -> str:
 Number = Fraction | float
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z.]))?"
 _TOKEN = re.compile(
-    rf"\s*({_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)|[-+*/^!%°(){{}}\[\]|:])"
+    rf"\s*({_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
+    r"|[-+*/^!%°(){}\[\]|:])"
 )
 # short words that are prose, never a product of letters
 _PROSE = frozenset(
@@ -129,7 +133,7 @@ def parse_expression(text: str, ratio: bool = False, prefix: bool = False) -> Ex
     if len(text) > MAX_EXPRESSION:
         return None
     try:
-        parser = _Parser(in_plain_signs(text), ratio, prefix)
+        parser = _Parser(SPELLINGS.apply(text), ratio, prefix)
         tree = parser.sum()
     except ExpressionError:
         return None
@@ -412,7 +416,7 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
     """Whole numbers and fractions are exact, decimals count for the digits that they show.
 
     A decimal equals a gold decimal that it rounds to, or that rounds (or is cut) to it, within a
-    thousandth; a gold fraction or root takes six digits.
+    thousandth (and 100 is 100.05); a gold fraction or root takes six digits.
     """
     if x == gold or (isinstance(x * gold, float) and math.isclose(x, gold, rel_tol=1e-9)):
         return True
@@ -421,47 +425,46 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
         return False
     if not gold_step or not (step or is_whole(x)):
         return off <= 5e-6 * size
-    return 2 * off <= gold_step * size or (2 * off <= 1 if is_whole(x) else off < step * abs(x))
+    return 2 * off <= gold_step * size or (20 * off <= 1 if is_whole(x) else off < step * abs(x))
 
 
 # --------------------------------------------------------------------------- units
 
 # names = how much of what; with a star also k before symbols and kilo before names, and so on
 _UNIT_TABLE = """
-*m meter metre; *g gram gramme; *s sec second; min minute = 60 s; h hr hour = 60 min; day = 24 h;
+*m meter metre; micron = 0.001 mm; *Å angstrom = 1e-10 m; in inch inches " = 2.54 cm;
+ft foot feet ' = 12 in; yd yard = 3 ft; mi mile = 5280 ft; acre; ha hectare = 10000 m^2;
+*l L liter litre = 1000 cm^3; cc = 1 cm^3; gal gallon = 231 in^3; quart qt = 0.25 gal;
+pint pt = 0.5 quart; cup; *s sec second; min minute = 60 s; h hr hour = 60 min; day = 24 h;
 week wk = 7 day; month mo; year yr = 12 month; decade = 10 year; century centuries = 100 year;
-in inch inches " = 2.54 cm; ft foot feet ' = 12 in; yd yard = 3 ft; mi mile = 5280 ft;
-oz ounce = 28.349523125 g; lb lbs pound = 16 oz; ton; t tonne = 1000 kg; kilo = 1 kg; cup; acre;
-*l L liter litre = 1000 cm^3; gal gallon = 231 in^3; quart qt = 0.25 gal; pint pt = 0.5 quart;
-ha hectare = 10000 m^2; *Å angstrom = 1e-10 m; mph = 1 mi/h; kph kmh kmph = 1 km/h;
-*N newton = 1 kg m/s^2; *J joule = 1 N m; Nm = 1 N m; *W watt = 1 J/s; *Wh = 3600 J;
-*Pa pascal = 1 N/m^2; atm = 101325 Pa; *bar = 100000 Pa; *Hz hertz = 1 s^-1;
-*cal calorie = 4.184 J; *eV electronvolt = 1.602176634e-19 J; *V volt; *A amp ampere; *Ω ohm;
-*C coulomb °C celsius centigrade; *F farad fahrenheit °F; *K kelvin; *mol mole; *M molar; *T tesla;
-*B byte; bit; rad radian; ° deg degree = 0.017453292519943295 rad; % percent pct = 0.01;
-$ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp; pence penny p = 0.01 £; ₩ won krw;
-¥ yen jpy yuan rmb cny 元; ₹ rs inr rupee; rm myr ringgit; unit
+mph = 1 mi/h; kph kmh kmph = 1 km/h; *g gram gramme gm; kilo = 1 kg; oz ounce = 28.349523125 g;
+lb lbs pound = 16 oz; t tonne = 1000 kg; ton; *N newton = 1 kg m/s^2; *J joule = 1 N m; Nm = 1 N m;
+*W watt = 1 J/s; *Wh = 3600 J; *cal calorie = 4.184 J; *eV electronvolt = 1.602176634e-19 J;
+*Pa pascal = 1 N/m^2; *bar = 100000 Pa; atm = 101325 Pa; *Hz hertz = 1 s^-1; *V volt; *A amp ampere;
+*Ω ohm; *C coulomb °C celsius centigrade; *F farad fahrenheit °F; *T tesla; *K kelvin; *mol mole;
+*M molar; *B byte; bit; rad radian; ° deg degree = 0.017453292519943295 rad;
+% percent pct = 0.01; $ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp;
+pence penny p = 0.01 £; ¥ yen jpy yuan rmb cny 元; ₩ won krw; ₹ rs inr rupee; rm myr ringgit; chf
 """
 _PREFIXES = {
     "k": 3, "kilo": 3, "M": 6, "mega": 6, "G": 9, "giga": 9, "T": 12, "tera": 12, "d": -1,
     "deci": -1, "c": -2, "centi": -2, "m": -3, "milli": -3, "μ": -6, "u": -6, "micro": -6, "n": -9,
     "nano": -9, "p": -12, "pico": -12,
 }  # fmt: skip
-_UNIT_SPELLINGS = [
-    (re.compile(pattern, re.IGNORECASE), new)
-    for pattern, new in (
-        (r"[{}]|\bdegrees? (?=[cf])", ""),
-        (r"\*", " "),
-        (r"\s*\bper\s+|\s*/\s*(?:a\s+)?", "/"),
-        (r"\s*\^\s*|(?<=[A-Za-zΩμ])(?=[23](?![0-9]))|\s+(?=squared|cubed)", "^"),
-        (r"\bsquared\b", "2"),
-        (r"\bcubed\b", "3"),
-        (r"\b(?:square[ -]|sq\b[. ]*)\s*(\S+)", r"\1^2"),
-        (r"\b(?:cubic[ -]|cu\b[. ]*)\s*(\S+)", r"\1^3"),
-        (r"μ (?=m)", "μ"),
-        (r"\bms(?=\^-)", "m s"),  # no one means per millisecond
-    )
-]
+_UNIT_SPELLINGS = Rules(
+    (r"[{}]|\bdegrees? (?=[cf])", ""),
+    (r"\*", " "),
+    (r"\s*\bper\s+|\s*/\s*(?:a\s+)?", "/"),
+    (r"\s*\^\s*|(?<=[A-Za-zΩμ])(?=[23](?![0-9]))|\s+(?=squared|cubed)", "^"),
+    (r"\bsquared\b", "2"),
+    (r"\bcubed\b", "3"),
+    (r"\b(?:square[ -]|sq\b[. ]*)\s*(\S+)", r"\1^2"),
+    (r"\b(?:cubic[ -]|cu\b[. ]*)\s*(\S+)", r"\1^3"),
+    (r"μ (?=m)", "μ"),
+    (r"(?<=[a-z])-(?=[1-9]\b)", "^-"),
+    (r"\bms(?=\^-)", "m s"),  # no one means per millisecond
+    flags=re.IGNORECASE,
+)
 _UNIT_FACTOR = re.compile(
     r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:[-'.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
 )
@@ -482,7 +485,7 @@ _PREFIXED: set[str] = set()
 def _known_unit(word: str) -> Unit | None:
     """The unit of a name or symbol, plurals and prefixes included; case counts where it can."""
     for name in (word, word.lower()):
-        for single in (name, name.removesuffix("s")) if len(name) > 3 else (name,):
+        for single in (name, name.removesuffix("s")) if len(name) > 2 else (name,):
             if single in _UNITS:
                 return _UNITS[single]
             for prefix, power in _PREFIXES.items():
@@ -499,9 +502,7 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
 
     `invented`: words outside the table (red apples) are units of their own.
     """
-    text = text.strip().rstrip(".")
-    for pattern, new in _UNIT_SPELLINGS:
-        text = pattern.sub(new, text)
+    text = _UNIT_SPELLINGS.apply(text.strip().rstrip("."))
     scale, powers = Fraction(1), Counter()
     for place, part in enumerate(text.split("/")):
         for factor in part.split():
@@ -531,8 +532,9 @@ def _fill_units() -> None:
             _UNITS[name] = Unit(Fraction(number or 1) * base.scale, base.powers)
             if names.startswith("*"):
                 _PREFIXED.add(name)
-    for name in [*_UNITS]:  # Kg and HZ, where kg and Hz are meant
-        _UNITS.setdefault(name.lower(), _UNITS[name])
+    for name in [*_UNITS]:  # Kg and HZ, where kg and Hz are meant; but nm is no newton metre
+        if _known_unit(name.lower()) is None:
+            _UNITS[name.lower()] = _UNITS[name]
     _PREFIXED.update([name.lower() for name in _PREFIXED])
     read_unit.cache_clear()
 
@@ -553,17 +555,15 @@ class Quantity(NamedTuple):
 _MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _MAGNITUDES["trillion"] = 10**12
 _SHORT_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
-_GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹'\"")  # 5m is a length, 5x a product
+_GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
 _CURRENCY = re.compile(
-    r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|RM|Rs\.?|USD|EUR|GBP|INR|CNY)\s*([+-]?)\s*(?=[0-9.])"
+    r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|RM|Rs\.?|USD|EUR|GBP|INR|CNY|CHF)\s*([+-]?)\s*(?=[0-9.])"
 )
 _UNIT_START = re.compile(r"(?<=[0-9)}\].!])\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩])")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
 
 def read_quantity(text: str) -> Quantity | None:
-    if total := _read_sum(text):
-        return total
     text, currency = text.strip().lstrip("∠"), None
     if match := _CURRENCY.match(text):
         text, currency = match[1] + match[3] + text[match.end() :], read_unit(match[2])
@@ -575,8 +575,8 @@ def read_quantity(text: str) -> Quantity | None:
             magnitude = _SHORT_MAGNITUDES.get(word)
         if magnitude:
             gap, tail = True, rest.strip()
-        if not gap and len(tail) == 1 and tail not in _GLUED:
-            continue  # 2x is a product
+        if not gap and (len(tail) == 1 and tail not in _GLUED or word in ("st", "nd", "rd", "th")):
+            continue  # 2x is a product, 3rd no number
         if tail == "°" and head[0] not in "-.0123456789(":
             continue  # \\sin 30°
         unit = read_unit(tail, invented=gap or len(tail) > 3) if tail else None
@@ -592,7 +592,7 @@ def read_quantity(text: str) -> Quantity | None:
     return None if expression is None else Quantity(expression, currency)
 
 
-def _read_sum(text: str) -> Quantity | None:
+def read_sum(text: str, depth: int = 0) -> Quantity | None:
     """1 hour 30 minutes, 5 ft 10 in: falling units of one kind."""
     parts = [(Fraction(m[1]), _known_unit(m[2])) for m in _SUM.finditer(text)]
     if not 1 < len(parts) < 5 or _SUM.sub("", text) or not all(unit for _, unit in parts):

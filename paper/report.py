@@ -30,7 +30,6 @@ KEEP_RATIO = {0.25: (9.3, 4.8), 0.5: (7.6, 4.1), 0.75: (11.6, 6.2)}  # Table 9: 
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
 MADE_UP = ("responses", "mentions")  # share of them that name what is not there, %
-SIDES = ("chosen", "rejected")
 BOTH = {"Direct": "direct", "CoT": "cot"}
 DRAWN = ("SFT", "DPO", "BCO", "DPO+", "MPO")
 CURVES = ("rewards/chosen", "rewards/margin", "nll", "bco_shift")
@@ -189,14 +188,18 @@ def judge(claim: Claim, values: dict[int, tuple]) -> dict:
     line["number"] = statistics.fmean(numbers) if numbers else None
     line["half"], line["holds"] = half_width(numbers), None
     if line["half"] is not None:
-        sign = 1 if claim.at_least else -1
-        margin = sign * (line["number"] - claim.bound)
-        line["holds"] = (
-            True if margin >= line["half"] else False if margin < -line["half"] else None
-        )
+        margin = (line["number"] - claim.bound) * (1 if claim.at_least else -1)
+        line["holds"] = None if abs(margin) <= line["half"] else margin > 0
     undecided = "undecided" if numbers else "not run"
     line["verdict"] = {True: "agrees", False: "disagrees", None: undecided}[line["holds"]]
     return line
+
+
+def among(value: float, seeds: list[float]) -> str:
+    """Where a number of this story falls among the committed seeds."""
+    if min(seeds) <= value <= max(seeds):
+        return f"within the {len(seeds)} seeds"
+    return f"{'below' if value < min(seeds) else 'above'} all {len(seeds)} seeds"
 
 
 # --------------------------------------------------------------------------- numbers
@@ -290,27 +293,12 @@ def sample_answers(c: Collected, most: int = 6) -> list[dict]:
                 answers.setdefault(line["id"], []).append(answer)
     samples = []
     for question in read_whole_lines(start / "test.jsonl")[0]:
-        told = answers.get(question["id"], [])
-        if len({a[3] for a in told if a[1] == "cot"}) == 2 and len(samples) < most:
+        of_question = answers.get(question["id"], [])
+        verdicts = {verdict for _, setting, _, verdict in of_question if setting == "cot"}
+        if len(verdicts) == 2 and len(samples) < most:
             picture = f"seed-{seed}/images/{question['image']}"
-            samples.append(question | {"picture": picture, "answers": told})
+            samples.append(question | {"picture": picture, "answers": of_question})
     return samples
-
-
-def place(claims: list[dict], committed: list[dict]) -> list[dict]:
-    """Where the numbers of each claim fall among the committed seeds."""
-    known = {line["claim"]: list(line["values"].values()) for line in committed}
-    lines = []
-    for line in claims:
-        seeds = known.get(line["claim"], [])
-        for value in line["values"].values() if seeds else ():
-            below = sum(seed <= value for seed in seeds)
-            words = f"within: {below} of {len(seeds)} seeds are not above it"
-            words = "below all seeds" if value < min(seeds) else words
-            words = "above all seeds" if value > max(seeds) else words
-            placed = {"claim": line["claim"], "value": value, "committed": sorted(seeds)}
-            lines.append(placed | {"words": words})
-    return lines
 
 
 # --------------------------------------------------------------------------- pictures
@@ -362,15 +350,15 @@ def draw_ablations(lines: list[dict]) -> bytes:
     return figures.png(figures.curve_panels(panels, cols=min(3, len(panels)), y_label="%"))
 
 
-def draw_placed(placed: list[dict]) -> bytes:
-    """This story's number of every claim (black) among the committed seeds (grey)."""
-    drawn, axis = figures.new_figure(width=9, height=0.5 + 0.4 * len(placed))
-    for y, line in enumerate(reversed(placed)):
+def draw_placed(claims: list[dict]) -> bytes:
+    """This story's number of every claim (black) among those of the committed seeds (grey)."""
+    drawn, axis = figures.new_figure(width=9, height=0.5 + 0.4 * len(claims))
+    for y, line in enumerate(reversed(claims)):
         axis.plot(line["committed"], [y] * len(line["committed"]), "o", color="#aaa")
-        axis.plot(line["value"], y, "D", color="black")
-        axis.annotate(f"{line['value']:+.1f}", (line["value"], y + 0.2), fontsize=7, ha="center")
-    names = [line["claim"] for line in reversed(placed)]
-    axis.set_yticks(range(len(placed)), names, fontsize=6)
+        axis.plot(line["number"], y, "D", color="black")
+        axis.annotate(f"{line['number']:+.1f}", (line["number"], y + 0.2), fontsize=7, ha="center")
+    names = [line["claim"] for line in reversed(claims)]
+    axis.set_yticks(range(len(claims)), names, fontsize=6)
     axis.set_xlabel("points, %; for log-probs nats")
     axis.grid(axis="x", alpha=0.3)
     return figures.png(drawn)
@@ -416,26 +404,13 @@ def claim_table(lines: list[dict]) -> tuple:
     return ("claim", "needed", "mean", "each seed", "verdict"), rows
 
 
-def placed_table(lines: list[dict]) -> tuple:
+def placed_table(claims: list[dict]) -> tuple:
     rows = []
-    for line in lines:
-        committed = ", ".join(show(x, form="+.1f") for x in line["committed"])
-        rows.append([line["claim"], show(line["value"], form="+.1f"), line["words"], committed])
+    for line in claims:
+        number, words = show(line["number"], form="+.1f"), among(line["number"], line["committed"])
+        seeds = ", ".join(show(x, form="+.1f") for x in line["committed"])
+        rows.append([line["claim"], number, words, seeds])
     return ("claim", "here", "that is", "committed seeds"), rows
-
-
-def dropout_table(pairs: dict) -> tuple:
-    rows = []
-    for seed, made in pairs.items():
-        for ratio, of in made["dropout"].items():
-            rates = [show(of[side][key]) for side, key in product(SIDES, MADE_UP)]
-            rows.append([seed, ratio, of["pairs"], *rates])
-    return (
-        "seed",
-        "kept",
-        "pairs",
-        *(f"{side}: {key}" for side, key in product(SIDES, MADE_UP)),
-    ), rows
 
 
 def ablation_table(lines: list[dict]) -> tuple:
@@ -448,30 +423,17 @@ def ablation_table(lines: list[dict]) -> tuple:
 
 
 def headline(lines: list[dict], claims: list[dict]) -> str:
-    """The story in three sentences, with its own figures."""
-    words = {
-        line["row"]: f"{line['direct']:.1f} % directly and {line['cot']:.1f} % with a chain of "
-        f"thought ({line['row']})" for line in lines
-    }  # fmt: skip
-    trained = "; ".join(words[row] for row in ("SFT", "DPO", "MPO") if row in words)
+    """The story in some words, with its own figures."""
+    accuracy = {line["row"]: f"{show(line['direct'])} / {show(line['cot'])} %" for line in lines}
+    trained = [f"{accuracy[row]} ({row})" for row in ("SFT", "DPO", "MPO") if row in accuracy]
     verdicts = [line["verdict"] for line in claims if not line["open"]]
     counts = {"agree": "agrees", "disagree": "disagrees", "are undecided": "undecided"}
-    told = [f"{verdicts.count(verdict)} {words}" for words, verdict in counts.items()]
+    counted = [f"{verdicts.count(verdict)} {words}" for words, verdict in counts.items()]
     return (
-        f"A small model that was taught to count shapes answers {words['base']}. Trained on its "
-        f"own sampled answers, right ones preferred to wrong ones: {trained or 'nothing yet'}. "
-        f"Of {len(verdicts)} claims of the paper {', '.join(told)}."
-    )
-
-
-def how_tuned(settings: dict) -> str:
-    """Where the learning rates of the rows come from."""
-    if not (tuning := settings.get("tuning")):
-        return ""
-    return (
-        f" Learning rates were chosen among {', '.join(f'{rate:g}' for rate in tuning['tried'])} "
-        f"by the best mean of Direct and CoT on development questions of seed {tuning['seed']}, "
-        f"with {tuning['steps']} steps and the same number of tries for every row."
+        f"A small model that was taught to count shapes answers {accuracy['base']} of questions "
+        "rightly, directly / with a chain of thought. Trained on its own sampled answers, right "
+        f"ones preferred to wrong ones: {', '.join(trained) or 'nothing yet'}. "
+        f"Of {len(verdicts)} claims of the paper {', '.join(counted)}."
     )
 
 
@@ -507,7 +469,7 @@ def blocks_of(results: dict, folder: Path) -> list[figures.Block]:
         f"apart, {order['agree']} stand in the same order here; rank correlation "
         f"{show(order['spearman'], form='.2f')} over {order['rows']} rows.",
     ]
-    if placed := results.get("placed"):
+    if placed := [line for line in results["claims"] if line.get("committed")]:
         words, table = placed_words(results), placed_table(placed)
         blocks += ["## Among the committed seeds", words, table, Path("seeds.png")]
     blocks += [
@@ -516,14 +478,13 @@ def blocks_of(results: dict, folder: Path) -> list[figures.Block]:
         "Accuracy on test questions, greedy, %: mean ± standard deviation over seeds; differences "
         "with their 95 % interval. Malformed: no answer, or not a number; the worse of the two "
         "settings. Made up: share of mentions in descriptions that name what is not there. Chosen "
-        "shift: change of a chosen answer's summed log-prob over the last 10 steps, nats."
-        + how_tuned(about["settings"]),
+        "shift: change of a chosen answer's summed log-prob over the last 10 steps, nats. Learning "
+        "rates were chosen by `--tune`, with the same tries for every row, on a seed and questions "
+        "kept for that.",
         Path("rows.png"),
     ]
     if (folder / "curves.png").exists():
         blocks += ["## Training curves", Path("curves.png")]
-    blocks += ["## DropoutNTP: share that names what is not there, %"]
-    blocks += [dropout_table(results["pairs"])]
     if results["ablations"]:
         table = ablation_table(results["ablations"])
         blocks += ["## Ablations (Figure 4, Table 9)", table, Path("ablations.png")]
@@ -546,8 +507,10 @@ def write_report(folder: Path) -> str:
         results |= {"claims": claims, "orderings": orderings(lines), "pairs": c.pairs}
         results |= {"ablations": ablation_lines(c), "samples": sample_answers(c)}
         if len(c.about["seeds"]) == 1:
-            results["placed"] = place(claims, read_json(COMMITTED)["claims"])
-            pictures["seeds.png"] = draw_placed(results["placed"])
+            known = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
+            for line in (placed := [line for line in claims if line["values"]]):
+                line["committed"] = sorted(known[line["claim"]].values())
+            pictures["seeds.png"] = draw_placed(placed)
         pictures["curves.png"] = draw_curves(c)
         write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
     results = read_json(folder / "results.json")

@@ -56,20 +56,20 @@ def fit_projector(model: InternVL, tokenizer: JsonTokenizer, seed: int) -> None:
     model.vision_model.embeddings.position_embedding.normal_(std=0.3)
     norm, first, gelu, second = model.projector
 
-    seen: list[Tensor] = []  # what the ViT hands to the projector
-    hook = norm.register_forward_hook(lambda module, args, out: seen.append(out.flatten(0, 1)))
+    features: list[Tensor] = []  # what the ViT hands to the projector
+    hook = norm.register_forward_hook(lambda module, args, out: features.append(out.flatten(0, 1)))
     model.image_features(tiles)
     hook.remove()
     codes = torch.cat([F.one_hot(truth, 1 + len(kinds)), F.one_hot(cell)], dim=1) * 4.0 - 1.0
-    set_linear(first, seen[0], codes)
+    set_linear(first, features[0], codes)
 
     def words(*names: str) -> Tensor:
         ids = [tokenizer.token_to_id(" " + name) for name in names]
         return model.language_model.model.tok_embeddings.weight[ids].sum(0)
 
-    what = torch.stack([words(), *(words(*kind) for kind in kinds)])
-    where = torch.stack([words(f"{c}{r}") for r in "123" for c in "abc"])
-    set_linear(second, gelu(first(seen[0])), what[truth] + where[cell])
+    content = torch.stack([words(), *(words(*kind) for kind in kinds)])
+    place = torch.stack([words(f"{c}{r}") for r in "123" for c in "abc"])
+    set_linear(second, gelu(first(features[0])), content[truth] + place[cell])
 
 
 def set_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
@@ -234,7 +234,7 @@ def write_result(
     record = {"row": row, "seed": seed, "study": None, "value": None, "flags": {}}
     record |= {cfg.split: evaluate(cfg, model, folder, seed, cfg.split), "describe": None}
     if row in DESCRIBED and not cfg.tune:
-        rows = describe_pictures(cfg, seed, model, folder / "descriptions", "describe_test")
+        rows = describe_pictures(cfg, seed, "describe_test", model, folder / "descriptions")
         record["describe"] = hallucination(cfg, seed, rows, "response")
     curve = read_whole_lines(folder / "metrics.jsonl")[0][-10:]
     for side in ("chosen", "rejected"):
@@ -254,42 +254,43 @@ def measure_base(cfg: StoryConfig, seed: int) -> str:
 # --------------------------------------------------------------------------- answers and pairs
 
 
-def sample_answers(cfg: StoryConfig, seed: int, questions: str, prompts: str) -> str:
-    """The base's own answers to new questions (section 3 of the paper)."""
-    folder, r = cfg.folder(seed), cfg.recipe
-    sampling = pairs.SampleConfig(
-        questions=folder / f"{questions}.jsonl", prompts=prompts, root=folder / "images",
-        model_dir=folder / "base/model", out_dir=folder / "samples", num_samples=r.samples,
-        max_new_tokens=64, max_tiles=2, max_questions=0, seed=seed,
-    )  # fmt: skip
-    pairs.sample(sampling)
-    return f"{r.samples} samples of each question"
-
-
-def describe_pictures(
-    cfg: StoryConfig, seed: int, model: Path, out: Path, questions: str
+def sample(
+    cfg: StoryConfig, seed: int, questions: str, model: Path, out: Path, **settings
 ) -> list[dict]:
-    """Greedy descriptions of pictures."""
+    """Responses to a question file of this seed: rows of part files."""
     folder = cfg.folder(seed)
     sampling = pairs.SampleConfig(
-        questions=folder / f"{questions}.jsonl", prompts="none", root=folder / "images",
-        model_dir=model, out_dir=out, top_k=1, num_samples=1, max_new_tokens=64, max_tiles=2,
-        max_questions=0,
+        questions=folder / f"{questions}.jsonl", root=folder / "images", model_dir=model,
+        out_dir=out, max_new_tokens=64, max_tiles=2, max_questions=0, seed=seed, **settings,
     )  # fmt: skip
     pairs.sample(sampling)
     parts = sorted((out / questions).glob("part-*.jsonl"))
     return [row for part in parts for row in read_whole_lines(part)[0]]
 
 
+def describe_pictures(cfg: StoryConfig, seed: int, questions: str, model: Path, out: Path) -> list:
+    """Greedy descriptions."""
+    return sample(cfg, seed, questions, model, out, prompts="none", top_k=1, num_samples=1)
+
+
+def sample_answers(cfg: StoryConfig, seed: int, questions: str, prompts: str) -> str:
+    """The base's own answers to new questions (section 3 of the paper)."""
+    model, out = cfg.folder(seed) / "base/model", cfg.folder(seed) / "samples"
+    count = cfg.recipe.samples
+    rows = sample(cfg, seed, questions, model, out, prompts=prompts, num_samples=count)
+    return f"{len(rows)} samples"
+
+
 def drop_image(cfg: StoryConfig, seed: int, ratios: tuple[float, ...]) -> str:
     """DropoutNTP: descriptions, cut and continued without the picture, once for each ratio."""
     folder = cfg.folder(seed)
+    model, described = folder / "base/model", folder / "described"
     if ratios:
-        describe_pictures(cfg, seed, folder / "base/model", folder / "described", "describe_new")
+        describe_pictures(cfg, seed, "describe_new", model, described)
     for ratio in ratios:
         cutting = pairs.DropoutConfig(
-            samples=folder / "described", out_dir=folder / f"dropout-{ratio}", keep_ratio=ratio,
-            model_dir=folder / "base/model", max_new_tokens=64, seed=seed,
+            samples=described, out_dir=folder / f"dropout-{ratio}", keep_ratio=ratio,
+            model_dir=model, max_new_tokens=64, seed=seed,
         )  # fmt: skip
         pairs.dropout_ntp(cutting)
     return f"kept {', '.join(map(str, ratios)) or 'none'}"

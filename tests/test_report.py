@@ -131,19 +131,11 @@ def test_claims_are_paired_differences_over_seeds_and_over_questions(story):
     )  # of three, two share their first words
 
 
-def test_one_seed_is_placed_among_the_committed_ones():
-    def line(*values):
-        return {"claim": "MPO beats SFT", "values": dict(enumerate(values))}
-
-    for value, words in (
-        (1.0, "below all seeds"),
-        (9.0, "above all seeds"),
-        (5.0, "within: 2 of 3 seeds are not above it"),
-    ):
-        placed = report.place([line(value), {"claim": "new", "values": {1: 1.0}}], [line(2, 8, 4)])
-        assert placed == [
-            {"claim": "MPO beats SFT", "value": value, "committed": [2, 4, 8], "words": words}
-        ]
+@pytest.mark.parametrize("value, words", [
+    (1.0, "below all 3 seeds"), (9.0, "above all 3 seeds"), (2.0, "within the 3 seeds"),
+])  # fmt: skip
+def test_one_seed_is_placed_among_the_committed_ones(value, words):
+    assert report.among(value, [2.0, 4.0, 8.0]) == words
 
 
 def test_the_report_of_one_seed_says_where_it_falls(story):
@@ -151,7 +143,7 @@ def test_the_report_of_one_seed_says_where_it_falls(story):
     write(story / "story.json", about | {"seeds": [1], "quick": True})
     markdown = report.write_report(story)
     assert (
-        "| MPO beats SFT on the chosen answers (CoT, MPO - SFT) | +3.0 | below all seeds |"
+        "| MPO beats SFT on the chosen answers (CoT, MPO - SFT) | +3.0 | below all 3 seeds |"
         in markdown
     )
     assert "steps 2 instead of 400" in markdown and "One seed decides nothing." in markdown

@@ -244,15 +244,15 @@ def shift_drifts(case: Case) -> str:
     Try: +sft, a lower rate, or --bco_shift off.
     Source: MPO paper, eq. 6 and 7; arXiv:2404.04656.
     """
-    shifts = case.column("bco_shift")
+    shifts, (first, last) = case.column("bco_shift"), case.ends("nll")
+    if len(shifts) < 10:
+        return ""
     late = shifts[len(shifts) // 2 :]
-    one_way = len({b > a for a, b in zip(late, late[1:]) if a != b}) == 1
-    first, last = case.ends("nll")
-    learns_to_write = late[-1:] > [0] and last < first - 0.1  # rewards may rise with likelihoods
-    if len(shifts) < 10 or not one_way or learns_to_write:
+    one_way = late in (sorted(late), sorted(late, reverse=True))
+    if not one_way or abs(late[-1]) < max(1, 1.2 * abs(late[0])):
         return ""
-    if abs(late[-1]) < max(1, 1.2 * abs(late[0])):
-        return ""
+    if late[-1] > 0 and last < first - 0.1:
+        return ""  # rewards rise with all likelihoods: the model learns to write such answers
     return f"the shift goes {late[0]:+.2f} -> {late[-1]:+.2f} over the last half, always one way"
 
 
