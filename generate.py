@@ -540,7 +540,7 @@ class GenerateConfig(Settings):
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
     bench: bool = flag(False, "measure prefill and decode on random weights and stop")
-    size: Literal["8b", "2b", "toy"] = flag("toy", "shape for --bench")
+    size: str = flag("toy", "shape for --bench: toy, 8b, 3.5-8b, ...")
     bench_prompt: int = flag(256, "prompt tokens of --bench", 1)
     bench_steps: int = flag(16, "decode steps of --bench", 1)
 

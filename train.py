@@ -123,7 +123,7 @@ class TrainConfig:
     gpu_memory: float = flag(0.0, "GB a GPU has; 0 = ask the device", low=0)
     plan: bool = flag(False, "only print what a run would need a GPU, without weights")
     bench: bool = flag(False, "only measure a step, with each idea switched on in turn")
-    size: str = flag("", "for --plan and --bench: 8b, 2b, ... or toy instead of model_dir")
+    size: str = flag("", "for --plan and --bench: toy, 8b, 3.5-8b, ... instead of model_dir")
     gpus: int = flag(1, "for --plan", low=1)
 
     def __post_init__(self) -> None:

@@ -176,7 +176,11 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     text = ""
     for name, group in groupby(ids, key=lambda id: names.get(id, "")):
         run = list(group)
-        text += name + (f" x {len(run)}" if len(run) > 1 else "") if name else tokenizer.decode(run)
+        text += (
+            name + (f" x {len(run)}" if len(run) > 1 else "")
+            if name
+            else tokenizer.decode(run, True)
+        )
     return text
 
 
