@@ -284,7 +284,7 @@ _LOOKALIKES = str.maketrans(
 )  # fmt: skip
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
-    r"|</?s>|<\|[a-z_]{1,20}\|>|<eos>|\[/?INST\]"  # end tokens that leaked
+    r"|</?s>|<\|[a-z_]{1,20}\|>|<(?:eos|pad|end_of_turn)>|\[/?INST\]"  # end tokens that leaked
 )
 _SUPERSCRIPT = re.compile("[⁺⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _VULGAR_FRACTION = re.compile("([0-9]?)([¼-¾⅐-⅞])")
@@ -301,7 +301,7 @@ _MARKUP = Rules(
     (r"(?<![\\$])\$(?=[^\s$])((?:[^$\\]|\\.)*)(?<!\s)\$(?![0-9$])", r"\1"),  # not $5, $6
     (  # words in mathematics
         r"\\(?:text(?:bf|it|rm|sf|tt|up)?|math(?:rm|bf|it|sf|bb|tt)|boldsymbol|bm|[mf]?box|boxed|emph"
-        rf"|underline|operatorname\*?) ?\{{({_IN_BRACES})\}}",
+        rf"|underline|operatorname\*?|textcolor\{{\w+\}}) ?\{{({_IN_BRACES})\}}",
         r" \1 ",
     ),
     flags=re.DOTALL,

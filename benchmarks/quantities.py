@@ -438,10 +438,11 @@ ft foot feet ' = 12 in; yd yard = 3 ft; mi mile = 5280 ft; acre; ha hectare = 10
 pint pt = 0.5 quart; cup; *s sec second; min minute = 60 s; h hr hour = 60 min; day = 24 h;
 week wk = 7 day; month mo; year yr = 12 month; decade = 10 year; century centuries = 100 year;
 mph = 1 mi/h; kph kmh kmph = 1 km/h; *g gram gramme gm; kilo = 1 kg; oz ounce = 28.349523125 g;
-lb lbs pound = 16 oz; t tonne = 1000 kg; ton; *N newton = 1 kg m/s^2; *J joule = 1 N m; Nm = 1 N m;
-*W watt = 1 J/s; *Wh = 3600 J; *cal calorie = 4.184 J; *eV electronvolt = 1.602176634e-19 J;
-*Pa pascal = 1 N/m^2; *bar = 100000 Pa; atm = 101325 Pa; *Hz hertz = 1 s^-1; *V volt; *A amp ampere;
-*Ω ohm; *C coulomb °C celsius centigrade; *F farad fahrenheit °F; *T tesla; *K kelvin; *mol mole;
+lb lbs pound = 16 oz; t tonne = 1000 kg; ton; *N newton = 1 kg m/s^2; Nm = 1 N m;
+*J joule = 1 N m; Js = 1 J s; *eV electronvolt = 1.602176634e-19 J; *cal calorie = 4.184 J;
+*W watt = 1 J/s; *Wh = 3600 J; *Pa pascal = 1 N/m^2; *bar = 100000 Pa; atm = 101325 Pa;
+*Hz hertz = 1 s^-1; *V volt; *A amp ampere; *Ω ohm; *C coulomb °C celsius centigrade;
+*F farad fahrenheit °F; *T tesla; *K kelvin; *mol mole;
 *M molar; *B byte; bit; rad radian; ° deg degree = 0.017453292519943295 rad;
 % percent pct = 0.01; $ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp;
 pence penny p = 0.01 £; ¥ yen jpy yuan rmb cny 元; ₩ won krw; ₹ rs inr rupee; rm myr ringgit; chf
@@ -514,7 +515,12 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
                 word = word.lower()
                 if word in _FILLERS:
                     continue
-                if not invented or len(word) < 2 or word in _PROSE or word in FUNCTIONS:
+                if (
+                    not invented
+                    or (len(word) < 2 and word.isascii())
+                    or word in _PROSE
+                    or word in FUNCTIONS
+                ):
                     return None
                 unit = Unit(Fraction(1), ((word.removesuffix("s") if len(word) > 3 else word, 1),))
             scale *= unit.scale**power
@@ -559,7 +565,7 @@ _GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x
 _CURRENCY = re.compile(
     r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|RM|Rs\.?|USD|EUR|GBP|INR|CNY|CHF)\s*([+-]?)\s*(?=[0-9.])"
 )
-_UNIT_START = re.compile(r"(?<=[0-9)}\].!])\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩])")
+_UNIT_START = re.compile(r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩])")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
 
@@ -575,11 +581,17 @@ def read_quantity(text: str) -> Quantity | None:
             magnitude = _SHORT_MAGNITUDES.get(word)
         if magnitude:
             gap, tail = True, rest.strip()
-        if not gap and (len(tail) == 1 and tail not in _GLUED or word in ("st", "nd", "rd", "th")):
+        apart = gap or tail > "\u3400"  # Chinese measure words need no blank
+        if (not apart and len(tail) == 1 and tail not in _GLUED) or word in (
+            "st",
+            "nd",
+            "rd",
+            "th",
+        ):
             continue  # 2x is a product, 3rd no number
         if tail == "°" and head[0] not in "-.0123456789(":
             continue  # \\sin 30°
-        unit = read_unit(tail, invented=gap or len(tail) > 3) if tail else None
+        unit = read_unit(tail, invented=apart or len(tail) > 3) if tail else None
         expression = parse_expression(head)
         if (tail and unit is None) or expression is None or expression.letters:
             continue
