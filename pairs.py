@@ -24,9 +24,9 @@ import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,9 +42,9 @@ from benchmarks.answers import (
     split_prefix,
     strip_instruction,
 )
-from generate import Generator, Prompt, Sample
+from generate import Generator, Prompt, Sample, Settings
 from images import image_key, image_names, image_paths, open_image
-from records import JsonLines, with_placeholders
+from records import alone_writing, grouped, new_file, part_files, read_parts, with_placeholders
 from runtime import (
     AppendLog,
     InputError,
@@ -57,14 +57,12 @@ from runtime import (
     read_json,
     read_jsonl,
     run,
-    sync_folder,
-    try_lock,
     write_atomic,
 )
 from tokenizer import IMAGE
 from weights import weight_files
 
-NOT_SETTINGS = ("out_dir", "samples", "model_dir", "compile", "cache_tokens")  # of a report
+NOT_SETTINGS = ("out_dir", "samples", "model_dir", "compile", "cache_tokens")  # move no text
 PAPER_COST = {"dropout_ntp": 571.2, "divide_and_conquer": 992.7}  # tokens a pair on M3CoT
 HUGE_FILE = 500_000  # response lines from which the official script caps at 3 pairs
 Request = tuple[Prompt, Any]  # and what it asks about
@@ -124,9 +122,9 @@ def read_questions(
     """Questions of a prompt file under each prompt version.  Errors name the line."""
     if unknown := [v for v in versions if v not in PROMPTS]:
         raise InputError(f"unknown prompt version {unknown[0]!r}; known are {', '.join(PROMPTS)}")
-    records = list(read_jsonl(path))
+    records = list(read_jsonl(path)) if path.is_file() else []
     if not records:
-        raise InputError(f"{path}: no questions")
+        raise InputError(f"{path}: no file with questions, a JSON object a line")
     if limit:  # an even choice, whatever the order of the file
         records, total = choose(records, limit, "choose", seed), len(records)
         print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)
@@ -149,7 +147,8 @@ def read_questions(
         for key in ("id", "question_id"):
             if key in record and (first := lines.setdefault((key, str(record[key])), line)) != line:
                 raise InputError(f"{source}: {key} {record[key]!r} stands in line {first} already")
-        kept = {key: record[key] for key in ("image", "rationale", "answer") if record.get(key)}
+        names = ("image", "rationale", "answer")
+        kept = {n: record[n] for n in names if record.get(n) not in (None, "", [])}  # 0 stays
         for version in versions:
             # a number and its digits are the same answer
             gold_text = None if gold is None else str(gold)
@@ -194,16 +193,6 @@ def split_names(text: str) -> list[str]:
 # --------------------------------------------------------------------------- files
 
 
-def part_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*-of-*.jsonl"))
-
-
-def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
-    """("file line N", record) of all whole lines."""
-    for path in files:
-        yield from JsonLines(path, part=True)
-
-
 def open_part(folder: Path) -> AppendLog:
     """This process's own part file, to append to."""
     rank, world = rank_and_world()
@@ -214,18 +203,6 @@ def is_mine(key: str) -> bool:
     """Whether this process does the work named by a hexadecimal key."""
     rank, world = rank_and_world()
     return int(key, 16) % world == rank
-
-
-def grouped(
-    files: list[Path], key_of: Callable[[dict, str], str]
-) -> Iterator[tuple[str, list[dict]]]:
-    """(key, records of that key) in the order of the keys; only their places are held in memory."""
-    places = defaultdict(list)
-    for lines in [JsonLines(path, part=True) for path in files]:
-        for n, (name, record) in enumerate(lines):
-            places[key_of(record, name)].append((lines, n))
-    for key in sorted(places):
-        yield key, [lines[n] for lines, n in places.pop(key)]
 
 
 def drop_repeats(rows: list[dict], name: str) -> list[dict]:
@@ -265,69 +242,38 @@ def find_sets(path: Path) -> list[SampleSet]:
     ]
 
 
-@contextlib.contextmanager
-def alone(out_dir: Path) -> Iterator[None]:
-    """One process pairs in `out_dir` at a time; what a killed one left half written goes first."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / ".lock", "wb") as lock:
-        try_lock(lock, math.inf)
-        for partial in out_dir.glob("*/.*.partial"):
-            partial.unlink()
-        yield
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Callable[[dict], int]]:
-    """Gives a function that writes a line; the file appears complete or not at all, never empty."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if partial.stat().st_size:
-        partial.replace(path)
-    else:
-        partial.unlink()
-        path.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
 # --------------------------------------------------------------------------- sampling
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """How responses are generated; shared by the verbs that need the model."""
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and weights")
-    seed: int = flag(0, "random seed of the run")
     temperature: float = flag(1.0, "sampling temperature", low=1e-3)
     top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all", low=0)
-    top_p: float = flag(1.0, "sample within this probability mass", low=1e-6, high=1)
     max_new_tokens: int = flag(4096, "longest response", low=1)
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
-    cache_tokens: int = flag(
-        0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", low=0
-    )
-    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
+
+
+def settings_of(cfg: EngineConfig) -> dict:
+    """The generator's settings."""
+    return {f.name: getattr(cfg, f.name) for f in fields(Settings)}
 
 
 def text_settings(cfg: EngineConfig) -> dict:
-    """The settings that a response's text depends on."""
-    names = ("seed", "temperature", "top_k", "top_p", "max_new_tokens", "dtype")
+    """What a response's text depends on, beside its prompt."""
     weights = set(weight_files(cfg.model_dir).values())
     others = (p for p in cfg.model_dir.iterdir() if p.suffix in (".json", ".model"))
-    return {n: getattr(cfg, n) for n in names} | {"model": fingerprint(weights.union(others))}
+    facts = {"model": fingerprint(weights.union(others)), "dtype": cfg.dtype} | settings_of(cfg)
+    return {name: value for name, value in facts.items() if name not in NOT_SETTINGS}
 
 
 @functools.cache
 def load_generator(cfg: EngineConfig) -> Generator:
     """The model, loaded once however many data sets it works on."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
-    names = ("seed", "temperature", "top_k", "top_p", "max_new_tokens", "cache_tokens", "compile")
-    settings = {name: getattr(cfg, name) for name in names}
-    return Generator.load(cfg.model_dir, dtype=dtype, **settings)
+    return Generator.load(cfg.model_dir, dtype=dtype, **settings_of(cfg))
 
 
 def generate_into(
@@ -536,7 +482,7 @@ def response_key(record: dict, name: str) -> str:
 
 def correctness(cfg: CorrectnessConfig) -> None:
     entries, reports, bad = {}, {}, []
-    with alone(cfg.out_dir):
+    with alone_writing(cfg.out_dir):
         for data_set in find_sets(cfg.samples):
             name, info = data_set.name, data_set.info
             modes = split_names(cfg.modes) or info.get("modes") or get_mode(name)
@@ -687,11 +633,11 @@ def pair_with_model(
         if owed := work(cfg, data_set, cfg.out_dir / folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
             continue
-        with alone(cfg.out_dir):
+        with alone_writing(cfg.out_dir):
             report, entry = pair(cfg, data_set, cfg.out_dir / folder, stem)
         reports[data_set.name], entries[stem] = report, entry
     if reports:
-        with alone(cfg.out_dir):
+        with alone_writing(cfg.out_dir):
             finish_verb(cfg, verb, entries, reports)
 
 

@@ -2,16 +2,20 @@
 
     read_meta    meta.json -> data sets with repeat_time, tile limits, JPEG augmentation
     DataSet      its records by number, each read and checked when it is asked for
-    JsonLines    the objects of any jsonl file, likewise
+    JsonLines    the objects of any jsonl file, likewise; grouped by a key, or written whole
 
 `tools/look.py` checks and shows what is read here.  Differs from the official loader: a bad record
 stops the run instead of being replaced by a random one, image paths cannot leave their root, and a
 key that changes what a record means is obeyed or refused by name.
 """
 
+import contextlib
+import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +23,16 @@ from pathlib import Path
 import numpy as np
 
 from images import image_names, image_paths
-from runtime import InputError, flag, from_json, parse_json_line, rank_and_world, read_json
+from runtime import (
+    InputError,
+    flag,
+    from_json,
+    parse_json_line,
+    rank_and_world,
+    read_json,
+    sync_folder,
+    try_lock,
+)
 from tokenizer import IMAGE, with_image_placeholders
 
 
@@ -53,6 +66,59 @@ class JsonLines:
 
     def name(self, n: int) -> str:
         return f"{self.path} line {self.numbers[n]}"
+
+
+def part_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*-of-*.jsonl"))
+
+
+def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
+    """("file line N", record) of all whole lines."""
+    for path in files:
+        yield from JsonLines(path, part=True)
+
+
+def grouped(
+    files: list[Path], key_of: Callable[[dict, str], str]
+) -> Iterator[tuple[str, list[dict]]]:
+    """(key, records of that key) in the order of the keys; only their places are held in memory."""
+    places = defaultdict(list)
+    for lines in [JsonLines(path, part=True) for path in files]:
+        for n, (name, record) in enumerate(lines):
+            places[key_of(record, name)].append((lines, n))
+    for key in sorted(places):
+        yield key, [lines[n] for lines, n in places.pop(key)]
+
+
+@contextlib.contextmanager
+def alone_writing(out_dir: Path) -> Iterator[None]:
+    """One process writes in `out_dir` at a time; what a killed one left half written goes first."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open(out_dir / ".lock", "wb") as lock:
+        try_lock(lock, math.inf)
+        for partial in out_dir.glob("*/.*.partial"):
+            partial.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Callable[[dict], int]]:
+    """Gives a function that writes a line; the file appears complete or not at all, never empty."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "wb") as file:
+        yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if partial.stat().st_size:
+        partial.replace(path)
+    else:
+        partial.unlink()
+        path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+# --------------------------------------------------------------------------- pairs
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What is told about preference data before anyone trains on it."""
 
 import base64
+import io
 import json
 import sys
 
@@ -120,6 +121,18 @@ def test_the_page_is_self_contained_escaped_and_marks_where_responses_part():
     assert EVIL not in page and page.count("&lt;script&gt;") >= 4
     assert 'Same start, <span class="apart">right</span>' in page
     assert "http:" not in page and "https:" not in page and "verdict: correct" in page
+
+
+def test_boxes_of_grounding_marks_are_drawn_on_the_picture(tmp_path):
+    Image.new("RGB", (100, 100), "white").save(tmp_path / "a.png")
+    marked = "<ref>a cat</ref><box>[[100, 200, 500,600], [0, 0, 90, 90]]</box>"
+    raw = {"question": "q", "chosen": marked, "rejected": "[[1, 2, 3, 4]] <box>[[9,9]]</box>"}
+    assert look.BOX.findall(marked) == [("100", "200", "500", "600"), ("0", "0", "90", "90")]
+    assert not look.BOX.findall(raw["rejected"])
+    drawn, plain = (look.picture(tmp_path / "a.png", 100, r) for r in (raw, {**raw, "chosen": ""}))
+    pixels = Image.open(io.BytesIO(base64.b64decode(drawn.split("base64,")[1].split('"')[0])))
+    red, green, _ = pixels.getpixel((10, 40))  # the left side of the first box
+    assert drawn != plain and green > red + 40
 
 
 def test_the_page_holds_small_pictures(tmp_path, run_look):

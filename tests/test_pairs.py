@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import generate
 import pairs
-from records import read_meta
+from records import grouped, part_files, read_meta, read_parts
 from runtime import InputError, run
 
 ROWS = [json.loads(line) for line in (OURS / "pairs_in.jsonl").read_text().splitlines()]
@@ -136,7 +136,7 @@ def as_rank(monkeypatch, rank, world):
 
 def responses(folder):
     """{(qid, k): text} of all part files."""
-    rows = [r for _, r in pairs.read_parts(pairs.part_files(Path(folder)))]
+    rows = [r for _, r in read_parts(part_files(Path(folder)))]
     found = {(r["qid"], r["k"]): r["response"] for r in rows}
     assert len(found) == len(rows)
     return found
@@ -354,7 +354,7 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"question": "<image> q", "answer": 1}], "line 1: the question has <image>"),
         ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
-        ([], "no questions"),
+        ([], "no file with questions"),
     ],
 )
 def test_bad_questions_are_named(world, rows, message):
@@ -404,6 +404,12 @@ def test_a_spoilt_line_of_samples_is_named(world, change, message):
     write_lines(part, [rows[0], rows[1] | change, *rows[2:]])
     with pytest.raises(InputError, match=f"part-0-of-1.jsonl line 2: .*{message}"):
         pairs.correctness(pairs.CorrectnessConfig())
+
+
+def test_a_gold_answer_of_zero_is_kept(world):
+    write_lines(world / "zero.jsonl", [{"question": "How many?", "answer": 0}])
+    pairs.sample(sampling(questions=Path("zero.jsonl"), num_samples=1))
+    assert read_lines("samples/zero/part-0-of-1.jsonl")[0]["answer"] == 0
 
 
 def test_the_cap_counts_all_prompt_versions_of_a_question(world):
@@ -485,8 +491,8 @@ def test_wrong_flags_and_missing_folders_end_with_status_2(world, run_pairs, wor
 
 def test_groups_come_in_the_order_of_their_keys_and_leave_nothing_behind(world):
     pairs.sample(sampling())
-    files = pairs.part_files(Path("samples/toys"))
-    groups = list(pairs.grouped(files, pairs.response_key))
+    files = part_files(Path("samples/toys"))
+    groups = list(grouped(files, pairs.response_key))
     assert [key for key, _ in groups] == sorted(key for key, _ in groups)
     assert [len(rows) for _, rows in groups] == [8] * 6
 

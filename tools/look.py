@@ -20,6 +20,8 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageDraw
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import load_config
@@ -31,6 +33,8 @@ from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, new_figure, page, png, text_table
 
 PARTS = ("question", "chosen", "rejected")
+# <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
+BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,6 @@ class StatsConfig:
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
     out_dir: Path | None = flag(None, "for stats.json and stats.png; empty = beside meta.json")
-    max_length: int = flag(6144, "tokens from which a record counts as over-long", low=1)
 
 
 # --------------------------------------------------------------------------- check
@@ -224,7 +227,7 @@ def write_page(cfg: ShowConfig) -> None:
         drawn = seeded("show", cfg.seed, data_set.name).permutation(len(data_set))[:each]
         for number in sorted(drawn.tolist()):
             record, raw = data_set[number], data_set.lines[number]
-            pictures = [picture(path, cfg.image_size) for path in record.images]
+            pictures = [picture(path, cfg.image_size, raw) for path in record.images]
             cards.append((data_set.name, raw, pictures))
     write_atomic(cfg.out, render_page(cards))
     print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
@@ -277,10 +280,17 @@ def gold_kind(raw: dict) -> str:
     return "with gold" if "answer_gt" in raw else "without gold"
 
 
-def picture(path: Path, size: int) -> str:
-    """A small JPEG of an image as <img>."""
+def picture(path: Path, size: int, raw: dict) -> str:
+    """A small JPEG of an image as <img>, with the boxes that the record's texts mark."""
     image = load_image(path)
     image.thumbnail((size, size))
+    pen = ImageDraw.Draw(image)
+    for side, colour in (("rejected", "#b42318"), ("chosen", "#1a7f37"), ("question", "#0550ae")):
+        for corners in BOX.findall(raw[side]):
+            left, top, right, bottom = (int(corner) / 1000 for corner in corners)
+            xs = sorted((left * image.width, right * image.width))
+            ys = sorted((top * image.height, bottom * image.height))
+            pen.rectangle([xs[0], ys[0], xs[1], ys[1]], outline=colour, width=2)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)
     return inline_image(buffer.getvalue(), "jpeg")
@@ -288,19 +298,11 @@ def picture(path: Path, size: int) -> str:
 
 # --------------------------------------------------------------------------- stats
 
-PAPER_TABLE = {  # section 3 of arXiv 2411.10442: means, and min and max where it gives them
-    "without gold": {
-        "pairs": "about 750K",
-        "question": (25.0,),
-        "chosen": (211.4, 20, 1342),
-        "rejected": (171.2, 17, 1642),
-    },
-    "with gold": {
-        "pairs": "about 2.5M",
-        "question": (79.5,),
-        "chosen": (300.0, 32, 2018),
-        "rejected": (350.5, 33, 4097),
-    },
+# section 3 of arXiv 2411.10442: pairs, and mean (min, max) of lengths where it gives them
+PAPER_PAIRS = {"without gold": "about 750K", "with gold": "about 2.5M"}
+PAPER_LENGTHS = {
+    "without gold": ((25.0,), (211.4, 20, 1342), (171.2, 17, 1642)),
+    "with gold": ((79.5,), (300.0, 32, 2018), (350.5, 33, 4097)),
 }
 
 
@@ -312,17 +314,15 @@ class KindStats:
     counts: Counter = field(default_factory=Counter)
     per_query: Counter = field(default_factory=Counter)
 
-    def add(self, record: PairRecord, raw: dict, lengths: dict[str, int], limit: int) -> None:
+    def add(self, record: PairRecord, raw: dict, lengths: dict[str, int]) -> None:
         for part in PARTS:
             self.lengths[part].append(lengths[part])
         metas = [raw.get(side) for side in ("chosen_meta", "rejected_meta")]
-        longest = lengths["question"] + max(lengths["chosen"], lengths["rejected"])
         self.counts["pairs"] += 1
         self.counts["chosen longer than rejected"] += lengths["chosen"] > lengths["rejected"]
         self.counts["with a cut-off response"] += any(
             isinstance(meta, dict) and meta.get("finish_reason") == "length" for meta in metas
         )
-        self.counts["text over the length limit"] += longest > limit
         self.counts["with a missing image"] += not all(path.is_file() for path in record.images)
         self.per_query[(record.images, raw["question"], str(raw.get("answer_gt")))] += 1
 
@@ -337,7 +337,6 @@ class KindStats:
             "counts": dict(sorted(self.counts.items())),
             "chosen longer share": round(self.counts["chosen longer than rejected"] / pairs, 4),
             "cut-off share": round(self.counts["with a cut-off response"] / pairs, 4),
-            "over-long share": round(self.counts["text over the length limit"] / pairs, 4),
             "pairs_per_query": {str(k): histogram[k] for k in sorted(histogram)},
         }
 
@@ -356,7 +355,7 @@ def stats(cfg: StatsConfig) -> None:
             meta = raw.get("chosen_meta")
             version = meta.get("prompt_version") or "none" if isinstance(meta, dict) else "none"
             for group in (kinds[gold_kind(raw)], groups[f"{data_set.name} / {version}"]):
-                group.add(record, raw, lengths, cfg.max_length)
+                group.add(record, raw, lengths)
     if not kinds:
         raise InputError(f"{cfg.meta}: no pairs")
     out = cfg.out_dir or cfg.meta.parent
@@ -375,14 +374,13 @@ def stats_text(summary: dict) -> str:
     """Our numbers beside the paper's table, then shares and each data set."""
     lines = []
     for kind, ours in summary["kinds"].items():
-        paper = PAPER_TABLE[kind]
-        lines.append(f"{kind}: {ours['counts']['pairs']} pairs (paper: {paper['pairs']})")
+        lines.append(f"{kind}: {ours['counts']['pairs']} pairs (paper: {PAPER_PAIRS[kind]})")
         rows = [
-            (part, *ours[part].values(), " / ".join(f"{v:,}" for v in paper[part]))
-            for part in PARTS
+            (part, *ours[part].values(), " / ".join(f"{v:,}" for v in paper))
+            for part, paper in zip(PARTS, PAPER_LENGTHS[kind])
         ]
         lines.append(text_table((summary["unit"], "mean", "min", "max", "paper"), rows))
-        shares = ("chosen longer share", "cut-off share", "over-long share")
+        shares = ("chosen longer share", "cut-off share")
         lines += [f"{share}: {ours[share]:.1%}" for share in shares]
         lines.append(f"pairs with a missing image: {ours['counts']['with a missing image']}")
         lines.append(f"pairs a question: {ours['pairs_per_query']}")
@@ -398,8 +396,8 @@ def plot_stats(kinds: dict[str, KindStats], unit: str) -> bytes:
     """Histograms of lengths and of pairs a question, one row a kind; paper means dashed."""
     figure, axes = new_figure(len(kinds), len(PARTS) + 1, 4, 3.6, squeeze=False)
     for row, (kind, ours) in zip(axes, sorted(kinds.items())):
-        for axis, part in zip(row, PARTS):
-            values, mean = sorted(ours.lengths[part]), PAPER_TABLE[kind][part][0]
+        for axis, part, (mean, *_) in zip(row, PARTS, PAPER_LENGTHS[kind]):
+            values = sorted(ours.lengths[part])
             # a few long ones would hide the rest
             top = max(values[int(0.99 * (len(values) - 1))], 1.1 * mean)
             axis.hist([min(v, top) for v in values], bins=40, range=(0, top))

@@ -30,20 +30,17 @@ from pairs import (
     choose,
     digest,
     drop_repeats,
-    grouped,
     is_mine,
     load_generator,
     meta_entry,
-    new_file,
     open_part,
     pair_with_model,
-    part_files,
-    read_parts,
     report_of,
     sample_cost,
     spend,
     without_image,
 )
+from records import grouped, new_file, part_files, read_parts
 from runtime import InputError, flag, from_json, parse_cli, run
 from tokenizer import IMAGE
 
