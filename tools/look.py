@@ -148,10 +148,6 @@ def bars(counts: dict) -> list[tuple]:
 # --------------------------------------------------------------------------- show
 
 
-def show(cfg: ShowConfig) -> None:
-    write_page(cfg) if cfg.out else print_records(cfg)
-
-
 def print_records(cfg: ShowConfig) -> None:
     """Print records as the model meets them: prompt plain, scored tokens marked."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
@@ -179,11 +175,8 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     text = ""
     for name, group in groupby(ids, key=lambda id: names.get(id, "")):
         run = list(group)
-        text += (
-            name + (f" x {len(run)}" if len(run) > 1 else "")
-            if name
-            else tokenizer.decode(run, True)
-        )
+        count = f" x {len(run)}" if len(run) > 1 else ""
+        text += name + count if name else tokenizer.decode(run, marks=True)
     return text
 
 
@@ -419,6 +412,7 @@ def main() -> None:
     if len(argv) > 1 and not argv[1].startswith("-"):  # META may stand without its flag
         argv.insert(1, "--meta")
     verb, cfg = parse_command(COMMANDS, argv)
+    show = write_page if verb == "show" and cfg.out else print_records
     {"check": check, "show": show, "stats": stats}[verb](cfg)
 
 
