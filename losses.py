@@ -433,7 +433,7 @@ def objective(
     parts = {}
     for _, name in terms:
         loss = LOSSES[name]
-        parts[name] = loss(logps, **{k: hyper[k] for k in loss.keywords})
+        parts[name] = loss.function(logps, **{k: hyper[k] for k in loss.keywords})
     return sum(weight * parts[name] for weight, name in terms), parts
 
 
