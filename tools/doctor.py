@@ -16,7 +16,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,12 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from config import InternVLConfig, load_config, recipe
 from records import PairRecord, read_meta
 from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
+from weights import open_weights
 
 PAIRS_READ = 20_000
 RENAMED = {  # TRL and ms-swift -> train.py
@@ -65,41 +63,35 @@ class Case:
 
 
 # --------------------------------------------------------------------------- illnesses
-# Each: the case -> what was seen, in numbers; "" where it is healthy or cannot be told.
+# Each: the case -> what was seen, in numbers; None where it is healthy or cannot be told.
 
 
-def loss_is_0(case: Case) -> str:
+def loss_is_0(case: Case) -> str | None:
     """No response token is scored, or the weights are NaN and the framework prints 0.
-
     Try: look at a pair's labels (tools/look.py show): another chat template, or prompts that fill
     the length limit, leave none; train in bf16.
-    Source: OpenGVLab/InternVL issues 889 (MPO) and 802 (after a NaN gradient).
-    """
+    Source: OpenGVLab/InternVL issues 889 (MPO) and 802 (after a NaN gradient)."""
     zeros = [n for n, loss in enumerate(case.column("loss"), 1) if loss == 0]
-    if len(zeros) < 3 or max(case.column("rewards/margin"), default=0) > 10:
-        return ""
-    return f"the loss is exactly 0 at {len(zeros)} of {len(case.rows)} steps, first at {zeros[0]}"
+    if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
+        return (
+            f"the loss is exactly 0 at {len(zeros)} of {len(case.rows)} steps, first at {zeros[0]}"
+        )
 
 
-def stuck(case: Case) -> str:
+def stuck(case: Case) -> str | None:
     """All log-ratios are 0 after warm-up: nothing is trained, or the reference is the policy.
-
     Try: check that parameters require gradients and that the reference is a copy of its own.
-    Source: huggingface/trl issue 1311.
-    """
+    Source: huggingface/trl issue 1311."""
     rows = case.rows[-max(5, case.total // 20) :]
     rewards = [row.get(f"rewards/{side}", 1) for row in rows for side in ("chosen", "rejected")]
-    if len(case.rows) <= max(3, case.total // 10) or any(rewards):
-        return ""
-    return f"both rewards are exactly 0 at the last {len(rows)} steps"
+    if len(case.rows) > max(3, case.total // 10) and not any(rewards):
+        return f"both rewards are exactly 0 at the last {len(rows)} steps"
 
 
-def no_weight_moved(case: Case) -> str:
+def no_weight_moved(case: Case) -> str | None:
     """The run ended as it began.
-
     Try: a run of one step has only the warm-up's first rate, 0: take more steps, or --warmup 0.
-    Source: transformers' get_cosine_schedule_with_warmup, as in the official scripts.
-    """
+    Source: transformers' get_cosine_schedule_with_warmup, as in the official scripts."""
     for name in ("lr", "grad_norm"):
         values = case.column(name)
         if values and not any(values) and len(case.rows) == case.total:
@@ -107,171 +99,132 @@ def no_weight_moved(case: Case) -> str:
     sizes, start = ([path.stat().st_size for path in p] for p in (case.weights, case.start))
     if case.weights and sizes == start and fingerprint(case.weights) == fingerprint(case.start):
         return "the trained weights are the start weights, byte for byte"
-    return ""
 
 
-def weights_lost(case: Case) -> str:
+def weights_lost(case: Case) -> str | None:
     """Weights or gradients are 0, NaN or infinite: what the model writes is noise.
-
     Try: bf16 instead of fp16, a lower rate; under ZeRO-3 gather the weights before saving.
-    Source: OpenGVLab/InternVL issues 1217 (all 0 after MPO) and 1043.
-    """
+    Source: OpenGVLab/InternVL issues 1217 (all 0 after MPO) and 1043."""
     for name in ("loss", "grad_norm", "nll"):
         bad = [n for n, value in enumerate(case.column(name), 1) if not math.isfinite(value)]
         if bad:
             return f"{name} is not finite at {len(bad)} steps, first at {bad[0]}"
     lost: dict[str, list[str]] = {"NaN or infinite": [], "all 0": []}
-    for name, tensor in tensors_of(case.weights):
-        if not tensor.isfinite().all():
-            lost["NaN or infinite"].append(name)
-        elif tensor.ndim > 1 and not tensor.any():
-            lost["all 0"].append(name)
+    for path in case.weights:
+        with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118  (it has no iterator)
+                tensor = file.get_tensor(name)
+                if not tensor.isfinite().all():
+                    lost["NaN or infinite"].append(name)
+                elif tensor.ndim > 1 and not tensor.any():
+                    lost["all 0"].append(name)
     return " and ".join(f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n)
 
 
-def tensors_of(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of safetensors files, one at a time."""
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a safetensors file ({error})") from None
-
-
-def slide(case: Case) -> str:
+def slide(case: Case) -> str | None:
     """The chosen reward falls while the margin grows: DPO only asks that rejected falls faster.
-
     Try: +sft or more of bco, a lower rate, fewer epochs.
-    Source: MPO paper, section 4.1; eric-mitchell/direct-preference-optimization issue 32.
-    """
+    Source: MPO paper, section 4.1; eric-mitchell/direct-preference-optimization issue 32."""
     (first, last), (margin, wider) = case.ends("rewards/chosen"), case.ends("rewards/margin")
-    if last > min(-0.1, first - 0.1) or wider < margin + 0.05:
-        return ""
-    return f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
+    if last <= min(-0.1, first - 0.1) and wider >= margin + 0.05:
+        return f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
 
 
-def forgetting(case: Case) -> str:
+def forgetting(case: Case) -> str | None:
     """The NLL of chosen responses rises: the model unlearns to write them.
-
-    Try: a lower rate, or +sft.
-    Source: MPO paper, eq. 8; arXiv:2404.19733.
-    """
+    Try: a lower rate, or +sft.  Source: MPO paper, eq. 8; arXiv:2404.19733."""
     first, last = case.ends("nll")
-    return f"NLL {first:.3f} -> {last:.3f}" if last > 1.2 * first + 0.05 else ""
+    if last > 1.2 * first + 0.05:
+        return f"NLL {first:.3f} -> {last:.3f}"
 
 
-def too_easy(case: Case) -> str:
+def too_easy(case: Case) -> str | None:
     """Chosen and rejected may differ by a surface mark, which is learned instead of the answer.
-
     Try: look at pairs (tools/look.py show); sample both sides from one model with one prompt.
-    Source: hiyouga/LlamaFactory issue 5321; OpenGVLab/InternVL issue 1217.
-    """
+    Source: hiyouga/LlamaFactory issue 5321; OpenGVLab/InternVL issue 1217."""
     accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
     for n in range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0):
         if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98:
             seen = f"accuracy is 1.0 from step {n + 1} of {case.total} on"
             return "; ".join([seen, *surface_marks(case.records)])
-    return ""
 
 
-def not_learning(case: Case) -> str:
+def not_learning(case: Case) -> str | None:
     """Chosen and rejected are told apart no better than by a coin.
-
     Try: a higher rate, more steps; check that chosen and rejected are not mixed up.
-    Source: TRL's DPOTrainer, logged metrics: rewards/accuracies should rise above 0.5.
-    """
+    Source: TRL's DPOTrainer, logged metrics: rewards/accuracies should rise above 0.5."""
     accuracy, (_, margin) = case.column("rewards/accuracy"), case.ends("rewards/margin")
     late = accuracy[len(accuracy) // 2 :]
-    if len(accuracy) < 20 or not 0.42 < fmean(late) < 0.58 or abs(margin) > 0.05:
-        return ""
-    return f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {margin:+.3f}"
+    if len(accuracy) >= 20 and 0.42 < fmean(late) < 0.58 and abs(margin) <= 0.05:
+        return f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {margin:+.3f}"
 
 
-def margin_explosion(case: Case) -> str:
+def margin_explosion(case: Case) -> str | None:
     """Log-ratios of 100 nats and more at beta 0.1: the policy has left its reference.
-
-    Try: a lower rate, a higher beta, fewer epochs.
-    Source: huggingface/trl issue 1236.
-    """
+    Try: a lower rate, a higher beta, fewer epochs.  Source: huggingface/trl issue 1236."""
     margin, wider = case.ends("rewards/margin")
-    return f"margin {margin:.1f} -> {wider:.1f}" if wider > 10 else ""
+    if wider > 10:
+        return f"margin {margin:.1f} -> {wider:.1f}"
 
 
-def always_clipped(case: Case) -> str:
+def always_clipped(case: Case) -> str | None:
     """Every step is cut to one length whatever the batch says, and spikes cannot be told apart.
-
     Try: --max_grad_norm above the median; give ipo and sppo a far smaller weight.
-    Source: arXiv:1211.5063.
-    """
+    Source: arXiv:1211.5063."""
     limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
-    if not limit or len(norms) < 10 or min(norms) <= limit:
-        return ""
-    return f"gradient norms are above {limit:g} at every step, {median(norms):.3g} at the median"
+    if limit and len(norms) >= 10 and min(norms) > limit:
+        return (
+            f"gradient norms are above {limit:g} at every step, {median(norms):.3g} at the median"
+        )
 
 
-def length_bias(case: Case) -> str:
+def length_bias(case: Case) -> str | None:
     """Sums of log-probs reward length itself: answers will grow or shrink.
-
     Try: balance the lengths of the pairs; an objective of means (ipo, or simpo as your own).
-    Source: arXiv:2403.19159; eric-mitchell/direct-preference-optimization issue 35.
-    """
+    Source: arXiv:2403.19159; eric-mitchell/direct-preference-optimization issue 35."""
     unit, chosen, rejected = "tokens", case.column("length/chosen"), case.column("length/rejected")
-    if not (chosen and rejected) and case.records:
+    if not (chosen and rejected):
         unit, chosen = "characters", [len(record.chosen) for record in case.records]
         rejected = [len(record.rejected) for record in case.records]
-    if not (chosen and rejected) or 2 / 3 <= fmean(chosen) / fmean(rejected) <= 3 / 2:
-        return ""
-    return f"chosen responses have {fmean(chosen):.0f} {unit}, rejected ones {fmean(rejected):.0f}"
+    if chosen and not 2 / 3 <= fmean(chosen) / fmean(rejected) <= 3 / 2:
+        return f"chosen responses have {fmean(chosen):.0f} {unit}, rejected {fmean(rejected):.0f}"
 
 
-def repeated_pairs(case: Case) -> str:
+def repeated_pairs(case: Case) -> str | None:
     """Copies count more often than you may think, and are learned by heart.
-
-    Try: remove them, or lower repeat_time.
-    Source: arXiv:2107.06499.
-    """
+    Try: remove them, or lower repeat_time.  Source: arXiv:2107.06499."""
     copies = Counter((r.question, r.images, r.chosen, r.rejected) for r in case.records)
-    again, most = len(case.records) - len(copies), max(copies.values(), default=0)
-    if again <= len(case.records) / 100:
-        return ""
-    return f"{again} of {len(case.records)} pairs are copies; one stands there {most} times"
+    pairs, again = len(case.records), len(case.records) - len(copies)
+    if again > pairs / 100:
+        return f"{again} of {pairs} pairs are copies; one stands there {max(copies.values())} times"
 
 
-def shift_drifts(case: Case) -> str:
+def shift_drifts(case: Case) -> str | None:
     """All rewards move one way: BCO compares them with a mean that runs after them.
-
     Try: +sft, a lower rate, or --bco_shift off.
-    Source: MPO paper, eq. 6 and 7; arXiv:2404.04656.
-    """
+    Source: MPO paper, eq. 6 and 7; arXiv:2404.04656."""
     shifts, (first, last) = case.column("bco_shift"), case.ends("nll")
-    if len(shifts) < 10:
-        return ""
     late = shifts[len(shifts) // 2 :]
-    one_way = late in (sorted(late), sorted(late, reverse=True))
-    if not one_way or abs(late[-1]) < max(1, 1.2 * abs(late[0])):
-        return ""
-    if late[-1] > 0 and last < first - 0.1:
-        return ""  # rewards rise with all likelihoods: the model learns to write such answers
-    return f"the shift goes {late[0]:+.2f} -> {late[-1]:+.2f} over the last half, always one way"
+    one_way = len(shifts) >= 10 and late in (sorted(late), sorted(late, reverse=True))
+    # rewards rise with all likelihoods where the model learns to write such answers
+    healthy = one_way and late[-1] > 0 and last < first - 0.1
+    if one_way and not healthy and abs(late[-1]) >= max(1, 1.2 * abs(late[0])):
+        return (
+            f"the shift goes {late[0]:+.2f} -> {late[-1]:+.2f} over the last half, always one way"
+        )
 
 
-def learning_rate(case: Case) -> str:
+def learning_rate(case: Case) -> str | None:
     """Later generations are trained with far smaller steps than InternVL2.
-
     Try: the rate of the model's own script.
-    Source: config.RECIPES, after the official scripts; MPO paper, Figure 4.
-    """
-    peak, model = max([case.flags.get("lr") or 0, *case.column("lr")]), case.model
+    Source: config.RECIPES, after the official scripts; MPO paper, Figure 4."""
+    model = case.model
     if not model or model.llm.hidden_size < 512 or case.flags.get("lora_rank"):
-        return ""  # a toy, or adapters, which take larger steps
-    usual = recipe(model)
-    if peak < 4 * usual.lr:
-        return ""
-    return (
-        f"learning rate {peak:.3g}, {peak / usual.lr:.3g} times the {usual.lr:g} of "
-        f"InternVL{model.generation} ({usual.source})"
-    )
+        return None  # a toy, or adapters, which take larger steps
+    peak, usual = max([case.flags.get("lr") or 0, *case.column("lr")]), recipe(model)
+    if peak >= 4 * usual.lr:
+        times = f"{peak:.3g}, {peak / usual.lr:.3g} times the {usual.lr:g}"
+        return f"learning rate {times} of InternVL{model.generation} ({usual.source})"
 
 
 ILLNESSES = (
@@ -285,8 +238,7 @@ def examine(case: Case) -> list[dict[str, str]]:
     findings = []
     for rule in ILLNESSES:
         if seen := rule(case):
-            means, rest = " ".join(rule.__doc__.split()).split(" Try: ")
-            remedy, source = rest.split(" Source: ")
+            means, remedy, source = re.split(" Try: | Source: ", " ".join(rule.__doc__.split()))
             card = {"name": rule.__name__.replace("_", " "), "seen": seen, "means": means}
             findings.append(card | {"try": remedy, "source": source})
     return findings
@@ -297,22 +249,24 @@ def surface_marks(records: list[PairRecord]) -> list[str]:
     learned, tried = records[::2], records[1::2]
     if len(tried) < 10:
         return []
-    sign = sum((len(r.chosen) > len(r.rejected)) * 2 - 1 for r in learned)
-    scores: dict[str, Callable[[str], float]] = {"length": lambda text: sign * len(text)}
-    for name, mark in (
-        ("the first two words", lambda text: " ".join(text.split()[:2])),
-        ("the final answer's form", answer_form),
-    ):
+    longer = sum((len(r.chosen) > len(r.rejected)) * 2 - 1 for r in learned)
+    scores: dict[str, Callable[[str], float]] = {"length": lambda text: longer * len(text)}
+    marks = {"the first two words": first_words, "the final answer's form": answer_form}
+    for name, mark in marks.items():
         votes = Counter(mark(record.chosen) for record in learned)
         votes.subtract(mark(record.rejected) for record in learned)
         scores[name] = lambda text, votes=votes, mark=mark: votes[mark(text)]
-    marks = []
+    lines = []
     for name, score in scores.items():
         gaps = [score(record.chosen) - score(record.rejected) for record in tried]
         share = fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
         if share > 0.85:
-            marks.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")
-    return marks
+            lines.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")
+    return lines
+
+
+def first_words(text: str) -> str:
+    return " ".join(text.split()[:2])
 
 
 def answer_form(text: str) -> str:
@@ -320,9 +274,6 @@ def answer_form(text: str) -> str:
     if re.search(r"final answer\s*:", text, re.I):
         return "a line"
     return "a box" if "\\boxed" in text else "a few words" if len(text.split()) < 5 else "none"
-
-
-# --------------------------------------------------------------------------- while a run goes on
 
 
 def diagnose(history: Rows, total: int) -> dict[str, str]:
@@ -353,33 +304,27 @@ def metrics_file(run_dir: Path) -> Path:
     """The metrics of a run's folder; of TRL's checkpoints the newest."""
     if run_dir.is_file():
         return run_dir
-    for pattern in ("metrics.jsonl", "logging.jsonl", "trainer_state.json", "*/trainer_state.json"):
+    names = ("metrics.jsonl", "logging.jsonl", "trainer_state.json")
+    for pattern in (*names, "*/trainer_state.json"):
         if paths := list(run_dir.glob(pattern)):
             return max(paths, key=lambda path: path.stat().st_mtime)
-    raise InputError(
-        f"no metrics.jsonl, logging.jsonl or trainer_state.json in {run_dir}; pass the folder of a "
-        "run, or its metrics file"
-    )
+    raise InputError(f"no {', '.join(names)} in {run_dir}; pass a run's folder or metrics file")
 
 
 def read_rows(path: Path) -> Rows:
     """Training rows under train.py's names; evaluations and summaries are left out."""
-    if path.suffix == ".jsonl":
-        rows = read_whole_lines(path)[0]
-    else:
-        rows = read_json(path).get("log_history")
+    logged = path.suffix == ".jsonl"
+    rows = read_whole_lines(path)[0] if logged else read_json(path).get("log_history")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: 'log_history' is no list of objects; expected TRL's state")
     named = []
     for row in rows:
         step = str(row.get("global_step/max_steps", "")).split("/")[0]  # ms-swift
         row = ({"step": int(step)} if step.isdigit() else {}) | row
-        row = {RENAMED.get(k, k): v for k, v in row.items() if type(v) in (int, float)}
-        if "loss" in row:
-            named.append(row)
-    if not named:
+        named.append({RENAMED.get(k, k): v for k, v in row.items() if type(v) in (int, float)})
+    if not any("loss" in row for row in named):
         raise InputError(f"{path}: no row has a 'loss'; expected the metrics of a training run")
-    return named
+    return [row for row in named if "loss" in row]
 
 
 def read_case(path: Path, meta: Path | None) -> Case:
@@ -391,16 +336,12 @@ def read_case(path: Path, meta: Path | None) -> Case:
         args = read_json(folder / "args.json")
         flags |= {"lr": args.get("learning_rate"), "model_dir": args.get("model")}
         flags |= {"lora_rank": args.get("train_type") == "lora"}
-    elsewhere = folder / "not said"
-    start = Path(flags.get("model_dir") or elsewhere)
+    start = Path(flags.get("model_dir") or folder / "not said")
     trained = folder / "model" if (folder / "model").is_dir() else folder
     configs = [place / "config.json" for place in (trained, start)]
     configs = [file for file in configs if file.is_file() and "vision_config" in read_json(file)]
-    pairs = meta or Path(flags.get("meta") or elsewhere)
-    records: list[PairRecord] = []
-    if meta or pairs.is_file():
-        sets = read_meta(pairs, 12)
-        records = list(islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ))
+    pairs = meta or Path(flags.get("meta") or folder / "not said")
+    sets = read_meta(pairs, 12) if meta or pairs.is_file() else []
     rows = read_rows(path)
     return Case(
         rows,
@@ -409,7 +350,7 @@ def read_case(path: Path, meta: Path | None) -> Case:
         load_config(configs[0].parent) if configs else None,
         sorted(trained.glob("*.safetensors")),
         sorted(start.glob("*.safetensors")),
-        records,
+        list(islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)),
     )
 
 
@@ -424,9 +365,8 @@ class DoctorConfig:
 
 def main() -> None:
     argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--run_dir", *argv]
-    cfg = parse_cli(DoctorConfig, argv)
+    named = argv and not argv[0].startswith("-")  # the folder may stand without its flag
+    cfg = parse_cli(DoctorConfig, ["--run_dir", *argv] if named else argv)
     path = metrics_file(cfg.run_dir)
     case = read_case(path, cfg.meta)
     findings = examine(case)
