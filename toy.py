@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,15 +33,18 @@ from tokenizers import Tokenizer as JsonTokenizer
 from benchmarks.answers import PROMPTS
 from config import parse_config
 from data import seeded
+from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
 from model import InternVL
 from runtime import flag, parse_cli, run, write_atomic
-from weights import INDEX, official_name
+from weights import INDEX
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
 SHAPES = ("circle", "square", "cross")
 CELL = 8  # pixels
 SIDE = 3  # cells along one side of a tile
-SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+MARKS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+SPECIAL = {"internlm2": ("<unk>", "<s>", "</s>", *MARKS)}  # language model -> tokens with names
+SPECIAL |= dict.fromkeys(["qwen2", "qwen3"], ("<unk>", "<|endoftext|>", *MARKS))
 
 STEPS, DIRECT = PROMPTS["en"], PROMPTS["direct"]
 ON_ONE_LINE = DIRECT.replace("\n", " ")  # to type in a shell
@@ -151,7 +155,7 @@ def all_texts() -> Iterator[str]:
         yield f"1 {n} {n}\n{n}. {n}, {n} plus {n}"
 
 
-def build_tokenizer() -> JsonTokenizer:
+def build_tokenizer(llm: str = "internlm2") -> JsonTokenizer:
     """Word level, lossless: a piece is a word with the blank before it, a mark, or a line break.
 
     The long instructions that every question repeats are one piece each: they cost one token.
@@ -160,19 +164,20 @@ def build_tokenizer() -> JsonTokenizer:
     pieces = "|".join(map(re.escape, instructions)) + r"| ?[A-Za-z0-9]+|[^A-Za-z0-9]"
     split = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     words = {piece for text in all_texts() for piece, _ in split.pre_tokenize_str(text)}
-    names = [*SPECIAL, *instructions, *sorted(words)]
+    names = [*SPECIAL[llm], *instructions, *sorted(words)]
     if len(names) % 2 == 0:  # odd, as InternVL2's 92,553: shards of the head are uneven
         names.append("[UNUSED]")
     tokenizer = JsonTokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, "<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    special = [AddedToken(name, special=True, normalized=False) for name in SPECIAL[llm]]
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
-def model_config(vocab_size: int) -> dict:
+def model_config(vocab_size: int, llm: str = "internlm2") -> dict:
     """A config.json with the keys of the released one and the sizes of a toy."""
-    llm = {
+    language = {
         "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2",
         "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 160,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -181,6 +186,10 @@ def model_config(vocab_size: int) -> dict:
         "hidden_act": "silu", "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
     }  # fmt: skip
+    if llm != "internlm2":
+        language |= {"architectures": [f"{llm.title()}ForCausalLM"], "model_type": llm}
+        language |= {"pad_token_id": None, "rms_norm_eps": 1e-6, "head_dim": 24}
+        del language["bias"], language["rope_scaling"]
     vision = {
         "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "hidden_size": 48,
         "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -191,24 +200,27 @@ def model_config(vocab_size: int) -> dict:
     return {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat",
         "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": CELL * SIDE,
-        "llm_config": llm, "max_dynamic_patch": 4, "min_dynamic_patch": 1, "ps_version": "v2",
+        "llm_config": language, "max_dynamic_patch": 4, "min_dynamic_patch": 1, "ps_version": "v2",
         "select_layer": -1, "system_message": "You are a careful observer.",
-        "template": "internlm2-chat", "torch_dtype": "bfloat16", "use_thumbnail": True,
-        "vision_config": vision,
+        "template": "internlm2-chat" if llm == "internlm2" else "internvl2_5",
+        "torch_dtype": "bfloat16", "use_thumbnail": True, "vision_config": vision,
     }  # fmt: skip
 
 
 def write_model(
-    folder: Path, seed: int, teach: Callable[[InternVL, JsonTokenizer], None] | None = None
+    folder: Path,
+    seed: int,
+    teach: Callable[[InternVL, JsonTokenizer], None] | None = None,
+    llm: str = "internlm2",
 ) -> None:
     """Random bf16 weights in the official layout: two shards and their index.
 
     `teach` may change the weights before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(llm)
     write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    config = model_config(tokenizer.get_vocab_size())
+    config = model_config(tokenizer.get_vocab_size(), llm)
     write_atomic(folder / "config.json", json.dumps(config, indent=1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -216,7 +228,10 @@ def write_model(
         torch.nn.init.normal_(model.language_model.model.tok_embeddings.weight, std=0.3)
         if teach:
             teach(model, tokenizer)
-    tensors = {official_name(n): p.detach().bfloat16() for n, p in model.named_parameters()}
+    layout = OFFICIAL_INTERNLM2 if llm == "internlm2" else OFFICIAL_QWEN
+    pieces, tensors = stored_pieces(model, layout), {}
+    for name, p in model.named_parameters():
+        tensors |= split_stored(p.detach().bfloat16(), pieces[name])
     names = list(tensors)
     shards = {"model-00001-of-00002.safetensors": names[: len(names) // 2]}
     shards["model-00002-of-00002.safetensors"] = names[len(names) // 2 :]
@@ -290,9 +305,9 @@ class World:
         }
 
 
-def write_world(out: Path, pairs: int, seed: int) -> None:
+def write_world(out: Path, pairs: int, seed: int, llm: str = "internlm2") -> None:
     """All files of the toy; see the module docstring."""
-    write_model(out / "model", seed)
+    write_model(out / "model", seed, llm=llm)
     world = World(out, seed)
     few = max(2, pairs // 8)
     sets = {
@@ -332,6 +347,7 @@ class ToyConfig:
     out: Path = flag(Path("toy"), "folder to write")
     pairs: int = flag(128, "pairs of the largest data set; the others follow", low=8)
     seed: int = flag(0, "another seed, another world", low=0)
+    llm: Literal["internlm2", "qwen2", "qwen3"] = flag("internlm2", "the model's language model")
 
 
 def main() -> None:
@@ -341,7 +357,7 @@ def main() -> None:
         sys.argv.remove("--story")
         return story.main()
     cfg = parse_cli(ToyConfig)
-    write_world(cfg.out, cfg.pairs, cfg.seed)
+    write_world(cfg.out, cfg.pairs, cfg.seed, cfg.llm)
     print(f"wrote {cfg.out}; next: python train.py --config {cfg.out / 'train.json'}")
 
 

@@ -1,5 +1,6 @@
 """plain.py is the oracle: every fast way of train.py gives its losses and its weights."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,14 +18,17 @@ from train import TrainConfig, train
 from weights import load_model
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    write_world(folder, 32, 0)
+def write_toy(folder, llm="internlm2"):
+    write_world(folder, 32, 0, llm)
     for path in (folder / "model").glob("*.safetensors"):  # saved weights then keep every bit
         weights = {name: w.float() for name, w in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +77,41 @@ def test_eight_steps_end_where_the_plain_way_ends(oracle, fast, tmp_path, proces
         train_in_process(cfg)
     else:
         run_forks(processes, run_group, cfg)
+    same_losses(cfg, losses)
+    same_weights(cfg, weights)
+
+
+def same_losses(cfg, losses):
     metrics = [row for _, row in read_jsonl(cfg.out_dir / "metrics.jsonl")]
     assert [row["loss"] for row in metrics] == pytest.approx(losses, abs=1e-5)
+
+
+def same_weights(cfg, weights):
     for name, trained in load_model(cfg.out_dir / "model").named_parameters():
         expected = weights[name]
         if name.endswith("attn.qkv.bias"):
             # softmax loses a key's bias: its gradient is rounding alone, which Adam scales up
             trained, expected = (torch.cat(x.chunk(3)[::2]) for x in (trained, expected))
+        if name.endswith("wqkv.bias"):  # the decoder's likewise: of each head's q, q, k, v
+            trained, expected = (x.view(2, 4, -1)[:, [0, 1, 3]] for x in (trained, expected))
         torch.testing.assert_close(trained, expected, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
+def test_every_decoder_trains_as_in_the_plain_way_and_resumes(fast, tmp_path, llm):
+    toy = write_toy(tmp_path, llm)
+    flags = {"model_dir": toy / "model", "meta": toy / "meta.json"}
+    policy, losses = plain.train(plain.PlainConfig(**flags, lr=1e-3, steps=4))
+    cfg = replace(fast, **flags, max_steps=4, save_every=2, reference_cache=toy / "reference")
+    alone = replace(cfg, out_dir=toy / "alone")
+    train_in_process(alone)
+    shutil.rmtree(alone.out_dir / "checkpoints/step-00000004")
+    train_in_process(alone)  # goes on after step 2
+    pair = replace(cfg, out_dir=toy / "pair")
+    run_forks(2, run_group, pair)
+    for run in (alone, pair):
+        same_losses(run, losses)
+        same_weights(run, dict(policy.named_parameters()))
 
 
 def test_greedy_answers_are_those_of_calling_the_model_again_and_again(trained):
