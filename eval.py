@@ -18,7 +18,6 @@ import binascii
 import hashlib
 import json
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,7 +114,7 @@ def generate(cfg: Generate) -> Path:
     place = f"{model}-{weights[:8]}/{bench.name}-{setting(cfg.cot).lower()}"
     out = cfg.out or Path("results") / place
     images = image_paths(bench, items, cfg.images, out)
-    questions = [bench.question(item, cfg.cot) for item in items]
+    questions = [bench.ask(item, cfg.cot) for item in items]
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
     asked = json.dumps([[i["id"], q, p and p.name] for i, q, p in zip(items, questions, images)])
     facts = {
@@ -279,7 +278,7 @@ def score(cfg: Score) -> dict:
     items, replies, judgements = load_scored(cfg)
     mode = cfg.extraction or (bench.judge.mode if judgements and bench.judge else bench.modes[0])
     readings, missing = read_all(bench, items, replies, judgements, mode, cot)
-    total = totals(bench, readings) if readings else {"score": None, "standard_error": None, "n": 0}
+    total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
     seen = [replies[item["id"]] for item in items if item["id"] in replies]
     judged = [judgements[i["id"]] for i, _ in readings if i["id"] in judgements]
     judged = judged if bench.is_judged(mode) else []
@@ -297,8 +296,7 @@ def score(cfg: Score) -> dict:
         "split": bench.split + part * (bench.n_expected not in (0, len(items))),
         "extraction": mode,
         "other_extractions": {
-            m: totals(bench, read_all(bench, items, replies, {}, m, cot)[0])["score"]
-            for m in others
+            m: bench.total(read_all(bench, items, replies, {}, m, cot)[0])["score"] for m in others
         },
         "judge": ", ".join(sorted({row["judge"] for row in judged})) or None,
         "judge_date": max((row["date"] for row in judged), default=None) or None,
@@ -358,22 +356,6 @@ def read_all(
         else:
             readings.append((item, bench.read(item, Reply(text, cot, judgement), mode)))
     return readings, missing
-
-
-def totals(bench: Benchmark, readings: Readings) -> dict:
-    """Score, standard error, n, what else the benchmark reports, and a table per group."""
-    groups: dict[str, dict] = {}
-    for key in bench.groups:
-        members = defaultdict(list)
-        for item, reading in readings:
-            names = item.get(key)
-            for name in names if isinstance(names, list) else [names]:
-                if name not in (None, ""):
-                    members[str(name)].append((item, reading))
-        groups[key] = {name: bench.summary(members[name]) for name in sorted(members)}
-    if bench.headline:
-        return {**bench.headline(readings, groups, bench.summary), "groups": groups}
-    return {**bench.summary(readings), "groups": groups}
 
 
 # --------------------------------------------------------------------------- judge

@@ -9,6 +9,7 @@ OpenGVLab/InternVL, internvl_chat/eval @2410d1db.
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +19,11 @@ from runtime import InputError
 
 PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
 COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
-COT_TOKENS = 4096
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 PHRASE_SUFFIX = COT_PROMPTS["direct"].removeprefix("{question}")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Item = dict[str, Any]  # a row of the official file, with our "id" (text, unique)
-
-
-def wrapped(question: str, cot: bool, suffix: str = "") -> str:
-    """Direct: the question and its answer-format sentence; CoT: the question in the CoT text."""
-    question = question.removesuffix(suffix)
-    return COT + question.strip() if cot else question + suffix
-
 
 # --------------------------------------------------------------------------- replies
 
@@ -119,22 +112,6 @@ def mean(values: list[float]) -> dict:
     return {"score": statistics.fmean(values), "standard_error": error, "n": n}
 
 
-def mean_of_groups(names: tuple[str, ...], pooled_as: str) -> Callable:
-    """Headline = plain mean of the scores of some categories, as far as they are in the data."""
-
-    def headline(readings: Readings, groups: dict, summary: Callable) -> dict:
-        chosen = [groups["category"][name] for name in names if name in groups["category"]]
-        if not chosen:  # CRPE's existence file alone
-            return summary(readings)
-        inside = [(i, r) for i, r in readings if i["category"] in names]
-        error = math.sqrt(sum(g["standard_error"] ** 2 for g in chosen)) / len(chosen)
-        return {"score": statistics.fmean(g["score"] for g in chosen), "standard_error": error,
-                "n": sum(g["n"] for g in chosen), pooled_as: summary(inside)["score"],
-                "accuracy_of_single_replies": share(inside)["score"]}  # fmt: skip
-
-    return headline
-
-
 # --------------------------------------------------------------------------- the descriptor
 
 
@@ -161,16 +138,19 @@ class Benchmark:
     name: str
     files: tuple[str, ...]  # official names, looked for in a folder
     fields: dict[str, Any]  # a row's keys and their types; `a|b` is either, `T | None` optional
-    question: Callable[[Item, bool], str]
+    question: Callable[[Item], str]
     new_tokens: int  # Direct
     read: Callable[[Item, Reply, str], Reading]  # the mode is the last argument
     metric: str = "accuracy"
     n_expected: int = 0  # 0: not fixed
     split: str = "test"
-    cot_tokens: int = COT_TOKENS  # 0: no chain-of-thought setting
+    suffix: str = ""  # follows the question, Direct: the sentence about the answer's format
+    cot: Callable[[str], str] = lambda question: COT + question.strip()
+    cot_tokens: int = 4096  # 0: no chain-of-thought setting
     item: Callable[[Item], Any] = lambda row: None  # completes a row in place
     summary: Callable[[Readings], dict] = share  # of all items and of each group
-    headline: Callable | None = None  # where the score is not the summary of all items
+    mean_of: tuple[str, ...] = ()  # the score is the mean of these categories that are in the data
+    pooled_as: str = ""  # the name of the summary over all items of `mean_of`
     groups: tuple[str, ...] = ()  # keys of an item: a score for each of their values
     modes: tuple[str, ...] = ("rule",)  # ways to read a reply; the first is the default
     judge: Judge | None = None
@@ -180,6 +160,31 @@ class Benchmark:
     image: bool = True
     judgements_suffice: bool = False  # official reviews hold all that is averaged
     notes: Callable[[list[Item], str, bool], list[str]] = lambda items, mode, cot: []
+
+    def ask(self, item: Item, cot: bool) -> str:
+        """The text that a model is asked."""
+        question = self.question(item)
+        return self.cot(question) if cot else question + self.suffix
+
+    def total(self, readings: Readings) -> dict:
+        """Score, standard error, n, what else the benchmark reports, and a table per group."""
+        groups: dict[str, dict] = {}
+        for key in self.groups:
+            members = defaultdict(list)
+            for item, reading in readings:
+                names = item.get(key)
+                for name in names if isinstance(names, list) else [names]:
+                    if name not in (None, ""):
+                        members[str(name)].append((item, reading))
+            groups[key] = {name: self.summary(members[name]) for name in sorted(members)}
+        chosen = [g for name, g in groups.get("category", {}).items() if name in self.mean_of]
+        if not chosen:
+            return {**self.summary(readings), "groups": groups}
+        inside = [(item, reading) for item, reading in readings if item["category"] in self.mean_of]
+        error = math.sqrt(sum(g["standard_error"] ** 2 for g in chosen)) / len(chosen)
+        return {"score": statistics.fmean(g["score"] for g in chosen), "standard_error": error,
+                "n": sum(g["n"] for g in chosen), self.pooled_as: self.summary(inside)["score"],
+                "accuracy_of_single_replies": share(inside)["score"], "groups": groups}  # fmt: skip
 
     def is_judged(self, mode: str) -> bool:
         return self.judge is not None and mode == self.judge.mode

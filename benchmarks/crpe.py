@@ -6,17 +6,7 @@ Read as in VLMEvalKit (utils/crpe.py), or strictly as in OpenGVLab/all-seeing (e
 import re
 from collections import defaultdict
 
-from benchmarks.common import (
-    LETTER_SUFFIX,
-    Benchmark,
-    Item,
-    Reading,
-    Readings,
-    Reply,
-    mean_of_groups,
-    proportion,
-    wrapped,
-)
+from benchmarks.common import LETTER_SUFFIX, Benchmark, Item, Reading, Readings, Reply, proportion
 from runtime import InputError
 
 
@@ -54,8 +44,8 @@ def circular(readings: Readings) -> dict:
 BENCHMARK = Benchmark(
     name="crpe", files=("crpe_*.jsonl", "questions*.jsonl"),
     fields={"question_id": int | str, "text": str, "category": str, "correct_option": str},
-    item=item, question=lambda item, cot: wrapped(item["text"], cot, LETTER_SUFFIX),
-    new_tokens=100, read=read, modes=("vlmevalkit", "strict"),
+    item=item, question=lambda item: item["text"].removesuffix(LETTER_SUFFIX),
+    suffix=LETTER_SUFFIX, new_tokens=100, read=read, modes=("vlmevalkit", "strict"),
     metric="circular accuracy, mean of the relations", groups=("category",), summary=circular,
-    headline=mean_of_groups(("subject", "predicate", "object"), "pooled_relation"),
+    mean_of=("subject", "predicate", "object"), pooled_as="pooled_relation",
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import re
 
-from benchmarks.common import LETTER_SUFFIX, LETTERS, Benchmark, Item, Reading, Reply, wrapped
+from benchmarks.common import LETTER_SUFFIX, LETTERS, Benchmark, Item, Reading, Reply
 
 
 def item(row: Item) -> None:
@@ -15,11 +15,10 @@ def item(row: Item) -> None:
     row["_aliases"] = [row["image"]] if row.get("image") else []
 
 
-def question(item: Item, cot: bool) -> str:
+def question(item: Item) -> str:
     hint = item.get("hint") or item.get("context")
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item["choices"])]
-    text = "\n".join([*([str(hint)] if hint else []), item["question"], *lines])
-    return wrapped(text, cot, LETTER_SUFFIX).strip()
+    return "\n".join([*([str(hint)] if hint else []), item["question"], *lines]).lstrip()
 
 
 def internvl_letter(reply: str, choices: list[str]) -> str:
@@ -65,6 +64,6 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
 BENCHMARK = Benchmark(
     name="m3cot", files=("test.jsonl", "test*.jsonl"),
     fields={"question": str, "choices": list, "answer": str | int, "image": str},
-    item=item, question=question, new_tokens=100, read=read, modes=("internvl", "m3cot"),
-    n_expected=2318, groups=("domain",),
+    item=item, question=question, suffix=LETTER_SUFFIX, new_tokens=100, read=read,
+    modes=("internvl", "m3cot"), n_expected=2318, groups=("domain",),
 )  # fmt: skip

@@ -8,14 +8,14 @@ import re
 from dataclasses import replace
 
 from benchmarks.answers import parse_expression
-from benchmarks.common import LETTERS, Benchmark, Item, Reading, Reply, wrapped
+from benchmarks.common import LETTERS, Benchmark, Item, Reading, Reply
 
 
-def question(item: Item, cot: bool) -> str:
+def question(item: Item) -> str:
     text = re.sub(r"<image\d+>", "", item["question"]).strip()
     if item["options"] and item["options"] != list("ABCDE"):  # A..E: drawn in the picture
         text += "".join(f"\n{k}. {option}" for k, option in zip(LETTERS, item["options"]))
-    return wrapped(text, cot)
+    return text
 
 
 _ANSWER_PHRASES = tuple(

@@ -21,7 +21,6 @@ from benchmarks.common import (
     final_answer,
     last_number,
     plain_minus,
-    wrapped,
 )
 from runtime import InputError
 
@@ -43,10 +42,10 @@ def queries(path: Path) -> dict[str, str]:
     return json.loads(path.read_bytes())
 
 
-def question(item: Item, cot: bool) -> str:
+def question(item: Item) -> str:
     if not isinstance(item.get("query"), str):
         raise InputError(f"{item['id']}: no 'query'; put MathVista's query.json beside the data")
-    return wrapped(item["query"], cot)
+    return item["query"]
 
 
 def read_exactly(item: Item, reply: str) -> str | None:
@@ -124,7 +123,7 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
 
 
 def messages(item: Item, reply: Reply, template: str) -> list[dict]:
-    text = f"{template.strip()}\n\n{question(item, False)}\n\n{reply.text}\n\nExtracted answer: "
+    text = f"{template.strip()}\n\n{question(item)}\n\n{reply.text}\n\nExtracted answer: "
     return [{"role": "user", "content": text}]
 
 

@@ -17,10 +17,6 @@ def item(row: Item) -> None:
     row["image"] = row.get("image") or row.get("image_path") or Path(source).name
 
 
-def question(item: Item, cot: bool) -> str:
-    return f"{item['question']}\n\n{COT}".strip() if cot else item["question"]
-
-
 def read(item: Item, reply: Reply, mode: str) -> Reading:
     """The one digit s with "rating: s" in the judgement, else 0 as in the official script."""
     if not isinstance(reply.judgement, str):
@@ -76,7 +72,8 @@ BENCHMARK = Benchmark(
     name="mmhal", files=("mmhal*.jsonl", "response_template.json", "records*.jsonl"),
     fields={"question": str, "gt_answer": str, "image_content": list[str],
             "image": str | None, "image_src": str | None, "image_id": str | None},
-    ordered=True, item=item, question=question, new_tokens=1024, cot_tokens=1024,
+    ordered=True, item=item, question=lambda item: item["question"],
+    cot=lambda question: f"{question}\n\n{COT}".strip(), new_tokens=1024, cot_tokens=1024,
     read=read, modes=("judge",), judge=Judge(messages, TEMPLATE, max_tokens=1024),
     metric="mean rating, 0 to 6", n_expected=96, groups=("question_type",), summary=summary,
 )  # fmt: skip

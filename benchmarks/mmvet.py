@@ -6,6 +6,7 @@ import statistics
 from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
 from runtime import InputError
 
+# nothing is extracted from a CoT reply: the judge reads it all
 COT = "Your task is to answer the question below. Give step by step reasoning. \n\nQuestion:\n\n"
 
 
@@ -14,11 +15,6 @@ def item(row: Item) -> None:
     row["_aliases"] = [row["id"].removeprefix("v1_")]
     row["question"] = row.get("question", row.get("text"))
     row["image"] = row.get("imagename", row.get("image"))
-
-
-def question(item: Item, cot: bool) -> str:
-    """Nothing is extracted from a CoT reply, the judge reads it all; InternVL adds the blank."""
-    return COT + item["question"] if cot else item["question"] + " "
 
 
 def read(item: Item, reply: Reply, mode: str) -> Reading:
@@ -58,7 +54,8 @@ def summary(readings: Readings) -> dict:
 BENCHMARK = Benchmark(
     name="mmvet", files=("mm-vet*.json", "llava-mm-vet.jsonl"),
     fields={"question|text": str, "capability|question_id": list | str | int, "answer": str | None},
-    item=item, question=question, new_tokens=1000, read=read, modes=("judge",),
+    item=item, question=lambda item: item["question"], suffix=" ",
+    cot=lambda question: COT + question, new_tokens=1000, read=read, modes=("judge",),
     judge=Judge(messages, TEMPLATE, max_tokens=3),
     metric="mean judged correctness", n_expected=218, groups=("capability",), summary=summary,
 )  # fmt: skip

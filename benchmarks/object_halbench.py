@@ -165,7 +165,7 @@ BENCHMARK = Benchmark(
     name="object_halbench", files=("*halbench*.jsonl", "captions*.jsonl"),
     fields={"image_id": int | str, "question": str | None, "gt_objects": list[str] | None,
             "gt_captions": list[str] | None},
-    item=item, question=lambda item, cot: item["question"], new_tokens=1024, cot_tokens=0,
+    item=item, question=lambda item: item["question"], new_tokens=1024, cot_tokens=0,
     read=read, modes=("chair-rule", "chair-llm"),
     judge=Judge(messages, TEMPLATE, max_tokens=512, mode="chair-llm"),
     metric="replies with an object that is not there (lower is better)", n_expected=300,

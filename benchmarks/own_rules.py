@@ -9,6 +9,7 @@ import re
 from benchmarks import m3cot
 from benchmarks.answers import get_mode, is_correct, parse_answer
 from benchmarks.common import (
+    LETTER_SUFFIX,
     LETTERS,
     PHRASE_SUFFIX,
     Benchmark,
@@ -17,7 +18,6 @@ from benchmarks.common import (
     Reply,
     last_number,
     plain_minus,
-    wrapped,
 )
 
 OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
@@ -33,8 +33,8 @@ def item_gsm8k(row: Item) -> None:
     float(row["gold"])
 
 
-def ask_for_phrase(item: Item, cot: bool) -> str:
-    return wrapped(item["question"], cot, PHRASE_SUFFIX)
+def question(item: Item) -> str:
+    return item["question"].removesuffix(PHRASE_SUFFIX)
 
 
 def read_choice(item: Item, reply: Reply, mode: str) -> Reading:
@@ -74,23 +74,23 @@ def read_gsm8k(item: Item, reply: Reply, mode: str) -> Reading:
 TEXT_MC = Benchmark(
     name="text_mc", files=("*.jsonl",), image=False,
     fields={"question": str, "choices": list, "answer": str | int},
-    item=m3cot.item, question=m3cot.question, new_tokens=100, read=read_choice,
-    groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
+    item=m3cot.item, question=m3cot.question, suffix=LETTER_SUFFIX, new_tokens=100,
+    read=read_choice, groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
 )  # fmt: skip
 TEXT_EM = Benchmark(
     name="text_em", files=("*.jsonl",), image=False,
     fields={"question": str, "answer": str | int | float | list},
-    item=item_golds, question=ask_for_phrase, new_tokens=50, read=read_match,
+    item=item_golds, question=question, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_match,
     modes=("substring", "exact"), notes=TEXT_MC.notes,
 )  # fmt: skip
 OWN = Benchmark(
     name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, "image": str},
-    item=item_golds, question=ask_for_phrase, new_tokens=50, read=read_own,
+    item=item_golds, question=question, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
     notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
 )  # fmt: skip
 GSM8K = Benchmark(
     name="gsm8k", files=("test.jsonl", "*.jsonl"), image=False,
     fields={"question": str, "answer": str | int | float},
-    item=item_gsm8k, question=lambda item, cot: wrapped(item["question"], cot), new_tokens=512,
+    item=item_gsm8k, question=lambda item: item["question"], new_tokens=512,
     read=read_gsm8k, notes=TEXT_MC.notes,
 )  # fmt: skip

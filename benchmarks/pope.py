@@ -11,16 +11,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.common import (
-    PHRASE_SUFFIX,
-    Benchmark,
-    Item,
-    Reading,
-    Readings,
-    Reply,
-    mean_of_groups,
-    wrapped,
-)
+from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Readings, Reply
 from benchmarks.files import near, read_rows
 from runtime import InputError
 
@@ -99,8 +90,8 @@ BENCHMARK = Benchmark(
     name="pope", files=("coco_pope_*.json", "llava_pope_test.jsonl"),
     fields={"question_id": int | str, "image": str, "text": str, "label": str | None},
     categories=CATEGORIES, item=item,
-    question=lambda item, cot: wrapped(item["text"], cot, PHRASE_SUFFIX), new_tokens=100,
-    read=read, modes=("rule", "plain"), metric="mean of the three F1", n_expected=8910,
-    split="COCO val2014", groups=("category",), summary=confusion,
-    headline=mean_of_groups(CATEGORIES, "pooled_f1"), notes=notes,
+    question=lambda item: item["text"].removesuffix(PHRASE_SUFFIX), suffix=PHRASE_SUFFIX,
+    new_tokens=100, read=read, modes=("rule", "plain"), metric="mean of the three F1",
+    n_expected=8910, split="COCO val2014", groups=("category",), summary=confusion,
+    mean_of=CATEGORIES, pooled_as="pooled_f1", notes=notes,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from benchmarks.files import wrong_field
 from runtime import InputError, read_json
-from tools.figures import new_figure, png, text_table
+from tools.figures import grouped_bars, new_figure, png, text_table
 
 TABLE2 = {
     "m3cot": "M3CoT", "mathvista": "MathVista", "mathvision_mini": "MathVision", "mmvet": "MM-Vet",
@@ -162,20 +162,14 @@ def report_json(scores: Scores) -> dict:
 def report_figure(scores: Scores) -> bytes:
     """Direct and CoT bars of every model beside the paper's two rows, as a PNG."""
     shown = [b for b in TABLE2 if b != "mmhal" and any(b == bench for _, bench, _ in scores)]
-    bars = []  # (label, heights, standard errors, hatch)
+    bars = {}  # label -> (scores, their standard errors)
     for name in ("InternVL2-8B", "InternVL2-8B-MPO"):
         paper = dict(zip(TABLE2, PAPER_TABLE2[name]))
-        bars.append((f"paper {name}", [paper[b] for b in shown], None, ""))
+        bars[f"paper {name}"] = [paper[b] for b in shown], None
     for model, setting in dict.fromkeys((model, setting) for model, _, setting in scores):
         ours = [scores.get((model, b, setting), {}) for b in shown]
-        heights, errors = ([s.get(key) or 0 for s in ours] for key in ("score", "standard_error"))
-        bars.append((f"{model} {setting}", heights, errors, "//" if setting == "CoT" else ""))
+        bars[f"{model} {setting}"] = [[s.get(k) for s in ours] for k in ("score", "standard_error")]
     figure, axes = new_figure(width=max(6, 1.6 * len(shown) + 3))
-    width = 0.8 / len(bars)
-    for i, (label, heights, errors, hatch) in enumerate(bars):
-        places = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(shown))]
-        axes.bar(places, heights, width, yerr=errors, label=label, hatch=hatch, capsize=2)
-    axes.set_xticks(range(len(shown)), [TABLE2[b] for b in shown])
+    grouped_bars(axes, [TABLE2[b] for b in shown], bars)
     axes.set_ylabel("score (bars: standard error)")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return png(figure)

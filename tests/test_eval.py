@@ -269,7 +269,7 @@ def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
     result = scored("crpe", data, write_jsonl(tmp_path / "answers.jsonl", replies))
     assert (result["score"], result["n"]) == (100, 2)
     assert result["other_extractions"] == {"strict": 0}
-    prompt = BENCHMARKS["crpe"].question(rows[0], True)
+    prompt = BENCHMARKS["crpe"].ask(rows[0], True)
     assert prompt.startswith(common.COT) and prompt.endswith("D. pig")
 
 
@@ -382,7 +382,7 @@ def test_prompts_are_exactly_the_published_ones():
         ("mmvet", {"question": "Q?"}, True, f"{free}\n\nQ?"),
         ("llava_bench", {"text": "Q?"}, False, "Q? Please give a detailed answer."),
     ):
-        assert BENCHMARKS[name].question(item, is_cot) == prompt
+        assert BENCHMARKS[name].ask(item, is_cot) == prompt
 
 
 def test_no_reply_makes_a_reader_fail():
