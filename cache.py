@@ -254,21 +254,15 @@ def rounded_up(n: int) -> int:
     return -(-int(n) // step) * step
 
 
-def most_blocks(
-    config: LLMConfig, device: torch.device, dtype: torch.dtype, tokens: int, needed: int | None
-) -> int:
-    """Blocks of a cache of `tokens` tokens, but no more than `needed`.
-
-    0 tokens: what a GPU has left but for a reserve, or CPU_TOKENS.
-    """
+def most_blocks(config: LLMConfig, device: torch.device, dtype: torch.dtype, tokens: int) -> int:
+    """Blocks of a cache of so many tokens; 0 = what a GPU has left but a reserve, or CPU_TOKENS."""
     if not tokens and device.type == "cuda":
         free, card = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         tokens = max(0, int((free - GPU_RESERVE * card) // (numbers * dtype.itemsize)))
-    else:
-        tokens = tokens or CPU_TOKENS
-    return tokens // KEYS if needed is None else min(tokens // KEYS, needed)
+        return tokens // KEYS
+    return (tokens or CPU_TOKENS) // KEYS
 
 
 class Captured:

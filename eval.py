@@ -142,7 +142,9 @@ def generate(cfg: Generate) -> Path:
                    max_tiles=cfg.max_tiles, max_new_tokens=tokens)
             for k in left
         )  # fmt: skip
-        generator = Generator.load(cfg.model_dir, temperature=0.0, max_new_tokens=tokens)
+        generator = Generator.load(
+            cfg.model_dir, temperature=0.0, max_new_tokens=tokens, marks=False
+        )
         samples = generator.run(prompts)
         for s in tqdm(samples, total=len(left), disable=rank > 0, desc=bench.name):
             log.append({"id": s.prompt_id, "response": s.text.strip(),

@@ -17,6 +17,7 @@ control tokens are never produced (an image token in a response could not be sco
 grounding marks are, and stay in the text unless `marks` is off, as chat() has it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,9 +27,10 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ from torch import Tensor
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
 from model import Attend, InternVL, causal_attention
-from runtime import InputError, check_ranges, flag, parse_cli, run
+from runtime import InputError, check_ranges, fits, flag, parse_cli, run
 from tokenizer import (
     IMAGE,
     StreamDecoder,
@@ -208,6 +210,7 @@ class Group:
     ids: list[int]
     prefix: list[int]  # the end of ids: the answer's beginning
     image_tokens: int
+    limit: int  # new tokens of an answer, at most
     todo: list[int]  # numbers of the samples to be drawn
     rows: int = 0  # samples under way
     room: Room = dataclasses.field(default_factory=Room)
@@ -280,16 +283,17 @@ class Scheduler:
         self.waiting.extend(islice(self.coming, 0 if self.waiting else 1))
         if not self.waiting:
             return None
-        prompt, length = self.waiting[0].prompt, len(self.waiting[0].ids)
-        limit = self.generator.limit(prompt)
-        if num_blocks(length) + num_blocks(limit) > self.cache.num_blocks:
+        group = self.waiting[0]
+        length = len(group.ids)
+        if num_blocks(length) + num_blocks(group.limit) > self.cache.num_blocks:
             raise InputError(
-                f"prompt {prompt.id}: {length} tokens and up to {limit} new ones do not fit a "
-                f"cache of {self.cache.num_blocks * KEYS}; raise --cache_tokens, or use fewer tiles"
+                f"prompt {group.prompt.id}: {length} tokens and up to {group.limit} new ones do "
+                f"not fit a cache of {self.cache.num_blocks * KEYS}; raise --cache_tokens, or use "
+                "fewer tiles"
             )
         if not self.has_room(num_blocks(length) + 1, len(self.groups) + 1, 1):
             return None
-        group = self.waiting.popleft()
+        self.waiting.popleft()
         self.cache.enlarge(group.room, length, prompt=True)
         attend = self.cache.prefill(group.room, length)
         tiles = self.generator.tiles(group.prompt)
@@ -370,18 +374,12 @@ class Generator:
 
     @classmethod
     def load(
-        cls,
-        model_dir: Path,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        **settings: object,
+        cls, model_dir: Path, dtype: torch.dtype | None = None, **settings: object
     ) -> "Generator":
         """From a folder in the official layout; on the GPU of this process if there is one."""
-        if device is None:
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        if dtype is None:
-            dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+        on_gpu = torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
+        dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
         return cls(load_model(model_dir, device, dtype), load_tokenizer(model_dir), **settings)
 
     # ----- prompts
@@ -405,7 +403,8 @@ class Generator:
             raise InputError(f"prompt {prompt.id}: {error}") from None
         prefix = self.tokenizer.encode_plain(prompt.prefix)
         samples = range(prompt.num_samples) if prompt.samples is None else prompt.samples
-        return Group(prompt, ids + prefix, prefix, sum(tokens), list(samples))
+        limit = prompt.max_new_tokens or self.settings.max_new_tokens
+        return Group(prompt, ids + prefix, prefix, sum(tokens), limit, list(samples))
 
     def tiles(self, prompt: Prompt) -> Tensor | None:
         """Pixels of the prompt's images, (tile 3 h w)."""
@@ -415,39 +414,27 @@ class Generator:
         parts = [preprocess(load_image(Path(p)), prompt.max_tiles, size) for p in prompt.images]
         return torch.cat(parts).to(self.device)
 
-    def limit(self, prompt: Prompt) -> int:
-        return prompt.max_new_tokens or self.settings.max_new_tokens
-
     def make_cache(self, groups: Collection[Group]) -> KVCache:
         """A cache for these prompts, or of the full size if more may follow."""
-        settings, on_gpu = self.settings, self.device.type == "cuda"
-        needed, samples = None, sum(len(group.todo) for group in groups)
+        settings, llm, on_gpu = self.settings, self.model.config.llm, self.device.type == "cuda"
+        blocks = most_blocks(llm, self.device, self.dtype, settings.cache_tokens)
+        samples = sum(len(group.todo) for group in groups)
         if len(groups) < MAX_ROWS:
-            longest = max((self.limit(group.prompt) for group in groups), default=0)
+            longest = max((group.limit for group in groups), default=0)
             needed = sum(num_blocks(len(group.ids)) for group in groups)
-            needed += min(MAX_ROWS, samples) * num_blocks(longest)
-        llm = self.model.config.llm
-        return KVCache(
-            llm,
-            most_blocks(llm, self.device, self.dtype, settings.cache_tokens, needed),
-            self.device,
-            self.dtype,
-            apart=samples > len(groups),
-            rounded=on_gpu or settings.compile,
-            # CPU libraries multiply fewer rows in another way, with other rounding; at temperature
-            # 0 that hardly matters, and one row alone is faster without company
-            exact=settings.exact_batches and not on_gpu and settings.temperature > 0,
-        )
+            blocks = min(blocks, needed + min(MAX_ROWS, samples) * num_blocks(longest))
+        # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
+        # that hardly matters, and one row alone is faster without company
+        exact = settings.exact_batches and not on_gpu and settings.temperature > 0
+        apart, rounded = samples > len(groups), on_gpu or settings.compile
+        return KVCache(llm, blocks, self.device, self.dtype, apart, rounded, exact)
 
     # ----- running
 
-    def run(self, prompts: Iterable[Prompt], log: TextIO | None = None) -> Iterator[Sample]:
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Sample]:
         """Each sample as it ends; prompts are read as their turn comes."""
-        scheduler = Scheduler(self, (group for group in map(self.encode, prompts) if group.todo))
-        if log:
-            tokens = scheduler.cache.num_blocks * KEYS
-            print(f"up to {MAX_ROWS} rows at once in {tokens} cache tokens", file=log)
-        for row in scheduler.run():
+        groups = (group for group in map(self.encode, prompts) if group.todo)
+        for row in Scheduler(self, groups).run():
             if row.finish_reason:
                 yield self.sample(row)
 
@@ -460,17 +447,14 @@ class Generator:
                 yield decoder.push(row.ids[-1])
         yield decoder.flush()
 
-    def first_token_probs(
-        self, prompts: Iterable[Prompt], words: list[str]
-    ) -> list[dict[str, float]]:
-        """For each prompt, the probability that its answer begins with each word's first token."""
+    def first_token_probs(self, prompts: Iterable[Prompt], words: list[str]) -> list[dict]:
+        """For each prompt, {word: the probability that its answer begins with its first token}."""
         first_ids = {word: self.tokenizer.encode_plain(word)[0] for word in words}
         rows = []
         for prompt in prompts:
-            ids = self.encode(prompt).ids
-            logits = prefill(self.model, ids, self.tiles(prompt), causal_attention)
-            probs = logits.softmax(-1)
-            rows.append({word: probs[i].item() for word, i in first_ids.items()})
+            ids, tiles = self.encode(prompt).ids, self.tiles(prompt)
+            probs = prefill(self.model, ids, tiles, causal_attention).softmax(-1)
+            rows.append({word: probs[id].item() for word, id in first_ids.items()})
         return rows
 
     # ----- one token
@@ -495,28 +479,22 @@ class Generator:
             )
         row.ids.append(token)
         row.logps.append(logp)
-        stop_string = self.settings.stop and self.stop_at(row, self.text(row)) >= 0
-        if token in self.stop_ids or stop_string:
+        if token in self.stop_ids or (self.settings.stop and self.text(row)[1]):
             row.finish_reason = "stop"
-        elif len(row.ids) >= self.limit(prompt):
+        elif len(row.ids) >= row.group.limit:
             row.finish_reason = "length"
 
-    def text(self, row: Row) -> str:
-        ended = row.ids[-1] in self.stop_ids
-        ids = row.group.prefix + row.ids[: len(row.ids) - ended]
-        return self.tokenizer.decode(ids, self.settings.marks)
-
-    def stop_at(self, row: Row, text: str) -> int:
-        """Where the first stop string of a row's text begins; -1 without one."""
-        begin = len(self.tokenizer.decode(row.group.prefix, self.settings.marks))
-        places = [text.find(string, begin) for string in self.settings.stop]
-        return min((place for place in places if place >= 0), default=-1)
+    def text(self, row: Row) -> tuple[str, bool]:
+        """The text of prefix and answer before a stop string, and whether there was one."""
+        decode = partial(self.tokenizer.decode, marks=self.settings.marks)
+        prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
+        text, begin = decode(prefix + ids), len(decode(prefix))
+        cuts = [cut for stop in self.settings.stop if (cut := text.find(stop, begin)) >= 0]
+        return text[: min(cuts, default=len(text))], bool(cuts)
 
     def sample(self, row: Row) -> Sample:
         """What a finished row has become."""
-        group, text = row.group, self.text(row)
-        if row.ids[-1] not in self.stop_ids and (end := self.stop_at(row, text)) >= 0:
-            text = text[:end]
+        group, text = row.group, self.text(row)[0]
         tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
         lists = (tuple(row.ids), tuple(row.logps))
         return Sample(group.prompt.id, row.sample, text, row.finish_reason, *tokens, *lists)
@@ -539,10 +517,7 @@ class GenerateConfig(Settings):
     marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
-    bench: bool = flag(False, "measure prefill and decode on random weights and stop")
-    size: str = flag("toy", "shape for --bench: toy, 8b, 3.5-8b, ...")
-    bench_prompt: int = flag(256, "prompt tokens of --bench", 1)
-    bench_steps: int = flag(16, "decode steps of --bench", 1)
+    bench: bool = flag(False, "measure the speed on random weights, with tools/speed.py's flags")
 
 
 def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
@@ -551,14 +526,9 @@ def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
         return ()
     try:
         turns = json.loads(path.read_text("utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"no history file {path}") from None
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
         raise InputError(f"history {path}: not valid JSON ({error})") from None
-    good = isinstance(turns, list) and all(
-        isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in turns
-    )
-    if not good:
+    if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
         raise InputError(f"history {path}: expected a list of [question, answer] pairs of text")
     return tuple((question, answer) for question, answer in turns)
 
@@ -568,50 +538,44 @@ def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) 
         first, *rest = history  # the images belong to the first turn, as in chat()
         history = ((with_image_placeholders(first[0], len(cfg.image)), first[1]), *rest)
     name = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
-    prompt = Prompt(name.hexdigest(), question, cfg.image, history, cfg.prefix)
-    return dataclasses.replace(
-        prompt, max_tiles=cfg.max_tiles or tiles, num_samples=cfg.num_samples
-    )
+    fields = {"max_tiles": cfg.max_tiles or tiles, "num_samples": cfg.num_samples}
+    return Prompt(name.hexdigest(), question, cfg.image, history, cfg.prefix, **fields)
 
 
 def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
     """Questions from stdin, answers streamed to stdout, until the input ends."""
     history = read_history(cfg.history)
     print("ask; an empty line or Ctrl-D ends the chat", file=sys.stderr)
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            question = ""
-        if not question:
-            return
-        if not history and cfg.image:
-            question = with_image_placeholders(question, len(cfg.image))
-        answer = ""
-        try:
-            for piece in generator.stream(make_prompt(cfg, question, history, tiles)):
-                print(piece, end="", flush=True)
-                answer += piece
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-        print()
-        history = (*history, (question, answer.strip()))
+    invitation = "> " if sys.stdin.isatty() else ""
+    with contextlib.suppress(EOFError):
+        while question := input(invitation).strip():
+            if not history and cfg.image:
+                question = with_image_placeholders(question, len(cfg.image))
+            answer = ""
+            try:
+                for piece in generator.stream(make_prompt(cfg, question, history, tiles)):
+                    print(piece, end="", flush=True)
+                    answer += piece
+            except KeyboardInterrupt:
+                print(" [stopped]", end="")
+            print()
+            history = (*history, (question, answer.strip()))
 
 
 def main() -> None:
+    if "--bench" in sys.argv[1:]:
+        from tools.speed import main as measure_speed  # noqa: PLC0415  (a tool)
+
+        return measure_speed()
     cfg = parse_cli(GenerateConfig)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
-    if cfg.bench:
-        from tools.speed import measure_generation  # noqa: PLC0415  (a tool, not for the reader)
-
-        return measure_generation(cfg, dtype)
     history = read_history(cfg.history)
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)}
     generator = Generator.load(cfg.model_dir, dtype=dtype, **settings)
     tiles = generator.model.config.max_tiles
     if not cfg.question:
         return chat(generator, cfg, tiles)
-    samples = generator.run([make_prompt(cfg, cfg.question, history, tiles)], sys.stderr)
+    samples = generator.run([make_prompt(cfg, cfg.question, history, tiles)])
     for s in sorted(samples, key=lambda s: s.sample):
         if cfg.json:
             shown = {"sample": s.sample, "text": s.text, "tokens": s.num_tokens}

@@ -572,8 +572,8 @@ class StandIn:
     loads: int = 0
     swapped: bool = False  # answers yes for no
 
-    def load(self, model_dir: Path, temperature: float, max_new_tokens: int) -> "StandIn":
-        assert temperature == 0.0
+    def load(self, model_dir: Path, temperature: float, **settings: object) -> "StandIn":
+        assert temperature == 0.0 and not settings["marks"]  # as chat() shows InternLM2's
         self.loads += 1
         self.swapped = b"other" in (model_dir / "model.safetensors").read_bytes()
         return self

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import OURS, ROOT, run_forks
 from safetensors.torch import load_file
+from torch._dynamo.backends.common import aot_autograd
 
 from cache import KEYS, KVCache, Room, num_blocks
 from config import named_config
@@ -134,7 +135,8 @@ class FromIds(Generator):
         return sorted(self.run(prompts), key=lambda sample: int(sample.prompt_id))
 
     def encode(self, prompt):
-        return Group(prompt, self.rows[int(prompt.id)], [], 0, [0])
+        ids = self.rows[int(prompt.id)]
+        return Group(prompt, ids, [], 0, self.settings.max_new_tokens, [0])
 
     def tiles(self, prompt):
         return self.pixels[prompt.id]
@@ -358,16 +360,15 @@ class WithoutModel:
         one_head = replace(named_config("toy").llm, num_hidden_layers=1, head_dim=1)
         self.cache = KVCache(one_head, cache_tokens // KEYS, "cpu", torch.float32)
         self.groups = [
-            Group(Prompt(str(n), ""), [0] * prompt, [], 0, list(range(len(row))))
+            Group(
+                Prompt(str(n), ""), [0] * prompt, [], 0, int(lengths.max()), list(range(len(row)))
+            )
             for n, row in enumerate(lengths)
         ]
         self.steps, self.reserved, self.live = 0, 0, 0
 
     def make_cache(self, groups):
         return self.cache
-
-    def limit(self, prompt):
-        return int(self.lengths.max())
 
     def tiles(self, prompt):
         return None
@@ -486,15 +487,63 @@ def test_another_seed_or_prompt_id_gives_other_texts(toy, generator, expected):
     assert list(texts(generator, renamed).values()) != list(expected.values())
 
 
+def one_layer(vocab_size, image_context_id=7):
+    """A model that is compiled in seconds."""
+    raw = model_config(vocab_size)
+    raw["llm_config"]["num_hidden_layers"] = 1
+    return InternVL(parse_config(raw), image_context_id).eval()
+
+
+def a_step(model, device="cpu"):
+    """A cache with a prompt of 100 tokens, and a plan for three rows that continue it."""
+    dtype = model.language_model.head.dtype
+    cache, prompt = KVCache(model.config.llm, 40, device, dtype, rounded=True), Room()
+    rows = [(prompt, Room()) for _ in range(3)]
+    assert cache.enlarge(prompt, 100, prompt=True)
+    assert all(cache.enlarge(answer, 1) for _, answer in rows)
+    return cache, prompt, cache.plan(rows, [3, 4, 5])
+
+
+@torch.no_grad()
+def test_a_traced_step_copies_no_part_of_the_cache():
+    """The functional form that a compiler gets: each layer's memory is only written, in place."""
+    model = one_layer(100)
+    cache, _, plan = a_step(model)
+    graphs, large = [], cache.memory[0][0].numel()
+    keep = lambda graph, inputs: (graphs.append(graph), graph)[1]  # noqa: E731
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep)
+    torch.compile(decode, backend=backend, dynamic=False)(model, cache, plan)
+    [graph] = graphs
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
+    made = [n for n in nodes if getattr(n.meta.get("val"), "numel", int)() >= large]
+    assert {n.target for n in made} == {torch.ops.aten.index_put.default}
+    assert len(made) == 2 * len(cache.memory)  # keys and values
+    assert all(n.args[0].op == "placeholder" for n in made)  # may be written where they are
+
+
+@torch.no_grad()
+def test_a_step_needs_no_tensor_of_another_device(generator):
+    """On the meta device a tensor left on the CPU is an error, as on a GPU."""
+    model = InternVL(generator.model.config, 7).bfloat16().to("meta")
+    cache, prompt, plan = a_step(model, "meta")
+    logits = decode(model, cache, plan)
+    assert logits.shape[0] == 3 and logits.dtype == torch.float32
+    q = torch.zeros(1, 100, model.config.llm.num_attention_heads, 16, device="meta")
+    k = q[:, :, : model.config.llm.num_key_value_heads]
+    attended = cache.prefill(prompt, 100)(0, q.bfloat16(), k.bfloat16(), k.bfloat16())
+    tokens = choose(logits, torch.zeros(3, dtype=torch.float64, device="meta"), 0.9, 5, 0.9)
+    assert attended.is_meta and tokens.is_meta
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_step_gives_the_same_texts(toy, generator, backend, monkeypatch):
     """aot_eager traces the step as inductor does, and runs it without a compiler."""
     if backend == "inductor" and not (shutil.which("g++") and os.environ.get("SLOW")):
         pytest.skip("inductor takes half a minute: set SLOW=1; needs a C++ compiler")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    raw = model_config(generator.model.config.llm.vocab_size)
-    raw["llm_config"]["num_hidden_layers"] = 1  # compiling takes long
-    model = InternVL(parse_config(raw), generator.model.image_context_id)
+    vocab_size = generator.model.config.llm.vocab_size
+    model = one_layer(vocab_size, generator.model.image_context_id)
     how = {"temperature": 1.0, "max_new_tokens": 12, "seed": 3, "exact_batches": False}
     compiled = Generator(model, generator.tokenizer, compile=True, **how)
     eager = Generator(model, generator.tokenizer, **how)
@@ -574,6 +623,41 @@ def test_special_tokens_never_come_out_but_the_end(toy):
     for sample in hot.run([Prompt("hot", "What is 1 plus 2?", num_samples=8)]):
         special = hot.tokenizer.special_ids & set(sample.ids)
         assert special <= hot.stop_ids
+
+
+# --------------------------------------------------------------------------- grounding marks
+
+
+QWEN3 = OURS / "qwen3-micro" / "checkpoint"
+
+
+@pytest.fixture
+def marking():
+    """A generator that names a cat with its box at once."""
+    generator = Generator.load(QWEN3, max_new_tokens=40)
+    ids = generator.tokenizer.encode("<ref>cat</ref><box>[[1, 2, 3, 4]]</box><|im_end|>")
+    generator.choose = lambda logits, rows: [(ids[len(row.ids)], 0.0) for row in rows]
+    return generator
+
+
+def test_grounding_marks_can_be_chosen_and_control_tokens_cannot(marking):
+    tokenizer, banned = marking.tokenizer, set(marking.banned.tolist())
+    for name in "<ref> </ref> <box> </box> <quad> </quad> <|im_end|>".split():
+        assert tokenizer.token_id(name) not in banned
+    for name in "<|im_start|> <|endoftext|> <img> </img> <IMG_CONTEXT>".split():
+        assert tokenizer.token_id(name) in banned
+
+
+def test_grounding_marks_stay_in_the_text_of_a_sample_and_are_hidden_on_request(marking):
+    shown, hidden = "<ref>cat</ref><box>[[1, 2, 3, 4]]</box>", "cat[[1, 2, 3, 4]]"
+    [sample] = marking.run([Prompt("x", "Where is the cat?")])
+    assert sample.text == shown
+    assert marking.tokenizer.encode_plain(sample.text) == list(sample.ids[:-1])  # scored as sampled
+    assert "".join(marking.stream(Prompt("x", "Where is the cat?"))) == shown
+    marking.settings = replace(marking.settings, marks=False)
+    [sample] = marking.run([Prompt("x", "Where is the cat?")])
+    assert sample.text == hidden
+    assert "".join(marking.stream(Prompt("x", "Where is the cat?"))) == hidden
 
 
 # --------------------------------------------------------------------------- text
@@ -698,7 +782,6 @@ def test_the_command_line_prints_the_answer_alone(toy, ask):
     generator = Generator.load(toy / "model", max_new_tokens=8)
     [sample] = generator.run([Prompt("x", question, (image,))])
     assert done.stdout == sample.text.strip() + "\n"
-    assert "rows at once" in done.stderr
     done = ask(*flags, "--question", question, "--temperature=1", "--num_samples=3", "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["sample"] for r in rows] == [0, 1, 2]

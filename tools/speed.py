@@ -4,7 +4,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,15 +14,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache import Captured, KVCache, Room, num_blocks  # noqa: E402
 from config import named_config  # noqa: E402
-from generate import GenerateConfig, decode, prefill  # noqa: E402
+from generate import decode, prefill  # noqa: E402
 from model import InternVL  # noqa: E402
+from runtime import flag, parse_cli, run  # noqa: E402
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Measure prefill and decode on random weights."""
+
+    bench: bool = flag(True, "generate.py's word for this")
+    size: str = flag("toy", "shape of the model: toy, 8b, 3.5-8b, ...")
+    bench_prompt: int = flag(256, "tokens of the prompt", 1)
+    bench_steps: int = flag(16, "decoding steps", 1)
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
+    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
 
 
 @torch.inference_mode()
-def measure_generation(cfg: GenerateConfig, dtype: torch.dtype | None) -> None:
+def measure_generation(cfg: SpeedConfig) -> None:
     """Prefill and decode speed on random weights, beside what the memory allows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = names.get(cfg.dtype, names["bf16" if device.type == "cuda" else "fp32"])
     config = named_config(cfg.size)
     with torch.device("meta"):
         model = InternVL(config, image_context_id=2).to(dtype)
@@ -82,9 +98,7 @@ class Sampling:
         self.decode(self.model, self.cache, self.cache.plan(rows, [3] * len(rows)))
 
 
-def measure_fork(
-    model: InternVL, cfg: GenerateConfig, device: torch.device, decode: Callable
-) -> None:
+def measure_fork(model: InternVL, cfg: SpeedConfig, device: torch.device, decode: Callable) -> None:
     """32 samples of one image prompt: one prefill forked into 32 rows, against 32 single calls."""
     config = model.config
     size, tokens = config.tile_size, 3 * config.tokens_per_tile
@@ -128,3 +142,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    measure_generation(parse_cli(SpeedConfig))
+
+
+if __name__ == "__main__":
+    run(main)
