@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from images import image_key, jpeg, load_image, open_image
@@ -50,6 +51,9 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
         rows.append(np.stack([np.full(len(records), i), records], axis=1))
     rows = np.concatenate(rows).astype(np.int64)
     return rows[seeded(seed, "order", epoch).permutation(len(rows))]
+
+
+TILES_AT_ONCE = 8  # a padded pack has a multiple of these
 
 
 # --------------------------------------------------------------------------- trees
@@ -235,6 +239,24 @@ class Pack:
             for k, v in vars(self).items()
         }
         return Pack(**moved)
+
+    def padded(self, tokens: int, tiles: int = TILES_AT_ONCE) -> "Pack":
+        """The same scores in shapes that stay, so that a GPU compiles its kernels once.
+
+        Up to a multiple of `tokens` the filler is a tree of its own that nothing scores; up to a
+        multiple of `tiles` blank tiles follow that no prompt shows.
+        """
+        n = -len(self.tree) % tokens
+        filled = replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, n)),
+            positions=F.pad(self.positions, (0, n)),
+            tree=torch.cat([self.tree, (self.tree[-1:] + 1).expand(n)]),  # no wait for the GPU
+            branch=F.pad(self.branch, (0, n)),
+        )
+        if self.tiles is not None:
+            filled.tiles = F.pad(self.tiles, [0] * 7 + [-len(self.tiles) % tiles])
+        return filled
 
 
 def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:

@@ -172,9 +172,9 @@ _COMPILED: list = []
 
 
 def compiled_flex_attention() -> Callable:
-    """FlexAttention is fast only compiled; compiled once, on first use."""
+    """FlexAttention is fast only compiled: once, on first use, where all packs have one length."""
     if not _COMPILED:
-        _COMPILED.append(torch.compile(flex_attention, dynamic=True))
+        _COMPILED.append(torch.compile(flex_attention))
     return _COMPILED[0]
 
 

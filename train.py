@@ -787,6 +787,8 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
             rows, weight, pack.target, pack.response, pack.num_responses, cfg.head_rows
         )
 
+    if pack.tree.is_cuda:  # one shape for all packs: kernels are compiled once
+        pack = pack.padded(-(-cfg.pack_tokens // 128) * 128)
     return model(
         pack.input_ids,
         pack.tiles,

@@ -54,7 +54,7 @@ def process():
 # --------------------------------------------------------------------------- switches
 
 
-def grads_of(toy, cfg, **how):
+def grads_of(toy, cfg, pad=1, **how):
     """(scores, gradients) of the same eight records under some switches."""
     config = load_config(toy / "model")
     tokenizer = load_tokenizer(toy / "model")
@@ -68,7 +68,8 @@ def grads_of(toy, cfg, **how):
         seed=1,
         **how,
     )
-    pack = data.build(data.plan(0)[0][0])
+    pack = data.build(data.plan(0)[0][0]).padded(pad, 8 if pad > 1 else 1)
+    assert len(pack.tree) % pad == 0 and (pad == 1 or len(pack.tiles) % 8 == 0)
     model = prepare(load_model(toy / "model"), cfg)
     sums, _ = score(model, pack, cfg)
     weight = torch.randn(len(sums), generator=torch.Generator().manual_seed(0))
@@ -87,6 +88,7 @@ def all_off(toy):
     [
         ({}, {"share_images": False}),
         ({}, {"share_prefix": False}),
+        ({}, {"pad": 2048}),
         ({"head_rows": 7}, {"share_prefix": False, "share_images": False}),
         ({"recompute": "full"}, {}),
         ({"recompute": "selective"}, {}),
