@@ -11,7 +11,7 @@ everything finite at extremes.  A check that fails is named and ends in status 1
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -70,32 +70,17 @@ def add(x: PairLogps, **amounts: float) -> PairLogps:
 
 
 def swap(x: PairLogps) -> PairLogps:
-    """Chosen and rejected exchanged."""
-    return PairLogps(
-        x.policy_rejected,
-        x.policy_chosen,
-        x.reference_rejected,
-        x.reference_chosen,
-        x.rejected_length,
-        x.chosen_length,
-    )
+    """Chosen and rejected exchanged: fields come in pairs, the chosen response's first."""
+    columns = list(vars(x).values())
+    return PairLogps(*(columns[n ^ 1] for n in range(len(columns))))
 
 
-def both_move(x: PairLogps) -> PairLogps:
-    """Policy and reference move together, each response by an amount of its own."""
-    chosen = add(x, policy_chosen=3, reference_chosen=3)
-    return add(chosen, policy_rejected=-2, reference_rejected=-2)
-
-
-def twice(x: PairLogps) -> PairLogps:
-    """Every response written twice."""
-    return PairLogps(*(2 * column for column in vars(x).values()))
-
-
+# policy and reference move together, each response by an amount of its own
+MOVES = {"policy_chosen": 3, "reference_chosen": 3, "policy_rejected": -2, "reference_rejected": -2}
 # Each: (loss, pairs) -> by how much the invariance is broken, 0 where it holds.
 INVARIANCES: dict[str, Callable[[Loss, PairLogps], Tensor]] = {
     # only log-ratios matter
-    "shift": lambda f, x: f(x) - f(both_move(x)),
+    "shift": lambda f, x: f(x) - f(add(x, **MOVES)),
     # only the margin matters, so nothing stops chosen and rejected from falling together
     "margin": lambda f, x: f(x) - f(add(x, policy_chosen=-3, policy_rejected=-3)),
     # swapping the responses gives the other probability
@@ -103,7 +88,7 @@ INVARIANCES: dict[str, Callable[[Loss, PairLogps], Tensor]] = {
     # lengths do not enter
     "length": lambda f, x: f(x) - f(add(x, chosen_length=7, rejected_length=2)),
     # only means over tokens enter
-    "per_token": lambda f, x: f(x) - f(twice(x)),
+    "per_token": lambda f, x: f(x) - f(PairLogps(*(2 * column for column in vars(x).values()))),
     "nonnegative": lambda f, x: f(x).clamp(max=0),
 }
 
@@ -134,31 +119,23 @@ def extreme_pairs(dtype: torch.dtype) -> PairLogps:
 
 def check_loss(loss: Loss) -> dict[str, bool]:
     """Every check of one objective, by name; `loss` takes PairLogps alone."""
-    return {
-        "float32 per pair": _float32_per_pair(loss),
-        "finite differences": _finite_differences(loss),
-        "finite at extremes": all(_finite(loss, t) for t in (torch.float32, torch.bfloat16)),
-    }
-
-
-def _float32_per_pair(loss: Loss) -> bool:
     x = example_pairs()
     value = loss(PairLogps(*(column.bfloat16() for column in vars(x).values())))
-    return value.dtype == torch.float32 and value.shape == x.policy_chosen.shape
-
-
-def _finite_differences(loss: Loss) -> bool:
-    x = example_pairs()
 
     def of_policy(chosen: Tensor, rejected: Tensor) -> Tensor:
         return loss(replace(x, policy_chosen=chosen, policy_rejected=rejected))
 
     point = (x.policy_chosen.requires_grad_(), x.policy_rejected.requires_grad_())
-    return torch.autograd.gradcheck(of_policy, point, raise_exception=False)
-
-
-def _finite(loss: Loss, dtype: torch.dtype) -> bool:
-    return all(bool(x.isfinite().all()) for x in loss_and_gradient(loss, extreme_pairs(dtype)))
+    extremes = [
+        tensor.isfinite().all().item()
+        for dtype in (torch.float32, torch.bfloat16)
+        for tensor in loss_and_gradient(loss, extreme_pairs(dtype))
+    ]
+    return {
+        "float32 per pair": value.dtype == torch.float32 and value.shape == x.policy_chosen.shape,
+        "finite differences": torch.autograd.gradcheck(of_policy, point, raise_exception=False),
+        "finite at extremes": all(extremes),
+    }
 
 
 def loss_and_gradient(loss: Loss, x: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,39 +158,25 @@ def plane(loss: Loss, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     its loss is the sum over the four.
     """
     axis = torch.linspace(-REACH, REACH, GRID, dtype=torch.float64)
-    r, c = torch.meshgrid(axis, axis, indexing="ij")
-    rows = [
-        (START + x, START + y, START, START, TOKENS, TOKENS) for y, x in zip(r.ravel(), c.ravel())
-    ]
+    rows = [(START + x, START + y, START, START, TOKENS, TOKENS) for y in axis for x in axis]
     values = loss_and_gradient(among_others(loss) if together else loss, make_pairs(rows))
     return axis, *(v.reshape(GRID, GRID) for v in values)
 
 
 def among_others(loss: Loss) -> Loss:
     """Each pair in a step of its own, with three fixed others: the sum over the four."""
-    rows = [
-        (-38, -22, -30, -18, 20, 20),
-        (-25, -34, -30, -30, 20, 20),
-        (-19, -37, -30, -42, 20, 20),
-    ]
-    others = make_pairs(rows)
-    names = [field.name for field in fields(PairLogps)]
+    others = [(-38, -22, -30, -18, 20, 20), (-25, -34, -30, -30, 20, 20)]
+    others = vars(make_pairs([*others, (-19, -37, -30, -42, 20, 20)])).values()
 
-    def together(x: PairLogps) -> Tensor:
-        steps = [
-            PairLogps(*(torch.cat([getattr(pair, n), getattr(others, n)]) for n in names))
-            for pair in split_pairs(x)
-        ]
-        return torch.stack([loss(step).sum() for step in steps])
+    def step_of(pair: PairLogps) -> PairLogps:
+        return PairLogps(*(torch.cat(columns) for columns in zip(vars(pair).values(), others)))
 
-    return together
+    return lambda x: torch.stack([loss(step_of(pair)).sum() for pair in split_pairs(x)])
 
 
 def draw(planes: dict[str, tuple[Tensor, ...]], notes: dict[str, str]) -> bytes:
     """PNG with a panel an objective: the loss in colour, arrows along the negative gradient."""
-    columns = 4
-    rows = -(-len(planes) // columns)
-    figure, axes = new_figure(rows, columns, width=4.1, height=3.8, squeeze=False)
+    figure, axes = new_figure(-(-len(planes) // 4), 4, width=4.1, height=3.8, squeeze=False)
     for panel in axes.flat[len(planes) :]:
         panel.set_visible(False)
     for panel, (name, (axis, loss, chosen, rejected)) in zip(axes.flat, planes.items()):
@@ -284,7 +247,8 @@ def main() -> None:
     for name, loss in losses.items():
         checks = check_loss(loss)
         failed += [f"{name}: {check}" for check, passed in checks.items() if not passed]
-        print(f"{name}: " + ", ".join(f"{c} {'ok' if p else 'FAILED'}" for c, p in checks.items()))
+        verdicts = [f"{check} {'ok' if passed else 'FAILED'}" for check, passed in checks.items()]
+        print(f"{name}: {', '.join(verdicts)}")
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)

@@ -16,8 +16,9 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import ImageDraw
@@ -54,9 +55,7 @@ class ShowConfig:
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "config.json and tokenizer, for printing")
     out: Path | None = flag(None, "write this HTML page instead of printing")
-    limit: int = flag(
-        0, "records, shared evenly among the data sets; 0 = 3 printed, 200 on a page", low=0
-    )
+    limit: int = flag(0, "records of all data sets; 0 = 3 printed, 200 on a page", low=0)
     image_size: int = flag(384, "longer side of the page's pictures in pixels", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", low=0)
     seed: int = flag(42, "decides which records are shown")
@@ -131,12 +130,8 @@ def outcomes(record: PairRecord, *fit: Any) -> list[str]:
 
 def token_bins(lengths: list[int]) -> dict[str, int]:
     """Counts by powers of two: 1-64, 65-128, ..."""
-    edges = [0, *accumulate([64] + [2] * 10, lambda edge, factor: edge * factor)]
-    bins = {
-        f"{low + 1}-{high}": sum(low < n <= high for n in lengths)
-        for low, high in zip(edges, edges[1:])
-    }
-    return {name: count for name, count in bins.items() if count}
+    counts = Counter(max(64, 1 << (n - 1).bit_length()) for n in lengths)
+    return {f"{top // 2 + 1 if top > 64 else 1}-{top}": counts[top] for top in sorted(counts)}
 
 
 def bars(counts: dict) -> list[tuple]:
@@ -193,17 +188,16 @@ article[hidden] { display: none }  pre { font: 13px/1.5 ui-monospace, monospace;
 
 FILTER = """
 <script>
-const pick = id => document.getElementById(id);
+const choosers = document.querySelectorAll("select");
 function filter() {
-  let n = 0;
+  let shown = 0;
   for (const card of document.querySelectorAll("article")) {
-    card.hidden = (pick("set").value && card.dataset.set !== pick("set").value)
-      || (pick("kind").value && card.dataset.kind !== pick("kind").value);
-    n += !card.hidden;
+    card.hidden = [...choosers].some(c => c.value && card.dataset[c.id] !== c.value);
+    shown += !card.hidden;
   }
-  pick("count").textContent = n + " pairs";
+  document.getElementById("count").textContent = shown + " shown";
 }
-pick("set").onchange = pick("kind").onchange = filter;
+choosers.forEach(c => c.onchange = filter);
 filter();
 </script>
 """
@@ -219,8 +213,8 @@ def write_page(cfg: ShowConfig) -> None:
     for data_set in sets:
         drawn = seeded("show", cfg.seed, data_set.name).permutation(len(data_set))[:each]
         for number in sorted(drawn.tolist()):
-            record, raw = data_set[number], data_set.lines[number]
-            pictures = [picture(path, cfg.image_size, raw) for path in record.images]
+            raw = data_set.lines[number]
+            pictures = [picture(path, cfg.image_size, raw) for path in data_set[number].images]
             cards.append((data_set.name, raw, pictures))
     write_atomic(cfg.out, render_page(cards))
     print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
@@ -229,16 +223,16 @@ def write_page(cfg: ShowConfig) -> None:
 def render_page(cards: list[tuple[str, dict, list[str]]]) -> str:
     """The whole page from (data set, record as in its file, pictures as <img>)."""
     title = f"{len(cards)} preference pairs"
-    names = sorted({name for name, _, _ in cards})
-    kinds = sorted({pair_kind(name, raw) for name, raw, _ in cards})
-    chooser = "".join(
-        f'<select id="{id}"><option value="">all {label}</option>'
-        + "".join(f"<option>{html.escape(value)}</option>" for value in values)
-        + "</select> "
-        for id, label, values in (("set", "data sets", names), ("kind", "kinds", kinds))
-    )
-    header = f'<header><b>{title}</b> {chooser}<span id="count"></span></header>\n'
-    return page(title, header + "\n".join(pair_card(*card) for card in cards) + FILTER, STYLE)
+    header = f'<header><b>{title}</b> <span id="count"></span>'
+    header += chooser("set", "data sets", {name for name, _, _ in cards})
+    header += chooser("kind", "kinds", {pair_kind(name, raw) for name, raw, _ in cards})
+    body = "\n".join([f"{header}</header>", *(pair_card(*card) for card in cards)])
+    return page(title, body + FILTER, STYLE)
+
+
+def chooser(id: str, label: str, values: set[str]) -> str:
+    options = "".join(f"<option>{html.escape(value)}</option>" for value in sorted(values))
+    return f' <select id="{id}"><option value="">all {label}</option>{options}</select>'
 
 
 def pair_card(name: str, raw: dict, pictures: list[str]) -> str:
@@ -263,10 +257,8 @@ def pair_card(name: str, raw: dict, pictures: list[str]) -> str:
 
 def pair_kind(name: str, raw: dict) -> str:
     """The pipeline that made a pair, by its data set's name, else whether it has a gold answer."""
-    for kind in ("correctness", "format", "prefix_pair", "divide_and_conquer"):
-        if kind in name:
-            return kind
-    return gold_kind(raw)
+    kinds = ("correctness", "format", "prefix_pair", "divide_and_conquer")
+    return next((kind for kind in kinds if kind in name), gold_kind(raw))
 
 
 def gold_kind(raw: dict) -> str:
@@ -299,9 +291,15 @@ PAPER_LENGTHS = {
 }
 
 
+SHARES = {
+    "chosen longer share": "chosen longer than rejected",
+    "cut-off share": "with a cut-off response",
+}
+
+
 @dataclass
-class KindStats:
-    """Lengths and counts of one kind of pairs."""
+class Group:
+    """Lengths and counts of pairs of one kind, or of one data set."""
 
     lengths: dict[str, list[int]] = field(default_factory=lambda: {part: [] for part in PARTS})
     counts: Counter = field(default_factory=Counter)
@@ -311,11 +309,10 @@ class KindStats:
         for part in PARTS:
             self.lengths[part].append(lengths[part])
         metas = [raw.get(side) for side in ("chosen_meta", "rejected_meta")]
+        cut = [isinstance(m, dict) and m.get("finish_reason") == "length" for m in metas]
         self.counts["pairs"] += 1
         self.counts["chosen longer than rejected"] += lengths["chosen"] > lengths["rejected"]
-        self.counts["with a cut-off response"] += any(
-            isinstance(meta, dict) and meta.get("finish_reason") == "length" for meta in metas
-        )
+        self.counts["with a cut-off response"] += any(cut)
         self.counts["with a missing image"] += not all(path.is_file() for path in record.images)
         self.per_query[(record.images, raw["question"], str(raw.get("answer_gt")))] += 1
 
@@ -323,13 +320,11 @@ class KindStats:
         table = {}
         for part in PARTS:
             values = self.lengths[part]
-            mean = round(sum(values) / len(values), 1)
-            table[part] = {"mean": mean, "min": min(values), "max": max(values)}
+            table[part] = {"mean": round(fmean(values), 1), "min": min(values), "max": max(values)}
         histogram, pairs = Counter(self.per_query.values()), self.counts["pairs"]
         return table | {
             "counts": dict(sorted(self.counts.items())),
-            "chosen longer share": round(self.counts["chosen longer than rejected"] / pairs, 4),
-            "cut-off share": round(self.counts["with a cut-off response"] / pairs, 4),
+            **{share: round(self.counts[name] / pairs, 4) for share, name in SHARES.items()},
             "pairs_per_query": {str(k): histogram[k] for k in sorted(histogram)},
         }
 
@@ -339,15 +334,14 @@ def stats(cfg: StatsConfig) -> None:
     if cfg.model_dir:
         encode = load_tokenizer(cfg.model_dir).encode_plain
         unit, count = "tokens", lambda text: len(encode(text))
-    kinds: dict[str, KindStats] = defaultdict(KindStats)
-    groups: dict[str, KindStats] = defaultdict(KindStats)
+    kinds, sets = defaultdict(Group), defaultdict(Group)
     for data_set in read_meta(cfg.meta, 1):
         for number in range(len(data_set)):
             record, raw = data_set[number], data_set.lines[number]
             lengths = {part: count(raw[part].replace(IMAGE, "").strip()) for part in PARTS}
             meta = raw.get("chosen_meta")
             version = meta.get("prompt_version") or "none" if isinstance(meta, dict) else "none"
-            for group in (kinds[gold_kind(raw)], groups[f"{data_set.name} / {version}"]):
+            for group in (kinds[gold_kind(raw)], sets[f"{data_set.name} / {version}"]):
                 group.add(record, raw, lengths)
     if not kinds:
         raise InputError(f"{cfg.meta}: no pairs")
@@ -355,7 +349,7 @@ def stats(cfg: StatsConfig) -> None:
     summary = {
         "unit": unit,
         "kinds": {k: v.summary() for k, v in sorted(kinds.items())},
-        "data sets": {k: v.summary() for k, v in sorted(groups.items())},
+        "data sets": {k: v.summary() for k, v in sorted(sets.items())},
     }
     write_atomic(out / "stats.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print(stats_text(summary))
@@ -368,13 +362,10 @@ def stats_text(summary: dict) -> str:
     lines = []
     for kind, ours in summary["kinds"].items():
         lines.append(f"{kind}: {ours['counts']['pairs']} pairs (paper: {PAPER_PAIRS[kind]})")
-        rows = [
-            (part, *ours[part].values(), " / ".join(f"{v:,}" for v in paper))
-            for part, paper in zip(PARTS, PAPER_LENGTHS[kind])
-        ]
+        paper = [" / ".join(f"{value:,}" for value in values) for values in PAPER_LENGTHS[kind]]
+        rows = [(part, *ours[part].values(), cell) for part, cell in zip(PARTS, paper)]
         lines.append(text_table((summary["unit"], "mean", "min", "max", "paper"), rows))
-        shares = ("chosen longer share", "cut-off share")
-        lines += [f"{share}: {ours[share]:.1%}" for share in shares]
+        lines += [f"{share}: {ours[share]:.1%}" for share in SHARES]
         lines.append(f"pairs with a missing image: {ours['counts']['with a missing image']}")
         lines.append(f"pairs a question: {ours['pairs_per_query']}")
     rows = [
@@ -385,7 +376,7 @@ def stats_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def plot_stats(kinds: dict[str, KindStats], unit: str) -> bytes:
+def plot_stats(kinds: dict[str, Group], unit: str) -> bytes:
     """Histograms of lengths and of pairs a question, one row a kind; paper means dashed."""
     figure, axes = new_figure(len(kinds), len(PARTS) + 1, 4, 3.6, squeeze=False)
     for row, (kind, ours) in zip(axes, sorted(kinds.items())):
@@ -404,14 +395,12 @@ def plot_stats(kinds: dict[str, KindStats], unit: str) -> bytes:
     return png(figure, dpi=80)
 
 
-COMMANDS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
-
-
 def main() -> None:
     argv = sys.argv[1:]
     if len(argv) > 1 and not argv[1].startswith("-"):  # META may stand without its flag
         argv.insert(1, "--meta")
-    verb, cfg = parse_command(COMMANDS, argv)
+    commands = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
+    verb, cfg = parse_command(commands, argv)
     show = write_page if verb == "show" and cfg.out else print_records
     {"check": check, "show": show, "stats": stats}[verb](cfg)
 
