@@ -36,6 +36,8 @@ from tools.plan import (
 )
 from train import PARTS, TrainConfig, compute_dtype, prepare, score, units_of
 
+Row = dict[str, float]  # a table's column -> its value
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -71,11 +73,8 @@ class Mode:
             (cfg.head_rows or 128) * self.chunked,
             dict.fromkeys(PARTS, (True, True)),
         )
-        rooms = [
-            activations_of(config, load, size, cfg.recompute, head_rows, learns)
-            for load in self.loads(tree)
-        ]
-        return max(rooms, key=lambda room: room.peak)
+        cost = partial(activations_of, recompute=cfg.recompute, head_rows=head_rows, learns=learns)
+        return max((cost(config, n, size) for n in self.loads(tree)), key=lambda room: room.peak)
 
 
 MODES = (
@@ -153,9 +152,8 @@ def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
     say_size(config, tree, "shapes alone, torch.bfloat16")
     say_rows((mode, formula_row(mode, cfg, config, tree, 2)) for mode in MODES[:-1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu, memory = device.type == "cuda", 2 * GB
-    if on_gpu:
-        memory = torch.cuda.get_device_properties(device).total_memory
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 2 * GB
     if 3 * 2 * count(meta_model(config)) > memory:
         config = named_config("2b" if on_gpu else "toy")
         print(f"that is too large for this device; measured on a smaller model, {device}:")
@@ -170,16 +168,14 @@ def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
     say_rows((mode, measured_row(mode, cfg, model, tree, device)) for mode in modes)
 
 
-def formula_row(
-    mode: Mode, cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int
-) -> dict[str, float]:
+def formula_row(mode: Mode, cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int) -> Row:
     room, tflop = mode.room(cfg, config, tree, size), mode.flops(config, tree) / 1e12
     return {"tflop": tflop, "head GB": room.logits / GB, "peak GB": room.peak / GB}
 
 
 def measured_row(
     mode: Mode, cfg: TrainConfig, model: InternVL, tree: Tree, device: torch.device
-) -> dict[str, float]:
+) -> Row:
     """The formula's row with the peak of a run instead, and its seconds."""
     if mode.compile:
         for unit in units_of(model):
@@ -194,15 +190,13 @@ def measured_row(
 
 
 def say_size(config: InternVLConfig, tree: Tree, place: str) -> None:
-    answers = [len(response) for response in tree.responses]
-    print(
-        f"{count(meta_model(config)) / 1e9:.3g} B parameters, {sum(tree.tiles)} tiles, "
-        f"{len(tree.trunk)} prompt tokens, answers of {answers}; {place}; a pair:"
-    )
+    size, answers = count(meta_model(config)) / 1e9, [len(answer) for answer in tree.responses]
+    lengths = f"{sum(tree.tiles)} tiles, {len(tree.trunk)} prompt tokens, answers of {answers}"
+    print(f"{size:.3g} B parameters, {lengths}; {place}; a pair:")
 
 
-def say_rows(rows: Iterable[tuple[Mode, dict[str, float]]]) -> None:
-    plain: dict[str, float] = {}
+def say_rows(rows: Iterable[tuple[Mode, Row]]) -> None:
+    plain: Row = {}
     for mode, row in rows:
         plain = plain or row
         cells = [f"{name} {value:9.4g} ({value / plain[name]:5.3f})" for name, value in row.items()]

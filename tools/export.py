@@ -48,6 +48,12 @@ from weights import (
 SHARD_BYTES = 4 << 30
 LLM = "language_model."
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# keys of our configs that have the same name and meaning in transformers
+SAME_TEXT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta
+    pad_token_id""".split()
+SAME_VISION = """hidden_size intermediate_size num_hidden_layers num_attention_heads norm_type
+    layer_norm_eps""".split()
 # attributes that InternVLProcessor wants of its tokenizer; <video> is no token of the releases
 IMAGE_TOKENS = {
     "start_image_token": "<img>",
@@ -76,11 +82,10 @@ def export(cfg: ExportConfig) -> None:
     """Write cfg.out in the chosen layout; it appears whole or not at all."""
     out, model = export_folder(cfg.out, cfg.model_dir), empty_model(cfg.model_dir)
     config, raw = model.config, read_json(cfg.model_dir / "config.json")
-    if cfg.llama and config.llm.architecture not in ("internlm2", "llama"):
-        raise InputError(
-            f"{cfg.model_dir}: its {config.llm.architecture} is no Llama; pass --llm_only"
-        )
-    own_code = cfg.llm_only and config.llm.architecture == "internlm2"
+    architecture = config.llm.architecture
+    if cfg.llama and architecture not in ("internlm2", "llama"):
+        raise InputError(f"{cfg.model_dir}: its {architecture} is no Llama; pass --llm_only")
+    own_code = cfg.llm_only and architecture == "internlm2"
     partial = out.with_name(f".{out.name}.partial")
     empty_folder(partial)
     ids = write_tokenizer(cfg.model_dir, config, partial, images=cfg.hf)
@@ -154,13 +159,10 @@ def text_config(config: InternVLConfig, raw: dict) -> dict:
     if llm.rope_factor:
         rope = {"rope_type": "dynamic", "type": "dynamic", "factor": llm.rope_factor}
     dtype = given.get("dtype") or given.get("torch_dtype") or "bfloat16"
-    same = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-        num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta
-        pad_token_id""".split()
     return {
         "architectures": [CLASSES[model_type]],
         "model_type": model_type,
-        **{key: getattr(llm, key) for key in same},
+        **{key: getattr(llm, key) for key in SAME_TEXT},
         "hidden_act": "silu",
         "attention_bias": False,  # Qwen2 has its three biases all the same
         "mlp_bias": False,
@@ -196,16 +198,11 @@ def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
         "text_config": text,
         "vision_config": {
             "model_type": "internvl_vision",
-            "hidden_size": vit.hidden_size,
-            "intermediate_size": vit.intermediate_size,
-            "num_hidden_layers": vit.num_hidden_layers,
-            "num_attention_heads": vit.num_attention_heads,
+            **{key: getattr(vit, key) for key in SAME_VISION},
             "image_size": [vit.image_size, vit.image_size],
             "patch_size": [vit.patch_size, vit.patch_size],
             "attention_bias": vit.qkv_bias,
             "use_qk_norm": vit.qk_normalization,
-            "norm_type": vit.norm_type,
-            "layer_norm_eps": vit.layer_norm_eps,
             "hidden_act": "gelu",
             "use_absolute_position_embeddings": True,
             "use_mask_token": False,
@@ -219,10 +216,10 @@ def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
 
 def write_processor(config: InternVLConfig, out: Path) -> None:
     """What InternVLProcessor does to images: tiles, thumbnail, ImageNet's mean and deviation."""
-    settings = {"processor_class": "InternVLProcessor"}
+    processor = {"processor_class": "InternVLProcessor"}
     tokens = {"image_seq_length": config.tokens_per_tile}
-    write_json(out / "processor_config.json", settings | tokens)
-    settings |= {
+    write_json(out / "processor_config.json", processor | tokens)
+    settings = processor | {
         "image_processor_type": "GotOcr2ImageProcessor",
         "size": {"height": config.tile_size, "width": config.tile_size},
         "crop_to_patches": config.max_tiles > 1,
@@ -243,9 +240,7 @@ def write_processor(config: InternVLConfig, out: Path) -> None:
 # --------------------------------------------------------------------------- tokenizer
 
 
-def write_tokenizer(
-    model_dir: Path, config: InternVLConfig, out: Path, images: bool
-) -> dict[str, int]:
+def write_tokenizer(model_dir: Path, config: InternVLConfig, out: Path, images: bool) -> dict:
     """tokenizer.json, chat template, and a generation_config.json that stops where chat() does.
 
     Returns what configs say of it.  A folder without a tokenizer gets none of these files.
@@ -253,7 +248,8 @@ def write_tokenizer(
     if not any((model_dir / name).is_file() for name in TOKENIZERS):
         return {}
     tokenizer = load_tokenizer(model_dir)
-    special = {"eos_token": "<|im_end|>", "pad_token": tokenizer_name(tokenizer, tokenizer.pad_id)}
+    names = {id: name for name, id in tokenizer.special.items()}
+    special = {"eos_token": "<|im_end|>", "pad_token": names[tokenizer.pad_id]}
     ids = {"eos_token_id": tokenizer.im_end_id}
     if config.llm.architecture in ("internlm2", "llama"):
         special |= {"bos_token": "<s>", "unk_token": "<unk>"}
@@ -270,16 +266,11 @@ def write_tokenizer(
         settings |= IMAGE_TOKENS
     write_atomic(out / "chat_template.jinja", template)
     write_json(out / "tokenizer_config.json", settings)
-    write_atomic(
-        out / "tokenizer.json", tokenizer_json(tokenizer, special.get("bos_token"), images)
-    )
+    content = tokenizer_json(tokenizer, special.get("bos_token"), images)
+    write_atomic(out / "tokenizer.json", content)
     # not in config.json: a row of the embedding that is padding there would get no gradient
     write_json(out / "generation_config.json", ids | {"pad_token_id": tokenizer.pad_id})
     return ids
-
-
-def tokenizer_name(tokenizer: Tokenizer, id: int) -> str:
-    return next(name for name, known in tokenizer.special.items() if known == id)
 
 
 def tokenizer_json(tokenizer: Tokenizer, bos: str | None, images: bool) -> str:

@@ -395,12 +395,14 @@ def plot_stats(kinds: dict[str, Group], unit: str) -> bytes:
     return png(figure, dpi=80)
 
 
+COMMANDS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
+
+
 def main() -> None:
     argv = sys.argv[1:]
     if len(argv) > 1 and not argv[1].startswith("-"):  # META may stand without its flag
         argv.insert(1, "--meta")
-    commands = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
-    verb, cfg = parse_command(commands, argv)
+    verb, cfg = parse_command(COMMANDS, argv)
     show = write_page if verb == "show" and cfg.out else print_records
     {"check": check, "show": show, "stats": stats}[verb](cfg)
 

@@ -86,15 +86,13 @@ def flops(
     attention = 4 * load.pairs * q * llm.num_hidden_layers
     head = 2 * load.scored * llm.vocab_size * wide
     before = vision or projector
+    through = language or before
     return {
-        "vit": (
-            patching + vit + vit_attention,
-            vision * (patching + 2 * vit + 2 * vit_attention),
-        ),
+        "vit": (patching + vit + vit_attention, vision * (patching + 2 * (vit + vit_attention))),
         "projector": (project, project * (projector + before)),
-        "llm": (decoder, decoder * (language + (language or before))),
-        "attention": (attention, 2 * attention * (language or before)),
-        "head": (head, head * (language + (language or before))),
+        "llm": (decoder, decoder * (language + through)),
+        "attention": (attention, 2 * attention * through),
+        "head": (head, head * (language + through)),
     }
 
 
@@ -280,8 +278,7 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     state = 2 if cfg.state_dtype == "bf16" else 4
     model = prepare(meta_model(config), cfg)
     everything, trained = count(model), count(model, True)
-    blocks = [count(unit) for unit in units_of(model)]
-    learned = [count(unit, True) for unit in units_of(model)]
+    blocks, learned = ([count(unit, t) for unit in units_of(model)] for t in (False, True))
     root, root_learned = everything - sum(blocks), trained - sum(learned)
     grads = {part: [p.requires_grad for p in getattr(model, part).parameters()] for part in PARTS}
     learns = {part: (any(flags), all(flags)) for part, flags in grads.items()}
@@ -318,23 +315,20 @@ def say_plan(
     memory = cfg.gpu_memory * GB
     if not memory and device.type == "cuda" and not cfg.plan:
         memory = torch.cuda.get_device_properties(device).total_memory
-    if memory and plan.needed > memory:
-        raise InputError(
-            f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; "
-            f"{ways_out(cfg, config, shards, device, memory)}"
-        )
-    if memory:
-        say(f"fits into {memory / GB:.4g} GB")
-
-
-def ways_out(
-    cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, memory: float
-) -> str:
-    """Flags that alone make it fit; else as many of them together as it takes, or more GPUs."""
 
     def fits(cfg: TrainConfig, shards: int) -> bool:
         return plan_of(cfg, config, shards, device).needed <= memory
 
+    if memory and plan.needed > memory:
+        needed, there = plan.needed / GB, memory / GB
+        ways = ways_out(cfg, shards, fits)
+        raise InputError(f"the plan needs {needed:.4g} GB a GPU and there are {there:.4g}; {ways}")
+    if memory:
+        say(f"fits into {memory / GB:.4g} GB")
+
+
+def ways_out(cfg: TrainConfig, shards: int, fits: Callable[[TrainConfig, int], bool]) -> str:
+    """Flags that alone make it fit; else as many of them together as it takes, or more GPUs."""
     fewer, dtype = max(1, cfg.pack_tokens // 2), " --dtype auto" if cfg.dtype == "fp32" else ""
     ways: dict[str, dict[str, Any]] = {
         "--recompute full": {"recompute": "full"},
