@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TOY := toy
 
-.PHONY: demo test quick paper clean
+.PHONY: demo test quick paper gpu clean
 
 # a tiny world, MPO training on two processes, and a question to the trained model
 demo: .venv/installed
@@ -20,6 +20,10 @@ quick: .venv/installed
 # the paper in miniature: every objective on three seeds, and a report; under 40 minutes on two cores
 paper: .venv/installed
 	$(BIN)/python -m paper.story --out $(TOY)
+
+# on one GPU: is everything right there, and how fast; on a CPU the same at toy size
+gpu: .venv/installed
+	$(BIN)/python tools/gpu_check.py --out gpu
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

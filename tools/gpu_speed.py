@@ -1,0 +1,233 @@
+"""The fast parts of tools/gpu_check.py: how fast each thing is at random weights, row by row."""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # noqa: E402
+from cache import Captured  # noqa: E402
+from config import InternVLConfig, named_config  # noqa: E402
+from generate import decode  # noqa: E402
+from images import load_image  # noqa: E402
+from losses import parse_objective  # noqa: E402
+from model import InternVL  # noqa: E402
+from runtime import parse_cli, start_process  # noqa: E402
+from tools import bench, plan, speed  # noqa: E402
+from vision import preprocess  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every part knows of this run."""
+
+    folder: Path  # scratch, with the toy world in world/
+    device: torch.device
+    toy: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
+    def config(self, size: str) -> InternVLConfig:
+        return named_config("toy" if self.toy else size)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    figure: float | None
+    expected: str
+    verdict: str  # ok, FAIL, below (an aim missed), measured or skipped
+
+
+def at_most(name: str, figure: float, bound: float) -> Row:
+    """A claim of correctness; NaN fails."""
+    return Row(name, figure, f"<= {bound:g}", "ok" if figure <= bound else "FAIL")
+
+
+def at_least(setting: Setting, name: str, figure: float, aim: float) -> Row:
+    """An aim on one H100; at toy size there is none."""
+    if setting.toy:
+        return measured(name, figure)
+    return Row(name, figure, f">= {aim:g}", "ok" if figure >= aim else "below")
+
+
+def measured(name: str, figure: float) -> Row:
+    return Row(name, figure, "", "measured")
+
+
+def largest(difference: Tensor) -> float:
+    return difference.abs().max().item()
+
+
+def noise_model(setting: Setting, config: InternVLConfig) -> InternVL:
+    """A model of random weights, for speed alone."""
+    model = plan.meta_model(config).to(setting.dtype).to_empty(device=setting.device).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)
+    return model
+
+
+def one_pair(setting: Setting, case: str) -> Iterator[Row]:
+    """train.py --bench: a pair's step with each idea switched on in turn."""
+    cfg = train.with_recipe(train.TrainConfig(), setting.config(case), print)
+    model = train.prepare(noise_model(setting, setting.config(case)).train(), cfg)
+    tree = bench.paper_tree(model.config, 32 if setting.toy else 1)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for mode in bench.MODES[3:4] if setting.toy else bench.MODES:
+        row = bench.measured_row(mode, cfg, model, tree, setting.device)
+        yield measured(f"{mode.name}: seconds", row["seconds"])
+        yield measured(f"{mode.name}: peak GB", row["peak GB"])
+
+
+def vit(setting: Setting, case: str) -> Iterator[Row]:
+    """Tiles a second through the 300M encoder, eager and compiled, forward and with backward."""
+    model, count = noise_model(setting, setting.config("2b")), 2 if setting.toy else 64
+    size = model.config.tile_size
+    tiles = torch.randn(count, 3, size, size, device=setting.device, dtype=setting.dtype)
+    if case == "compiled":
+        for block in model.vision_model.encoder.layers:
+            block.compile()
+    forward = torch.no_grad()(lambda: model.image_features(tiles))
+    rate = count / speed.timed(forward, setting.device, 5)
+    yield at_least(setting, "tiles/s, forward", rate, 550)
+    both = lambda: model.image_features(tiles).float().sum().backward()  # noqa: E731
+    yield measured("tiles/s, forward and backward", count / speed.timed(both, setting.device, 3))
+
+
+def mpo(setting: Setting, case: str) -> Iterator[Row]:
+    """A full MPO step at random weights: two packs, gradient, clipping, AdamW."""
+    size, *flags = case.split()
+    config, device = setting.config(size), setting.device
+    flags += ["--pack_tokens", "80"] * setting.toy
+    cfg = train.with_recipe(parse_cli(train.TrainConfig, flags), config, print)
+    planned = plan.plan_of(cfg, config, 1, device)
+    memory = torch.cuda.mem_get_info(device)[1] if setting.on_gpu else 1e15
+    if planned.needed > memory:
+        yield Row("plan, GB", planned.needed / 1e9, f"<= {memory / 1e9:.0f}", "skipped")
+        return
+    process = replace(start_process(0), device=device)
+    policy = train.prepare(plan.meta_model(config), cfg).to(train.state_dtype(cfg))
+    train.shard(policy, cfg, process)
+    policy.to_empty(device=device).train()
+    for p in policy.parameters():
+        nn.init.normal_(p, std=0.02)
+    tree = bench.paper_tree(config, 32 if setting.toy else 1)
+    fit = max(1, cfg.pack_tokens // plan.load_of([tree]).tokens)
+    trees = [replace(tree, images=[(Path(str(n)), *tree.images[0][1:])]) for n in range(fit)]
+    packs = [(bench.example_pack(config, trees), n, n * fit) for n in range(2)]
+    step = train.Step(0, packs, 2 * fit, [trees, trees], [], [])
+    zeros = lambda pack, cfg: torch.zeros(pack.num_responses, device=device)  # noqa: E731
+    state = train.Run(cfg, process, parse_objective("mpo"), policy, zeros)
+    optimizer = train.make_optimizer(cfg, policy)
+    hyper = {"beta": cfg.beta, "label_smoothing": None, "bco_shift": 0.0}
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]  # noqa: E731
+
+    def once() -> None:
+        train.step_gradient(state, step, hyper)
+        train.clip_gradient(state, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    once()  # compiles
+    compiled = graphs()
+    seconds = speed.timed(once, device, 1 if setting.toy else 2)
+    peak = speed.peak_memory(device)  # before a large product measures what the device can do
+    load = plan.load_of(trees) + plan.load_of(trees)
+    useful = plan.total_flops(plan.flops(config, load, cfg.trained_parts))
+    mfu = useful / seconds / plan.device_peak(device, train.compute_dtype(cfg, device))[0]
+    yield measured("tokens/s", load.tokens / seconds)
+    yield measured("pairs/s", step.pairs / seconds)
+    yield at_least(setting, "MFU", mfu, 0.4) if size == "2b" else measured("MFU", mfu)
+    yield measured("peak GB", peak / 1e9)
+    if setting.on_gpu:
+        yield at_most("peak off the plan, share", abs(peak / planned.total - 1), 0.1)
+    yield measured("graphs compiled in the first step", compiled)
+    yield at_most("graphs compiled later", graphs() - compiled, 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if setting.on_gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        once()
+    yield measured("host syncs a step", sum("synchroniz" in str(w.message) for w in caught))
+
+
+@torch.inference_mode()
+def sample(setting: Setting, case: str) -> Iterator[Row]:
+    """Prefill and captured decoding of the 8B in bfloat16, random weights."""
+    size, rows = case.split()[0], int(case.split()[1])
+    model, length, count = noise_model(setting, setting.config(size)), 1024, 32
+    if setting.toy:
+        length, rows, count = 64, min(rows, 4), 2
+    step = Captured(decode) if setting.on_gpu else decode
+    sampling = speed.Sampling(model, [3] * length, rows, count + 2, step)
+    prefill_seconds = speed.timed(sampling.prefill, setting.device, 2)
+    seconds = speed.timed(sampling.step, setting.device, count)
+    yield measured("prefill tokens/s", length / prefill_seconds)
+    aim = {"1": 180.0, "256": 8000.0}.get(case.split()[1], 0.0)
+    yield at_least(setting, "decode tokens/s", rows / seconds, aim)
+    weights = sum(p.nbytes for p in model.language_model.parameters())
+    weights -= model.language_model.model.tok_embeddings.weight.nbytes  # one row of it is read
+    moved = weights + sum(x.nbytes for pair in sampling.cache.memory for x in pair)
+    yield measured(
+        "share of copy bandwidth", moved / seconds / speed.copy_bandwidth(setting.device)
+    )
+    yield measured("peak GB", speed.peak_memory(setting.device) / 1e9)
+
+
+@torch.inference_mode()
+def peers(setting: Setting, case: str) -> Iterator[Row]:
+    """Greedy tokens a second beside transformers' generate: a Qwen2 of one shape, same prompt."""
+    if not importlib.util.find_spec("transformers"):
+        yield Row("transformers is not installed", None, "", "skipped")
+        return
+    theirs = importlib.import_module("transformers")
+    config, rows = named_config("3-2b").llm, int(case)
+    if setting.toy:
+        config = replace(config, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        config = replace(config, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    length, count = (16, 4) if setting.toy else (512, 48)
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    shape = {name: getattr(config, name) for name in [*names.split(), "num_key_value_heads"]}
+    torch.set_default_dtype(setting.dtype)
+    with setting.device:
+        other = theirs.Qwen2ForCausalLM(theirs.Qwen2Config(**shape)).eval()
+        prompt = torch.full((rows, length), 3)
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    generate = lambda: other.generate(prompt, pad_token_id=0, **options)  # noqa: E731
+    rate = rows * count / speed.timed(generate, setting.device, 1)
+    yield measured("transformers' generate, tokens/s", rate)
+    torch.set_default_dtype(torch.float32)
+    ours = noise_model(setting, replace(named_config("3-2b"), llm=config))
+    step = Captured(decode) if setting.on_gpu else decode
+    sampling = speed.Sampling(ours, [3] * length, rows, count + 2, step)
+    seconds = speed.timed(sampling.prefill, setting.device, 2)
+    seconds += (count - 1) * speed.timed(sampling.step, setting.device, count - 1)
+    yield measured("ours, tokens/s", rows * count / seconds)
+
+
+def loader(setting: Setting, case: str) -> Iterator[Row]:
+    """Reading and cutting a photo's worth of pixels in one process, as the prefetch thread does."""
+    path, noise = setting.folder / "photo.jpg", torch.randint(0, 255, (84, 112, 3)).byte()
+    Image.fromarray(noise.numpy()).resize((1344, 1008), Image.Resampling.BICUBIC).save(path)
+    device, count = torch.device("cpu"), 2 if setting.toy else 20
+    tiles = len(preprocess(load_image(path), 12))
+    rate = 1 / speed.timed(lambda: preprocess(load_image(path), 12), device, count)
+    yield measured("images/s", rate)
+    yield measured("tiles/s", tiles * rate)
