@@ -222,16 +222,22 @@ def answered(out: Path) -> dict[str, dict]:
 
 
 @dataclass(frozen=True)
-class Score(Ask):
-    """Score replies to a benchmark: JSON on stdout, and score.json and items.jsonl in --out."""
+class Replies(Ask):
+    """Shared flags of the verbs that read replies."""
 
     answers: tuple[Path, ...] = flag((), "replies: a folder of `generate`, or any official format")
-    judgements: tuple[Path, ...] = flag((), "judgements.jsonl, or an official judge's file")
+    judgements: tuple[Path, ...] = flag((), "judgements.jsonl (judge: off = in --out), or official")
+    judge_name: str = flag("", "who judged, where the file does not say")
+    out: Path | None = flag(None, "folder of the result (score, off: that of our own answers)")
+
+
+@dataclass(frozen=True)
+class Score(Replies):
+    """Score replies to a benchmark: JSON on stdout, and score.json and items.jsonl in --out."""
+
     extraction: str = flag("", "how replies are read (off: judge if given, else the default rule)")
     synonyms: Path | None = flag(None, "CHAIR's synonym list (off: synonyms.txt beside the data)")
-    judge_name: str = flag("", "who judged, where the file does not say")
     name: str = flag("", "the model's name in the report (off: from run.json or the file's name)")
-    out: Path | None = flag(None, "folder for score.json (off: the folder of our own answers)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,7 +264,7 @@ class RunFile:
     weights: str | None = None
 
 
-def read_run(cfg: "Score | Judge") -> tuple[RunFile, Path | None]:
+def read_run(cfg: Replies) -> tuple[RunFile, Path | None]:
     """How the answers were made, and their folder if they are ours."""
     folders = {path if path.is_dir() else path.parent for path in cfg.answers}
     path = folders.pop() / "run.json" if len(folders) == 1 else None
@@ -364,14 +370,10 @@ def read_all(
 
 
 @dataclass(frozen=True)
-class Judge(Ask):
+class Judge(Replies):
     """Write requests.jsonl for any judge; with judgements there, check and count them."""
 
-    answers: tuple[Path, ...] = flag((), "replies: a folder of `generate`, or any official format")
-    judgements: tuple[Path, ...] = flag((), "what came back (off: judgements.jsonl in --out)")
     judge_template: Path | None = flag(None, "the official template (off: ours, in other words)")
-    judge_name: str = flag("", "who judged, where the file does not say")
-    out: Path | None = flag(None, "folder for requests.jsonl")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -446,16 +448,12 @@ def main(argv: list[str] | None = None) -> None:
     verb, cfg = parse_command(
         {"generate": Generate, "score": Score, "judge": Judge, "report": Report}, argv
     )
-    if verb == "generate":
-        generate(cfg)
-    elif verb == "judge":
-        judge(cfg)
-    elif verb == "score":
-        result = score(cfg)
+    result = {"generate": generate, "score": score, "judge": judge, "report": report}[verb](cfg)
+    if verb == "score":
         print(json.dumps(result, indent=1))
         print(tables.footnote(result), file=sys.stderr)
-    else:
-        print(report(cfg), end="")
+    elif verb == "report":
+        print(result, end="")
 
 
 if __name__ == "__main__":

@@ -115,11 +115,9 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
     if mode == "judge" and reply.judgement is not None:
         return normalise(item, reply.judgement)
     extraction = read_exactly(item, reply.text)
-    if extraction is None:
-        extraction = (
-            read_offline(item, reply.text) if mode == "offline" else final_answer(reply.text)
-        )
-    return normalise(item, extraction)
+    if extraction is None and mode == "offline":
+        extraction = read_offline(item, reply.text)
+    return normalise(item, final_answer(reply.text) if extraction is None else extraction)
 
 
 def messages(item: Item, reply: Reply, template: str) -> list[dict]:
