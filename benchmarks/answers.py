@@ -5,9 +5,6 @@
     same_answer                      two answers mean the same: one rule a kind
     judge                            response + gold -> Verdict: correct, wrong, ambiguous, format
 
-    judge                            response + gold -> Verdict: correct, wrong, ambiguous, ..
-become one small alphabet, and what is left is one of these kinds:
-
     Options    A, C              the same letters in any order, or the words of the gold option
     Quantity   3.2e-19 C, 60 min whole numbers exact, decimals as exact as written, in base units
     Items      [2, 3), 3:15, 7-8 item by item; in any order where order means nothing
@@ -16,7 +13,6 @@ become one small alphabet, and what is left is one of these kinds:
 
 A wrong answer that may be meant right (`12 or 13` for 12, 0.333 for 1/3) is *ambiguous* and makes
 no pair.  Nothing is evaluated: a response never reaches `eval` or a symbolic-maths library.
-
 The modes carry the names of the official script (internvl_chat/tools/reasoning_data_pipeline/
 utils/accuracy_reward.py) but not its faults: there ANLS is inverted, signs and operators are erased
 before comparing (-5 = 5), `1.5` is option 1, one number is picked out of prose (3 cats = 3 dogs).
@@ -55,10 +51,14 @@ MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold 
 
 # --------------------------------------------------------------------------- prompts
 
-_STEPS = (
-    "Your task is to answer the question below. {how}when you're ready to answer, please use the "
-)
-_STEPS += 'format "Final answer: .."\n\nQuestion:\n\n{question}'
+
+def _steps(first: str) -> str:
+    return (
+        f"Your task is to answer the question below. {first}, and when you're ready to answer, "
+        'please use the format "Final answer: .."\n\nQuestion:\n\n{question}'
+    )
+
+
 _THINK = (
     "First think the question through step by step between <think> and </think>. After a line "
     "break give a short, direct answer that does not refer to the thinking.\n"
@@ -68,22 +68,17 @@ _THINK = (
 PROMPTS = {
     "none": "{question}",
     "direct": "{question}\nAnswer the question using a single word or phrase.",
-    "en": _STEPS.replace("{how}", "Give step by step reasoning before you answer, and "),
-    "en_bg": _STEPS.replace(
-        "{how}",
+    "en": _steps("Give step by step reasoning before you answer"),
+    "en_bg": _steps(
         "First state the background knowledge that the question needs, then give step by step "
-        "reasoning that uses it, and ",
+        "reasoning that uses it"
     ),
-    "en_vis": _STEPS.replace(
-        "{how}",
-        "First describe what the picture shows, then give step by step reasoning on that basis, "
-        "and ",
+    "en_vis": _steps(
+        "First describe what the picture shows, then give step by step reasoning on that basis"
     ),
-    "en_ground": _STEPS.replace(
-        "{how}",
+    "en_ground": _steps(
         "Give step by step reasoning before you answer, tie every object that you name to its "
-        "region as <ref>object</ref><box>[[x1, y1, x2, y2]]</box> with coordinates from 0 to "
-        "1000, and ",
+        "region as <ref>object</ref><box>[[x1, y1, x2, y2]]</box> with coordinates from 0 to 1000"
     ),
     "zh": "你的任务是回答以下问题。请在回答之前逐步推理，准备好回答时，请使用以下格式："
     '"答案: ..."\n\n问题:\n\n{question}',
@@ -322,10 +317,11 @@ _WORDING = Rules(
     (r"\bper ?cent(?:age points?)?\b", "percent"),
     (r"\ban? (?=dozen|million|billion)", "1 "),
     (r"\b([0-9]+) and (?:a|1) half\b", r"(\1+1/2)"),
-    (r"\b([0-9]+)[ -]hal(?:f|ves)\b", r"\1/2"),
     (r"^(?:a )?half$", "1/2"),
-    (r"\b([0-9]+)[ -]thirds?\b", r"\1/3"),
-    (r"\b([13])[ -]quarters?\b", r"\1/4"),
+    (
+        r"\b([0-9]+)[ -](half|halves|thirds?|quarters?)\b",
+        lambda match: f"{match[1]}/{'htq'.index(match[2][0].lower()) + 2}",
+    ),
     flags=re.IGNORECASE,
 )
 _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
@@ -488,7 +484,8 @@ def _read_chain(text: str, depth: int) -> Items | Quantity | None:
         return numbers[0]  # 11:00 am
     arithmetic = not tail and (sign == "*" or (sign == "-" and len(numbers) == 2))
     value = read_quantity(text) if arithmetic else None
-    return Items(sign.replace("–", "-"), tuple(numbers), value=value)
+    clock = ":0" if re.search(r":\s*0[0-9]", match[1]) else ""  # 7:05 is no ratio 7:5
+    return Items(clock or sign.replace("–", "-"), tuple(numbers), value=value)
 
 
 def _read_list(text: str, depth: int) -> Items | None:
@@ -576,10 +573,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _same_items(a: Items, b: Items) -> bool:
-    if len(a.items) != len(b.items):
-        return False
     bare = "" in (a.brackets, b.brackets) and a.brackets + b.brackets in ("()", "[]", "{}")
-    if a.brackets != b.brackets and not bare:
+    if len(a.items) != len(b.items) or (a.brackets != b.brackets and not bare):
         return False  # (0, 1] is not (0, 1), but a bare list has no brackets to disagree
     named = all(isinstance(x, Relation) and x.name for x in (*a.items, *b.items))
     if not (a.unordered or b.unordered or named):
@@ -621,9 +616,8 @@ def _proportional(a: Expression, b: Expression, sign: str) -> bool:
     if not a.letters or a.letters != b.letters or len(values) < 2 or not all(map(all, values)):
         return False
     ratios = [x / y for x, y in values]
-    return (sign in "=≠" or ratios[0] > 0) and all(
-        math.isclose(r, ratios[0], rel_tol=1e-9) for r in ratios
-    )
+    same_side = sign in "=≠" or ratios[0] > 0
+    return same_side and all(math.isclose(r, ratios[0], rel_tol=1e-9) for r in ratios)
 
 
 def _as_interval(relation: Relation, other: Any) -> Items | None:
@@ -692,15 +686,12 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     body = body if strict else re.sub(r"(?<=[A-N])\s?[/+]\s?(?=[A-N])", " ", body)
     letters = _OPTION_JOINER.sub("", body)
     apart = len(_OPTION_JOINER.sub(" ", body).split()) == len(letters)
-    if apart and not strict:
-        letters = letters.upper()
-    if len(letters) < 2 or len(set(letters)) < len(letters):
+    letters = letters.upper() if apart and not strict else letters
+    known = re.fullmatch("[A-N]{2,}" if apart else "[A-H]{2,6}", letters)
+    if not known or len(set(letters)) < len(letters):
         return None
-    if not re.fullmatch("[A-N]+" if apart else "[A-H]{2,6}", letters):
-        return None
-    return (
-        frozenset(letters) if apart or not strict or letters == "".join(sorted(letters)) else None
-    )
+    in_order = letters == "".join(sorted(letters))
+    return frozenset(letters) if apart or in_order or not strict else None
 
 
 _CONTRACTED = re.compile(  # don't = dont, but men's and mens differ
@@ -708,7 +699,7 @@ _CONTRACTED = re.compile(  # don't = dont, but men's and mens differ
 )
 # operators, signs beside digits, brackets around digits: no wording, compared letter by letter
 _NOT_WORDING = re.compile(
-    r"[0-9)]!|[+*/<>=^\\≤≥≠±|]|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
+    r"[0-9)]!|\b[a-z]!|[0-9]\s*\?|[+*/<>=^\\≤≥≠±|]|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
 )
 # between words, not operators: New York - USA, red/blue
 _JOINED_WORDS = re.compile(r"(?<=[^\W\d_]{2})(?:\s+-\s+|\s*/\s*)(?=[^\W\d_]{2})")
@@ -717,8 +708,10 @@ _PUNCTUATION = re.compile(r"[;\[\]\"{}()_\-@`,?!&、。，；「」《》]")
 
 def _same_wording(pred: str, gold: str) -> bool:
     """EvalAI's wording; anything with signs or operators letter by letter."""
-    pred, gold = (_JOINED_WORDS.sub(" ", text.lower()) for text in (pred, gold))
-    if _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold):
+    pred, gold = (_JOINED_WORDS.sub(" ", text) for text in (pred, gold))
+    exact = _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold)
+    pred, gold = pred.lower(), gold.lower()
+    if exact:
         return "".join(pred.split()) == "".join(gold.split())
     words = _wording(pred)
     return words != [] and words == _wording(gold)
@@ -739,9 +732,7 @@ def _wording(text: str) -> list[str]:
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def multi_choice_score(pred: str, gold: str) -> bool:
-    """mc_score: the same option letter, or the wording of the gold option."""
-    return same_answer(pred, gold)
+multi_choice_score = same_answer  # mc_score: the same letter, or the wording of the gold option
 
 
 def _within(pred: str, gold: str, marks: str, margin: Fraction) -> bool:
@@ -801,12 +792,9 @@ def edit_distance(a: str, b: str) -> int:
 _LARGE_WORD = re.compile(rf"\b(?:{'|'.join(list(_WORD_VALUE)[11:])})")
 MODES: dict[str, Callable[[str, str], bool]] = {
     # the paper's default modes differ in their faults alone: each of them asks for the one judge
-    "vqa_score": same_answer,
-    "mc_score": same_answer,
-    "math_score": same_answer,
-    "math_verify_score": same_answer,
-    "latex_score": same_answer,
-    # official tolerances
+    **dict.fromkeys(
+        ("vqa_score", "mc_score", "math_score", "math_verify_score", "latex_score"), same_answer
+    ),
     "relaxed_accuracy": relaxed_correctness,
     "anls": anls_score,
     "official_math_score": math_score,
@@ -1002,26 +990,22 @@ def _continues(char: str) -> bool:
 
 def _unbroken(text: str) -> list[tuple[int, int]]:
     """(start, end) of tag pairs and of LaTeX commands with their arguments, by start."""
-    spans, braces = [], []  # open braces: (start of the span that each belongs to)
+    spans, braces = [], []  # open braces: the start of the span that each belongs to
     tags: dict[str, int] = {}
     command = (-1, -1)  # (start, end) of the last command or argument: what follows at once is its
     for match in _SPAN.finditer(text):
-        start, end, token = match.start(), match.end(), match[0]
-        if token.startswith("<"):
-            spans.append((start, end))
-            if not token.startswith("</"):
-                tags.setdefault(token, start)
-            elif (opened := tags.pop("<" + token[2:], None)) is not None:
-                spans.append((opened, end))
-        elif token == "{":
+        (start, end), token = match.span(), match[0]
+        if token == "{":
             braces.append(command[0] if command[1] == start else start)
-        elif token == "}" and braces:
-            command = (braces.pop(), end)
-            spans.append(command)
-        elif token[1:2].isalpha():
+            continue
+        if token == "}" and braces:
+            start = braces.pop()
+        elif token.startswith("</"):
+            spans.append((tags.pop("<" + token[2:], start), end))
+        elif token.startswith("<"):
+            tags.setdefault(token, start)
+        if token == "}" or token[1:2].isalpha() and token[0] == "\\":
             command = (start, end)
-            spans.append(command)
-        else:
-            spans.append((start, end))
+        spans.append((start, end))
     spans += [(start, len(text) + 1) for start in tags.values()]  # never closed
     return sorted(spans)

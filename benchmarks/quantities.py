@@ -52,39 +52,44 @@ GREEK = dict(
         "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
     )
 )
+_COMMAND_TABLE = """
+infty ∞; cup ∪; pm ±; cdot times ast *; div /; le leq leqslant ≤; ge geq geqslant ≥; ne neq ≠;
+approx cong in =; lt <; gt >; vert lvert rvert |; angle measuredangle ∠; circ degree °
+"""
+_COMMANDS = GREEK | {"var" + name: letter for name, letter in GREEK.items()}
+_COMMANDS |= dict.fromkeys(
+    "left right displaystyle limits big bigg Big Bigg quad qquad triangle overline vec bar".split(),
+    " ",
+)
+for _entry in _COMMAND_TABLE.split(";"):
+    *_names, _sign = _entry.split()
+    _COMMANDS |= dict.fromkeys(_names, _sign)
 SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the readers below
     (r"\{,\}", ","),
     (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
-    (r"\\(?:left|right|displaystyle|limits|[Bb]igg?|q?quad)(?![A-Za-z])|\\[,!;: ]|~", " "),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\(?:circ|degree)(?![A-Za-z])", "°"),
+    (r"\\[,!;: ]|~", " "),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°"),
     (r"\\([%$&{}])", r"\1"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*([0-9])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
     (r"√", r"\\sqrt "),
     (r"π", r"\\pi "),
-    (rf"\\(?:var)?({'|'.join(GREEK)})(?![A-Za-z])", lambda match: GREEK[match[1]]),
-    (r"\\infty(?![A-Za-z])", "∞"),
-    (r"\\cup(?![A-Za-z])", "∪"),
-    (r"\\pm(?![A-Za-z])|\+/-", "±"),
-    (r"\\(?:cdot|times|ast)(?![A-Za-z])|(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
-    (r"\\div(?![A-Za-z])|÷", "/"),
-    (r"\\leq?(?:slant)?(?![A-Za-z])|<=", "≤"),
-    (r"\\geq?(?:slant)?(?![A-Za-z])|>=", "≥"),
-    (r"\\neq?(?![A-Za-z])|!=", "≠"),
-    (r"\\(?:approx|cong|in)(?![A-Za-z])|[≈≅∈]", "="),
-    (r"\\lt(?![A-Za-z])", "<"),
-    (r"\\gt(?![A-Za-z])", ">"),
-    (r"\\[lr]?vert(?![A-Za-z])", "|"),
-    (r"\\(?:measured)?angle(?![A-Za-z])", "∠"),
-    (r"\\(?:triangle|overline|vec|bar)(?![A-Za-z])|△", " "),
+    (r"\\([A-Za-z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
+    (r"\+/-", "±"),
+    (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
+    (r"÷", "/"),
+    (r"<=", "≤"),
+    (r">=", "≥"),
+    (r"!=", "≠"),
+    (r"[≈≅∈]", "="),
+    (r"△", " "),
     (r"\*\*", "^"),
     # a whole number in front of a proper fraction is a mixed number
     (r"(?<![\w.^}/])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}", r"(\1+\2/\3)"),  # noqa: E501
     (r"(?<![\w.^}/])([0-9]{1,6})\s+([0-9]{1,6})\s*/\s*([0-9]{1,6})(?![\w.])", r"(\1+\2/\3)"),
     needs="\\*~<>!/xX{+",
 )  # fmt: skip
-
 
 # --------------------------------------------------------------------------- expressions
 
@@ -146,24 +151,24 @@ class _Parser:
     """Recursive descent over one line of mathematics.
 
     sum: term (+|- term)*       term: factor ((*|/) factor | power)*     factor: (+|-)* power
-    power: postfix (^ factor)?  postfix: atom (!|%|°)*
+    power: atom (!|%|°)* (^ factor)?
     """
 
-    OPEN = {"(": ")", "{": "}", "[": "]"}
+    CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
 
-    def __init__(self, text: str, ratio: bool, prefix: bool) -> None:
+    def __init__(self, text: str, ratio: bool = False, prefix: bool = False) -> None:
         self.i, self.depth, self.letters, self.step = 0, 0, set(), Fraction(0)
-        self.signs, self.prefix = "*/:" if ratio else "*/", prefix
+        self.product_signs, self.prefix = "*/:" if ratio else "*/", prefix
         self.tokens: list[str] = []
         at = 0
-        while (match := _TOKEN.match(text, at)) and (pieces := self.pieces(match)) is not None:
+        while (match := _TOKEN.match(text, at)) and (pieces := self.pieces(match)):
             at = match.end()
             self.tokens += pieces
         if text[at:].strip() and not prefix:
             raise ExpressionError(f"unexpected {text[at:]!r}")
 
-    def pieces(self, match: re.Match) -> list[str] | None:
-        """A token; of letters a function, pi, or a product of single ones, but None for prose."""
+    def pieces(self, match: re.Match) -> list[str]:
+        """A token; of letters a function, pi, or a product of single ones, but none for prose."""
         word = match[1]
         if not (word.isascii() and word.isalpha()):
             return [word]
@@ -172,35 +177,25 @@ class _Parser:
         if word in GREEK:
             return [GREEK[word]]
         apart = match[0] != word and bool(self.tokens) and self.tokens[-1][-1:].isdigit()
-        longest = 4 if word.isupper() else 3
-        prose = len(word) > longest or word.lower() in _PROSE or (len(word) > 1 and apart)
-        return None if prose else list(word)
+        longest = 1 if apart else 4 if word.isupper() else 3
+        return [] if len(word) > longest or word.lower() in _PROSE else list(word)
 
     def peek(self) -> str:
         return self.tokens[self.i] if self.i < len(self.tokens) else ""
 
-    def take(self) -> str:
+    def accept(self, *tokens: str) -> str:
+        """The next token if it is one of these (any without them), else the empty text."""
         token = self.peek()
+        if tokens and token not in tokens:
+            return ""
         self.i += 1
         return token
-
-    def expect(self, token: str) -> None:
-        if self.take() != token:
-            raise ExpressionError(f"no {token!r}")
-
-    def deeper(self, parse: Callable[[], Any]) -> Any:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ExpressionError("nested too deeply")
-        tree = parse()
-        self.depth -= 1
-        return tree
 
     def sum(self) -> Any:
         return self.chain(self.term, "+-")
 
     def term(self) -> Any:
-        return self.chain(self.factor, self.signs)
+        return self.chain(self.factor, self.product_signs)
 
     def chain(self, operand: Callable[[], Any], signs: str) -> Any:
         """Left-associative operators; a product may lack its sign.  `prefix` stops at errors."""
@@ -208,8 +203,7 @@ class _Parser:
         while (token := self.peek()) and (token in signs or (signs != "+-" and self.joins(token))):
             start = self.i, self.depth
             try:
-                if token in signs:
-                    self.take()
+                if self.accept(*signs):
                     tree = (_OPERATORS[token], tree, operand())
                 else:
                     tree = (operator.mul, tree, self.power())
@@ -222,50 +216,42 @@ class _Parser:
 
     def joins(self, token: str) -> bool:
         """A factor without its sign: 2x, but never 2 3."""
-        return token in self.OPEN or token[:1] in ("\\", "∞") or token[:1].isalpha()
+        return token[:1] in ("\\", "∞", *"({[") or token[:1].isalpha()
 
     def factor(self) -> Any:
         negative = False
-        while self.peek() in ("+", "-"):
-            negative ^= self.take() == "-"
+        while sign := self.accept("+", "-"):
+            negative ^= sign == "-"
         tree = self.power()
         return (operator.neg, tree) if negative else tree
 
     def power(self) -> Any:
         tree = self.atom()
-        while self.peek() in _POSTFIX:
-            tree = (_POSTFIX[self.take()], tree)
-        if self.peek() == "^":
-            self.take()
-            tree = (_power, tree, self.deeper(self.factor))
-        return tree
-
-    def group(self) -> Any:
-        r"""(...), {...} or [...]; without a bracket the next atom, as in \frac ab."""
-        close = self.OPEN.get(self.peek())
-        if close is None:
-            return self.deeper(self.atom)
-        self.take()
-        tree = self.deeper(self.sum)
-        self.expect(close)
-        return tree
+        while sign := self.accept(*_POSTFIX):
+            tree = (_POSTFIX[sign], tree)
+        return (_power, tree, self.factor()) if self.accept("^") else tree
 
     def atom(self) -> Any:
-        token = self.peek()
-        if token in self.OPEN:
-            return self.group()
-        self.take()
-        if token[:1].isdigit() or token[:1] == ".":
-            return self.number(token)
-        if token == "|":
-            tree = self.deeper(self.sum)
-            self.expect("|")
-            return (abs, tree)
-        if token.startswith("\\"):
-            return self.command(token[1:])
-        if token[:1].isalpha() or token == "∞":
-            return self.letter(token)
-        raise ExpressionError(f"unexpected {token or 'end'!r}")
+        r"""A number, a letter, a command or a group; alone also an argument, as in \frac ab."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ExpressionError("nested too deeply")
+        token = self.accept()
+        if close := self.CLOSING.get(token):
+            tree = self.sum()
+            if not self.accept(close):
+                raise ExpressionError(f"no {close!r}")
+            tree = (abs, tree) if token == "|" else tree
+        elif token[:1].isdigit() or token[:1] == ".":
+            tree = self.number(token)
+        elif token.startswith("\\"):
+            tree = self.command(token[1:])
+        elif token[:1].isalpha() or token == "∞":
+            tree = self.letter(token)
+        else:
+            raise ExpressionError(f"unexpected {token or 'end'!r}")
+        self.depth -= 1
+        return tree
 
     def number(self, token: str) -> Fraction:
         value = Fraction(token)
@@ -278,7 +264,7 @@ class _Parser:
         if name == "e":
             return math.e
         if self.peek().startswith("_"):  # x_1, x_{12}: the subscript is part of the name
-            name += re.sub("[{}]", "", self.take())
+            name += re.sub("[{}]", "", self.accept())
         self.letters.add(name)
         return name
 
@@ -286,12 +272,10 @@ class _Parser:
         if name == "pi":
             return math.pi
         if name in _TWO_GROUPS:
-            return (_TWO_GROUPS[name], self.group(), self.group())
+            return (_TWO_GROUPS[name], self.atom(), self.atom())
         if name in ("sqrt", "cbrt"):
-            index = Fraction(3 if name == "cbrt" else 2)
-            if self.peek() == "[":
-                index = self.group()
-            return (_root, self.group(), index)
+            index = self.atom() if self.peek() == "[" else Fraction(3 if name == "cbrt" else 2)
+            return (_root, self.atom(), index)
         if name in FUNCTIONS:
             return self.function(name)
         raise ExpressionError(f"unknown command {name!r}")
@@ -299,19 +283,18 @@ class _Parser:
     def function(self, name: str) -> Any:
         base = exponent = None
         if name == "log" and self.peek().startswith("_"):
-            base = _Parser(self.take().strip("_{}"), False, False).sum()
-        if self.peek() == "^":  # \\sin^2 x
-            self.take()
-            exponent = self.group() if self.peek() != "-" else self.deeper(self.factor)
+            base = _Parser(self.accept().strip("_{}")).sum()
+        if self.accept("^"):  # \\sin^2 x
+            exponent = self.factor() if self.peek() == "-" else self.atom()
         if exponent == (operator.neg, Fraction(1)) and "arc" + name in FUNCTIONS:
             name, exponent = "arc" + name, None
-        if self.peek() in self.OPEN:
-            argument = self.group()
+        if self.peek() in ("(", "{", "["):
+            argument = self.atom()
         else:  # \\sin 2x: numbers and letters up to the next function or sign
-            argument = self.deeper(self.power)
+            argument = self.power()
             while self.joins(self.peek()) and self.peek()[1:] not in FUNCTIONS:
-                argument = (operator.mul, argument, self.deeper(self.power))
-        tree = (math.log, argument, base) if base is not None else (FUNCTIONS[name], argument)
+                argument = (operator.mul, argument, self.power())
+        tree = (FUNCTIONS[name], argument) if base is None else (math.log, argument, base)
         return tree if exponent is None else (_power, tree, exponent)
 
 
@@ -368,8 +351,10 @@ def _root(a: Number, index: Number) -> Number:
     return _power(a, 1 / index)
 
 
-_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_OPERATORS |= {"/": operator.truediv, ":": operator.truediv}
+_OPERATORS = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    ":": operator.truediv,
+}  # fmt: skip
 _POSTFIX = {
     "!": lambda a: Fraction(math.factorial(_small(a))),
     "%": lambda a: a / 100,
