@@ -372,13 +372,12 @@ def plain_text(text: str) -> str:
         return "0"
     text = _NUMBER_WORDS.sub(_in_digits, text)
     text = _WORDING.apply(text)
-    return _GROUPED.sub(lambda match: _ungrouped(match, text), text)
 
+    def ungrouped(match: re.Match) -> str:  # inside brackets a comma separates: (1,234) is a point
+        separates = "," in match[0] and _inside(text[: match.start()])
+        return match[0] if separates else re.sub("[ ,'.]", "", match[0])
 
-def _ungrouped(match: re.Match, text: str) -> str:
-    """1,234 as 1234; inside brackets a comma separates: (1,234) is a point."""
-    separates = "," in match[0] and _inside(text[: match.start()])
-    return match[0] if separates else re.sub("[ ,'.]", "", match[0])
+    return _GROUPED.sub(ungrouped, text)
 
 
 def _inside(head: str) -> bool:
@@ -455,7 +454,7 @@ def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
     text = text.strip()
     if len(text) > MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
         return None
-    for reader in (_read_chain, read_sum, _read_list, _read_relation, _read_brackets):
+    for reader in (_read_chain, read_sum, _read_items, _read_relation):
         if (reading := reader(text, depth)) is not None:
             return reading
     return read_quantity(text)
@@ -488,29 +487,22 @@ def _read_chain(text: str, depth: int) -> Items | Quantity | None:
     return Items(clock or sign.replace("–", "-"), tuple(numbers), value=value)
 
 
-def _read_list(text: str, depth: int) -> Items | None:
+def _read_items(text: str, depth: int) -> Items | None:
+    """1, 2 and 3; (1, 2]; {1, 2}; x = 3 or x = 7; both values of 2 ± 1."""
     if "±" in text:
         signed = tuple(read(text.replace("±", sign), depth + 1) for sign in "+-")
         return None if None in signed else Items("", signed, unordered=True)
-    parts, between = _split_top(text, _JOINER)
-    return _read_items("", parts, depth, any("or" in b or "∪" in b for b in between))
-
-
-def _read_items(brackets: str, parts: list[str], depth: int, unordered: bool) -> Items | None:
+    enclosed = text[0] in "([{" and text[-1] in ")]}"
+    enclosed = enclosed and all(_inside(text[:i]) for i in range(1, len(text)))  # not (1)(2)
+    parts, between = _split_top(text[1:-1] if enclosed else text, _JOINER)
     items = tuple(read(part, depth + 1) for part in parts) if len(parts) > 1 else (None,)
     if None in items:
         return None
+    brackets = text[0] + text[-1] if enclosed else ""
     names = [item.name for item in items if isinstance(item, Relation) and not item.signs]
     solutions = len(names) == len(items) and len(set(names)) == 1  # x = 3, x = 7
-    return Items(brackets, items, unordered or solutions or brackets == "{}")
-
-
-def _read_brackets(text: str, depth: int) -> Items | None:
-    if text[0] not in "([{" or text[-1] not in ")]}":
-        return None
-    if not all(_inside(text[:i]) for i in range(1, len(text))):
-        return None  # closed earlier: (1)(2)
-    return _read_items(text[0] + text[-1], _split_top(text[1:-1], _JOINER)[0], depth, False)
+    either = not enclosed and any("or" in joiner or "∪" in joiner for joiner in between)
+    return Items(brackets, items, solutions or either or brackets == "{}")
 
 
 def _read_relation(text: str, depth: int) -> Any:
@@ -592,7 +584,7 @@ def _same_relation(a: Relation, b: Relation) -> bool:
     if not a.signs and not b.signs and a.name == b.name:
         return _same(a.sides[0], b.sides[0])
     a, b = (r if r.signs else _as_equation(r) for r in (a, b))
-    if a is None or b is None or a.signs != b.signs:
+    if not a or not b or a.signs != b.signs:
         return False
     if all(map(_same, a.sides, b.sides)):
         return True
@@ -737,6 +729,7 @@ multi_choice_score = same_answer  # mc_score: the same letter, or the wording of
 
 def _within(pred: str, gold: str, marks: str, margin: Fraction) -> bool:
     """Plain decimals (no inf, nan or 1_0) within a part `margin` of the gold one, or equal text."""
+    pred, gold = plain_text(pred), plain_text(gold)
     numbers = [re.sub(marks, "", text).replace(" ", "") for text in (pred, gold)]
     if not all(_PLAIN_NUMBER.fullmatch(number) for number in numbers):
         return pred.lower() == gold.lower() != ""
@@ -746,24 +739,19 @@ def _within(pred: str, gold: str, marks: str, margin: Fraction) -> bool:
 
 def math_score(pred: str, gold: str) -> bool:
     """Official math_score: within a thousandth, degree, percent and cm marks dropped; else text."""
-    marks = r"degrees?|∠|°|%|cm"
-    return _within(plain_text(pred), plain_text(gold), marks, Fraction(1, 1000))
+    return _within(pred, gold, r"degrees?|∠|°|%|cm", Fraction(1, 1000))
 
 
 def relaxed_correctness(pred: str, gold: str) -> bool:
     """ChartQA: numbers within 5 percent, what may be a year exact; else the same text."""
     year = re.fullmatch(r"[1-3][0-9]{3}", undress(gold))
-    margin = Fraction(0 if year else 1, 20)
-    return _within(plain_text(pred), plain_text(gold), r"[%$€£¥₹]", margin)
+    return _within(pred, gold, r"[%$€£¥₹]", Fraction(0 if year else 1, 20))
 
 
 def anls_score(pred: str, gold: str) -> bool:
     """1 - edit distance / longer length > 0.9, on lower-cased text with single blanks."""
     pred, gold = (" ".join(undress(text).lower().split()) for text in (pred, gold))
-    longer = max(len(pred), len(gold))
-    if abs(len(pred) - len(gold)) * 10 >= longer:
-        return False
-    return edit_distance(pred, gold) * 10 < longer
+    return edit_distance(pred, gold) * 10 < max(len(pred), len(gold))
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -802,11 +790,8 @@ MODES: dict[str, Callable[[str, str], bool]] = {
 # first match wins, as in the official get_mode; SROIE deserves an explicit mode without relaxed
 _MODES_BY_NAME = {
     "chartqa": "relaxed_accuracy",
-    **dict.fromkeys(("docvqa", "infographics", "infovqa"), "anls"),
-    **dict.fromkeys(
-        ("sroie", "clevr_math", "geos", "geometry"),
-        "relaxed_accuracy vqa_score mc_score math_verify_score",
-    ),
+    "docvqa|infographics|infovqa": "anls",
+    "sroie|clevr_math|geos|geometry": "relaxed_accuracy vqa_score mc_score math_verify_score",
     "mavis": "vqa_score mc_score math_score latex_score math_verify_score",
     "": "vqa_score mc_score math_score math_verify_score",
 }
@@ -814,7 +799,9 @@ _MODES_BY_NAME = {
 
 def get_mode(filename: str) -> list[str]:
     """Matching modes by the name of a data set: the fallback where its entry names none."""
-    return next(m.split() for name, m in _MODES_BY_NAME.items() if name in filename.lower())
+    return next(
+        m.split() for name, m in _MODES_BY_NAME.items() if re.search(name, filename.lower())
+    )
 
 
 def post_process(text: str) -> str:
@@ -971,7 +958,10 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
     for start, end in reversed(_unbroken(text)):
         if start < cut < end:
             cut = start
-    while 0 < cut < len(text) and _continues(text[cut]):
+    # never before a combining mark or the second half of a surrogate pair
+    while 0 < cut < len(text) and (
+        unicodedata.combining(text[cut]) or "\udc00" <= text[cut] <= "\udfff"
+    ):
         cut -= 1
     kept = text[:cut].rstrip()
     glue = text[len(kept) : cut + len(text[cut:]) - len(text[cut:].lstrip())]
@@ -981,11 +971,6 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
 def truncate_prefix(text: str, ratio: float) -> str:
     """The kept start of a response."""
     return split_prefix(text, ratio)[0]
-
-
-def _continues(char: str) -> bool:
-    """A combining mark, or the second half of a surrogate pair."""
-    return unicodedata.combining(char) > 0 or "\udc00" <= char <= "\udfff"
 
 
 def _unbroken(text: str) -> list[tuple[int, int]]:

@@ -10,7 +10,6 @@ Values are exact (`Fraction`) while they are rational, else floats.  No margin i
 3.2e-19 is not 1.6e-19 and neither is 0.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -52,18 +51,17 @@ GREEK = dict(
         "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
     )
 )
-_COMMAND_TABLE = """
+_SIGN_TABLE = r"""
 infty ∞; cup ∪; pm ±; cdot times ast *; div /; le leq leqslant ≤; ge geq geqslant ≥; ne neq ≠;
-approx cong in =; lt <; gt >; vert lvert rvert |; angle measuredangle ∠; circ degree °
+approx cong in =; lt <; gt >; vert lvert rvert |; angle measuredangle ∠; circ degree °;
+√ \sqrt; π \pi; +/- ±; ÷ /; <= ≤; >= ≥; != ≠; ≈ ≅ ∈ =; ** ^
 """
-_COMMANDS = GREEK | {"var" + name: letter for name, letter in GREEK.items()}
-_COMMANDS |= dict.fromkeys(
-    "left right displaystyle limits big bigg Big Bigg quad qquad triangle overline vec bar".split(),
-    " ",
-)
-for _entry in _COMMAND_TABLE.split(";"):
+_SIGNS = GREEK | {"var" + name: letter for name, letter in GREEK.items()}
+_BLANKS = "left right displaystyle limits big bigg Big Bigg quad qquad triangle overline vec bar △"
+_SIGNS |= dict.fromkeys(_BLANKS.split(), " ")
+for _entry in _SIGN_TABLE.split(";"):
     *_names, _sign = _entry.split()
-    _COMMANDS |= dict.fromkeys(_names, _sign)
+    _SIGNS |= dict.fromkeys(_names, _sign + " " * _sign.startswith("\\"))
 SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the readers below
     (r"\{,\}", ","),
     (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
@@ -73,18 +71,11 @@ SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the r
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*([0-9])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-    (r"√", r"\\sqrt "),
-    (r"π", r"\\pi "),
-    (r"\\([A-Za-z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
-    (r"\+/-", "±"),
+    (
+        r"\\([A-Za-z]+)|[√π÷≈≅∈△]|\+/-|[<>!]=|\*\*",
+        lambda match: _SIGNS.get(match[1] or match[0], match[0]),
+    ),
     (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
-    (r"÷", "/"),
-    (r"<=", "≤"),
-    (r">=", "≥"),
-    (r"!=", "≠"),
-    (r"[≈≅∈]", "="),
-    (r"△", " "),
-    (r"\*\*", "^"),
     # a whole number in front of a proper fraction is a mixed number
     (r"(?<![\w.^}/])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}", r"(\1+\2/\3)"),  # noqa: E501
     (r"(?<![\w.^}/])([0-9]{1,6})\s+([0-9]{1,6})\s*/\s*([0-9]{1,6})(?![\w.])", r"(\1+\2/\3)"),
@@ -121,6 +112,12 @@ class Expression:
     def value(self, point: int = 0) -> Number:
         """The value with the letters at fixed point number `point`; ArithmeticError without one."""
         return _evaluate(self.tree, point)
+
+    def value_or_none(self, point: int) -> Number | None:
+        try:
+            return self.value(point)
+        except ArithmeticError:
+            return None
 
     def minus(self, other: "Expression") -> "Expression":
         tree = (operator.sub, self.tree, other.tree)
@@ -243,30 +240,22 @@ class _Parser:
                 raise ExpressionError(f"no {close!r}")
             tree = (abs, tree) if token == "|" else tree
         elif token[:1].isdigit() or token[:1] == ".":
-            tree = self.number(token)
+            tree = Fraction(token)
+            mantissa = token.lower().partition("e")[0].rstrip(".")
+            if "." in mantissa and tree:  # 3.20e5 is given to a part in 320
+                self.step = max(self.step, 1 / Fraction(mantissa.replace(".", "")))
         elif token.startswith("\\"):
             tree = self.command(token[1:])
+        elif token == "e":
+            tree = math.e
         elif token[:1].isalpha() or token == "∞":
-            tree = self.letter(token)
+            subscript = self.accept() if self.peek().startswith("_") else ""  # x_1, x_{12}
+            tree = token + re.sub("[{}]", "", subscript)
+            self.letters.add(tree)
         else:
             raise ExpressionError(f"unexpected {token or 'end'!r}")
         self.depth -= 1
         return tree
-
-    def number(self, token: str) -> Fraction:
-        value = Fraction(token)
-        mantissa = token.lower().partition("e")[0].rstrip(".")
-        if "." in mantissa and value:  # 3.20e5 is given to a part in 320
-            self.step = max(self.step, 1 / Fraction(mantissa.replace(".", "")))
-        return value
-
-    def letter(self, name: str) -> Any:
-        if name == "e":
-            return math.e
-        if self.peek().startswith("_"):  # x_1, x_{12}: the subscript is part of the name
-            name += re.sub("[{}]", "", self.accept())
-        self.letters.add(name)
-        return name
 
     def command(self, name: str) -> Any:
         if name == "pi":
@@ -385,16 +374,11 @@ def same_value(a: Expression, gold: Expression) -> bool:
 
 def at_points(a: Expression, b: Expression) -> list[tuple[Number, Number]]:
     """Both values at the fixed points where both are defined; nothing if only one is."""
-    pairs = []
-    for point in range(6 if a.letters or b.letters else 1):
-        values: list[Number] = []
-        for expression in (a, b):
-            with contextlib.suppress(ArithmeticError):
-                values.append(expression.value(point))
-        if len(values) == 1:
-            return []
-        pairs += [tuple(values)] if values else []
-    return pairs
+    points = range(6 if a.letters or b.letters else 1)
+    pairs = [(a.value_or_none(point), b.value_or_none(point)) for point in points]
+    if any((x is None) != (y is None) for x, y in pairs):
+        return []
+    return [pair for pair in pairs if pair != (None, None)]
 
 
 def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -> bool:
@@ -432,11 +416,11 @@ lb lbs pound = 16 oz; t tonne = 1000 kg; ton; *N newton = 1 kg m/s^2; Nm = 1 N m
 % percent pct = 0.01; $ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp;
 pence penny p = 0.01 £; ¥ yen jpy yuan rmb cny 元; ₩ won krw; ₹ rs inr rupee; rm myr ringgit; chf
 """
-_PREFIXES = {
-    "k": 3, "kilo": 3, "M": 6, "mega": 6, "G": 9, "giga": 9, "T": 12, "tera": 12, "d": -1,
-    "deci": -1, "c": -2, "centi": -2, "m": -3, "milli": -3, "μ": -6, "u": -6, "micro": -6, "n": -9,
-    "nano": -9, "p": -12, "pico": -12,
-}  # fmt: skip
+_PREFIX_TABLE = (
+    "k 3 kilo 3 M 6 mega 6 G 9 giga 9 T 12 tera 12 d -1 deci -1 c -2 centi -2 m -3 milli -3 μ -6 u "
+    "-6 micro -6 n -9 nano -9 p -12 pico -12"
+).split()
+_PREFIXES = dict(zip(_PREFIX_TABLE[::2], map(int, _PREFIX_TABLE[1::2])))
 _UNIT_SPELLINGS = Rules(
     (r"[{}]|\bdegrees? (?=[cf])", ""),
     (r"\*", " "),
@@ -500,12 +484,8 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
                 word = word.lower()
                 if word in _FILLERS:
                     continue
-                if (
-                    not invented
-                    or (len(word) < 2 and word.isascii())
-                    or word in _PROSE
-                    or word in FUNCTIONS
-                ):
+                letter = len(word) < 2 and word.isascii()
+                if not invented or letter or word in _PROSE or word in FUNCTIONS:
                     return None
                 unit = Unit(Fraction(1), ((word.removesuffix("s") if len(word) > 3 else word, 1),))
             scale *= unit.scale**power
@@ -567,15 +547,10 @@ def read_quantity(text: str) -> Quantity | None:
         if magnitude:
             gap, tail = True, rest.strip()
         apart = gap or tail > "\u3400"  # Chinese measure words need no blank
-        if (not apart and len(tail) == 1 and tail not in _GLUED) or word in (
-            "st",
-            "nd",
-            "rd",
-            "th",
-        ):
-            continue  # 2x is a product, 3rd no number
-        if tail == "°" and head[0] not in "-.0123456789(":
-            continue  # \\sin 30°
+        product = not apart and len(tail) == 1 and tail not in _GLUED  # 2x
+        angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
+        if product or angle or word in ("st", "nd", "rd", "th"):
+            continue
         unit = read_unit(tail, invented=apart or len(tail) > 3) if tail else None
         expression = parse_expression(head)
         if (tail and unit is None) or expression is None or expression.letters:
