@@ -163,10 +163,10 @@ def _find_triggers(response: str) -> list[tuple[int, int]]:
 
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
     """(text before, trigger, answer) without the marks that dress the answer line."""
-    line_start = response.rfind("\n", 0, start) + 1
-    marks = re.search(r"[*_\"'“‘「『【`(\[]*$", response[line_start:start])[0]
-    if not response[line_start:start].strip("*_#> \t\"'“‘「『【`(["):  # the whole start of the line
-        marks = response[line_start:start] if response[line_start:start].strip() else ""
+    head = response[response.rfind("\n", 0, start) + 1 : start]  # of the line
+    marks = re.search(r"[*_\"'“‘「『【`(\[]*$", head)[0]
+    if not head.strip("*_#> \t\"'“‘「『【`(["):
+        marks = head if head.strip() else ""
     trigger, answer = re.sub(r"[*_]", "", response[start:end]), response[end:].strip()
     if len(answer) <= MAX_ANSWER:
         inner = re.sub(r"[^*_]", "", response[start:end])  # of **Final answer**: 5
@@ -263,12 +263,9 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
     gap = re.match(r"[\s*_]*", response[end:])[0]
     blank = "\n" if "\n" in gap else " " if " " in gap else ""
     fixed = before + trigger.rstrip() + blank + answer
-    line = fixed[before.rfind("\n") + 1 :]
-    for mark in ("**", "__", '"', "`"):
-        if line.count(mark) % 2 or fixed.count(mark) % 2 > response.count(mark) % 2:
-            return response
+    half = any(fixed.count(m) % 2 > response.count(m) % 2 for m in ("**", "__", '"', "`"))
     as_written = (response[:start], response[start:end], response[end:].strip())
-    return response if (before, trigger, answer) == as_written else fixed
+    return response if half or (before, trigger, answer) == as_written else fixed
 
 
 # --------------------------------------------------------------------------- plain text

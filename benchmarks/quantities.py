@@ -448,22 +448,14 @@ class Unit(NamedTuple):
     powers: tuple[tuple[str, int], ...]  # (base unit, exponent), sorted
 
 
-_UNITS: dict[str, Unit] = {}
-_PREFIXED: set[str] = set()
+_UNITS: dict[str, Unit] = {}  # names and symbols, with prefixes
 
 
 def _known_unit(word: str) -> Unit | None:
-    """The unit of a name or symbol, plurals and prefixes included; case counts where it can."""
-    for name in (word, word.lower()):
-        for single in (name, name.removesuffix("s")) if len(name) > 2 else (name,):
-            if single in _UNITS:
-                return _UNITS[single]
-            for prefix, power in _PREFIXES.items():
-                base = single.removeprefix(prefix)
-                fits = len(base) < 4 if len(prefix) == 1 else len(base) > 2
-                if base != single and fits and base in _PREFIXED:
-                    return Unit(_UNITS[base].scale * Fraction(10) ** power, _UNITS[base].powers)
-    return None
+    """The unit of a name or symbol, plurals included; case counts where it can."""
+    endings = ("", "s") if len(word) > 2 else ("",)
+    names = (form.removesuffix(end) for form in (word, word.lower()) for end in endings)
+    return next((_UNITS[name] for name in names if name in _UNITS), None)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -493,20 +485,29 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
     return Unit(scale, tuple(sorted((k, v) for k, v in powers.items() if v)))
 
 
+def _with_prefixes(name: str, unit: Unit) -> dict[str, Unit]:
+    return {
+        prefix + name: Unit(unit.scale * Fraction(10) ** power, unit.powers)
+        for prefix, power in _PREFIXES.items()
+        if (len(name) < 4 if len(prefix) == 1 else len(name) > 2)
+    }
+
+
 def _fill_units() -> None:
+    named, prefixed, lower, lower_prefixed = {}, {}, {}, {}  # Kg and HZ, where kg and Hz are meant
     for entry in _UNIT_TABLE.replace("\n", " ").split(";"):
         names, _, amount = entry.strip().partition(" = ")
         number, _, of = amount.partition(" ")
         own = Unit(Fraction(1), ((names.split()[0].lstrip("*"), 1),))
         base = read_unit(of) if of else own
         for name in names.lstrip("*").split():
-            _UNITS[name] = Unit(Fraction(number or 1) * base.scale, base.powers)
+            named[name] = unit = Unit(Fraction(number or 1) * base.scale, base.powers)
+            lower[name.lower()] = unit
             if names.startswith("*"):
-                _PREFIXED.add(name)
-    for name in [*_UNITS]:  # Kg and HZ, where kg and Hz are meant; but nm is no newton metre
-        if _known_unit(name.lower()) is None:
-            _UNITS[name.lower()] = _UNITS[name]
-    _PREFIXED.update([name.lower() for name in _PREFIXED])
+                prefixed |= _with_prefixes(name, unit)
+                lower_prefixed |= _with_prefixes(name.lower(), unit)
+        _UNITS.update(prefixed | named)
+    _UNITS.update(lower_prefixed | lower | prefixed | named)  # nm is no newton metre
     read_unit.cache_clear()
 
 
