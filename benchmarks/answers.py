@@ -688,7 +688,8 @@ _CONTRACTED = re.compile(  # don't = dont, but men's and mens differ
 )
 # operators, signs beside digits, brackets around digits: no wording, compared letter by letter
 _NOT_WORDING = re.compile(
-    r"[0-9)]!|\b[a-z]!|[0-9]\s*\?|[+*/<>=^\\≤≥≠±|]|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
+    r"[0-9)]!|\b[a-z]!|[0-9]\s*\?|[+*/<>=^\\≤≥≠±|]"
+    r"|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
 )
 # between words, not operators: New York - USA, red/blue
 _JOINED_WORDS = re.compile(r"(?<=[^\W\d_]{2})(?:\s+-\s+|\s*/\s*)(?=[^\W\d_]{2})")
