@@ -14,6 +14,7 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def load_image(path: Path) -> Image.Image:
             raise InputError(f"image {path}: {error}") from None
         except DECODER_ERRORS as error:
             raise InputError(f"image {path} cannot be decoded: {error}") from None
+
+
+def check_images(paths: Iterable[Path], name: str) -> None:
+    """Open each image, without decoding it; errors begin with `name`."""
+    for path in paths:
+        try:
+            open_image(path).close()
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

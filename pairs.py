@@ -26,7 +26,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ from benchmarks.answers import (
     strip_instruction,
 )
 from generate import Generator, Prompt, Sample, Settings
-from images import image_key, image_names, image_paths, open_image
+from images import check_images, image_key, image_names, image_paths
 from records import alone_writing, grouped, new_file, part_files, read_parts, with_placeholders
 from runtime import (
     AppendLog,
@@ -177,15 +177,6 @@ class SampledLine:
     image_keys: list[str] | None = None
 
 
-def check_images(paths: Iterable[Path], name: str) -> None:
-    """Open each image: worth doing before a model is loaded."""
-    for path in paths:
-        try:
-            open_image(path).close()
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-
-
 def split_names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -216,30 +207,42 @@ def drop_repeats(rows: list[dict], name: str) -> list[dict]:
 
 
 @dataclass(frozen=True)
+class SampleInfo:
+    """info.json, which `sample` writes beside the part files."""
+
+    root: str = ""  # folder of the images, from this very folder
+    domain: str = ""
+    modes: list[str] = field(default_factory=list)
+    responses: int = 0  # when all are there
+    max_tiles: int = 6
+
+
+@dataclass(frozen=True)
 class SampleSet:
     """The responses of one data set: a folder of part files, or a file in the official format."""
 
     name: str
     files: list[Path]
-    info: dict  # info.json, which `sample` writes
+    info: SampleInfo = SampleInfo()
 
     def root(self, given: Path | None) -> Path:
         """Folder of the images."""
-        return given or self.files[0].parent / self.info.get("root", Path.cwd())
+        return given or (self.files[0].parent / self.info.root if self.info.root else Path.cwd())
 
 
 def find_sets(path: Path) -> list[SampleSet]:
     """Data sets at `path`: one file, one folder with part files, or a folder of such folders."""
     if path.is_file():
-        return [SampleSet(path.stem, [path], {})]
+        return [SampleSet(path.stem, [path])]
     folders = [path] if part_files(path) else sorted(p for p in path.glob("*") if part_files(p))
     if not folders:
         raise InputError(f"no part files in {path}; run `pairs.py sample` with that --out_dir")
-    infos = [folder / "info.json" for folder in folders]
-    return [
-        SampleSet(folder.name, part_files(folder), read_json(info) if info.exists() else {})
-        for folder, info in zip(folders, infos)
-    ]
+    sets = []
+    for folder in folders:
+        about = folder / "info.json"
+        info = from_json(SampleInfo, read_json(about), about) if about.exists() else SampleInfo()
+        sets.append(SampleSet(folder.name, part_files(folder), info))
+    return sets
 
 
 # --------------------------------------------------------------------------- sampling
@@ -310,8 +313,8 @@ class SampleConfig(EngineConfig):
         "science", "decides the default prompts and tile limit"
     )
     prompts: str = flag("", "prompt versions with commas, empty = by domain; none = as it is")
-    num_samples: int = flag(32, "responses a question, shared among the prompt versions", low=1)
-    max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", low=0)
+    num_samples: int = flag(32, "responses a question, shared among the prompt versions", 1, 1e5)
+    max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
     max_questions: int = flag(
         0, "questions of the file at most, chosen evenly; 0 = all (the authors: 20,000)", low=0
     )
@@ -330,14 +333,11 @@ def sample(cfg: SampleConfig) -> None:
     questions = read_questions(cfg.questions, name, versions, tiles, cfg.seed, cfg.max_questions)
     folder, share = cfg.out_dir / name, math.ceil(cfg.num_samples / len(versions))
     claim(folder, text_settings(cfg) | {"name": name, "max_tiles": tiles}, "use another --out_dir")
-    info = {
-        "root": os.path.relpath(cfg.root.resolve(), folder.resolve()),  # from this very folder
-        "domain": cfg.domain,
-        "modes": split_names(cfg.modes),
-        "responses": share * len(questions),
-        "max_tiles": tiles,
-    }
-    write_atomic(folder / "info.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+    root = os.path.relpath(cfg.root.resolve(), folder.resolve())
+    responses, modes = share * len(questions), split_names(cfg.modes)
+    info = SampleInfo(root, cfg.domain, modes, responses, tiles)
+    text = json.dumps(asdict(info), indent=1, ensure_ascii=False)
+    write_atomic(folder / "info.json", text + "\n")
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
         line = from_json(SampledLine, row, source)
@@ -360,7 +360,7 @@ def sample(cfg: SampleConfig) -> None:
             prompt = Prompt(question.qid, text, paths, max_tiles=each, samples=missing)
             requests.append((prompt, question))
     if not requests:
-        print(f"{name}: all {share * len(questions)} responses are there", file=sys.stderr)
+        print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
     def finish(question: Question, s: Sample) -> dict:
         sampled = {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}
@@ -485,15 +485,15 @@ def correctness(cfg: CorrectnessConfig) -> None:
     with alone_writing(cfg.out_dir):
         for data_set in find_sets(cfg.samples):
             name, info = data_set.name, data_set.info
-            modes = split_names(cfg.modes) or info.get("modes") or get_mode(name)
+            modes = split_names(cfg.modes) or info.modes or get_mode(name)
             reports[name], made = pair_set(cfg, data_set, modes)
             entries |= made
             total = reports[name]["responses"]
             share = reports[name]["counts"].get("format responses", 0) / max(total, 1)
             if share > cfg.max_format_share:
                 bad.append(f"{name}: {share:.0%} of the responses are format failures")
-            if total < info.get("responses", 0):
-                print(f"{name}: {total} of {info['responses']} responses so far")
+            if total < info.responses:
+                print(f"{name}: {total} of {info.responses} responses so far")
         finish_verb(cfg, "correctness", entries, reports, bad)
 
 

@@ -406,6 +406,14 @@ def test_a_spoilt_line_of_samples_is_named(world, change, message):
         pairs.correctness(pairs.CorrectnessConfig())
 
 
+@pytest.mark.parametrize("about", ['{"root": 3}', '{"modes": "x"}', '{"responses": "1"}', "[]"])
+def test_a_spoilt_info_file_is_named(world, about):
+    pairs.sample(sampling())
+    Path("samples/toys/info.json").write_text(about)
+    with pytest.raises(InputError, match="samples/toys/info.json: "):
+        pairs.correctness(pairs.CorrectnessConfig())
+
+
 def test_a_gold_answer_of_zero_is_kept(world):
     write_lines(world / "zero.jsonl", [{"question": "How many?", "answer": 0}])
     pairs.sample(sampling(questions=Path("zero.jsonl"), num_samples=1))

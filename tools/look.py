@@ -44,7 +44,7 @@ class CheckConfig:
 
     meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
-    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", low=0)
+    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
     max_length: int = flag(6144, "tokens of prompt and response, at most", low=1)
 
 
@@ -57,7 +57,7 @@ class ShowConfig:
     out: Path | None = flag(None, "write this HTML page instead of printing")
     limit: int = flag(0, "records of all data sets; 0 = 3 printed, 200 on a page", low=0)
     image_size: int = flag(384, "longer side of the page's pictures in pixels", low=1)
-    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", low=0)
+    max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
     seed: int = flag(42, "decides which records are shown")
 
 

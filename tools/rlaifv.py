@@ -20,13 +20,12 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import Generator, Prompt
-from images import image_names, image_paths
+from images import check_images, image_names, image_paths
 from pairs import (
     EngineConfig,
     SampledLine,
     SampleSet,
     annotation_file,
-    check_images,
     choose,
     digest,
     drop_repeats,
@@ -180,7 +179,7 @@ def check_candidates(cfg: DivideConfig, data_set: SampleSet, folder: Path) -> in
         for row in chunk if cfg.split == "rule" else ():
             row["claims"] = split_sentences(row["response"])
             row["questions"] = [fill(BY_RULE, claim=claim) for claim in row["claims"]]
-        root, tiles = data_set.root(cfg.root), data_set.info.get("max_tiles", 6)
+        root, tiles = data_set.root(cfg.root), data_set.info.max_tiles
         judge_claims(chunk, generator, root, tiles)
         for row in chunk:
             log.append(row)
