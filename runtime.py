@@ -171,7 +171,8 @@ def run(main: Callable[[], None]) -> None:
     except (InputError, Failure) as error:
         message, status = str(error), 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        message, status = str(error), 2 if error.errno in NAMED_WRONGLY else 1
+        message = str(error).removeprefix(f"[Errno {error.errno}] ")
+        status = 2 if error.errno in NAMED_WRONGLY else 1
     except UnicodeError as error:
         message, status = f"a text or file name is not valid UTF-8: {error}", 2
     except RecursionError:

@@ -98,7 +98,9 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
     def lesson(name: str | None, prompt: str, right: str, wrong: str) -> dict:
         image = {"image": name} if name else {}
         start = "<image>\n" if name else ""
-        return image | {"question": start + prompt, "chosen": right, "rejected": wrong}
+        # lessons are for SFT, which reads no rejected response; a pair still needs two
+        other = wrong if wrong != right else f"not {right}"
+        return image | {"question": start + prompt, "chosen": right, "rejected": other}
 
     direct = toy.DIRECT, toy.direct
     sets: dict[str, list[dict]] = {"direct": [], "steps": [], "describe": [], "blind": []}
