@@ -41,6 +41,7 @@ from losses import token_logps  # noqa: E402
 from model import InternVL, TreeAttention  # noqa: E402
 from records import read_meta  # noqa: E402
 from runtime import flag, read_json, read_jsonl, write_atomic  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 from tools import gpu_speed  # noqa: E402
 from tools.figures import markdown_table  # noqa: E402
 from tools.gpu_speed import Row, Setting, at_most, largest, measured  # noqa: E402
@@ -205,7 +206,8 @@ def ids(setting: Setting, case: str) -> Iterator[Row]:
     def answers(device: torch.device | str, captured: bool, batch: int = 99) -> list:
         settings = {"temperature": float(case), "max_new_tokens": 8 if setting.toy else 64}
         settings["cache_tokens"] = 8192
-        generator = Generator.load(folder / "model", device, torch.float32, **settings)
+        model = load_model(folder / "model", device)
+        generator = Generator(model, load_tokenizer(folder / "model"), **settings)
         found = []
         for begin in range(0, len(prompts), batch):
             groups = map(generator.encode, prompts[begin : begin + batch])
