@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.answers import (
+    MODES,
     PROMPTS,
     check_gold,
     fix_answer,
@@ -325,6 +326,8 @@ def sample(cfg: SampleConfig) -> None:
     name = cfg.name or cfg.questions.stem
     if Path(name).name != name or name.startswith("."):
         raise InputError(f"--name {name}: expected the name of one folder, without separators")
+    if unknown := [mode for mode in split_names(cfg.modes) if mode not in MODES]:
+        raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(MODES)}")
     default_versions, default_tiles = DOMAINS[cfg.domain]
     versions = split_names(cfg.prompts) or list(default_versions)
     if "_zh_" in cfg.questions.name and not cfg.prompts:
@@ -351,10 +354,8 @@ def sample(cfg: SampleConfig) -> None:
             check_images(paths, question.name)
             keys = question.fields["image_keys"] = [image_key(path) for path in paths]
             if pixels.get(question.qid, keys) != keys:
-                raise InputError(
-                    f"{question.name}: an image has changed since {folder} was sampled; use "
-                    "another --out_dir"
-                )
+                remedy = f"has changed since {folder} was sampled; use another --out_dir"
+                raise InputError(f"{question.name}: an image {remedy}")
             each = max(1, tiles // max(1, len(paths)))
             text = question.fields["question"]
             prompt = Prompt(question.qid, text, paths, max_tiles=each, samples=missing)

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -325,6 +326,9 @@ def fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, typing.get_origin(hint) or hint)
 
 
+type_hints = functools.cache(typing.get_type_hints)  # a million lines may be of one class
+
+
 def from_json(cls: type, record: dict, name: object) -> Any:
     """Build dataclass `cls` from a JSON object: type, default and range of each field.
 
@@ -333,7 +337,7 @@ def from_json(cls: type, record: dict, name: object) -> Any:
     for key, remedy in getattr(cls, "REFUSED", {}).items():
         if record.get(key):
             raise InputError(f"{name}: {key!r} is not supported: {remedy}")
-    hints, values = typing.get_type_hints(cls), {}
+    hints, values = type_hints(cls), {}
     for f in dataclasses.fields(cls):
         if f.name not in record:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

@@ -489,6 +489,7 @@ def test_no_pair_and_too_many_format_failures_end_with_status_1(world, capsys):
         (["correctness", "--sampels", "x"], "did you mean --samples"),
         (["corectness"], "did you mean correctness"),
         (["sample", "--temperature", "0"], "temperature must be >= 0.001"),
+        (["sample", "--modes", "vqa_score,often"], "unknown mode 'often'; known are"),
         (["dropout_ntp", "--keep_ratio", "1"], "keep_ratio must be >= 0 and <= 0.99"),
     ],
 )
