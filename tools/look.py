@@ -74,7 +74,7 @@ class StatsConfig:
 
 
 def check(cfg: CheckConfig) -> None:
-    """Verify all records; print tables of tiles and tokens, every bad record and every odd one."""
+    """Verify all records; print tables of tiles and tokens, the bad records and the odd ones."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     max_length = min(cfg.max_length, config.llm.max_position_embeddings)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
@@ -97,7 +97,8 @@ def check(cfg: CheckConfig) -> None:
                 overlong.update(outcomes(record, tokenizer, config, max_length))
     print(text_table(("tiles a record", "records", ""), bars(dict(sorted(tiles.items())))))
     print(text_table(("tokens a record", "records", ""), bars(token_bins(lengths))))
-    print("\n".join([*(f"bad: {line}" for line in bad), *(f"look: {line}" for line in odd)]))
+    for line in [*(f"bad: {line}" for line in bad), *(f"look: {line}" for line in odd)]:
+        print(line)
     if overlong:
         print(f"{overlong.pop('too long')} records are longer than {max_length} tokens; they would")
         print("\n".join(f"  {name}: {count}" for name, count in sorted(overlong.items())))
