@@ -33,6 +33,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 LOCK_VOTE_SECONDS = 5
+# what other training programs call a flag -> what it is called here
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "model_name_or_path": "model_dir",
+    "output_dir": "out_dir",
+    "num_train_epochs": "epochs",
+    "loss_type": "loss",
+    "warmup_ratio": "warmup",
+}
 
 
 class InputError(ValueError):
@@ -99,8 +109,9 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{n}" for n in hints], n=1)
-        parser.error(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        known = OTHER_NAMES.get(name.removeprefix("--"), name.removeprefix("--"))
+        near = difflib.get_close_matches(known, hints, n=1)
+        parser.error(f"unknown flag {name}" + (f"; did you mean --{near[0]}?" if near else ""))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
     values.pop("config", None)
     try:

@@ -68,6 +68,7 @@ def test_a_saved_config_is_replayed_and_a_flag_wins_over_it(tmp_path):
     ("argv", "message"),
     [
         (["--step", "3"], "unknown flag --step; did you mean --steps?"),
+        (["--learning_rate", "3"], "unknown flag --learning_rate; did you mean --lr?"),
         (["--lr", "0"], "lr must be > 0, got 0.0"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--mode", "c"], "invalid choice: 'c'"),
