@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from toy import write_world
 
+slow = pytest.mark.skipif(
+    not os.environ.get("SLOW"), reason="87 s on two cores: set SLOW=1; make gpu runs it on a GPU"
+)
 PARTS = "start flex golden steps ids resume bench mpo sample vit peers loader".split()
 
 
@@ -20,6 +24,7 @@ def check(out, *flags):
     )
 
 
+@slow
 def test_every_part_runs_at_toy_size_and_every_row_has_a_verdict(tmp_path):
     write_world(tmp_path / "world", 16, 0)
     ended = check(tmp_path / "gpu", "--world", str(tmp_path / "world"))
@@ -32,6 +37,14 @@ def test_every_part_runs_at_toy_size_and_every_row_has_a_verdict(tmp_path):
     assert len(lines) == 4 + len(report["rows"])
 
 
+def test_the_golden_cases_are_a_part(tmp_path):
+    ended = check(tmp_path, "--only", "golden")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert rows and {row["verdict"] for row in rows} == {"ok"}
+
+
+@slow
 def test_a_case_that_fails_is_a_row_and_the_next_still_runs(tmp_path):
     world = tmp_path / "world"
     (world / "model").mkdir(parents=True)  # no weights: nothing can train

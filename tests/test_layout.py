@@ -75,3 +75,19 @@ def test_only_the_paper_knows_of_the_toy():
     for path in FILES:
         if path.stem != "toy" and path.parent.name != "paper":
             assert not any(m.split(".")[0] == "toy" for m, _, _ in imported(path)), path.name
+
+
+# lines that a room may have today; these numbers only go down (aims: 5,000, 2,000, 2,900, 700)
+AT_MOST = {"reading ring": 6450, "benchmarks": 3210, "tools": 3480, "paper": 1200}
+
+
+def test_no_room_grows():
+    """The reading ring is all flat files but the three that make data, scores and a world."""
+    lines = {name_of(path): path.read_text().count("\n") for path in FILES}
+    rooms = dict.fromkeys(AT_MOST, 0)
+    for name, count in lines.items():
+        room = name.split("/")[0] if "/" in name else "reading ring"
+        if name not in ("pairs.py", "eval.py", "toy.py"):
+            rooms[room] += count
+    print(*(f"{count:6} {name}" for name, count in (lines | rooms).items()), sep="\n")
+    assert {room: count for room, count in rooms.items() if count > AT_MOST[room]} == {}
