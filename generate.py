@@ -68,6 +68,11 @@ class Prompt:
     num_samples: int = 1
     samples: tuple[int, ...] | None = None  # which sample numbers; None = range(num_samples)
     max_new_tokens: int | None = None  # None = the generator's
+    name: str = ""  # in errors, as "file line 3"; "" = its id
+
+    @property
+    def label(self) -> str:
+        return self.name or f"prompt {self.id}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ def filtered_probs(logits: Tensor, temperature: float, top_k: int, top_p: float)
     Ties at the k-th place all stay.  Top-p keeps the smallest set of most probable tokens that
     reaches top_p, as the nucleus of arXiv:1904.09751.
     """
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -181,12 +186,14 @@ def choose(
     if temperature == 0:
         return logits.argmax(-1)
     probs = filtered_probs(logits, temperature, top_k, top_p)
+    if missing := -probs.shape[1] % PART:
+        probs = F.pad(probs, (0, missing))
     # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
-    parts = F.pad(probs, (0, -probs.shape[1] % PART)).view(len(probs), -1, PART)
-    ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)
+    parts = probs.view(len(probs), -1, PART)
+    ends = parts.sum(-1).double().cumsum(-1)
     part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
     inside = parts[torch.arange(len(parts), device=parts.device), part].double().cumsum(-1)
-    return (part * PART + find(inside, rest)[0]).clamp(max=logits.shape[1] - 1)  # NaN: any token
+    return part * PART + find(inside, rest)[0]
 
 
 def find(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,7 +294,7 @@ class Scheduler:
         length = len(group.ids)
         if num_blocks(length) + num_blocks(group.limit) > self.cache.num_blocks:
             raise InputError(
-                f"prompt {group.prompt.id}: {length} tokens and up to {group.limit} new ones do "
+                f"{group.prompt.label}: {length} tokens and up to {group.limit} new ones do "
                 f"not fit a cache of {self.cache.num_blocks * KEYS}; raise --cache_tokens, or use "
                 "fewer tiles"
             )
@@ -302,14 +309,15 @@ class Scheduler:
         return group
 
     def has_room(self, blocks: int, groups: int, rows: int) -> bool:
-        """Whether so many blocks are left, and half a block for every row to grow.
+        """Whether so many blocks are left, and half a block for every row that may grow.
 
         A step computes as many rows for each group as the widest has: one wide group among many
         narrow ones has to wait.
         """
         widest = max([rows, *(group.rows for group in self.groups)])
+        growth = sum(num_blocks(r.group.limit) - len(r.answer.blocks) for r in self.rows)
         spare = self.cache.num_free() - blocks
-        fits = groups * widest <= 4 * MAX_ROWS and spare >= len(self.rows) // 2
+        fits = groups * widest <= 4 * MAX_ROWS and spare >= min(len(self.rows) // 2, growth)
         return fits or not self.rows
 
     def grow(self) -> None:
@@ -400,7 +408,7 @@ class Generator:
             turns = [*prompt.history, (question, None)]
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, config.system_message)
         except InputError as error:
-            raise InputError(f"prompt {prompt.id}: {error}") from None
+            raise InputError(f"{prompt.label}: {error}") from None
         prefix = self.tokenizer.encode_plain(prompt.prefix)
         samples = range(prompt.num_samples) if prompt.samples is None else prompt.samples
         limit = prompt.max_new_tokens or self.settings.max_new_tokens
@@ -463,9 +471,11 @@ class Generator:
         """(token, its plain log-prob) of each row, from logits (row vocab)."""
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
-        allowed = logits.index_fill(1, self.banned, -torch.inf)
+        allowed = F.pad(logits, (0, -logits.shape[1] % PART), value=-torch.inf)  # a copy
+        allowed.index_fill_(1, self.banned, -torch.inf)
         sampling = (self.settings.temperature, self.settings.top_k, self.settings.top_p)
         tokens = choose(allowed, torch.from_numpy(uniforms).to(self.device), *sampling)
+        tokens.clamp_(max=logits.shape[1] - 1)  # of NaN any token; `push` refuses it
         logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
         return list(zip(tokens.tolist(), logps.tolist()))
 
@@ -474,7 +484,7 @@ class Generator:
         prompt = row.group.prompt
         if not math.isfinite(logp):
             raise InputError(
-                f"prompt {prompt.id}, sample {row.sample}, token {len(row.ids)}: the model's "
+                f"{prompt.label}, sample {row.sample}, token {len(row.ids)}: the model's "
                 "logits are not finite; check the weights, or use another --dtype"
             )
         row.ids.append(token)
@@ -537,9 +547,10 @@ def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) 
     if history and cfg.image and IMAGE not in "".join(q for q, _ in history) + question:
         first, *rest = history  # the images belong to the first turn, as in chat()
         history = ((with_image_placeholders(first[0], len(cfg.image)), first[1]), *rest)
-    name = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
     fields = {"max_tiles": cfg.max_tiles or tiles, "num_samples": cfg.num_samples}
-    return Prompt(name.hexdigest(), question, cfg.image, history, cfg.prefix, **fields)
+    fields["name"] = "the question"
+    return Prompt(digest.hexdigest(), question, cfg.image, history, cfg.prefix, **fields)
 
 
 def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:

@@ -358,7 +358,9 @@ def sample(cfg: SampleConfig) -> None:
                 raise InputError(f"{question.name}: an image {remedy}")
             each = max(1, tiles // max(1, len(paths)))
             text = question.fields["question"]
-            prompt = Prompt(question.qid, text, paths, max_tiles=each, samples=missing)
+            prompt = Prompt(
+                question.qid, text, paths, max_tiles=each, samples=missing, name=question.name
+            )
             requests.append((prompt, question))
     if not requests:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)

@@ -321,6 +321,12 @@ def test_a_cache_holds_what_is_needed_and_no_more_than_its_tokens(toy, generator
     assert generator.make_cache(some * 512).num_blocks == 65536 // KEYS
 
 
+def test_all_samples_run_at_once_where_the_cache_was_made_for_them(toy):
+    short = sampler(toy, max_new_tokens=4)
+    scheduler = Scheduler(short, iter([short.encode(Prompt("p", "What?", num_samples=32))]))
+    assert len(scheduler.refill()) == 32
+
+
 def test_answers_that_outgrow_the_memory_begin_again_and_get_the_same_texts(toy, monkeypatch):
     hot = {"temperature": 2.0, "max_new_tokens": KEYS + 16}
     some, sent_back = [replace(prompts(toy)[0], num_samples=6)], []
@@ -549,6 +555,7 @@ def test_a_compiled_step_gives_the_same_texts(toy, generator, backend, monkeypat
     eager = Generator(model, generator.tokenizer, **how)
     some = prompts(toy)[:1]
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     assert texts(compiled, some) == texts(eager, some)
     counts = torch._dynamo.utils.counters
     assert not counts["graph_break"], "a captured graph must hold the whole step"
@@ -814,6 +821,11 @@ def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
     (tmp_path / "a.png").write_bytes(b"no image")
     done = ask("--question", "x", "--image", tmp_path / "a.png")
     assert done.returncode == 2 and "a.png cannot be read" in done.stderr
+    done = ask("--question", "<image> what?")
+    assert done.returncode == 2 and done.stderr.startswith("error: the question: ")
+    (tmp_path / "c.json").write_bytes(b"{\xff}")
+    done = ask("--config", tmp_path / "c.json")
+    assert done.returncode == 2 and "c.json: not valid JSON" in done.stderr
     for flag, value in (("num_samples", 0), ("temperature", "nan"), ("max_tiles", -1)):
         done = ask("--question", "x", f"--{flag}", value)
         assert done.returncode == 2 and f"{flag} must be >= " in done.stderr
