@@ -17,7 +17,7 @@ demo: .venv/installed
 quick: .venv/installed
 	$(BIN)/python -m paper.story --quick --out $(TOY)
 
-# the paper in miniature: every objective on three seeds, and a report; under 40 minutes on two cores
+# the paper in miniature: every objective on three seeds, and a report
 paper: .venv/installed
 	$(BIN)/python -m paper.story --out $(TOY)
 
