@@ -69,7 +69,7 @@ class Tree:
     rejected: list[int]  # (pair) index into responses; empty: no rejected ones
     images: list[tuple[Path, int, bool]]  # (file, tile limit, JPEG augmentation)
     tiles: list[int]  # (image) tile counts, thumbnails included
-    where: list[str]  # (pair)
+    names: list[str]  # (pair)
 
     @property
     def size(self) -> int:
@@ -112,7 +112,7 @@ def encode_tree(
         texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
         responses = [encode_response(tokenizer, config.template, text) for text in texts]
     except InputError as error:
-        raise InputError(f"{record.where}: {error}") from None
+        raise InputError(f"{record.name}: {error}") from None
     return Tree(
         trunk,
         responses,
@@ -120,7 +120,7 @@ def encode_tree(
         [] if only_chosen else [1],
         [(path, limit, record.augment) for path in record.images],
         tiles,
-        [record.where],
+        [record.name],
     )
 
 
@@ -153,7 +153,7 @@ def fit_tree(
     if overlong in ("drop", "cut"):
         return None
     raise InputError(
-        f"{record.where}: {tree.longest} tokens, more than max_length {max_length}; "
+        f"{record.name}: {tree.longest} tokens, more than max_length {max_length}; "
         "shorten it, lower the tile limit, or pass --overlong drop, cut or fewer_tiles"
     )
 
@@ -177,7 +177,7 @@ def merge(a: Tree, b: Tree) -> Tree:
         a.rejected + [place[i] for i in b.rejected],
         a.images,
         a.tiles,
-        a.where + b.where,
+        a.names + b.names,
     )
 
 
@@ -185,7 +185,7 @@ def grow_bushes(trees: list[Tree], pairs: int, budget: int) -> list[Tree]:
     """Neighbours of one question merged, up to `pairs` pairs and `budget` tokens a bush."""
     bushes: list[Tree] = []
     for tree in trees:
-        if bushes and len(bushes[-1].where) < pairs and same_question(bushes[-1], tree):
+        if bushes and len(bushes[-1].names) < pairs and same_question(bushes[-1], tree):
             merged = merge(bushes[-1], tree)
             if merged.size <= budget:
                 bushes[-1] = merged
@@ -230,7 +230,7 @@ class Pack:
     num_responses: int
     tiles: Tensor | None = None  # (tile 3 h w) distinct images, once each
     tile_order: Tensor | None = None  # (slot group) index into tiles
-    where: list[str] = field(default_factory=list)  # (pair)
+    names: list[str] = field(default_factory=list)  # (pair)
     keys: list[str] = field(default_factory=list)  # (response) what its log-prob depends on
 
     def to(self, device: torch.device) -> "Pack":
@@ -298,7 +298,7 @@ def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
         as_tensor(chosen, dtype=torch.long),
         as_tensor(rejected, dtype=torch.long),
         responses,
-        where=[where for t in trees for where in t.where],
+        names=[name for t in trees for name in t.names],
     )
 
 
@@ -449,7 +449,7 @@ class PairData:
         records = self.records(step)
         fit = (self.tokenizer, self.config, self.max_length, self.overlong, self.only_chosen)
         trees = [fit_tree(record, *fit) for record in records]
-        dropped = [record.where for record, tree in zip(records, trees) if tree is None]
+        dropped = [record.name for record, tree in zip(records, trees) if tree is None]
         kept = [tree for tree in trees if tree is not None]
         if self.pairs_per_prompt > 1:
             kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)

@@ -50,7 +50,7 @@ def read_prompt(record: PairRecord, model: InternVL, tokenizer: Tokenizer) -> tu
     """The record's images as tiles (tile 3 h w), its question as ids with their image tokens."""
     config = model.config
     if record.augment:
-        raise InputError(f"{record.where}: plain.py has no data_augment; use train.py")
+        raise InputError(f"{record.name}: plain.py has no data_augment; use train.py")
     images = [
         preprocess(load_image(path), record.max_tiles, config.tile_size) for path in record.images
     ]  # each: tiles of 448 x 448, and the whole image as one more

@@ -135,7 +135,7 @@ class PairLine:
 class PairRecord:
     """One preference pair, checked."""
 
-    where: str  # "set name, file line N": for errors and the run record
+    name: str  # "set name, file line N": for errors and the run record
     question: str
     chosen: str
     rejected: str

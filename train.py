@@ -555,11 +555,11 @@ class CachedReference:
                 part.append(with_checksum({"key": key, "logp": logp, "length": int(length)}))
 
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
-        if pack.where == [BLANK]:
+        if pack.names == [BLANK]:
             return torch.zeros(len(pack.keys), device=self.process.device)
         if not self.logps.keys() >= set(pack.keys):
             raise InputError(
-                f"{self.folder} lacks log-probs of responses in {', '.join(pack.where)}: an image "
+                f"{self.folder} lacks log-probs of responses in {', '.join(pack.names)}: an image "
                 f"has changed since they were scored; delete {self.mark} and start again"
             )
         return torch.tensor([self.logps[key] for key in pack.keys], device=self.process.device)
@@ -678,7 +678,7 @@ def blank_tree(trees: list[Tree]) -> list[Tree]:
 def make_step(data: PairData, number: int, process: Process) -> Step:
     """Plan the whole step, then build every world-th pack of it."""
     planned, dropped = data.plan(number)
-    names = [[name for tree in trees for name in tree.where] for trees in planned]
+    names = [[name for tree in trees for name in tree.names] for trees in planned]
     firsts = [0, *accumulate(map(len, names))]
     packs = []
     for n in range(process.rank, -(-len(planned) // process.world) * process.world, process.world):
@@ -703,7 +703,7 @@ def step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLogps:
         loss = objective(run.terms, logps, **hyper)[0].sum() / step.pairs  # eq. 3 (losses.py)
         if first < 0:  # a stand-in: its loss does not count
             loss = 0.0 * logps.policy_chosen.sum()
-        stop_unless_finite(run, step, loss, pack.where)
+        stop_unless_finite(run, step, loss, pack.names)
         (loss * run.process.world).backward()
         scored.append((first, logps))
     return gather(run, step, scored)
@@ -726,7 +726,7 @@ def whole_step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLo
             pairs = slice(first, first + len(logps.policy_chosen))
             loss = (pull_chosen[pairs] * logps.policy_chosen).sum()
             loss = loss + (pull_rejected[pairs] * logps.policy_rejected).sum()
-        stop_unless_finite(run, step, loss, pack.where)
+        stop_unless_finite(run, step, loss, pack.names)
         (loss * run.process.world).backward()
         scored.append((first, logps))
     return gather(run, step, scored)

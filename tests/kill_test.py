@@ -123,8 +123,8 @@ def main() -> None:
             differ = [n for n in expected if found[n] != expected[n]]
             assert not differ, f"run {number} differs in {differ}"
             print(f"run {number}: equal to the uninterrupted run, bit for bit", flush=True)
-    where = ", ".join(f"{count} in: {place}" for place, count in places.most_common())
-    print(f"{done} kills ({where}), {runs} runs: every one equal, bit for bit")
+    counts = ", ".join(f"{count} in: {place}" for place, count in places.most_common())
+    print(f"{done} kills ({counts}), {runs} runs: every one equal, bit for bit")
 
 
 if __name__ == "__main__":

@@ -237,11 +237,11 @@ def restore_meta(toy):
 def test_an_epoch_visits_every_record_once_and_steps_are_repeatable(toy):
     data = pair_data(toy)
     steps = data.steps_per_epoch
-    seen = [r.where for n in range(steps) for r in data.records(n)]
+    seen = [r.name for n in range(steps) for r in data.records(n)]
     assert len(seen) == len(set(seen)) == sum(map(len, data.sets))
-    second = [r.where for n in range(steps, 2 * steps) for r in data.records(n)]
+    second = [r.name for n in range(steps, 2 * steps) for r in data.records(n)]
     assert sorted(second) == sorted(seen) and second != seen
-    assert [r.where for r in pair_data(toy).records(3)] == [r.where for r in data.records(3)]
+    assert [r.name for r in pair_data(toy).records(3)] == [r.name for r in data.records(3)]
 
 
 def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):

@@ -158,11 +158,11 @@ def test_a_bush_of_pairs_trains_as_its_pairs_alone_and_scores_no_response_twice(
 def test_a_bush_keeps_to_its_limits(toy):
     config = load_config(toy / "model")
     one, other = (example_tree(config, 0, prompt, (5, 9)) for prompt in (46, 66))
-    two = replace(one, responses=[[1] * 5, [1] * 3], where=["y"])
+    two = replace(one, responses=[[1] * 5, [1] * 3], names=["y"])
     assert merge(one, two).responses == [[1] * 5, [1] * 9, [1] * 3]
     assert (merge(one, two).chosen, merge(one, two).rejected) == ([0, 0], [1, 2])
-    assert [len(b.where) for b in grow_bushes([one, two, one, other], 2, 999)] == [2, 1, 1]
-    assert [len(b.where) for b in grow_bushes([one, two], 9, one.size + 2)] == [1, 1]
+    assert [len(b.names) for b in grow_bushes([one, two, one, other], 2, 999)] == [2, 1, 1]
+    assert [len(b.names) for b in grow_bushes([one, two], 9, one.size + 2)] == [1, 1]
 
 
 # --------------------------------------------------------------------------- many processes

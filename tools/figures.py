@@ -93,8 +93,8 @@ def label_ends(axes: Any) -> None:
         place = max(line.get_ydata()[-1], place + 0.05 * (high - low))
         end = (line.get_xdata()[-1], place)
         colour, text = line.get_color(), line.get_label()
-        where = {"xytext": (4, 0), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(text, end, color=colour, fontsize=8, va="center", **where)
+        offset = {"xytext": (4, 0), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(text, end, color=colour, fontsize=8, va="center", **offset)
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -93,7 +93,7 @@ def check(cfg: CheckConfig) -> None:
             tiles[sum(tree.tiles)] += 1
             lengths.append(tree.longest)
             if tree.longest > max_length:
-                odd.append(f"{record.where}: {tree.longest} tokens, more than {max_length}")
+                odd.append(f"{record.name}: {tree.longest} tokens, more than {max_length}")
                 overlong.update(outcomes(record, tokenizer, config, max_length))
     print(text_table(("tiles a record", "records", ""), bars(dict(sorted(tiles.items())))))
     print(text_table(("tokens a record", "records", ""), bars(token_bins(lengths))))
@@ -113,8 +113,8 @@ def look_at_images(record: PairRecord) -> list[str]:
     try:
         flat = [path for path in record.images if is_flat(load_image(path))]
     except InputError as error:
-        raise InputError(f"{record.where}: {error}") from None
-    return [f"{record.where}: image {path} is of one colour" for path in flat]
+        raise InputError(f"{record.name}: {error}") from None
+    return [f"{record.name}: image {path} is of one colour" for path in flat]
 
 
 def outcomes(record: PairRecord, *fit: Any) -> list[str]:
@@ -151,7 +151,7 @@ def print_records(cfg: ShowConfig) -> None:
     for i, number in epoch_order(sets, cfg.seed, 0)[: cfg.limit or 3]:
         record = sets[i][int(number)]
         tree = encode_tree(record, tokenizer, config)
-        print(f"=== {record.where}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
+        print(f"=== {record.name}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
         print(mark("masked", readable(tokenizer, tree.trunk), "2"))
         for name, ids, colour in zip(PARTS[1:], tree.responses, ("32", "31")):
             print(mark(name, readable(tokenizer, ids), colour))
