@@ -26,7 +26,7 @@ gpu: .venv/installed
 	$(BIN)/python tools/gpu_check.py --out gpu
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
