@@ -1,7 +1,6 @@
 """What a checkpoint's config.json says, for every generation of InternVL that is built here.
 
     load_config, parse_config   the official layout and transformers' own (-hf) -> InternVLConfig
-    named_config                the shapes of a release by name, "3.5-8b": for plans and benchmarks
     recipe                      what the official MPO script of that generation sets
 
 Sources: configuration_internvl_chat.py, configuration_internlm2.py, transformers' Qwen2Config,
@@ -10,6 +9,7 @@ Qwen3Config and InternVLConfig (4.57 and 5), the releases' config.json.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from runtime import InputError, flag, from_json, read_json
 from vision import VisionConfig, count
@@ -51,14 +51,15 @@ class LLMConfig:
 class InternVLConfig:
     """What the code needs of a checkpoint's config.json; defaults are the official class's."""
 
+    KEYS: ClassVar = {"tile_size": "force_image_size", "max_tiles": "max_dynamic_patch"}
     vision: VisionConfig
     llm: LLMConfig
     template: str
     tile_size: int = count()  # pixels; the ViT's position table is resized to fit
     select_layer: int = -1
-    max_tiles: int = flag(6, "tiles an image, without the thumbnail", 1, 1000)
+    max_tiles: int = flag(6, "tiles an image, without the thumbnail", 1, 128)
     system_message: str | None = None  # None: the template's own; "" is an empty one
-    generation: str = "2"  # 2, 2.5, 3 or 3.5
+    generation: Literal["2", "2.5", "3", "3.5"] = "2"
     image_token_id: int | None = None  # id of <IMG_CONTEXT>, which only the -hf layout gives
 
     def with_drop_path(self, rate: float) -> "InternVLConfig":
@@ -74,6 +75,26 @@ class InternVLConfig:
         return (self.tile_size // self.vision.patch_size // 2) ** 2
 
 
+# part of config.json -> its keys that have one value here: another one is refused by name
+IMPLEMENTED = {
+    "": {
+        "ps_version": "v2",
+        "downsample_ratio": 0.5,
+        "min_dynamic_patch": 1,
+        "use_thumbnail": True,
+        **dict.fromkeys(("pad2square", "use_llm_lora", "use_backbone_lora"), False),
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+    },
+    "vision_config": {
+        "hidden_act": "gelu",
+        **dict.fromkeys(("use_absolute_position_embeddings", "use_mean_pooling"), True),
+    },
+    "llm_config": {
+        "hidden_act": "silu",
+        **dict.fromkeys(("bias", "attention_bias", "mlp_bias", "use_sliding_window"), False),
+    },
+}
 # language models of the family -> what the official class assumes where a key is absent
 CLASS_DEFAULTS = {
     "internlm2": {"max_position_embeddings": 2048, "pad_token_id": 2, "bias": True},
@@ -98,7 +119,9 @@ def load_config(model_dir: Path) -> InternVLConfig:
         raise InputError(f"no config.json in {model_dir}; pass the folder of an InternVL model")
     raw = read_json(path)
     if "text_config" in raw and images.is_file():
-        raw = {"max_dynamic_patch": read_json(images).get("max_patches", 12)} | raw
+        tiles = {"min_patches": "min_dynamic_patch", "max_patches": "max_dynamic_patch"}
+        given = read_json(images)
+        raw = {tiles[key]: given[key] for key in tiles if key in given} | raw
     return parse_config(raw, str(path))
 
 
@@ -108,26 +131,24 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
     Raises InputError for a missing shape, a value of the wrong type, a language model that is not
     implemented, and for options this code lacks.
     """
-    llm_key = "text_config" if "text_config" in raw else "llm_config"
-    for key in (llm_key, "vision_config"):
+    is_hf = "text_config" in raw
+    llm_name = "text_config" if is_hf else "llm_config"
+    for key in (llm_name, "vision_config"):
         if not isinstance(raw.get(key), dict):
             raise InputError(f"{file}: no {key!r}; expected the config.json of an InternVL model")
-    if llm_key == "text_config":
-        raw = _official_keys(raw, file)
-    llm = _llm_config(raw, f"{file}: {llm_key}")
-    vision = from_json(VisionConfig, raw["vision_config"], f"{file}: vision_config")
-    _only(raw["vision_config"], f"{file}: vision_config", hidden_act="gelu")
+    raw = _official_keys(raw) if is_hf else raw
     raw = {"ps_version": "v1", "use_thumbnail": False, "max_dynamic_patch": 6} | raw
     if not raw.get("dynamic_image_size"):
         raw |= {"max_dynamic_patch": 1, "use_thumbnail": True}  # one tile has no thumbnail
-    _only(raw, file, ps_version="v2", downsample_ratio=0.5, pad2square=False)
-    _only(raw, file, use_llm_lora=0, use_backbone_lora=0, min_dynamic_patch=1, use_thumbnail=True)
+    llm = _llm_config(raw, f"{file}: {llm_name}", is_hf)
+    _check_implemented("vision_config", raw["vision_config"], f"{file}: vision_config")
+    _check_implemented("", raw, file)
+    vision = from_json(VisionConfig, raw["vision_config"], f"{file}: vision_config")
     values = raw | {
         "vision": vision,
         "llm": llm,
-        "tile_size": raw.get("force_image_size") or vision.image_size,
-        "max_tiles": raw["max_dynamic_patch"],
-        "generation": _generation(raw, llm.architecture),
+        "force_image_size": raw.get("force_image_size") or vision.image_size,
+        "generation": raw.get("internvl_generation") or _generation(raw, llm.architecture, is_hf),
     }
     config, layers = from_json(InternVLConfig, values, file), vision.num_hidden_layers
     if (
@@ -146,21 +167,17 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
     return config
 
 
-def _official_keys(raw: dict, file: str) -> dict:
+def _official_keys(raw: dict) -> dict:
     """A config of transformers' own layout (4.52 and later) under the official names.
 
     It has no template: internvl2_5, the one of all such releases, unless our export wrote another.
     """
-    vision = {"norm_type": "layer_norm"} | raw["vision_config"]
+    text, vision = raw["text_config"], {"norm_type": "layer_norm"} | raw["vision_config"]
     vision["qkv_bias"] = vision.get("attention_bias", False)
     vision["qk_normalization"] = vision.get("use_qk_norm", False)
     for key in ("image_size", "patch_size"):  # [height, width]
         if isinstance(vision.get(key), list) and vision[key][:1] * 2 == vision[key]:
             vision[key] = vision[key][0]
-    absolute = {"use_absolute_position_embeddings": True, "use_mean_pooling": True}
-    _only(vision, f"{file}: vision_config", **absolute)
-    _only(raw, file, projector_hidden_act="gelu", vision_feature_select_strategy="default")
-    text = raw["text_config"]
     return {
         "template": "internvl2_5",
         "max_dynamic_patch": 12,
@@ -175,42 +192,29 @@ def _official_keys(raw: dict, file: str) -> dict:
     }
 
 
-def _llm_config(raw: dict, name: str) -> LLMConfig:
+def _llm_config(raw: dict, name: str, is_hf: bool) -> LLMConfig:
     """llm_config, or the text_config of the -hf layout."""
     llm = raw["llm_config"]
     names = llm.get("architectures")
     given = str(names[0] if isinstance(names, list) and names else "?")
     architecture = given.removesuffix("ForCausalLM").replace("_", "").lower()
-    if architecture not in CLASS_DEFAULTS or (architecture == "llama" and "text_config" not in raw):
+    if architecture not in CLASS_DEFAULTS or (architecture == "llama" and not is_hf):
         releases, instead = NOT_IMPLEMENTED.get(architecture, ("unknown", "InternVL3_5-8B"))
         raise InputError(
             f"{name}: the language model is {given} ({releases}); InternLM2, Qwen2 and Qwen3 are "
             f"implemented, as in {instead}"
         )
     llm = CLASS_DEFAULTS[architecture] | llm
-    _only(llm, name, hidden_act="silu", bias=False, attention_bias=False, mlp_bias=False)
-    if llm.get("use_sliding_window") or "sliding" in str(llm.get("layer_types")):
-        raise InputError(f"{name}: sliding windows; this code implements full attention alone")
-    scaling = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(llm.get(key), dict | None):
-            raise InputError(f"{name}: {key} is {llm[key]!r}; expected an object or null")
-        scaling |= llm.get(key) or {}
-    rope = scaling.get("rope_type", scaling.get("type", "?" if "factor" in scaling else "default"))
-    if rope not in ("dynamic", "default"):
-        raise InputError(f"{name}: rope_scaling is of type {rope!r}; 'dynamic' is implemented")
-    theta = scaling.get("rope_theta", llm.get("rope_theta", 10000.0))
-    _only(llm, name, rope_theta=theta)  # as transformers 4 and 5 read different ones of the two
+    _check_implemented("llm_config", llm, name)
+    if "sliding" in str(llm.get("layer_types")):
+        raise InputError(f"{name}: layer_types has sliding windows; full attention is implemented")
+    theta, factor = _rope(llm, name)
     sizes = [llm.get("hidden_size"), llm.get("num_attention_heads")]
     if not llm.get("head_dim") and all(isinstance(n, int) and n > 0 for n in sizes):
         llm["head_dim"] = sizes[0] // sizes[1]
-    values = llm | {
-        "architecture": architecture,
-        "rope_theta": theta,
-        "rope_factor": scaling.get("factor") if rope == "dynamic" else 0.0,
-        "tied": True in (raw.get("tie_word_embeddings"), llm.get("tie_word_embeddings")),
-    }
-    config = from_json(LLMConfig, values, name)
+    tied = True in (raw.get("tie_word_embeddings"), llm.get("tie_word_embeddings"))
+    values = {"architecture": architecture, "rope_theta": theta, "rope_factor": factor}
+    config = from_json(LLMConfig, llm | values | {"tied": tied}, name)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise InputError(
             f"{name}: {config.num_attention_heads} heads of {config.head_dim} channels with "
@@ -221,7 +225,34 @@ def _llm_config(raw: dict, name: str) -> LLMConfig:
     return config
 
 
-def _generation(raw: dict, architecture: str) -> str:
+def _rope(llm: dict, name: str) -> tuple[object, object]:
+    """(base, factor of dynamic NTK or 0) as transformers 4 and 5 write them.
+
+    4 reads rope_theta and rope_scaling, 5 reads rope_parameters: where both stand they must agree.
+    """
+    theta, readings = llm.get("rope_theta", 10000.0), []
+    for key in ("rope_parameters", "rope_scaling"):
+        scaling = llm.get(key)
+        if not isinstance(scaling, dict | None):
+            raise InputError(f"{name}: {key} is {scaling!r:.60}; expected an object or null")
+        if scaling:
+            unnamed = "?" if "factor" in scaling else "default"
+            kind = scaling.get("rope_type", scaling.get("type", unnamed))
+            if kind not in ("dynamic", "default"):
+                raise InputError(f"{name}: {key} is of type {kind!r}; 'dynamic' is implemented")
+            factor = scaling.get("factor") if kind == "dynamic" else 0.0
+            readings.append((scaling.get("rope_theta", theta), factor))
+    readings = readings or [(theta, 0.0)]
+    if "rope_theta" in llm:
+        readings.append((theta, readings[0][1]))
+    if any(reading != readings[0] for reading in readings):
+        raise InputError(
+            f"{name}: rope_theta, rope_scaling and rope_parameters disagree: {readings}"
+        )
+    return readings[0]
+
+
+def _generation(raw: dict, architecture: str, is_hf: bool) -> str:
     """Which InternVL it is; 2.5 and 3 share shapes and template where the LLM is Qwen2.
 
     What tells these apart: configs of 3 name another end of text and have a system_message (null).
@@ -231,80 +262,18 @@ def _generation(raw: dict, architecture: str) -> str:
         return "2"
     if architecture == "qwen2":
         ends_turn = raw["llm_config"].get("eos_token_id") == 151645
-        return "2.5" if ends_turn and not {"system_message", "text_config"} & set(raw) else "3"
+        return "2.5" if ends_turn and "system_message" not in raw and not is_hf else "3"
     return "3.5" if architecture == "qwen3" else "2.5"
 
 
-def _only(raw: dict, name: str, **implemented: object) -> None:
-    """Each key is absent or has the one value that this code implements."""
-    for key, value in implemented.items():
+def _check_implemented(part: str, raw: dict, name: str) -> None:
+    """Each key of the part is absent or has the one value that this code implements."""
+    for key, value in IMPLEMENTED[part].items():
         if raw.get(key, value) != value:
             raise InputError(f"{name}: {key} is {raw[key]!r}; this code implements {value!r}")
 
 
-# --------------------------------------------------------------------------- releases
-
-# release -> its language model: architecture, vocabulary, hidden, MLP, layers, heads, key/value
-# heads, channels a head
-RELEASES = {
-    "2-1b": ("qwen2", 151655, 896, 4864, 24, 14, 2, 64),
-    "2-2b": ("internlm2", 92553, 2048, 8192, 24, 16, 8, 128),
-    "2-8b": ("internlm2", 92553, 4096, 14336, 32, 32, 8, 128),
-    "2-26b": ("internlm2", 92553, 6144, 16384, 48, 48, 8, 128),
-    "2.5-1b": ("qwen2", 151674, 896, 4864, 24, 14, 2, 64),
-    "2.5-2b": ("internlm2", 92553, 2048, 8192, 24, 16, 8, 128),
-    "2.5-4b": ("qwen2", 151674, 2048, 11008, 36, 16, 2, 128),
-    "2.5-8b": ("internlm2", 92553, 4096, 14336, 32, 32, 8, 128),
-    "2.5-26b": ("internlm2", 92553, 6144, 16384, 48, 48, 8, 128),
-    "2.5-38b": ("qwen2", 151674, 5120, 27648, 64, 40, 8, 128),
-    "3-1b": ("qwen2", 151674, 896, 4864, 24, 14, 2, 64),
-    "3-2b": ("qwen2", 151674, 1536, 8960, 28, 12, 2, 128),
-    "3-8b": ("qwen2", 151674, 3584, 18944, 28, 28, 4, 128),
-    "3-14b": ("qwen2", 151674, 5120, 13824, 48, 40, 8, 128),
-    "3-38b": ("qwen2", 151674, 5120, 27648, 64, 40, 8, 128),
-    "3.5-1b": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128),
-    "3.5-2b": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128),
-    "3.5-4b": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128),
-    "3.5-8b": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128),
-    "3.5-14b": ("qwen3", 151936, 5120, 17408, 40, 40, 8, 128),
-    "3.5-38b": ("qwen3", 151936, 5120, 25600, 64, 64, 8, 128),
-    "toy": ("internlm2", 2049, 256, 768, 6, 8, 4, 32),
-}
-
-
-def named_config(size: str) -> InternVLConfig:
-    """A release by generation and size ("3.5-8b"), or a toy.
-
-    A size alone ("8b") is that of the first generation that has it, from InternVL2 on.
-    """
-    name = next((n for n in RELEASES if size in (n, n.split("-")[-1])), None)
-    if name is None:
-        raise InputError(f"unknown size {size!r}; known: {', '.join(RELEASES)}")
-    generation, is_2 = name.split("-")[0], name.startswith(("2-", "toy"))
-    architecture, is_large = RELEASES[name][0], name.endswith(("26b", "38b"))
-    scaled = architecture == "internlm2" or (architecture == "qwen2" and not is_2)
-    llm = LLMConfig(
-        *RELEASES[name],
-        max_position_embeddings=40960 if architecture == "qwen3" else 32768,
-        rope_theta=1e6,
-        rope_factor=(3.0 if name.endswith("26b") else 2.0) if scaled else 0.0,
-        rms_norm_eps=1e-5 if architecture == "internlm2" else 1e-6,
-        pad_token_id=2 if architecture == "internlm2" else None,
-    )
-    vit = VisionConfig(1024, 4096, 24, 16, 448, 14, True, False, "layer_norm")
-    if is_large:  # InternViT-6B
-        vit = VisionConfig(3200, 12800, 45, 25, 448, 14, False, True, "rms_norm")
-    if name == "toy":
-        vit = VisionConfig(128, 256, 4, 4, 112, 14, True, False, "layer_norm")
-    first = "internlm2-chat" if architecture == "internlm2" else "Hermes-2"
-    return InternVLConfig(
-        vit,
-        llm,
-        template=first if is_2 else "internvl2_5",
-        tile_size=vit.image_size,
-        max_tiles=12,
-        generation="2" if name == "toy" else generation,
-    )
+# --------------------------------------------------------------------------- recipes
 
 
 @dataclass(frozen=True)

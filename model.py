@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from config import InternVLConfig, LLMConfig, load_config, named_config, parse_config  # noqa: F401
+from config import InternVLConfig, LLMConfig, load_config, parse_config  # noqa: F401
 from runtime import InputError
 from vision import InternViT, RMSNorm
 

@@ -61,14 +61,14 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
-def check_ranges(cls: type, values: dict[str, Any]) -> None:
-    """Numbers must be finite and within their flag's range."""
+def check_ranges(cls: type, values: dict[str, Any], keys: dict[str, str] | None = None) -> None:
+    """Numbers must be finite and within their flag's range; `keys`: field -> its name in errors."""
     for f in dataclasses.fields(cls):
         value, (low, high) = values.get(f.name), f.metadata.get("range", (-math.inf, math.inf))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
             wanted = " and ".join(limits) or "a finite number"
-            raise InputError(f"{f.name} must be {wanted}, got {value}")
+            raise InputError(f"{(keys or {}).get(f.name, f.name)} must be {wanted}, got {value}")
 
 
 def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
@@ -343,24 +343,25 @@ type_hints = functools.cache(typing.get_type_hints)  # a million lines may be of
 def from_json(cls: type, record: dict, name: object) -> Any:
     """Build dataclass `cls` from a JSON object: type, default and range of each field.
 
-    Keys that are no field are ignored, but those in `cls.REFUSED` (key -> what to do instead).
+    `cls.KEYS`: fields that have another name in the file.  Keys that are no field are ignored, but
+    those in `cls.REFUSED` (key -> what to do instead).
     """
     for key, remedy in getattr(cls, "REFUSED", {}).items():
         if record.get(key):
             raise InputError(f"{name}: {key!r} is not supported: {remedy}")
-    hints, values = type_hints(cls), {}
+    hints, values, keys = type_hints(cls), {}, getattr(cls, "KEYS", {})
     for f in dataclasses.fields(cls):
-        if f.name not in record:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise InputError(f"{name}: no {f.name!r}")
-            continue
-        values[f.name] = record[f.name]
-        if not fits(record[f.name], hints[f.name]):
-            kind = hints[f.name]
-            wanted = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
-            raise InputError(f"{name}: {f.name!r} must be {wanted}, got {record[f.name]!r:.80}")
+        key, hint = keys.get(f.name, f.name), hints[f.name]
+        if key in record:
+            values[f.name] = value = record[key]
+            if not fits(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+                wanted = wanted.removeprefix("typing.")
+                raise InputError(f"{name}: {key!r} must be {wanted}, got {value!r:.80}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{name}: no {key!r}")
     try:
-        check_ranges(cls, values)
+        check_ranges(cls, values, keys)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return cls(**values)

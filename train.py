@@ -41,7 +41,7 @@ import losses
 import memory
 import runtime
 import weights
-from config import InternVLConfig, load_config, named_config, recipe
+from config import InternVLConfig, load_config, recipe
 from data import Overlong, Pack, PairData, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
@@ -937,6 +937,7 @@ def main() -> None:
     if cfg.plan or cfg.bench:
         from tools.bench import run_bench  # noqa: PLC0415
         from tools.plan import say_plan  # noqa: PLC0415
+        from tools.releases import named_config  # noqa: PLC0415
 
         config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
         cfg = with_recipe(cfg, config, print)

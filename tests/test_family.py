@@ -12,12 +12,13 @@ from conftest import OURS, folder_from_environment
 from safetensors.torch import load_file
 from test_model import decode_all
 
-from config import RELEASES, load_config, named_config, parse_config, recipe
+from config import load_config, parse_config, recipe
 from layouts import OFFICIAL_QWEN, split_stored, stored_pieces
 from losses import token_logps
 from model import InternVL, causal_attention
 from runtime import InputError
 from tokenizer import load_tokenizer
+from tools.releases import RELEASES, named_config
 from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import load_model
 

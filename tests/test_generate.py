@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
 from cache import KEYS, KVCache, Room, num_blocks
-from config import named_config
 from generate import (
     MAX_ROWS,
     Generator,
@@ -39,6 +38,7 @@ from generate import (
 from model import InternVL
 from runtime import InputError, rank_and_world, run
 from tokenizer import load_tokenizer
+from tools.releases import named_config
 from toy import model_config, parse_config, write_world
 from weights import load_model
 

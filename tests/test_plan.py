@@ -7,12 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import named_config
 from data import lay_out
 from model import InternVL, TreeAttention
 from runtime import InputError, start_process, stop_process
 from tools.bench import MODES, example_pack, example_tree, measured_peak, paper_tree, run_bench
 from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, total_flops
+from tools.releases import named_config
 from train import TrainConfig, prepare, score, shard
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from config import InternVLConfig, named_config
+from config import InternVLConfig
 from data import Pack, Tree, lay_out
 from model import InternVL
 from tools.plan import (
@@ -34,6 +34,7 @@ from tools.plan import (
     seconds_of,
     total_flops,
 )
+from tools.releases import named_config
 from train import PARTS, TrainConfig, compute_dtype, prepare, score, units_of
 
 Row = dict[str, float]  # a table's column -> its value

@@ -211,6 +211,7 @@ def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
         "template": config.template,
         "system_message": config.system_message,
         "force_image_size": config.tile_size,
+        "internvl_generation": config.generation,
     }
 
 

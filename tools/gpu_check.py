@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 import plain  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
-from config import named_config  # noqa: E402
 from generate import Generator, Prompt, Scheduler  # noqa: E402
 from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces  # noqa: E402
 from losses import token_logps  # noqa: E402
@@ -45,6 +44,7 @@ from tokenizer import load_tokenizer  # noqa: E402
 from tools import gpu_speed  # noqa: E402
 from tools.figures import markdown_table  # noqa: E402
 from tools.gpu_speed import Row, Setting, at_most, largest, measured  # noqa: E402
+from tools.releases import named_config  # noqa: E402
 from vision import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from weights import load_model  # noqa: E402
 

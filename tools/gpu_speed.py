@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 from cache import Captured  # noqa: E402
-from config import InternVLConfig, named_config  # noqa: E402
+from config import InternVLConfig  # noqa: E402
 from generate import decode  # noqa: E402
 from images import load_image  # noqa: E402
 from losses import parse_objective  # noqa: E402
 from model import InternVL  # noqa: E402
 from runtime import parse_cli, start_process  # noqa: E402
 from tools import bench, plan, speed  # noqa: E402
+from tools.releases import named_config  # noqa: E402
 from vision import preprocess  # noqa: E402
 
 

@@ -13,10 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache import Captured, KVCache, Room, num_blocks  # noqa: E402
-from config import named_config  # noqa: E402
 from generate import decode, prefill  # noqa: E402
 from model import InternVL  # noqa: E402
 from runtime import flag, parse_cli, run  # noqa: E402
+from tools.releases import named_config  # noqa: E402
 
 
 @dataclass(frozen=True)
