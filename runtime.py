@@ -21,6 +21,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -35,13 +36,19 @@ from typing import Any, BinaryIO, Literal
 LOCK_VOTE_SECONDS = 5
 # what other training programs call a flag -> what it is called here
 OTHER_NAMES = {
-    "learning_rate": "lr",
-    "per_device_train_batch_size": "batch_size",
-    "model_name_or_path": "model_dir",
-    "output_dir": "out_dir",
-    "num_train_epochs": "epochs",
-    "loss_type": "loss",
-    "warmup_ratio": "warmup",
+    "learning_rate": "lr", "warmup_ratio": "warmup", "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size", "gradient_checkpointing": "recompute",
+    "model_name_or_path": "model_dir", "meta_path": "meta", "output_dir": "out_dir",
+    "loss_type": "loss", "max_seq_length": "max_length", "max_dynamic_patch": "max_tiles",
+}  # fmt: skip
+# heading of --help -> flags that open it; any other flag stands with the one declared before it
+GROUPS = {
+    "model and data": "model_dir meta max_length max_tiles seed questions domain pairs wide",
+    "objective": "loss beta",
+    "optimisation": "lr steps",
+    "memory and speed": "pack_tokens share_prefix gpu_memory cache_tokens dtype",
+    "sampling": "max_new_tokens num_samples stop",
+    "output": "out out_dir save_every plan json",
 }
 
 
@@ -71,37 +78,46 @@ def check_ranges(cls: type, values: dict[str, Any], keys: dict[str, str] | None 
             raise InputError(f"{(keys or {}).get(f.name, f.name)} must be {wanted}, got {value}")
 
 
+class FlagParser(argparse.ArgumentParser):
+    """One line about a wrong flag instead of the usage of them all."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
 def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
     """Build dataclass `cls` from the command line.  Precedence: default < --config FILE < flag.
 
     Field types: str, int, float, bool (--x / --no-x), Path, Path | None (empty text = None),
-    Literal, and tuple[Path, ...] or tuple[str, ...] for a flag that may be repeated.  Wrong usage
-    exits with status 2.
+    Literal, and a tuple for a flag that may be repeated.  Wrong usage exits with status 2.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=cls.__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    layout = functools.partial(argparse.RawTextHelpFormatter, max_help_position=42, width=200)
+    text = inspect.cleandoc(cls.__doc__)
+    parser = FlagParser(prog, "%(prog)s [flags]", text, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="config.json of an earlier run, replayed")
     hints = typing.get_type_hints(cls)
+    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    group = groups["model and data"]
     for f in dataclasses.fields(cls):
-        shown = "" if f.default in ("", (), None) else f" [{f.default}]"
-        options: dict[str, Any] = {"help": (f.metadata["help"] + shown).replace("%", "%%")}
+        group = groups.get(titles.get(f.name), group)
+        text, _, values = f.metadata["help"].partition("\n")  # a line a value, where they need one
+        default = str(f.default) if hints[f.name] is not bool else "on" if f.default else "off"
+        shown = "" if default in ("", "()", "None", ".") else f" [{default}]"
+        options: dict[str, Any] = {"help": f"{text}{shown}\n{values}".replace("%", "%%")}
         origin, inner = typing.get_origin(hints[f.name]), typing.get_args(hints[f.name])
-        if hints[f.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction
+        kind = type(inner[0]) if origin is Literal else inner[0] if inner else hints[f.name]
+        options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")}
+        if kind is bool:
+            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
         elif origin is Literal:
-            options |= {"choices": inner, "type": type(inner[0])}
+            options |= {"choices": inner, "metavar": "|".join(inner)}
         elif origin is tuple:
-            options |= {"type": inner[0], "action": "append"}
+            options["action"] = "append"
         elif origin is types.UnionType:
-            options |= {"type": lambda text, kind=inner[0]: kind(text) if text else None}
-        else:
-            options["type"] = hints[f.name]
+            options["type"] = lambda text, kind=kind: kind(text) if text else None
         # SUPPRESS, then fill in below: an appended flag must not grow on top of its default
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
 
     argv = sys.argv[1:] if argv is None else argv
     if (path := getattr(parser.parse_known_args(argv)[0], "config", None)) is not None:
@@ -109,9 +125,11 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        known = OTHER_NAMES.get(name.removeprefix("--"), name.removeprefix("--"))
-        near = difflib.get_close_matches(known, hints, n=1)
-        parser.error(f"unknown flag {name}" + (f"; did you mean --{near[0]}?" if near else ""))
+        ours = dict(zip(hints, hints)) | {k: v for k, v in OTHER_NAMES.items() if v in hints}
+        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), ours, n=1)
+        parser.error(
+            f"unknown flag {name}" + (f"; did you mean --{ours[near[0]]}?" if near else "")
+        )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
     values.pop("config", None)
     try:
@@ -142,19 +160,16 @@ def parse_command(commands: dict[str, type], argv: list[str] | None = None) -> t
     """`script.py VERB --flags`: pick the dataclass of the verb and parse the rest with it."""
     argv = sys.argv[1:] if argv is None else argv
     script = Path(sys.argv[0]).name
-    lines = [
-        f"  {verb:<20} {cls.__doc__.strip().splitlines()[0]}" for verb, cls in commands.items()
-    ]
-    usage = f"usage: {script} VERB [flags]; {script} VERB --help lists the flags"
     if argv and argv[0] in ("-h", "--help"):
-        print("\n".join([usage, *lines]))
+        print(f"usage: {script} VERB [flags]; {script} VERB --help lists the flags")
+        for verb, cls in commands.items():
+            print(f"  {verb:<20} {cls.__doc__.strip().splitlines()[0]}")
         raise SystemExit(0)
     if not argv or argv[0] not in commands:
         near = difflib.get_close_matches(argv[0], commands, n=1) if argv else []
         problem = f"unknown command {argv[0]!r}" if argv else "no command given"
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(commands)}"
-        print(f"{usage}\n{script}: error: {problem}{hint}", file=sys.stderr)
-        raise SystemExit(2)
+        FlagParser(script).error(problem + hint)
     return argv[0], parse_cli(commands[argv[0]], argv[1:], prog=f"{script} {argv[0]}")
 
 

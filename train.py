@@ -102,8 +102,8 @@ class TrainConfig:
     head_rows: int = flag(128, "scored tokens that meet the vocabulary at once; 0 = all, kept", 0)
     recompute: Literal["full", "selective", "off"] = flag(
         "full",
-        "kept of a block for backward: full = its input; selective = also attention and narrow "
-        "products; off = everything",
+        "what a block keeps for backward\nfull: its input\n"
+        "selective: also attention and narrow products\noff: everything",
     )
     compile: bool = flag(False, "torch.compile each block")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "compute; auto = bf16 on GPU, else fp32")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -69,6 +70,7 @@ def test_a_saved_config_is_replayed_and_a_flag_wins_over_it(tmp_path):
     [
         (["--step", "3"], "unknown flag --step; did you mean --steps?"),
         (["--learning_rate", "3"], "unknown flag --learning_rate; did you mean --lr?"),
+        (["--learning-rat", "3"], "did you mean --lr?"),
         (["--lr", "0"], "lr must be > 0, got 0.0"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--mode", "c"], "invalid choice: 'c'"),
@@ -82,7 +84,17 @@ def test_wrong_usage_exits_with_status_2_and_says_why(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(Config, argv)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_help_has_a_line_a_flag_under_headings(capsys):
+    with pytest.raises(SystemExit):
+        parse_cli(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert re.search(r"optimisation:\n  --lr X +rate \[0.1\]\n  --steps N +steps, 100 % of", text)
+    assert re.search(r"output:\n  --out PATH +folder \[x\]\n", text)
+    assert "[()]" not in text and "[None]" not in text
 
 
 def test_a_config_with_a_strange_key_is_refused(tmp_path, capsys):
