@@ -543,15 +543,16 @@ class MetricsLog:
     def __init__(self, out_dir: Path, process: Process, total_steps: int, done: int = 0) -> None:
         self.process, self.total, self.done, self.start = process, total_steps, done, time.time()
         path = Path(out_dir) / "metrics.jsonl"
-        self.kept = [r for r in read_whole_lines(path)[0] if r["step"] <= done]
+        self.rows = [r for r in read_whole_lines(path)[0] if r["step"] <= done]
         if process.is_main:
-            write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.kept))
+            write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.rows))
             self.log = AppendLog(path)
 
     def __call__(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
         """Log `metrics` of `step` (1..total); `shown` names the ones for the terminal."""
+        self.rows.append({"step": step, **metrics})
         if self.process.is_main:
-            self.log.append({"step": step, **metrics})
+            self.log.append(self.rows[-1])
         left = (time.time() - self.start) / (step - self.done) * (self.total - step)
         words = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
         self.process.say(f"step {step}/{self.total} ", *words, f" left {clock(left)}")

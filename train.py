@@ -66,6 +66,11 @@ class TrainConfig:
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
     meta: Path = flag(Path("MMPR/meta.json"), "MMPR's meta.json: the preference data")
     out_dir: Path = flag(Path("runs/mpo"), "metrics, checkpoints and the final model go here")
+    heldout: Path | None = flag(None, "pairs, as --meta, that are scored and never trained on")
+    heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
+    keep_best: bool = flag(
+        False, "keep the best step by --heldout as a checkpoint, in out_dir/best"
+    )
     loss: str = flag(
         "mpo", "weighted sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows"
     )
@@ -132,6 +137,8 @@ class TrainConfig:
             raise ValueError("lr and beta must be > 0")
         if self.drop_path is not None and self.drop_path >= 1:
             raise ValueError("drop_path must be below 1")
+        if self.keep_best and not self.heldout:
+            raise ValueError("keep_best needs --heldout, pairs to choose the step by")
         if self.state_dtype == "bf16" and self.dtype == "fp32":
             raise ValueError("state_dtype bf16 computes in bf16; dtype fp32 needs fp32 weights")
 
@@ -153,7 +160,7 @@ class TrainConfig:
 # flags that may differ between a run and its continuation
 FREE_FLAGS = set(
     """out_dir reference_cache save_every keep async_save compile recompute head_rows model_dir
-    replicate gpu_memory plan bench size gpus""".split()
+    replicate gpu_memory plan bench size gpus heldout heldout_every keep_best""".split()
 )
 
 
@@ -184,6 +191,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
         hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
         data = open_data(cfg, terms, process)
+        heldout = open_heldout(cfg, terms, process)
         total = data.steps_per_epoch * cfg.epochs
         total = min(total, cfg.max_steps) if cfg.max_steps else total
         meter = Meter(cfg, process)
@@ -192,6 +200,8 @@ def train(cfg: TrainConfig, process: Process) -> None:
         start = weight_sums(policy)
         optimizer, shift = make_optimizer(cfg, policy), BcoShift()
         reference = make_reference(cfg, terms, policy, data, total, process)
+        if heldout and cfg.reference == "cached" and reference:
+            reference.fill(policy, heldout, heldout.steps_per_epoch, cfg)
         run = Run(cfg, process, terms, policy, reference)
         tensors = state_tensors(policy, optimizer, reference, cfg.reference_update_every > 0)
         done = restore(cfg, tensors, optimizer, shift)
@@ -204,8 +214,9 @@ def train(cfg: TrainConfig, process: Process) -> None:
         writer = weights.CheckpointWriter(
             cfg.out_dir / "checkpoints", cfg.keep, background[cfg.async_save]
         )
+        best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         log = runtime.MetricsLog(cfg.out_dir, process, total, done)
-        doctor = Doctor(log.kept, total, process.say)
+        doctor = Doctor(log.rows, total, process.say)
         gradient = whole_step_gradient if losses.whole_step(terms) else step_gradient
 
         for step in prefetch(lambda number: make_step(data, number, process), range(done, total)):
@@ -227,13 +238,19 @@ def train(cfg: TrainConfig, process: Process) -> None:
             if cfg.reference_update_every and (step.number + 1) % cfg.reference_update_every == 0:
                 reference.move(policy, cfg.reference_update_mix)
 
-            metrics = step_metrics(terms, logps, hyper, cfg.beta)
+            metrics = step_metrics(terms, logps, step.sets, hyper, cfg.beta)
             metrics |= {"bco_shift": hyper["bco_shift"], "lr": lr, "grad_norm": norm}
-            log(step.number + 1, metrics | meter(step, reference), SHOWN)
-            doctor(step.number + 1, metrics)
+            metrics |= meter(step, reference)
             last, stop = step.number + 1 == total, asked_to_stop()
+            if heldout and (last or (step.number + 1) % cfg.heldout_every == 0):
+                metrics |= score_heldout(run, heldout, hyper)
+                meter.began = time.perf_counter()  # no part of the next step
+            log(step.number + 1, metrics, SHOWN)
+            doctor()
+            state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
+            if cfg.keep_best and best_row(log.rows) is log.rows[-1]:
+                best_writer.save(step.number + 1, tensors, state)
             if last or stop or (step.number + 1) % cfg.save_every == 0:
-                state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
                 writer.save(step.number + 1, tensors, state)
             writer.settle()
             if stop and not last:
@@ -245,6 +262,8 @@ def train(cfg: TrainConfig, process: Process) -> None:
                 return
         writer.finish()
         log.close()
+        if best := best_row(log.rows):
+            process.say(f"best step by held-out pairs: {best['step']} of {total}")
         memory.merge_adapters(policy)
         check_moved(start, policy)
         weights.save_model(policy, cfg.out_dir / "model", like=cfg.model_dir)
@@ -267,7 +286,8 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     return replace(cfg, **settings)
 
 
-def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
+def open_data(cfg: TrainConfig, terms: Terms, process: Process, use: str = "data") -> PairData:
+    """The pairs of cfg.meta; `use` stands before what is said about them."""
     config = load_config(cfg.model_dir)
     if cfg.batch_size % process.world:
         raise InputError(
@@ -293,8 +313,15 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
     )
     for number, data_set in enumerate(data.sets):
         drawn = int((data.order(0)[:, 0] == number).sum())
-        process.say(f"data: {data_set.name}: {len(data_set)} records, {drawn} an epoch")
+        process.say(f"{use}: {data_set.name}: {len(data_set)} records, {drawn} an epoch")
     return data
+
+
+def open_heldout(cfg: TrainConfig, terms: Terms, process: Process) -> PairData | None:
+    """The pairs of cfg.heldout."""
+    if cfg.heldout is None:
+        return None
+    return open_data(replace(cfg, meta=cfg.heldout, limit=0), terms, process, "held out")
 
 
 def trains_only_chosen(terms: Terms) -> bool:
@@ -664,6 +691,7 @@ class Step:
     trees: list[list[Tree]]  # (pack) likewise
     dropped: list[str]
     records: list[str]  # (pair) record names
+    sets: list[str]  # (pair) names of their data sets
 
 
 BLANK = "blank"
@@ -685,7 +713,10 @@ def make_step(data: PairData, number: int, process: Process) -> Step:
         real = n < len(planned)
         trees = planned[n] if real else blank_tree(planned[0])
         packs.append((data.build(trees), n, firsts[n] if real else -1))
-    return Step(number, packs, firsts[-1], planned, dropped, sum(names, []))
+    records = sum(names, [])
+    files = {f"{s.name}, {s.lines.path} line": s.name for s in data.sets}  # as records are named
+    sets = [files[name.rpartition(" ")[0]] for name in records]
+    return Step(number, packs, firsts[-1], planned, dropped, records, sets)
 
 
 # --------------------------------------------------------------------------- one step: its gradient
@@ -867,17 +898,53 @@ def stop_unless_finite(
 
 
 def step_metrics(
-    terms: Terms, logps: PairLogps, hyper: dict[str, float], beta: float
+    terms: Terms, logps: PairLogps, sets: list[str], hyper: dict[str, float], beta: float
 ) -> dict[str, float]:
-    """Means over the pairs of the step; the names of losses.pair_metrics and each term's."""
+    """Means over the pairs of the step: the loss, each term's, losses.pair_metrics, and some of
+    each data set; `sets` names the pairs' data sets."""
     total, parts = objective(terms, logps, **hyper)
-    metrics = {"loss": total.mean().item()}
-    metrics |= {f"loss/{name}": value.mean().item() for name, value in parts.items()}
+    columns = {"loss": total} | {f"loss/{name}": value for name, value in parts.items()}
     without = trains_only_chosen(terms)
     for name, value in losses.pair_metrics(logps, beta).items():
         if not (without and name.split("/")[-1] in ("rejected", "margin", "accuracy")):
-            metrics[name] = value.mean().item()
+            columns[name] = value
+    metrics = {name: column.mean().item() for name, column in columns.items()}
+    for data_set in sorted(set(sets)):
+        rows = torch.tensor([name == data_set for name in sets], device=total.device)
+        metrics[f"sets/{data_set}/pairs"] = int(rows.sum())
+        for name in ("rewards/accuracy", "nll"):
+            if name in columns:
+                metrics[f"sets/{data_set}/{name}"] = columns[name][rows].mean().item()
     return metrics
+
+
+def score_heldout(run: Run, data: PairData, hyper: dict[str, float]) -> dict[str, float]:
+    """The metrics of all pairs of `data` under the policy as it stands; nothing is trained."""
+    run.policy.eval()  # without stochastic depth
+    scored, sets, dropped = [], [], 0
+    for step in prefetch(lambda n: make_step(data, n, run.process), range(data.steps_per_epoch)):
+        dropped += len(step.dropped)
+        if step.pairs:
+            scored.append(vars(score_step(run, step)).values())
+            sets += step.sets
+    run.policy.train()
+    run.policy.reshard()
+    if not sets:
+        raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.cfg.max_length}")
+    run.process.say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
+    columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
+    metrics = step_metrics(run.terms, PairLogps(*columns), sets, hyper, run.cfg.beta)
+    metrics |= {"pairs": len(sets), "dropped": dropped}
+    return {f"heldout/{name}": value for name, value in metrics.items()}
+
+
+def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:
+    """The row of the highest held-out accuracy; of equal ones, and for SFT, the lowest loss."""
+
+    def rank(row: dict[str, float]) -> tuple[float, float]:
+        return row.get("heldout/rewards/accuracy", 0.0), -row["heldout/loss"]
+
+    return max((row for row in rows if "heldout/loss" in row), key=rank, default=None)
 
 
 def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:

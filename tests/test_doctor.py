@@ -237,9 +237,11 @@ def test_an_illness_is_named_in_the_metrics_of_trl(name, tmp_path, capsys):
 
 def test_each_illness_is_said_once_while_the_run_goes_on():
     lines = []
-    watch = Doctor([], STEPS, lines.append)
+    rows = []
+    watch = Doctor(rows, STEPS, lines.append)
     for row in CURVES["forgetting"]:
-        watch(row["step"], row)
+        rows.append(row)
+        watch()
     assert len(lines) == 1 and "diagnosis at step" in lines[0] and "forgetting: NLL" in lines[0]
     healthy = healthy_rows()
     assert not any(diagnose(healthy[: n + 1], STEPS) for n in range(STEPS))

@@ -153,7 +153,7 @@ def test_resumed_metrics_hold_each_step_once(tmp_path, capsys):
         log(step, {"loss": step / 2}, ["loss"])
     log.close()
     log = MetricsLog(tmp_path, process, 4, done=2)
-    assert [r["step"] for r in log.kept] == [1, 2]
+    assert [r["step"] for r in log.rows] == [1, 2]
     log(3, {"loss": 9.0}, ["loss"])
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

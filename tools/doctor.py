@@ -285,16 +285,16 @@ def diagnose(history: Rows, total: int) -> dict[str, str]:
 class Doctor:
     """Looks at a run's metrics after each step; says each illness once."""
 
-    def __init__(self, earlier: Rows, total: int, say: Callable) -> None:
-        self.history, self.total, self.say = list(earlier), total, say
+    def __init__(self, rows: Rows, total: int, say: Callable) -> None:
+        """rows: those of the run's MetricsLog, which grow."""
+        self.rows, self.total, self.say = rows, total, say
         self.known: set[str] = set()
 
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self.history.append(metrics)
-        for name, advice in diagnose(self.history, self.total).items():
+    def __call__(self) -> None:
+        for name, advice in diagnose(self.rows, self.total).items():
             if name not in self.known:
                 self.known.add(name)
-                self.say(f"diagnosis at step {step}: {advice}")
+                self.say(f"diagnosis at step {self.rows[-1]['step']:.0f}: {advice}")
 
 
 # --------------------------------------------------------------------------- reading a run

@@ -133,7 +133,7 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
     fit = max(1, cfg.pack_tokens // plan.load_of([tree]).tokens)
     trees = [replace(tree, images=[(Path(str(n)), *tree.images[0][1:])]) for n in range(fit)]
     packs = [(bench.example_pack(config, trees), n, n * fit) for n in range(2)]
-    step = train.Step(0, packs, 2 * fit, [trees, trees], [], [])
+    step = train.Step(0, packs, 2 * fit, [trees, trees], [], [], [])
     zeros = lambda pack, cfg: torch.zeros(pack.num_responses, device=device)  # noqa: E731
     state = train.Run(cfg, process, parse_objective("mpo"), policy, zeros)
     optimizer = train.make_optimizer(cfg, policy)

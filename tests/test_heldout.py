@@ -1,0 +1,141 @@
+"""Held-out pairs: the metrics of a separate computation, and a training that knows nothing of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_forks, train_in_process
+from safetensors.torch import load_file, save_file
+
+import plain
+from records import read_meta
+from runtime import InputError, read_jsonl, start_process, stop_process
+from tokenizer import load_tokenizer
+from toy import write_world
+from train import TrainConfig, train
+from weights import complete_checkpoints, load_model
+
+SETS = ("toy_direct", "toy_two_images")
+TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Two worlds of one kind: 16 pairs to train on, and 6 others of two data sets."""
+    folder = tmp_path_factory.mktemp("heldout")
+    write_world(folder, 16, 0)
+    write_world(folder / "other", 8, 1)
+    for path in (folder / "model").glob("*.safetensors"):  # saved weights then keep every bit
+        weights = {name: w.float() for name, w in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    meta = json.loads((folder / "other/meta.json").read_text())
+    (folder / "other/heldout.json").write_text(json.dumps({name: meta[name] for name in SETS}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(toy):
+    return TrainConfig(
+        model_dir=toy / "model",
+        meta=toy / "meta.json",
+        lr=1e-3,
+        batch_size=8,
+        max_steps=3,
+        pack_tokens=400,
+        drop_path=0.2,
+        save_every=2,
+        warmup=0.0,
+        recompute="off",
+        heldout=toy / "other/heldout.json",
+        heldout_every=1,
+        keep_best=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def watched(base, toy):
+    """A run with held-out pairs: its flags and metrics."""
+    cfg = replace(base, out_dir=toy / "watched")
+    return cfg, train_in_process(cfg)
+
+
+def run_group(cfg):
+    train(cfg, start_process(cfg.seed))
+    stop_process()
+
+
+def without(rows, prefix):
+    return [{k: v for k, v in r.items() if not k.startswith((prefix, *TIMES))} for r in rows]
+
+
+def test_heldout_metrics_are_those_of_the_plain_way(watched, toy):
+    cfg, metrics = watched
+    policy, reference = load_model(cfg.out_dir / "model"), load_model(toy / "model")
+    tokenizer, last = load_tokenizer(toy / "model"), metrics[-1]
+    losses, wins = {}, {}
+    with torch.no_grad():
+        for data_set in read_meta(cfg.heldout, policy.config.max_tiles):
+            for n in range(len(data_set)):
+                loss, (chosen, rejected) = plain.pair_loss(
+                    policy, reference, tokenizer, data_set[n], cfg.beta, last["bco_shift"]
+                )
+                losses.setdefault(data_set.name, []).append(loss.item())
+                wins.setdefault(data_set.name, []).append(chosen > rejected)
+    every = sum(losses.values(), [])
+    assert last["heldout/loss"] == pytest.approx(sum(every) / len(every), abs=1e-5)
+    assert last["heldout/pairs"] == len(every) == 6
+    for name in SETS:
+        assert last[f"heldout/sets/{name}/pairs"] == len(losses[name])
+        share = sum(wins[name]) / len(wins[name])
+        assert last[f"heldout/sets/{name}/rewards/accuracy"] == pytest.approx(share)
+
+
+def test_training_is_bit_equal_with_and_without_heldout_pairs(watched, base, toy):
+    cfg = replace(base, out_dir=toy / "alone", heldout=None, keep_best=False)
+    metrics = train_in_process(cfg)
+    assert not any("heldout" in name for row in metrics for name in row)
+    assert without(watched[1], "heldout/") == without(metrics, "heldout/")
+    trained, expected = (load_model(c.out_dir / "model") for c in (watched[0], cfg))
+    for (name, a), b in zip(trained.named_parameters(), expected.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_two_processes_score_heldout_pairs_as_one_does(watched, base, toy):
+    cfg = replace(base, out_dir=toy / "two", reference="online")
+    run_forks(2, run_group, cfg)
+    rows = [row for _, row in read_jsonl(cfg.out_dir / "metrics.jsonl")]
+    for row, expected in zip(rows, watched[1], strict=True):
+        names = [name for name in expected if name.startswith("heldout/")]
+        assert len(names) > 20
+        for name in names:
+            assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+
+
+def test_the_best_step_is_named_and_kept(watched, base, toy, capsys):
+    cfg, metrics = watched
+    best = max(metrics, key=lambda r: (r["heldout/rewards/accuracy"], -r["heldout/loss"]))["step"]
+    [kept] = complete_checkpoints(cfg.out_dir / "best")
+    assert kept.name == f"step-{best:08d}"
+    train_in_process(cfg)  # nothing left to do
+    assert f"best step by held-out pairs: {best} of 3" in capsys.readouterr().err
+
+
+def test_every_data_set_has_its_metrics_and_they_add_up(watched):
+    for row in watched[1]:
+        names = [name.split("/")[1] for name in row if name.startswith("sets/")]
+        pairs = {name: row[f"sets/{name}/pairs"] for name in names}
+        assert len(pairs) > 1 and sum(pairs.values()) == row["pairs"]
+        nll = sum(row[f"sets/{name}/nll"] * n for name, n in pairs.items()) / row["pairs"]
+        assert nll == pytest.approx(row["nll"], abs=1e-5)
+
+
+def test_heldout_pairs_that_cannot_be_scored_are_refused(base, tmp_path):
+    pair = {"question": "word " * 500, "chosen": "yes", "rejected": "no"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "long.json").write_text(json.dumps({"long": {"annotation": "long.jsonl"}}))
+    cfg = replace(base, out_dir=tmp_path / "run", max_length=400, heldout=tmp_path / "long.json")
+    with pytest.raises(InputError, match=r"long.json: every pair is longer than 400"):
+        train_in_process(cfg)
+    with pytest.raises(ValueError, match="keep_best needs --heldout"):
+        TrainConfig(keep_best=True)
