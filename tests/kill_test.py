@@ -1,6 +1,7 @@
 """Kill -9 at random moments of a training run of two processes; run by hand, minutes.
 
     python tests/kill_test.py --kills 20
+    python tests/kill_test.py --kills 10 --ctrl_c     SIGINT instead: it saves and ends by itself
 
 Each run is killed four times: in the pass of the reference, in a checkpoint, at a random moment
 of its steps, and in the export; the same command then continues until it ends.  Every other run
@@ -9,7 +10,9 @@ must equal the uninterrupted run's byte for byte.
 """
 
 import argparse
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +27,13 @@ from conftest import start_forks  # noqa: E402
 from test_train import train_here  # noqa: E402
 
 from toy import write_world  # noqa: E402
-from train import TrainConfig  # noqa: E402
+from train import TrainConfig, ask_to_stop  # noqa: E402
+
+
+def train_until_asked(cfg: TrainConfig) -> None:
+    """As the command line does: Ctrl-C saves after the step and ends."""
+    signal.signal(signal.SIGINT, ask_to_stop)
+    train_here(cfg)
 
 
 def contents(out_dir: Path) -> dict[str, bytes]:
@@ -69,27 +78,34 @@ def reached(out_dir: Path, place: str, since: int) -> bool:
         return False
 
 
-def kill(cfg: TrainConfig, place: str, wait: float) -> str:
-    """Start the run, wait for `place` and `wait` seconds more, kill both; says where they were."""
+def kill(cfg: TrainConfig, place: str, wait: float, number: int) -> str:
+    """Start the run, wait for `place` and `wait` seconds more, send both the signal of this number;
+    says where they were."""
     since = time.time_ns()
-    forks = start_forks(2, train_here, cfg)
+    forks = start_forks(2, train_until_asked, cfg)
     while not reached(cfg.out_dir, place, since) and any(fork.is_alive() for fork in forks):
         pass
     time.sleep(wait)
-    ended = not any(fork.is_alive() for fork in forks)
+    stage = stage_of(cfg.out_dir, since)
+    if not all(fork.is_alive() for fork in forks):
+        stage = "already ended"
     for fork in forks:
-        fork.kill()
+        if fork.is_alive():
+            os.kill(fork.pid, number)
     for fork in forks:
         fork.join()
-    return "already ended" if ended else stage_of(cfg.out_dir, since)
+    if number == signal.SIGINT:
+        assert [fork.exitcode for fork in forks] == [0, 0], "Ctrl-C ended in an error"
+    return stage
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ctrl_c", action="store_true", help="SIGINT instead of SIGKILL")
     args = parser.parse_args()
-    draw = random.Random(args.seed)
+    draw, number_sent = random.Random(args.seed), signal.SIGINT if args.ctrl_c else signal.SIGKILL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_world(folder, 16, 0)
@@ -113,7 +129,7 @@ def main() -> None:
             run = replace(cfg, out_dir=folder / f"killed-{number}", async_save=background)
             for place in ("reference pass", "checkpoint", "any", "export")[: args.kills - done]:
                 wait = draw.uniform(0, seconds / 4) if place == "any" else draw.uniform(0, 0.002)
-                found = kill(run, place, wait)
+                found = kill(run, place, wait, number_sent)
                 done += 1
                 places[found] += 1
                 print(f"kill {done}: run {number}, wanted: {place}, was in: {found}", flush=True)
