@@ -162,23 +162,29 @@ class DataSet:
     def __getitem__(self, number: int) -> PairRecord:
         """Read and check one record.  Raises InputError naming set, file, line and key."""
         name = f"{self.name}, {self.lines.name(number)}"
-        raw = self.lines[number]
-        line, names = from_json(PairLine, raw, name), image_names(raw, name)
-        for key in ("question", "chosen", "rejected"):
-            if not raw[key].strip():
-                raise InputError(f"{name}: {key} is empty")
-        if line.chosen.strip() == line.rejected.strip():
-            raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
-        return PairRecord(
-            name,
-            with_placeholders(line.question, len(names), name),
-            line.chosen,
-            line.rejected,
-            image_paths(self.root, names, name),
-            max(1, self.max_tiles // max(1, len(names))),
-            self.augment,
-            line.system_prompt,
-        )
+        return check_pair(self.lines[number], name, self.root, self.max_tiles, self.augment)
+
+
+def check_pair(
+    raw: dict, name: str, root: Path, max_tiles: int = 12, augment: bool = False
+) -> PairRecord:
+    """A record as it stands in a file, checked; `name` is for errors."""
+    line, names = from_json(PairLine, raw, name), image_names(raw, name)
+    for key in ("question", "chosen", "rejected"):
+        if not raw[key].strip():
+            raise InputError(f"{name}: {key} is empty")
+    if line.chosen.strip() == line.rejected.strip():
+        raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
+    return PairRecord(
+        name,
+        with_placeholders(line.question, len(names), name),
+        line.chosen,
+        line.rejected,
+        image_paths(root, names, name),
+        max(1, max_tiles // max(1, len(names))),
+        augment,
+        line.system_prompt,
+    )
 
 
 def with_placeholders(question: str, num_images: int, name: str) -> str:
@@ -209,13 +215,15 @@ class Entry:
 def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     """meta.json -> data sets.  `max_tiles` holds where an entry has no max_dynamic_patch.
 
-    Paths are looked for beside meta.json, then from the working folder, then by their tails: MMPR
-    was published with paths of its authors' disks, or from above the folder (`find_beside`).
+    A .jsonl alone is one data set, with its images beside it.  Paths are looked for beside
+    meta.json, then from the working folder, then by their tails: MMPR was published with paths of
+    its authors' disks, or from above the folder (`find_beside`).
     """
     path, notes = Path(path), []
     if not path.is_file():
         raise InputError(f"no {path}; expected MMPR's meta.json (see README)")
-    meta = read_json(path)
+    alone = path.suffix == ".jsonl"
+    meta = {path.stem: {"annotation": path.name}} if alone else read_json(path)
     if not meta:
         raise InputError(f"{path}: expected one object of data set name -> entry")
     sets = [_data_set(path, name, entry, max_tiles, notes) for name, entry in meta.items()]

@@ -192,3 +192,10 @@ def test_the_longest_tail_is_taken_and_two_different_ones_are_an_error(tmp_path)
         find_beside(meta, "/x/a/b/c.jsonl", "set", notes)
     assert find_beside(meta, "/x/d.jsonl", "set", notes).name == "d.jsonl"  # nowhere: named later
     assert not find_beside(meta, "/x/../../d", "set", notes).exists()
+
+
+def test_a_bare_jsonl_is_one_data_set_with_its_images_beside_it(tmp_path):
+    write_set(tmp_path, [GOOD, {**GOOD, "image": "x.png"}])
+    [data_set] = read_meta(tmp_path / "a.jsonl", 6)
+    assert (data_set.name, len(data_set), data_set.repeat_time) == ("a", 2, 1)
+    assert data_set[1].images == (tmp_path / "x.png",) and data_set[1].max_tiles == 6
