@@ -1,0 +1,253 @@
+"""Pairs of other programs become MMPR and come back; what cannot be a pair is counted and named."""
+
+import csv
+import json
+import re
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import train_in_process
+from PIL import Image
+
+from records import read_meta
+from runtime import InputError, run
+from tools import convert
+from tools.convert import ConvertConfig
+from toy import write_world
+from train import TrainConfig
+
+Q, C, R = "How many?", "Two.", "Five."
+PLAIN = {"question": Q, "chosen": C, "rejected": R, "image": "a.png"}
+
+
+def user(text=Q):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def human(text=Q):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def parts(text):
+    return [{"type": "image"}, {"type": "text", "text": text}]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TRL = {"prompt": Q, "chosen": C, "rejected": R, "images": ["a.png"]}
+TALK = {"prompt": [user(parts(Q))], "chosen": [assistant(C)], "rejected": [assistant(R)]}
+TALK |= {"images": ["a.png"]}
+SWIFT = {"messages": [user(f"<image>{Q}"), assistant(C)], "rejected_response": R}
+SWIFT |= {"images": ["a.png"]}
+FACTORY = {"conversations": [human(f"<image>{Q}")], "chosen": gpt(C), "rejected": gpt(R)}
+FACTORY |= {"images": ["a.png"]}
+
+# each as its program writes it, and all are the one pair
+SAME = {
+    "TRL, texts": TRL,
+    "TRL, messages": TALK,
+    "TRL, the prompt inside both answers": {
+        "chosen": [user(parts(Q)), assistant(C)],
+        "rejected": [user(parts(Q)), assistant(R)],
+        "images": [{"bytes": None, "path": "a.png"}],
+    },
+    "ms-swift": SWIFT,
+    "ms-swift, rejected messages": {
+        "messages": SWIFT["messages"],
+        "rejected_messages": [user(f"<image>{Q}"), assistant(R)],
+        "images": ["a.png"],
+    },
+    "LLaMA-Factory, ShareGPT": FACTORY,
+    "LLaMA-Factory, Alpaca": {"instruction": "How", "input": "many?", "chosen": C, "rejected": R}
+    | {"images": ["a.png"]},
+    "RLAIF-V": PLAIN | {"ds_name": "RLAIF-V", "origin_dataset": "LCS-558K", "idx": 3},
+    "MMPR": PLAIN | {"chosen_meta": {"k": 1}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 30), "red").save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def convert_rows(folder, rows, **flags):
+    """(report, records of what is read back) of rows in a jsonl."""
+    path = write_lines(folder / "in.jsonl", rows)
+    report = convert.convert(ConvertConfig(input=path, out=folder / "out", **flags))
+    return report, records(folder / "out/meta.json")
+
+
+def records(meta):
+    """Everything of a record but its name, image paths resolved."""
+    read = [s[n] for s in read_meta(meta, 12) for n in range(len(s))]
+    return [replace(r, name="", images=tuple(p.resolve() for p in r.images)) for r in read]
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_every_program_s_record_becomes_the_same_pair(form, folder):
+    report, [record] = convert_rows(folder, [SAME[form]])
+    assert report == {"kept": 1, "dropped": {}}
+    assert re.sub(r"\s", " ", record.question) == f"<image> {Q}".replace(
+        "> ", ">" if "swift" in form or "ShareGPT" in form else "> "
+    )
+    assert (record.chosen, record.rejected) == (C, R)
+    assert record.images == ((folder / "a.png").resolve(),) and record.system_prompt is None
+
+
+BAD = {  # record -> why it is no pair
+    "no 'rejected'": TRL | {"rejected": None},
+    "no 'rejected_response'": SWIFT | {"rejected_response": ""},
+    "rejected is empty": PLAIN | {"rejected": " "},
+    "chosen and rejected are the same text": PLAIN | {"rejected": C},
+    "chosen and rejected are not one answer each": TALK | {"rejected": [user(), assistant(R)]},
+    "several turns": SWIFT | {"messages": [user(), assistant("?"), *SWIFT["messages"]]},
+    "the turns are not user, assistant": FACTORY | {"conversations": [human(), human()]},
+    "'videos' is not supported": SWIFT | {"videos": ["a.mp4"]},
+    "'tools' is not supported": FACTORY | {"tools": "[...]"},
+    "'history' is not supported": {"instruction": Q, "history": [["a", "b"]], "chosen": C},
+    "keys of no known format": {"text": Q},
+    "content is no text": TALK | {"prompt": [user([{"type": "audio"}])]},
+    "expected a text or messages": TRL | {"prompt": 3},
+    "question has 1 <image> for 2 images": SWIFT | {"images": ["a.png", "b.png"]},
+    "no image": PLAIN | {"image": "absent.png"},
+    "an image is no path": PLAIN | {"image": 3},
+    "image '../../etc/passwd' leaves its root": PLAIN | {"image": "../../etc/passwd"},
+    "image 's3://b/a.png'": PLAIN | {"image": "s3://b/a.png"},
+    "'system_prompt' must be str": PLAIN | {"system_prompt": 3},
+}
+
+
+def test_what_is_no_pair_is_left_out_counted_and_named(folder):
+    Path(folder / "etc").mkdir()
+    report, kept = convert_rows(folder, [PLAIN, *BAD.values(), PLAIN | {"chosen": "Three."}])
+    assert len(kept) == report["kept"] == 2
+    assert sum(report["dropped"].values()) == len(BAD)
+    text = (folder / "out/report.json").read_text()
+    named = [line for lines in json.loads(text)["records"].values() for line in lines]
+    for number, why in enumerate(BAD, 2):
+        assert any(f"in.jsonl line {number}: {why}" in line for line in named), (number, why, named)
+
+
+def test_earlier_turns_go_into_the_question_on_request(folder):
+    messages = [SYSTEM, user("Is it red?"), assistant("Yes."), user(), assistant(C)]
+    row = {"messages": messages, "rejected_response": R}
+    _, [record] = convert_rows(folder, [row], flatten=True)
+    assert record.question == f"User: Is it red?\n\nAssistant: Yes.\n\nUser: {Q}"
+    assert record.system_prompt == "Be brief."
+
+
+ROUND = [
+    PLAIN,
+    PLAIN | {"image": ["a.png", "b.png"], "question": "<image> or <image>?"},
+    {
+        "question": "1 + 1?",
+        "chosen": 'It is "2",\nsurely.',
+        "rejected": "3",
+        "system_prompt": "Hm.",
+    },
+]
+
+
+@pytest.mark.parametrize("to", ["trl", "ms-swift", "llama-factory", "plain"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_mmpr_goes_out_and_comes_back(to, ending, folder):
+    if ending == "parquet" and not find_spec("pyarrow"):
+        pytest.skip("pyarrow is not installed")
+    _, first = convert_rows(folder, ROUND)
+    theirs = ConvertConfig(input=folder / "out/meta.json", out=folder / f"theirs.{ending}", to=to)
+    if ending == "csv" and to != "plain":
+        with pytest.raises(InputError, match="do not fit into a CSV; pass --to plain"):
+            convert.convert(theirs)
+        return
+    convert.convert(theirs)
+    back = ConvertConfig(input=theirs.out, out=folder / "back")
+    assert convert.convert(back) == {"kept": 3, "dropped": {}}
+    assert records(folder / "back/meta.json") == first
+
+
+class Batch:
+    def to_pylist(self):
+        return [PLAIN | {"image": {"bytes": (Path.cwd() / "a.png").read_bytes(), "path": "x.png"}}]
+
+
+class Parquet:
+    """What convert.py uses of pyarrow.parquet."""
+
+    @staticmethod
+    def ParquetFile(path):
+        return Parquet()
+
+    def iter_batches(self):
+        return [Batch(), Batch()]
+
+
+def test_images_inside_a_parquet_file_are_written_once_by_what_they_hold(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(convert, "pyarrow", lambda name: Parquet())
+    convert.convert(ConvertConfig(input=folder / "rlaifv.parquet", out=folder / "out"))
+    [image] = (folder / "out/images").iterdir()
+    assert image.suffix == ".png" and image.read_bytes() == (folder / "a.png").read_bytes()
+    assert [r.images for r in records(folder / "out/meta.json")] == [(image.resolve(),)] * 2
+
+
+def status_of(capsys, *argv):
+    sys.argv = ["convert.py", *map(str, argv)]
+    try:
+        run(convert.main)
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", "x", "expected .jsonl, .json, .csv or .parquet"),
+        ("a.json", "[1]", "expected a list of objects"),
+        ("a.json", "[{", "not valid JSON"),
+        ("a.json", "{", "not valid JSON"),
+        ("a.jsonl", "{", "line 1: not valid JSON"),
+        ("a.jsonl", '{"text": "x"}', "no pair can be kept"),
+        ("a.csv", 'question\n"x', "unexpected end of data"),
+        ("absent.jsonl", None, "No such file"),
+        *([] if find_spec("pyarrow") else [("a.parquet", "x", "needs pyarrow: pip install")]),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_in_one_line(name, content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    status, text = status_of(capsys, tmp_path / name, f"--out={tmp_path / 'out'}")
+    assert status == 2 and message in text and text.count("\n") == 1
+
+
+def test_a_converted_csv_trains(tmp_path, capsys):
+    write_world(tmp_path, 8, 0)
+    lines = (tmp_path / "toy_steps.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    with open(tmp_path / "images/own.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, PLAIN, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*rows, rows[0] | {"chosen": ""}])
+    status, text = status_of(capsys, tmp_path / "images/own.csv", f"--out={tmp_path / 'own'}")
+    assert status == 0 and re.search(r"kept +8\nno +1", text), text
+    shape = {"model_dir": tmp_path / "model", "drop_path": 0.0, "pack_tokens": 2000, "warmup": 0.0}
+    shape |= {"lr": 1e-3, "batch_size": 8, "out_dir": tmp_path / "run"}
+    [row] = train_in_process(TrainConfig(meta=tmp_path / "own/meta.json", **shape))
+    assert row["pairs"] == 8 and row["sets/own/pairs"] == 8
