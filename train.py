@@ -65,12 +65,12 @@ class TrainConfig:
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
     meta: Path = flag(Path("MMPR/meta.json"), "MMPR's meta.json: the preference data")
-    out_dir: Path = flag(Path("runs/mpo"), "metrics, checkpoints and the final model go here")
     heldout: Path | None = flag(None, "pairs, as --meta, that are scored and never trained on")
     heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
     keep_best: bool = flag(
         False, "keep the best step by --heldout as a checkpoint, in out_dir/best"
     )
+    out_dir: Path = flag(Path("runs/mpo"), "metrics, checkpoints and the final model go here")
     loss: str = flag(
         "mpo", "weighted sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows"
     )

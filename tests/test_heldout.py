@@ -1,4 +1,4 @@
-"""Held-out pairs: the metrics of a separate computation, and a training that knows nothing of it."""
+"""Held-out pairs: the numbers of a separate computation; the training knows nothing of them."""
 
 import json
 from dataclasses import replace
