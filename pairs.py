@@ -30,6 +30,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 import torch
 from tqdm import tqdm
 

@@ -13,6 +13,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

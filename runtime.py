@@ -3,6 +3,7 @@
 A closed list, never "utils": a thing enters here when two rooms need it.
 
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
+    answer_early                     --help and wrong flags, before a script imports torch
     InputError, Failure, run         what people must know ends in one line
     start_process, Process           the process group: always one, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
@@ -14,6 +15,8 @@ torch is imported only where a process group is made, so that flags are read wit
 """
 
 import argparse
+import ast
+import builtins
 import contextlib
 import dataclasses
 import difflib
@@ -21,6 +24,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -89,7 +93,8 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     """Build dataclass `cls` from the command line.  Precedence: default < --config FILE < flag.
 
     Field types: str, int, float, bool (--x / --no-x), Path, Path | None (empty text = None),
-    Literal, and a tuple for a flag that may be repeated.  Wrong usage exits with status 2.
+    Literal, and a tuple for a flag that may be repeated.  The flag named by `cls.FIRST` may come
+    first without its name.  Wrong usage exits with status 2.
     """
     layout = functools.partial(argparse.RawTextHelpFormatter, max_help_position=42, width=200)
     text = inspect.cleandoc(cls.__doc__)
@@ -120,6 +125,8 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
 
     argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-") and hasattr(cls, "FIRST"):
+        argv = [f"--{cls.FIRST}", *argv]
     if (path := getattr(parser.parse_known_args(argv)[0], "config", None)) is not None:
         argv = _config_as_flags(parser, path, set(hints)) + argv
     args, unknown = parser.parse_known_args(argv)
@@ -171,6 +178,62 @@ def parse_command(commands: dict[str, type], argv: list[str] | None = None) -> t
         hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(commands)}"
         FlagParser(script).error(problem + hint)
     return argv[0], parse_cli(commands[argv[0]], argv[1:], prog=f"{script} {argv[0]}")
+
+
+@functools.cache
+def source_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def answer_early(script: str) -> None:
+    """Answer --help and wrong flags of a script before it imports torch, which takes seconds.
+
+    Its source alone says which dataclass it gives to `parse_cli`, or which ones are its COMMANDS.
+    """
+    path = Path(script)
+    for node in ast.walk(source_of(path)):
+        match node:
+            case ast.Assign([ast.Name("COMMANDS")], ast.Dict(verbs, values)):
+                classes = [getattr(value, "elts", [value])[0] for value in values]
+                parse_command({v.value: flags_in(path, c.id) for v, c in zip(verbs, classes)})
+            case ast.Call(ast.Name("parse_cli") | ast.Attribute(_, "parse_cli"), [ast.Name(name)]):
+                parse_cli(flags_in(path, name))
+
+
+def flags_in(path: Path, name: str) -> type:
+    """The dataclass `name` of a Python file with its flags, read without running the file."""
+    for node in source_of(path).body:
+        match node:
+            case ast.ClassDef() if node.name == name:
+                flags, attributes = [], {"__doc__": ast.get_docstring(node, clean=False)}
+                for line in node.body:
+                    match line:
+                        case ast.AnnAssign(ast.Name(field), hint, default):
+                            flags.append((field, value_of(hint), value_of(default)))
+                        case ast.Assign([ast.Name(attribute)], value):
+                            attributes[attribute] = value_of(value)
+                bases = tuple(flags_in(path, base.id) for base in node.bases)
+                return dataclasses.make_dataclass(name, flags, bases=bases, namespace=attributes)
+            case ast.ImportFrom(module, names) if name in [alias.name for alias in names]:
+                return flags_in(Path(importlib.util.find_spec(module).origin), name)
+    raise LookupError(f"{path} has no {name}")
+
+
+def value_of(node: ast.expr) -> Any:
+    """What an expression in a dataclass of flags stands for: a constant, a type, flag(...)."""
+    match node:
+        case ast.Name(name):
+            return (vars(builtins) | {"flag": flag, "Path": Path, "Literal": Literal})[name]
+        case ast.Call(function, arguments, keywords):
+            named = {keyword.arg: value_of(keyword.value) for keyword in keywords}
+            return value_of(function)(*map(value_of, arguments), **named)
+        case ast.Subscript(kind, inner):
+            return value_of(kind)[value_of(inner)]
+        case ast.BinOp(left, ast.BitOr(), right):
+            return value_of(left) | value_of(right)
+        case ast.Tuple(items):
+            return tuple(map(value_of, items))
+    return ast.literal_eval(node)
 
 
 def config_json(cfg: Any) -> str:

@@ -23,6 +23,11 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import runtime
+
+if __name__ == "__main__" and "--story" not in sys.argv:
+    runtime.answer_early(__file__)
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw

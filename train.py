@@ -29,6 +29,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,10 +44,9 @@ from tqdm import tqdm
 
 import losses
 import memory
-import runtime
 import weights
 from config import InternVLConfig, load_config, recipe
-from data import Overlong, Pack, PairData, Tree, prefetch, response_keys, seeded
+from data import Pack, PairData, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
@@ -100,7 +104,9 @@ class TrainConfig:
     )
     max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", low=0)
-    overlong: Overlong = flag("drop", "what becomes of a too long record; cut = the official way")
+    overlong: Literal["drop", "cut", "fewer_tiles", "error"] = flag(
+        "drop", "what becomes of a too long record; cut = the official way"
+    )
     pairs_per_prompt: int = flag(1, "pairs of one question trained as one tree, at most", low=1)
     share_prefix: bool = flag(True, "compute a prompt once for all its responses")
     share_images: bool = flag(True, "encode an image once a pack")

@@ -1,15 +1,21 @@
 """Flags, crash-safe files, metrics."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 import torch
+from conftest import ROOT
 
+import runtime
 from runtime import (
     AppendLog,
     InputError,
@@ -249,3 +255,33 @@ def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path)
     claim(tmp_path / "run", {"weights": first, "tiles": 12}, "pass another --out")
     with pytest.raises(InputError, match="run was made with another weights .*; pass another"):
         claim(tmp_path / "run", {"weights": second, "tiles": 12}, "pass another --out")
+
+
+EARLY = "train generate pairs toy plain".split() + [
+    f"tools/{name}" for name in "look lab convert export doctor gpu_check rlaifv speed".split()
+]
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_flags_read_from_a_source_are_those_of_its_classes(name):
+    """So that --help may be answered before torch is imported."""
+    module = importlib.import_module(name.replace("/", "."))
+    classes = [c for c in vars(module).values() if dataclasses.is_dataclass(c)]
+    for cls in classes:
+        if cls.__module__ != module.__name__ or not any(
+            f.metadata for f in dataclasses.fields(cls)
+        ):
+            continue
+        early, hints = runtime.flags_in(ROOT / f"{name}.py", cls.__name__), runtime.type_hints(cls)
+        described = lambda c: [(f.name, f.default, dict(f.metadata)) for f in dataclasses.fields(c)]  # noqa: E731
+        assert described(early) == described(cls)
+        assert (runtime.type_hints(early), early.__doc__) == (hints, cls.__doc__)
+        assert getattr(early, "FIRST", None) == getattr(cls, "FIRST", None)
+
+
+@pytest.mark.parametrize("name", [*EARLY, "eval"])
+def test_wrong_flags_are_told_before_torch_is_imported(name):
+    command = [sys.executable, "-X", "importtime", str(ROOT / f"{name}.py"), "--hlep", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--hlep" in done.stderr
+    assert not re.search(r"\| +(torch|numpy|PIL)$", done.stderr, re.MULTILINE)

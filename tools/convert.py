@@ -27,6 +27,11 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 from records import JsonLines, PairRecord, check_pair, read_meta
 from runtime import InputError, flag, parse_cli, parse_json, run, write_atomic
 from tokenizer import IMAGE
@@ -44,7 +49,6 @@ FORMATS = {
     "rejected_messages": ("messages", "", "rejected_messages"),
     "chosen": ("prompt", "chosen", "rejected"),
 }
-Form = Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"]
 Turns = list[tuple[str, str]]  # (user, assistant or system, text)
 
 
@@ -52,9 +56,12 @@ Turns = list[tuple[str, str]]  # (user, assistant or system, text)
 class ConvertConfig:
     """Convert pairs of TRL, ms-swift, LLaMA-Factory, RLAIF-V or CSV to MMPR's layout, and back."""
 
+    FIRST = "input"  # may stand without its flag
     input: Path = flag(Path("pairs.jsonl"), ".jsonl, .json, .csv or .parquet; or a meta.json")
     out: Path = flag(Path("converted"), "a folder for mmpr, else a file with one of these endings")
-    to: Form = flag("mmpr", "what is written; plain = question, chosen, rejected, image")
+    to: Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"] = flag(
+        "mmpr", "what is written; plain = question, chosen, rejected, image"
+    )
     root: Path | None = flag(None, "folder of the images; default: that of the input")
     flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
 
@@ -167,7 +174,7 @@ def messages_of(record: PairRecord, *answers: str) -> list[dict]:
     return [{"role": role, "content": text} for role, text in turns]
 
 
-def written(record: PairRecord, to: Form) -> dict:
+def written(record: PairRecord, to: str) -> dict:
     """The record as another program reads it; image paths are absolute."""
     images = [str(path.resolve()) for path in record.images]
     if to == "trl":
@@ -298,10 +305,7 @@ def convert(cfg: ConvertConfig) -> dict:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    named = argv and not argv[0].startswith("-")  # the input may stand without its flag
-    cfg = parse_cli(ConvertConfig, ["--input", *argv] if named else argv)
-    report = convert(cfg)
+    report = convert(parse_cli(ConvertConfig))
     rows = [("kept", report["kept"]), *report["dropped"].items()]
     print(text_table(("pairs", ""), rows))
 

@@ -25,6 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 from config import InternVLConfig, load_config, recipe
 from records import PairRecord, read_meta
 from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
@@ -358,15 +363,14 @@ def read_case(path: Path, meta: Path | None) -> Case:
 class DoctorConfig:
     """Name what is wrong with a preference run."""
 
+    FIRST = "run_dir"  # may stand without its flag
     run_dir: Path = flag(Path("runs/mpo"), "folder of the run, or its metrics file")
     meta: Path | None = flag(None, "meta.json of its pairs; default: the one of its config.json")
     json: bool = flag(False, "print JSON")
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    named = argv and not argv[0].startswith("-")  # the folder may stand without its flag
-    cfg = parse_cli(DoctorConfig, ["--run_dir", *argv] if named else argv)
+    cfg = parse_cli(DoctorConfig)
     path = metrics_file(cfg.run_dir)
     case = read_case(path, cfg.meta)
     findings = examine(case)

@@ -24,10 +24,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 import tokenizers
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InternVLConfig
 from layouts import HF, OFFICIAL_INTERNLM2, split_stored, stored_pieces
 from model import InternVL

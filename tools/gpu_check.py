@@ -24,29 +24,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import plain
+import train
+from generate import Generator, Prompt, Scheduler
+from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
+from losses import token_logps
+from model import InternVL, TreeAttention
+from records import read_meta
+from runtime import flag, read_json, read_jsonl, write_atomic
+from tokenizer import load_tokenizer
+from tools import gpu_speed
+from tools.figures import markdown_table
+from tools.gpu_speed import Row, Setting, at_most, largest, measured
+from tools.releases import named_config
+from vision import IMAGENET_MEAN, IMAGENET_STD
+from weights import load_model
 
-import plain  # noqa: E402
-import runtime  # noqa: E402
-import train  # noqa: E402
-from generate import Generator, Prompt, Scheduler  # noqa: E402
-from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces  # noqa: E402
-from losses import token_logps  # noqa: E402
-from model import InternVL, TreeAttention  # noqa: E402
-from records import read_meta  # noqa: E402
-from runtime import flag, read_json, read_jsonl, write_atomic  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
-from tools import gpu_speed  # noqa: E402
-from tools.figures import markdown_table  # noqa: E402
-from tools.gpu_speed import Row, Setting, at_most, largest, measured  # noqa: E402
-from tools.releases import named_config  # noqa: E402
-from vision import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from weights import load_model  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from PIL import ImageDraw
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
+from PIL import ImageDraw
 
 from config import load_config
 from data import encode_tree, epoch_order, fit_tree, seeded
@@ -42,6 +47,7 @@ BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</bo
 class CheckConfig:
     """Verify every record and decode every image; status 1 where one is bad."""
 
+    FIRST = "meta"  # may stand without its flag
     meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
     max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
@@ -52,6 +58,7 @@ class CheckConfig:
 class ShowConfig:
     """Print records as the model meets them, or write a page of pairs beside their pictures."""
 
+    FIRST = "meta"  # may stand without its flag
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "config.json and tokenizer, for printing")
     out: Path | None = flag(None, "write this HTML page instead of printing")
@@ -65,6 +72,7 @@ class ShowConfig:
 class StatsConfig:
     """Numbers of a set of pairs beside the paper's table, as text, JSON and histograms."""
 
+    FIRST = "meta"  # may stand without its flag
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
     out_dir: Path | None = flag(None, "for stats.json and stats.png; empty = beside meta.json")
@@ -400,10 +408,7 @@ COMMANDS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if len(argv) > 1 and not argv[1].startswith("-"):  # META may stand without its flag
-        argv.insert(1, "--meta")
-    verb, cfg = parse_command(COMMANDS, argv)
+    verb, cfg = parse_command(COMMANDS)
     show = write_page if verb == "show" and cfg.out else print_records
     {"check": check, "show": show, "stats": stats}[verb](cfg)
 

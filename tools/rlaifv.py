@@ -19,6 +19,11 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
 from generate import Generator, Prompt
 from images import check_images, image_names, image_paths
 from pairs import (

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runtime
+
+if __name__ == "__main__":
+    runtime.answer_early(__file__)
+
+import torch
 
 from cache import Captured, KVCache, Room, num_blocks  # noqa: E402
 from generate import decode, prefill  # noqa: E402
