@@ -37,12 +37,13 @@ from benchmarks.quantities import (
     Expression,
     Quantity,
     Rules,
-    at_points,
+    combine,
+    defined,
     is_whole,
+    letter,
     parse_expression,
     read_quantity,
     read_sum,
-    read_unit,
     same_quantity,
 )
 from runtime import InputError
@@ -299,26 +300,53 @@ _MARKUP = Rules(
     flags=re.DOTALL,
     needs="\\$<",
 )
+_PARTS = "half third quarter fourth fifth sixth seventh eighth ninth tenth".split()
+_PART_OF = dict(zip(_PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10))) | {"halve": 2}
+_ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
+_MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
+)
 _WORDING = Rules(
     (
         r"^(?:(?:so|thus|hence|therefore|the|my|correct|right|best|final)\b,?\s*){0,4}"
         r"(?:answer|ans|result)(?:\s+(?:is|would be)\b\s*:?|\s*[:=])\s*"
-        r"|^(?:正确|最终)?答案[是为:]+\s*",
+        r"|^(?:正确|最终)?答案[是为:]+\s*"
+        r"|^(?:it|this|that|they|these|those|there)(?:'s|'re| is| are| was| were) (?!not\b|no\b)"
+        r"|^(?:the|its|their) (?:(?!not\b|no\b)[a-z]+ ){1,5}(?:is|are|equals) (?=[^a-z]*[0-9])"
+        r"|^(?:option|choice) (?=[0-9]+$)",
         "",
     ),
     (r"^(?:about|around|approximately|approx\.?|roughly|exactly)\s+(?=[^\s]*[0-9])", ""),
+    (r"^no (?:real )?solutions?$|^(?:the )?empty set$|^\{ ?\}$", "∅"),
+    (r"^\{\s*\w+\s*[|:]\s*(.+)\}$", r"\1"),  # {x | x > 3}
+    (r"^((?-i:[A-Z]))\s?(\([^()]*,[^()]*\))$", r"\1=\2"),  # A(1, 2)
+    (r"^f\(x\)\s*=", "y="),
+    (r"\b(squ|cub)(?:are|e)[ -]root (?:of )?", lambda match: {"s": "√", "c": "∛"}[match[1][0]]),
     (r"\b([0-9]{1,2}) o'clock\b", r"\1:00"),
     (r"(?<=[0-9])(?::00)?\s*([ap])\.?m\b\.?", r" \1m"),  # 11:00 a.m.
     (r"^(?:from\s+)?([0-9.]+)\s+(?:to|through|until)\s+([0-9.]+)\b", r"\1–\2"),  # a range
     (r"^between\s+([0-9.]+)\s+and\s+([0-9.]+)\b", r"\1–\2"),
+    (r"(?<=[0-9a-z]) by (?=[0-9])", " * "),
     (r"\bper ?cent(?:age points?)?\b", "percent"),
+    (r"(?<=[0-9][0-9])p$", " pence"),
     (r"\ban? (?=dozen|million|billion)", "1 "),
     (r"\b([0-9]+) and (?:a|1) half\b", r"(\1+1/2)"),
-    (r"^(?:a )?half$", "1/2"),
+    (r"^(?:a |1 )?half (?:of )?(?:an? )?(?=\S)|^(?:a )?half$", "1/2 "),
     (
-        r"\b([0-9]+)[ -](half|halves|thirds?|quarters?)\b",
-        lambda match: f"{match[1]}/{'htq'.index(match[2][0].lower()) + 2}",
+        rf"\b([0-9]+)[ -]({'|'.join(_PART_OF)})s?\b",
+        lambda match: f"{match[1]}/{_PART_OF[match[2].lower()]}",
     ),
+    (
+        rf"^(?:the )?({'|'.join(_ORDINALS)})\b|\b({'|'.join(_ORDINALS[3:])})\b",
+        lambda match: (
+            f"{(n := _ORDINALS.index((match[1] or match[2]).lower()))}"
+            + {1: "st", 2: "nd", 3: "rd"}.get(n, "th")
+        ),
+    ),
+    (rf"\b([0-9]{{1,2}})(?:st|nd|rd|th)? (?:of )?({_MONTH})", r"\2 \1"),  # 5 January
+    (rf"\b{_MONTH}(?=,? [0-9]|$)", lambda match: match[0][:3]),
+    (r"\b([a-z]{3} [0-9]{1,2})(?:st|nd|rd|th)\b", r"\1"),
     flags=re.IGNORECASE,
 )
 _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
@@ -336,7 +364,7 @@ _WORD_VALUE = dict(
 )
 _NUMBER_WORDS = re.compile(
     rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(_WORD_VALUE)})"
-    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(_WORD_VALUE)}))*(?![\w-])",
+    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(_WORD_VALUE)}))*(?!\w|-(?!{'|'.join(_PART_OF)}))",
     re.IGNORECASE,
 )
 
@@ -428,13 +456,14 @@ class Relation(NamedTuple):
 
 
 _MATHEMATICAL = re.compile(
-    rf"[0-9\\∞{''.join(GREEK.values())}]|^[^\W_](?![^\W_])|[=<>+*/^±]"
+    rf"[0-9\\∞{''.join(GREEK.values())}]|^[^\W_](?![^\W_])|[=<>+*/^±|]"
     rf"|\b(?:pi|sqrt|{'|'.join(FUNCTIONS)})\b"
 )
 _DECIMAL = r"[0-9]+(?:\.[0-9]+)?"
+_LINK = rf"[$€£]?{_DECIMAL}(?:\s?[^\W\d_x]{{1,10}}|[°%])?"
 _CHAIN = re.compile(
-    rf"({_DECIMAL}\s*([-–:/x*])\s*{_DECIMAL}(?:\s*\2\s*{_DECIMAL})*)"
-    r"\s*([^0-9\s(^!.+*/,;:=<>-][^0-9,;=<>]{0,40})?"
+    rf"{_LINK}(?:(\s*[-–:/x*]\s*){_LINK})(?:\s*\1\s*{_LINK})*"
+    r"\s*(?:[^0-9\s(^!.+*/,;:=<>-][^0-9,;=<>]{0,40})?"
 )
 _JOINER = re.compile(r"\s*[,;、]\s*(?:(?:and|or)\b)?|\s*\b(?:and|or)\b|\s*[&∪]", re.IGNORECASE)
 _RELATION = re.compile(r"[=<>≤≥≠]")
@@ -469,19 +498,22 @@ def _split_top(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
 
 
 def _read_chain(text: str, depth: int) -> Items | Quantity | None:
+    """7-8 cm, 3:15, 12/03/1998, 2 m x 3 m: a unit at the end is that of all."""
     if (match := _CHAIN.fullmatch(text)) is None:
         return None
-    sign, tail = match[2], match[3]
-    unit = read_unit(tail) if tail else None
-    numbers = [Quantity(Expression(Fraction(n)), unit) for n in re.findall(_DECIMAL, match[1])]
-    if (tail and (unit is None or sign not in "-–:")) or (sign == "/" and len(numbers) == 2):
-        return None  # 2*3 cm and the fraction 3/4 are quantities
-    if sign == ":" and tail and len(numbers) == 2 and not numbers[1].expression.tree:
-        return numbers[0]  # 11:00 am
-    arithmetic = not tail and (sign == "*" or (sign == "-" and len(numbers) == 2))
+    sign = match[1].strip()
+    numbers = [read_quantity(part) for part in text.split(match[1])]
+    units = [number.unit for number in numbers if number and number.unit]
+    if None in numbers or (sign == "/" and (units or len(numbers) == 2)):
+        return None  # the fraction 3/4 is a quantity
+    if units and len(units) < len(numbers):
+        if sign in "*x" or not (numbers[-1].unit or text[0] in "$€£") or "e" in text.split(sign)[0]:
+            return None  # and so are 2*3 cm, 5 ms-2 and 3e-9 m
+        numbers = [number._replace(unit=units[0]) for number in numbers]
+    arithmetic = not units and (sign == "*" or (sign == "-" and len(numbers) == 2))
     value = read_quantity(text) if arithmetic else None
-    clock = ":0" if re.search(r":\s*0[0-9]", match[1]) else ""  # 7:05 is no ratio 7:5
-    return Items(clock or sign.replace("–", "-"), tuple(numbers), value=value)
+    clock = ":0" if re.search(r":\s*0[0-9]", text) else ""  # 7:05 is no ratio 7:5
+    return Items(clock or sign.replace("–", "-").replace("x", "*"), tuple(numbers), value=value)
 
 
 def _read_items(text: str, depth: int) -> Items | None:
@@ -523,22 +555,35 @@ def _read_relation(text: str, depth: int) -> Any:
 # --------------------------------------------------------------------------- comparing
 
 
+_EVENING = re.compile(r"(?:1[3-9]|2[0-3]):[0-5][0-9]$")
+_PM = re.compile(r"([1-9]|1[01])(:[0-5][0-9])? pm$", re.IGNORECASE)
+
+
+def _evening(match: re.Match) -> str:
+    return f"{int(match[1]) + 12}{match[2] or ':00'}"
+
+
 def same_answer(pred: str, gold: str) -> bool:
     """Both answers mean the same: the judge of the pairs."""
     pred, gold = plain_text(pred), plain_text(gold)
-    try:
-        return bool(pred and gold) and _same_plain(pred, gold)
-    except ArithmeticError:  # numbers beyond the floats
-        return False
+    if "£" in pred + gold:  # else a pound is a mass
+        pred, gold = (re.sub(r"\bpounds?\b", "£", text) for text in (pred, gold))
+    if _EVENING.match(pred) or _EVENING.match(gold):
+        pred, gold = (_PM.sub(_evening, text) for text in (pred, gold))
+    return bool(pred and gold) and _same_plain(pred, gold)
 
 
 def _same_plain(pred: str, gold: str) -> bool:
     theirs = read_options(gold, strict=True)
+    if not theirs and re.fullmatch("[A-H]+", gold) and re.fullmatch("[A-H]+", pred):
+        pred, gold, theirs = gold, pred, read_options(pred, strict=True)  # AB is also BA
     if theirs and (ours := read_options(pred)):
         return ours.letters == theirs.letters
     if theirs and theirs.text:  # the gold is "B. dog"
         return _same_plain(pred, theirs.text)
     a, b = read(pred), read(gold)
+    if isinstance(a, Quantity) != isinstance(b, Quantity) and None in (a, b):  # a*b and ab
+        a, b = a or read_quantity(pred), b or read_quantity(gold)
     if a is not None and b is not None and not (theirs and len(theirs.letters) > 1):
         if _same(a, b):
             return True
@@ -580,6 +625,9 @@ def _same_items(a: Items, b: Items) -> bool:
 def _same_relation(a: Relation, b: Relation) -> bool:
     if not a.signs and not b.signs and a.name == b.name:
         return _same(a.sides[0], b.sides[0])
+    for x, y in ((a, b), (b, a)):
+        if x.signs and isinstance(y.sides[0], Items):  # x > 3 and x in (3, oo)
+            return _same(x, y.sides[0])
     a, b = (r if r.signs else _as_equation(r) for r in (a, b))
     if not a or not b or a.signs != b.signs:
         return False
@@ -588,7 +636,8 @@ def _same_relation(a: Relation, b: Relation) -> bool:
     if not all(isinstance(x, Quantity) and x.unit is None for x in (*a.sides, *b.sides)):
         return False
     differences = [
-        [y.expression.minus(x.expression) for x, y in itertools.pairwise(r.sides)] for r in (a, b)
+        [combine(operator.sub, y.expression, x.expression) for x, y in itertools.pairwise(r.sides)]
+        for r in (a, b)
     ]
     return all(map(_proportional, *differences, a.signs))
 
@@ -601,7 +650,7 @@ def _as_equation(relation: Relation) -> Relation | None:
 
 def _proportional(a: Expression, b: Expression, sign: str) -> bool:
     """2x - 3y = -11 and 4x - 6y + 22 = 0: one is a multiple of the other."""
-    values = at_points(a, b)
+    values = defined(a, b)
     if not a.letters or a.letters != b.letters or len(values) < 2 or not all(map(all, values)):
         return False
     ratios = [x / y for x, y in values]
@@ -614,13 +663,16 @@ def _as_interval(relation: Relation, other: Any) -> Items | None:
     if not isinstance(other, Items) or not other.brackets:
         return None
     signs, sides = relation.signs, relation.sides
-    expressions = [side.expression if isinstance(side, Quantity) else None for side in sides]
-    place = next((i for i, e in enumerate(expressions) if e and isinstance(e.tree, str)), None)
+    names = [isinstance(side, Quantity) and side.expression.letters for side in sides]
+    place = next((i for i, name in enumerate(names) if name), None)
     if place is None or not set(signs) <= {"<", "≤"} or len(sides) > 3 or place == len(sides) - 3:
         return None
-    low = sides[place - 1] if place else Quantity(Expression((operator.neg, "∞"), frozenset("∞")))
+    if sides[place].expression != letter(*names[place]):
+        return None
+    infinity = letter("∞")
+    low = sides[place - 1] if place else Quantity(combine(operator.neg, infinity))
     last = place == len(sides) - 1
-    high = Quantity(Expression("∞", frozenset("∞"))) if last else sides[place + 1]
+    high = Quantity(infinity) if last else sides[place + 1]
     left = "[" if place and signs[place - 1] == "≤" else "("
     return Items(left + ("]" if not last and signs[place] == "≤" else ")"), (low, high))
 
@@ -642,8 +694,9 @@ _ONE_OPTION = re.compile(  # (C) dog, C. dog, C
     re.DOTALL | re.IGNORECASE,
 )
 _LOOSE_OPTION = re.compile(  # C - dog, C (dog), C, dog, C because ...; dog (C); ... the answer is C
-    r"(?!.*(?:\b(?:not|neither|except|wrong|incorrect)\b|n't\b))(?:\(?([A-N])\)?"
-    r"(?:\s-\s|\s\(|,\s(?!(?:and|or)\b|\W?[A-N]\b)|,?\s(?:because|since|as|is|for)\b).*"
+    r"\(?([A-N])\)?,?\s(?:because|since|as|for)\b.*"
+    r"|(?!.*(?:\b(?:not|neither|except|wrong|incorrect)\b|n't\b))(?:\(?([A-N])\)?"
+    r"(?:\s-\s|\s\(|,\s(?!(?:and|or)\b|\W?[A-N]\b)|\sis\b).*"
     r"|.*\s\(([A-N])\)"
     r"|.*\b(?:answer|option|choice)\b(?:\sis)?\s*:?\s*\W?([A-N])\W?(?:[.,:].*)?)",
     re.DOTALL,
@@ -673,6 +726,9 @@ def read_options(text: str, strict: bool = False) -> Options | None:
 def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     """A, C and D; (A) and (C); ACD, of a gold answer in this order (BAD is a word)."""
     body = body if strict else re.sub(r"(?<=[A-N])\s?[/+]\s?(?=[A-N])", " ", body)
+    body = re.sub(r"\bonly$", "", body)
+    if re.fullmatch(r"\W?[A-N][.):][^,;]*(?:[,;]\s*\W?[A-N][.):][^,;]*)+", body):  # A. cat, C. dog
+        return frozenset(re.findall(r"(?:^|[,;])\s*\W?([A-N])[.):]", body))
     letters = _OPTION_JOINER.sub("", body)
     apart = len(_OPTION_JOINER.sub(" ", body).split()) == len(letters)
     letters = letters.upper() if apart and not strict else letters
@@ -696,6 +752,9 @@ _JOINED_WORDS = re.compile(r"(?<=[^\W\d_]{2})(?:\s+-\s+|\s*/\s*)(?=[^\W\d_]{2})"
 _PUNCTUATION = re.compile(r"[;\[\]\"{}()_\-@`,?!&、。，；「」《》]")
 
 
+_ACCENTS = re.compile("(?<=[a-z])[\u0300-\u036f]")
+
+
 def _same_wording(pred: str, gold: str) -> bool:
     """EvalAI's wording; anything with signs or operators letter by letter."""
     pred, gold = (_JOINED_WORDS.sub(" ", text) for text in (pred, gold))
@@ -708,7 +767,8 @@ def _same_wording(pred: str, gold: str) -> bool:
 
 
 def _wording(text: str) -> list[str]:
-    """Words without articles, `and`, points and apostrophes of contractions."""
+    """Words without articles, `and`, accents, points and apostrophes of contractions."""
+    text = _ACCENTS.sub("", unicodedata.normalize("NFD", text))
     text = _CONTRACTED.sub(lambda match: "".join(filter(None, match.groups())), text)
     words = re.sub(r"\.(?![0-9])", "", _PUNCTUATION.sub(" ", text)).replace("'s", " 's").split()
     if any(len(word) > 1 for word in words):  # "A B" names two options: no articles there
@@ -893,11 +953,8 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         return _same_items(a._replace(unordered=True), b)
     if not isinstance(a, Quantity) or not isinstance(b, Quantity) or (a.unit and a.unit != b.unit):
         return False
-    try:
-        x, y = a.expression.value(), b.expression.value()
-        return not (is_whole(x) and is_whole(y)) and abs(x - y) <= abs(y) / 100
-    except ArithmeticError:
-        return False
+    (x, y), *_ = defined(a.expression, b.expression) or [(None, None)]
+    return None not in (x, y) and not (is_whole(x) and is_whole(y)) and abs(x - y) <= abs(y) / 100
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,8 @@ def rounded(text: str) -> float | None:
         return None
     text = re.sub(r"(?<=[\d)}])\s*(?=\\frac)|(?:(?<=[)}])|(?<=\\pi))\s*(?=\d)", "*", text)
     expression = parse_expression(text, ratio=True, prefix=True)
-    try:
-        return None if expression is None else round(float(expression.value()), 2)
-    except (ArithmeticError, ValueError):
-        return None
+    value = expression and expression.values[0]
+    return None if value is None else round(float(value), 2)
 
 
 def equal(answer: str, gold: str) -> bool:

@@ -11,16 +11,15 @@ Values are exact (`Fraction`) while they are rational, else floats.  No margin i
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import operator
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MAX_EXPRESSION = 200  # characters read as mathematics
 MAX_DEPTH = 40  # nested groups, powers and functions
@@ -52,12 +51,16 @@ GREEK = dict(
     )
 )
 _SIGN_TABLE = r"""
-infty ∞; cup ∪; pm ±; cdot times ast *; div /; le leq leqslant ≤; ge geq geqslant ≥; ne neq ≠;
-approx cong in =; lt <; gt >; vert lvert rvert |; angle measuredangle ∠; circ degree °;
-√ \sqrt; π \pi; +/- ±; ÷ /; <= ≤; >= ≥; != ≠; ≈ ≅ ∈ =; ** ^
+infty ∞; cup ∪; emptyset varnothing ∅; pm ±; cdot times ast *; div /; le leq leqslant ≤; ne neq ≠;
+ge geq geqslant ≥; approx cong in =; lt <; gt >; vert lvert rvert |; langle (; rangle );
+circ degree °; angle measuredangle ∠; √ \sqrt; ∛ \cbrt; π \pi; +/- ±; ÷ /;
+<= ≤; >= ≥; != ≠; ≈ ≅ ∈ =; ** ^
 """
 _SIGNS = GREEK | {"var" + name: letter for name, letter in GREEK.items()}
-_BLANKS = "left right displaystyle limits big bigg Big Bigg quad qquad triangle overline vec bar △"
+_BLANKS = (
+    "left right displaystyle limits big bigg Big Bigg quad qquad triangle overline vec bar △ "
+    "tiny small normalsize large Large LARGE huge Huge"
+)
 _SIGNS |= dict.fromkeys(_BLANKS.split(), " ")
 for _entry in _SIGN_TABLE.split(";"):
     *_names, _sign = _entry.split()
@@ -72,7 +75,7 @@ SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the r
     (r"\\frac\s*([0-9])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
     (
-        r"\\([A-Za-z]+)|[√π÷≈≅∈△]|\+/-|[<>!]=|\*\*",
+        r"\\([A-Za-z]+)|[√∛π÷≈≅∈△]|\+/-|[<>!]=|\*\*",
         lambda match: _SIGNS.get(match[1] or match[0], match[0]),
     ),
     (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
@@ -92,39 +95,72 @@ _TOKEN = re.compile(
 )
 # short words that are prose, never a product of letters
 _PROSE = frozenset(
-    "or and to not no of is in the by if at on as am pm than more less least most about off for "
+    "or and to not no of is in the by if at on as than more less least most about off for "
     "per yes nor but only both either neither over under up via".split()
 )
+_POINTS = 6  # where free letters take values: all positive, then all negative, then mixed
 
 
 class ExpressionError(ValueError):
     """Not an expression, or larger than the limits."""
 
 
-@dataclass(frozen=True)
-class Expression:
-    """A parsed expression: a number, a letter, or (function, operand, ...)."""
+class Expression(NamedTuple):
+    """The value of an expression at each fixed point of its letters; without letters one value."""
 
-    tree: Any
+    values: tuple[Number | None, ...]  # None where it has none: 1/0, too large
     letters: frozenset[str] = frozenset()
     step: Fraction = Fraction(0)  # of the coarsest decimal: its last place over its value; 0: exact
 
-    def value(self, point: int = 0) -> Number:
-        """The value with the letters at fixed point number `point`; ArithmeticError without one."""
-        return _evaluate(self.tree, point)
-
-    def value_or_none(self, point: int) -> Number | None:
-        try:
-            return self.value(point)
-        except ArithmeticError:
-            return None
-
-    def minus(self, other: "Expression") -> "Expression":
-        tree = (operator.sub, self.tree, other.tree)
-        return Expression(tree, self.letters | other.letters, max(self.step, other.step))
-
     def times(self, number: Number) -> "Expression":
-        return self if number == 1 else replace(self, tree=(operator.mul, self.tree, number))
+        return self if number == 1 else combine(operator.mul, self, constant(number))
+
+
+def constant(number: Number, step: Fraction = Fraction(0)) -> Expression:
+    return Expression((number,), step=step)
+
+
+def letter(name: str) -> Expression:
+    """A free letter: values that are never whole."""
+    values = []
+    for point in range(_POINTS):
+        seed = zlib.crc32(f"{name} {point}".encode())
+        size = 0.3 + 2.4 * ((seed % 99991) / 99991)
+        values.append(-size if point == 4 or (point == 5 and seed % 2) else size)
+    return Expression(tuple(values), frozenset([name]))
+
+
+def paired(*expressions: Expression) -> list[tuple[Number | None, ...]]:
+    """Their values at the same points."""
+    points = max(len(x.values) for x in expressions)
+    return [*zip(*(x.values * (points // len(x.values)) for x in expressions))]
+
+
+def combine(function: Callable[..., Number], *operands: Expression) -> Expression:
+    """A function of expressions, point by point."""
+    return Expression(
+        tuple(_compute(function, values) for values in paired(*operands)),
+        frozenset().union(*(x.letters for x in operands)),
+        max(x.step for x in operands),
+    )
+
+
+def _compute(function: Callable[..., Number], values: tuple) -> Number | None:
+    """Exact while the numbers are rational, else floats; None where undefined."""
+    if None in values:
+        return None
+    try:
+        x = function(*values)
+        if isinstance(x, Fraction):
+            large = x.numerator.bit_length() + x.denominator.bit_length() > MAX_BITS
+            return float(x) if large else x
+    except (ArithmeticError, ValueError):  # outside the domain, beyond the floats
+        return None
+    if not math.isfinite(x):
+        return None
+    if function in _CANCELLING and abs(x) < 1e-14 * abs(values[0]):
+        return Fraction(0)  # the last bits of floats, as in sin(pi): so nothing needs a margin at 0
+    return x
 
 
 def parse_expression(text: str, ratio: bool = False, prefix: bool = False) -> Expression | None:
@@ -136,26 +172,19 @@ def parse_expression(text: str, ratio: bool = False, prefix: bool = False) -> Ex
         return None
     try:
         parser = _Parser(SPELLINGS.apply(text), ratio, prefix)
-        tree = parser.sum()
+        expression = parser.expression()
     except ExpressionError:
         return None
-    if parser.peek() and not prefix:
-        return None
-    return Expression(tree, frozenset(parser.letters), parser.step)
+    return expression if prefix or not parser.peek() else None
 
 
 class _Parser:
-    """Recursive descent over one line of mathematics.
-
-    sum: term (+|- term)*       term: factor ((*|/) factor | power)*     factor: (+|-)* power
-    power: atom (!|%|°)* (^ factor)?
-    """
-
-    CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
+    """Precedence climbing over one line of mathematics: + -, then * / and products without a sign,
+    then signs, then powers, then ! % °."""
 
     def __init__(self, text: str, ratio: bool = False, prefix: bool = False) -> None:
-        self.i, self.depth, self.letters, self.step = 0, 0, set(), Fraction(0)
-        self.product_signs, self.prefix = "*/:" if ratio else "*/", prefix
+        self.i, self.depth, self.prefix = 0, 0, prefix
+        self.infix = _INFIX | ({":": _INFIX["/"]} if ratio else {})
         self.tokens: list[str] = []
         at = 0
         while (match := _TOKEN.match(text, at)) and (pieces := self.pieces(match)):
@@ -169,7 +198,7 @@ class _Parser:
         word = match[1]
         if not (word.isascii() and word.isalpha()):
             return [word]
-        if word in FUNCTIONS or word in ("sqrt", "cbrt", "pi"):
+        if word in FUNCTIONS or word in ROOTS or word == "pi":
             return ["\\" + word]
         if word in GREEK:
             return [GREEK[word]]
@@ -188,136 +217,102 @@ class _Parser:
         self.i += 1
         return token
 
-    def sum(self) -> Any:
-        return self.chain(self.term, "+-")
-
-    def term(self) -> Any:
-        return self.chain(self.factor, self.product_signs)
-
-    def chain(self, operand: Callable[[], Any], signs: str) -> Any:
-        """Left-associative operators; a product may lack its sign.  `prefix` stops at errors."""
-        tree = operand()
-        while (token := self.peek()) and (token in signs or (signs != "+-" and self.joins(token))):
-            start = self.i, self.depth
-            try:
-                if self.accept(*signs):
-                    tree = (_OPERATORS[token], tree, operand())
-                else:
-                    tree = (operator.mul, tree, self.power())
-            except ExpressionError:
-                if not self.prefix:
-                    raise
-                self.i, self.depth = start
-                break
-        return tree
-
     def joins(self, token: str) -> bool:
         """A factor without its sign: 2x, but never 2 3."""
         return token[:1] in ("\\", "∞", *"({[") or token[:1].isalpha()
 
-    def factor(self) -> Any:
-        negative = False
-        while sign := self.accept("+", "-"):
-            negative ^= sign == "-"
-        tree = self.power()
-        return (operator.neg, tree) if negative else tree
-
-    def power(self) -> Any:
-        tree = self.atom()
-        while sign := self.accept(*_POSTFIX):
-            tree = (_POSTFIX[sign], tree)
-        return (_power, tree, self.factor()) if self.accept("^") else tree
-
-    def atom(self) -> Any:
-        r"""A number, a letter, a command or a group; alone also an argument, as in \frac ab."""
+    def expression(self, above: int = 0) -> Expression:
+        """As far as operators of a rank above `above` go; with `prefix` up to the first error."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ExpressionError("nested too deeply")
+        if sign := self.accept("+", "-"):
+            value = self.expression(_SIGNED)
+            value = combine(operator.neg, value) if sign == "-" else value
+        else:
+            value = self.atom()
+        while token := self.peek():
+            rank, function = self.infix.get(token, (_PRODUCT * self.joins(token), operator.mul))
+            if token in _POSTFIX:
+                value = combine(_POSTFIX[self.accept()], value)
+            elif token == "^":
+                self.accept()
+                value = combine(_power, value, self.expression(_SIGNED))
+            elif rank <= above:
+                break
+            else:
+                start = self.i, self.depth
+                try:
+                    self.i += token in self.infix
+                    value = combine(function, value, self.expression(rank))
+                except ExpressionError:
+                    if not self.prefix:
+                        raise
+                    self.i, self.depth = start
+                    break
+        self.depth -= 1
+        return value
+
+    def atom(self) -> Expression:
+        r"""A number, a letter, a command or a group; alone also an argument, as in \frac ab."""
         token = self.accept()
-        if close := self.CLOSING.get(token):
-            tree = self.sum()
+        if close := _CLOSING.get(token):
+            value = self.expression()
             if not self.accept(close):
                 raise ExpressionError(f"no {close!r}")
-            tree = (abs, tree) if token == "|" else tree
-        elif token[:1].isdigit() or token[:1] == ".":
-            tree = Fraction(token)
-            mantissa = token.lower().partition("e")[0].rstrip(".")
-            if "." in mantissa and tree:  # 3.20e5 is given to a part in 320
-                self.step = max(self.step, 1 / Fraction(mantissa.replace(".", "")))
-        elif token.startswith("\\"):
-            tree = self.command(token[1:])
-        elif token == "e":
-            tree = math.e
-        elif token[:1].isalpha() or token == "∞":
+            return combine(abs, value) if token == "|" else value
+        if token[:1].isdigit() or token[:1] == ".":
+            number, mantissa = Fraction(token), token.lower().partition("e")[0].rstrip(".")
+            decimal = "." in mantissa and number  # 3.20e5 is given to a part in 320
+            return constant(number, 1 / Fraction(mantissa.replace(".", "")) if decimal else 0)
+        if token.startswith("\\"):
+            return self.command(token[1:])
+        if token == "e":
+            return constant(math.e)
+        if token[:1].isalpha() or token == "∞":
             subscript = self.accept() if self.peek().startswith("_") else ""  # x_1, x_{12}
-            tree = token + re.sub("[{}]", "", subscript)
-            self.letters.add(tree)
-        else:
-            raise ExpressionError(f"unexpected {token or 'end'!r}")
-        self.depth -= 1
-        return tree
+            return letter(token + re.sub("[{}]", "", subscript))
+        raise ExpressionError(f"unexpected {token or 'end'!r}")
 
-    def command(self, name: str) -> Any:
+    def command(self, name: str) -> Expression:
         if name == "pi":
-            return math.pi
+            return constant(math.pi)
         if name in _TWO_GROUPS:
-            return (_TWO_GROUPS[name], self.atom(), self.atom())
-        if name in ("sqrt", "cbrt"):
-            index = self.atom() if self.peek() == "[" else Fraction(3 if name == "cbrt" else 2)
-            return (_root, self.atom(), index)
+            return combine(_TWO_GROUPS[name], self.atom(), self.atom())
+        if name in ROOTS:
+            index = self.atom() if self.peek() == "[" else constant(ROOTS[name])
+            return combine(_root, self.atom(), index)
         if name in FUNCTIONS:
             return self.function(name)
         raise ExpressionError(f"unknown command {name!r}")
 
-    def function(self, name: str) -> Any:
+    def function(self, name: str) -> Expression:
+        r"""\log_2 8, \sin^2 x, \sin^{-1} x, \sin 2x: letters up to the next function or sign."""
         base = exponent = None
         if name == "log" and self.peek().startswith("_"):
-            base = _Parser(self.accept().strip("_{}")).sum()
-        if self.accept("^"):  # \\sin^2 x
-            exponent = self.factor() if self.peek() == "-" else self.atom()
-        if exponent == (operator.neg, Fraction(1)) and "arc" + name in FUNCTIONS:
-            name, exponent = "arc" + name, None
+            base = _Parser(self.accept().strip("_{}")).expression()
+        if self.accept("^"):
+            exponent = self.expression(_SIGNED) if self.peek() == "-" else self.atom()
+            if exponent.values == (-1,) and "arc" + name in FUNCTIONS:
+                name, exponent = "arc" + name, None
         if self.peek() in ("(", "{", "["):
             argument = self.atom()
-        else:  # \\sin 2x: numbers and letters up to the next function or sign
-            argument = self.power()
+        else:
+            argument = self.expression(_SIGNED)
             while self.joins(self.peek()) and self.peek()[1:] not in FUNCTIONS:
-                argument = (operator.mul, argument, self.power())
-        tree = (FUNCTIONS[name], argument) if base is None else (math.log, argument, base)
-        return tree if exponent is None else (_power, tree, exponent)
+                argument = combine(operator.mul, argument, self.expression(_PRODUCT))
+        value = combine(math.log, argument, base) if base else combine(FUNCTIONS[name], argument)
+        return combine(_power, value, exponent) if exponent else value
 
 
-def _evaluate(tree: Any, point: int) -> Number:
-    """Exact while the numbers are rational, else floats; ArithmeticError where undefined."""
-    if isinstance(tree, str):  # a letter: all positive, then all negative, then mixed; never whole
-        seed = zlib.crc32(f"{tree} {point}".encode())
-        size = 0.3 + 2.4 * ((seed % 99991) / 99991)
-        return -size if point == 4 or (point == 5 and seed % 2) else size
-    if not isinstance(tree, tuple):
-        return tree
-    function, *operands = tree
-    values = [_evaluate(operand, point) for operand in operands]
-    try:
-        x = function(*values)
-    except ValueError:  # of the math module
-        raise ArithmeticError("outside the domain") from None
-    if isinstance(x, Fraction) and x.numerator.bit_length() + x.denominator.bit_length() > MAX_BITS:
-        x = float(x)  # OverflowError is an ArithmeticError
-    if isinstance(x, float) and not math.isfinite(x):
-        raise ArithmeticError("not finite")
-    if function in _CANCELLING and isinstance(x, float) and abs(x) < 1e-14 * abs(values[0]):
-        return Fraction(0)  # the last bits of floats, as in sin(pi): so nothing needs a margin at 0
-    return x
+def is_whole(x: Number | None) -> bool:
+    return isinstance(x, Fraction) and x.denominator == 1
 
 
 def _small(x: Number) -> int:
     if not is_whole(x) or not 0 <= x <= 170:
         raise ArithmeticError("only of small whole numbers")
     return int(x)
-
-
-def is_whole(x: Number) -> bool:
-    return isinstance(x, Fraction) and x.denominator == 1
 
 
 def _power(a: Number, b: Number) -> Number:
@@ -340,9 +335,11 @@ def _root(a: Number, index: Number) -> Number:
     return _power(a, 1 / index)
 
 
-_OPERATORS = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-    ":": operator.truediv,
+_CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
+_SUM, _PRODUCT, _SIGNED = 1, 2, 3  # ranks: what binds tighter stands higher
+_INFIX = {
+    "+": (_SUM, operator.add), "-": (_SUM, operator.sub),
+    "*": (_PRODUCT, operator.mul), "/": (_PRODUCT, operator.truediv),
 }  # fmt: skip
 _POSTFIX = {
     "!": lambda a: Fraction(math.factorial(_small(a))),
@@ -353,6 +350,7 @@ _TWO_GROUPS = {
     "frac": operator.truediv,
     "binom": lambda a, b: Fraction(math.comb(_small(a), _small(b))),
 }
+ROOTS = {"sqrt": Fraction(2), "cbrt": Fraction(3)}
 FUNCTIONS: dict[str, Callable[[Number], Number]] = {
     "sin": math.sin, "cos": math.cos, "tan": math.tan, "arcsin": math.asin, "arccos": math.acos,
     "arctan": math.atan, "sinh": math.sinh, "cosh": math.cosh, "tanh": math.tanh, "exp": math.exp,
@@ -364,21 +362,20 @@ _CANCELLING = (operator.add, operator.sub, math.sin, math.cos, math.tan)
 
 
 def same_value(a: Expression, gold: Expression) -> bool:
-    """Equal numbers; with free letters, equal at several fixed points."""
-    values = at_points(a, gold)
+    """Equal numbers; with free letters, equal at the fixed points."""
+    values = defined(a, gold)
     if a.letters or gold.letters:
         margin = 5e-6 if a.step or gold.step else 1e-9
         return len(values) > 1 and all(math.isclose(x, y, rel_tol=margin) for x, y in values)
     return bool(values) and _same_number(*values[0], a.step, gold.step)
 
 
-def at_points(a: Expression, b: Expression) -> list[tuple[Number, Number]]:
-    """Both values at the fixed points where both are defined; nothing if only one is."""
-    points = range(6 if a.letters or b.letters else 1)
-    pairs = [(a.value_or_none(point), b.value_or_none(point)) for point in points]
-    if any((x is None) != (y is None) for x, y in pairs):
+def defined(a: Expression, b: Expression) -> list[tuple[Number, Number]]:
+    """Both values where both have one; nothing if one of them alone has one somewhere."""
+    values = paired(a, b)
+    if any((x is None) != (y is None) for x, y in values):
         return []
-    return [pair for pair in pairs if pair != (None, None)]
+    return [pair for pair in values if None not in pair]
 
 
 def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -> bool:
@@ -387,7 +384,8 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
     A decimal equals a gold decimal that it rounds to, or that rounds (or is cut) to it, within a
     thousandth (and 100 is 100.05); a gold fraction or root takes six digits.
     """
-    if x == gold or (isinstance(x * gold, float) and math.isclose(x, gold, rel_tol=1e-9)):
+    exact = isinstance(x, Fraction) and isinstance(gold, Fraction)
+    if x == gold or (not exact and math.isclose(x, gold, rel_tol=1e-9)):
         return True
     off, size = abs(x - gold), abs(gold)
     if not (step or gold_step) or (not gold_step and is_whole(gold)) or off > size / 1000:
@@ -405,16 +403,20 @@ _UNIT_TABLE = """
 ft foot feet ' = 12 in; yd yard = 3 ft; mi mile = 5280 ft; acre; ha hectare = 10000 m^2;
 *l L liter litre = 1000 cm^3; cc = 1 cm^3; gal gallon = 231 in^3; quart qt = 0.25 gal;
 pint pt = 0.5 quart; cup; *s sec second; min minute = 60 s; h hr hour = 60 min; day = 24 h;
-week wk = 7 day; month mo; year yr = 12 month; decade = 10 year; century centuries = 100 year;
+week wk = 7 day; month mo; am; year yr = 12 month; decade = 10 year; century centuries = 100 year;
 mph = 1 mi/h; kph kmh kmph = 1 km/h; *g gram gramme gm; kilo = 1 kg; oz ounce = 28.349523125 g;
-lb lbs pound = 16 oz; t tonne = 1000 kg; ton; *N newton = 1 kg m/s^2; Nm = 1 N m;
-*J joule = 1 N m; Js = 1 J s; *eV electronvolt = 1.602176634e-19 J; *cal calorie = 4.184 J;
-*W watt = 1 J/s; *Wh = 3600 J; *Pa pascal = 1 N/m^2; *bar = 100000 Pa; atm = 101325 Pa;
-*Hz hertz = 1 s^-1; *V volt; *A amp ampere; *Ω ohm; *C coulomb °C celsius centigrade;
-*F farad fahrenheit °F; *T tesla; *K kelvin; *mol mole;
-*M molar; *B byte; bit; rad radian; ° deg degree = 0.017453292519943295 rad;
-% percent pct = 0.01; $ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp;
-pence penny p = 0.01 £; ¥ yen jpy yuan rmb cny 元; ₩ won krw; ₹ rs inr rupee; rm myr ringgit; chf
+lb lbs pound = 16 oz; *t tonne = 1000 kg; mt = 1 t; ton; ct carat = 0.2 g; *N newton = 1 kg m/s^2;
+Nm = 1 N m; *J joule = 1 N m; Js = 1 J s; *eV electronvolt = 1.602176634e-19 J;
+*cal calorie = 4.184 J; *W watt = 1 J/s; *Wh = 3600 J; *Pa pascal = 1 N/m^2; *bar = 100000 Pa;
+atm = 101325 Pa; *Hz hertz = 1 s^-1; *C coulomb °C celsius centigrade; *A amp ampere = 1 C/s;
+*V volt = 1 J/C; *Ω ohm = 1 V/A; *F farad fahrenheit °F; *T tesla; *K kelvin; *mol mole;
+*M molar = 1 mol/L; *B byte; bit; rad radian = 1; ° deg degree = 0.017453292519943295;
+% percent pct = 0.01
+"""
+_CURRENCY_TABLE = """
+$ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp quid; pence penny p = 0.01 £; ₩ won krw;
+¥ yen jpy yuan rmb cny 元; ₹ rs inr rupee; rm myr ringgit; chf franc; aud; cad; nzd; sgd; hkd; mxn
+peso; brl; rub ruble rouble; sek; nok; dkk; pln; thb baht; vnd; zar rand; aed dirham; sar riyal
 """
 _PREFIX_TABLE = (
     "k 3 kilo 3 M 6 mega 6 G 9 giga 9 T 12 tera 12 d -1 deci -1 c -2 centi -2 m -3 milli -3 μ -6 u "
@@ -442,10 +444,18 @@ _FILLERS = frozenset("of the old long wide high tall deep total altogether each"
 
 
 class Unit(NamedTuple):
-    """A product of powers of base units: `scale` of them make one of it."""
+    """A product of powers of base units: `scale` times their product."""
 
-    scale: Number
-    powers: tuple[tuple[str, int], ...]  # (base unit, exponent), sorted
+    scale: Number = Fraction(1)
+    kind: Fraction = Fraction(1)  # each base unit is a large number of its own; 1: a pure number
+
+    def times(self, other: "Unit", power: int = 1) -> "Unit":
+        return Unit(self.scale * other.scale**power, self.kind * other.kind**power)
+
+
+def _base(name: str) -> Unit:
+    digest = hashlib.sha256(name.encode()).digest()
+    return Unit(kind=Fraction(int.from_bytes(digest[:8], "big") | 1))
 
 
 _UNITS: dict[str, Unit] = {}  # names and symbols, with prefixes
@@ -464,55 +474,48 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
 
     `invented`: words outside the table (red apples) are units of their own.
     """
-    text = _UNIT_SPELLINGS.apply(text.strip().rstrip("."))
-    scale, powers = Fraction(1), Counter()
+    text, product = _UNIT_SPELLINGS.apply(text.strip().rstrip(".")), Unit()
     for place, part in enumerate(text.split("/")):
         for factor in part.split():
             if (match := _UNIT_FACTOR.fullmatch(factor)) is None:
                 return None
-            word, power = match[1], int(match[2] or 1) * (-1 if place else 1)
+            word = match[1]
             unit = _known_unit(word) or _known_unit(word.replace(".", ""))
             if unit is None:
                 word = word.lower()
                 if word in _FILLERS:
                     continue
                 letter = len(word) < 2 and word.isascii()
-                if not invented or letter or word in _PROSE or word in FUNCTIONS:
+                if not invented or letter or word in _PROSE or word in FUNCTIONS or word in ROOTS:
                     return None
-                unit = Unit(Fraction(1), ((word.removesuffix("s") if len(word) > 3 else word, 1),))
-            scale *= unit.scale**power
-            powers.update({base: exponent * power for base, exponent in unit.powers})
-    return Unit(scale, tuple(sorted((k, v) for k, v in powers.items() if v)))
-
-
-def _with_prefixes(name: str, unit: Unit) -> dict[str, Unit]:
-    return {
-        prefix + name: Unit(unit.scale * Fraction(10) ** power, unit.powers)
-        for prefix, power in _PREFIXES.items()
-        if (len(name) < 4 if len(prefix) == 1 else len(name) > 2)
-    }
+                unit = _base(word.removesuffix("s") if len(word) > 3 else word)
+            if unit == product and unit.kind in _CURRENCIES:  # $5 USD
+                continue
+            product = product.times(unit, int(match[2] or 1) * (-1 if place else 1))
+    return product
 
 
 def _fill_units() -> None:
     named, prefixed, lower, lower_prefixed = {}, {}, {}, {}  # Kg and HZ, where kg and Hz are meant
-    for entry in _UNIT_TABLE.replace("\n", " ").split(";"):
+    for entry in f"{_UNIT_TABLE};{_CURRENCY_TABLE}".replace("\n", " ").split(";"):
         names, _, amount = entry.strip().partition(" = ")
         number, _, of = amount.partition(" ")
-        own = Unit(Fraction(1), ((names.split()[0].lstrip("*"), 1),))
-        base = read_unit(of) if of else own
+        base = read_unit(of) if of else Unit() if amount else _base(names.split()[0].lstrip("*"))
+        unit = base._replace(scale=Fraction(number or 1) * base.scale)
         for name in names.lstrip("*").split():
-            named[name] = unit = Unit(Fraction(number or 1) * base.scale, base.powers)
-            lower[name.lower()] = unit
-            if names.startswith("*"):
-                prefixed |= _with_prefixes(name, unit)
-                lower_prefixed |= _with_prefixes(name.lower(), unit)
+            named[name] = lower[name.lower()] = unit
+            for prefix, power in _PREFIXES.items() if names.startswith("*") else ():
+                if len(name) < 4 if len(prefix) == 1 else len(name) > 2:
+                    large = unit._replace(scale=unit.scale * Fraction(10) ** power)
+                    prefixed[prefix + name] = lower_prefixed[prefix + name.lower()] = large
         _UNITS.update(prefixed | named)
     _UNITS.update(lower_prefixed | lower | prefixed | named)  # nm is no newton metre
     read_unit.cache_clear()
 
 
+_CURRENCIES: set[Fraction] = set()  # kinds
 _fill_units()
-_PURE = (_UNITS["%"].powers, _UNITS["rad"].powers)  # a bare number may be a number of these
+_CURRENCIES |= {_UNITS[entry.split()[0]].kind for entry in _CURRENCY_TABLE.split(";")}
 
 # --------------------------------------------------------------------------- quantities
 
@@ -529,21 +532,27 @@ _MAGNITUDES["trillion"] = 10**12
 _SHORT_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
 _GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
 _CURRENCY = re.compile(
-    r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|RM|Rs\.?|USD|EUR|GBP|INR|CNY|CHF)\s*([+-]?)\s*(?=[0-9.])"
+    r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|[A-Z][A-Za-z]{1,2}\.?)\s*([+-]?)\s*(?=[0-9.])"
 )
-_UNIT_START = re.compile(r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩])")
+_UNIT_START = re.compile(
+    r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩]|/\s?[A-Za-z]{3})"
+)
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
 
 def read_quantity(text: str) -> Quantity | None:
-    text, currency = text.strip().lstrip("∠"), None
+    text, sign = text.strip().lstrip("∠"), ""  # of a currency, which goes behind its number
     if match := _CURRENCY.match(text):
-        text, currency = match[1] + match[3] + text[match.end() :], read_unit(match[2])
+        currency = read_unit(match[2], invented=False)
+        if currency and currency.kind in _CURRENCIES:
+            sign = match[2]
+        if sign or match[2][-1] in "$€£¥₹₩":  # A$5 is just 5
+            text = match[1] + match[3] + text[match.end() :]
     for match in itertools.islice(_UNIT_START.finditer(text), 8):
         head, gap, tail = text[: match.start()], bool(match[0]), text[match.end() :]
         word, _, rest = tail.partition(" ")
         magnitude = _MAGNITUDES.get(word.lower())
-        if magnitude is None and (currency or not gap):
+        if magnitude is None and (sign or not gap):
             magnitude = _SHORT_MAGNITUDES.get(word)
         if magnitude:
             gap, tail = True, rest.strip()
@@ -552,17 +561,14 @@ def read_quantity(text: str) -> Quantity | None:
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
         if product or angle or word in ("st", "nd", "rd", "th"):
             continue
-        unit = read_unit(tail, invented=apart or len(tail) > 3) if tail else None
+        invented = bool(sign) or (apart or len(tail) > 3) and tail[:1] != "/"
+        unit = read_unit(f"{sign} {tail}", invented) if sign or tail else None
         expression = parse_expression(head)
         if (tail and unit is None) or expression is None or expression.letters:
             continue
-        if currency and unit and unit.powers != currency.powers:
-            return None
-        if magnitude:
-            expression = expression.times(magnitude)
-        return Quantity(expression, unit or currency)
+        return Quantity(expression.times(magnitude or 1), unit)
     expression = parse_expression(text)
-    return None if expression is None else Quantity(expression, currency)
+    return expression and Quantity(expression, read_unit(sign) if sign else None)
 
 
 def read_sum(text: str, depth: int = 0) -> Quantity | None:
@@ -570,21 +576,21 @@ def read_sum(text: str, depth: int = 0) -> Quantity | None:
     parts = [(Fraction(m[1]), _known_unit(m[2])) for m in _SUM.finditer(text)]
     if not 1 < len(parts) < 5 or _SUM.sub("", text) or not all(unit for _, unit in parts):
         return None
-    first, scales = parts[0][1], [unit.scale for _, unit in parts]
-    falling = all(a > b for a, b in itertools.pairwise(scales))
-    if not falling or any(unit.powers != first.powers for _, unit in parts):
+    units = [unit for _, unit in parts]
+    falling = all(a.scale > b.scale for a, b in itertools.pairwise(units))
+    if not falling or len({unit.kind for unit in units}) > 1:
         return None
     total = sum(number * unit.scale for number, unit in parts)
-    return Quantity(Expression(total / first.scale), first)
+    return Quantity(constant(total / units[0].scale), units[0])
 
 
 def same_quantity(a: Quantity, b: Quantity) -> bool:
     """In base units where both have one; a bare number meets any unit, 0.5 meets 50 % too."""
+    scales = {(1, 1)}
     if a.unit and b.unit:
-        if a.unit.powers != b.unit.powers:
+        if a.unit.kind != b.unit.kind:
             return False
         scales = {(a.unit.scale, b.unit.scale)}
-    else:
-        pure = [x.unit.scale if x.unit and x.unit.powers in _PURE else 1 for x in (a, b)]
-        scales = {(1, 1), tuple(pure)}
+    elif (unit := a.unit or b.unit) and unit.kind == 1:
+        scales.add((unit.scale, 1) if a.unit else (1, unit.scale))
     return any(same_value(a.expression.times(m), b.expression.times(n)) for m, n in scales)
