@@ -49,6 +49,7 @@ from runtime import (
     read_json,
     read_whole_lines,
     run,
+    try_lock,
     write_atomic,
 )
 
@@ -129,27 +130,30 @@ def generate(cfg: Generate) -> Path:
         "temperature": 0.0,
     }
     claim(out, facts, "use another --out")
-    done = answered(out)
-    log = AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
-    left = [k for k in range(rank, len(items), world) if items[k]["id"] not in done]
-    if left:
-        from tqdm import tqdm  # noqa: PLC0415  (scoring needs none of these)
+    with open(out / f".lock-{rank}", "wb") as lock:  # each process of one start has its own
+        if not try_lock(lock, seconds=1):
+            raise InputError(f"{out}: another run works there; wait for it, or use another --out")
+        done = answered(out)
+        left = [k for k in range(rank, len(items), world) if items[k]["id"] not in done]
+        if left:
+            from tqdm import tqdm  # noqa: PLC0415  (scoring needs none of these)
 
-        from generate import Generator, Prompt  # noqa: PLC0415
+            from generate import Generator, Prompt  # noqa: PLC0415
 
-        prompts = (
-            Prompt(items[k]["id"], questions[k], images=(images[k],) if images[k] else (),
-                   max_tiles=cfg.max_tiles, max_new_tokens=tokens)
-            for k in left
-        )  # fmt: skip
-        generator = Generator.load(
-            cfg.model_dir, temperature=0.0, max_new_tokens=tokens, marks=False
-        )
-        samples = generator.run(prompts)
-        for s in tqdm(samples, total=len(left), disable=rank > 0, desc=bench.name):
-            log.append({"id": s.prompt_id, "response": s.text.strip(),
-                        "finish_reason": s.finish_reason, "num_tokens": s.num_tokens})  # fmt: skip
-    log.close()
+            log = AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
+            prompts = (
+                Prompt(items[k]["id"], questions[k], images=(images[k],) if images[k] else (),
+                       max_tiles=cfg.max_tiles)
+                for k in left
+            )  # fmt: skip
+            generator = Generator.load(
+                cfg.model_dir, temperature=0.0, max_new_tokens=tokens, marks=False
+            )
+            samples = generator.run(prompts)
+            for s in tqdm(samples, total=len(left), disable=rank > 0, desc=bench.name):
+                row = {"id": s.prompt_id, "response": s.text.strip()}
+                log.append(row | {"finish_reason": s.finish_reason, "num_tokens": s.num_tokens})
+            log.close()
 
     done = answered(out)
     number = sum(item["id"] in done for item in items)
@@ -320,10 +324,7 @@ def score(cfg: Score) -> dict:
     if missing:
         result["partial"] = {"score": total["score"], "n": total["n"]}
     if out := cfg.out or folder:
-        lines = [
-            {"id": item["id"], "prediction": r.prediction, "correct": r.correct, "parsed": r.parsed}
-            for item, r in readings
-        ]
+        lines = [{"id": item["id"], **vars(reading)} for item, reading in readings]
         write_atomic(out / "items.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_atomic(out / "score.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -390,8 +391,7 @@ def judge(cfg: Judge) -> list[str]:
     items = cfg.items()
     replies = files.load_replies(bench, items, cfg.answers)
     items = [item for item in items if not item.get("_left_out")]
-    official = cfg.judge_template
-    template = official.read_text() if official else bench.judge.template
+    template = (cfg.judge_template or bench.judge.template).read_text()
     requests = []
     for item in items:
         text = replies[item["id"]]["reply"]
@@ -400,7 +400,7 @@ def judge(cfg: Judge) -> list[str]:
                 "id": item["id"], "benchmark": bench.name,
                 "messages": bench.judge.messages(item, Reply(text, cot), template),
                 "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
-                "template": official.name if official else "ours",
+                "template": cfg.judge_template.name if cfg.judge_template else "ours",
             })  # fmt: skip
     lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
     write_atomic(cfg.out / "requests.jsonl", "".join(lines))

@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.answers import PROMPTS as COT_PROMPTS
@@ -21,6 +22,7 @@ PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark do
 COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 PHRASE_SUFFIX = COT_PROMPTS["direct"].removeprefix("{question}")
+TEMPLATES = Path(__file__).parent / "templates"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Item = dict[str, Any]  # a row of the official file, with our "id" (text, unique)
@@ -124,7 +126,7 @@ class Judge:
     """
 
     messages: Callable[[Item, Reply, str], list[dict]]  # the template is the last argument
-    template: str
+    template: Path
     max_tokens: int
     temperature: float = 0.0
     mode: str = "judge"

@@ -2,7 +2,17 @@
 
 import statistics
 
-from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
+from benchmarks.common import (
+    TEMPLATES,
+    Benchmark,
+    Item,
+    Judge,
+    Reading,
+    Readings,
+    Reply,
+    in_range,
+    mean,
+)
 from benchmarks.files import raw_id, read_rows, wrong_field
 from runtime import InputError, parse_json
 
@@ -58,15 +68,12 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
             {"role": "user", "content": f"{text}[System]\n{template}\n\n"}]  # fmt: skip
 
 
-TEMPLATE = """Two assistants answered the question about an image that you know from the context. Judge helpfulness, relevance, accuracy and level of detail, and do not let their order matter. First write one line with nothing but two numbers from 1 to 10 separated by a blank: the score of Assistant 1 and that of Assistant 2. Then explain your scores."""  # noqa: E501
-
-
 BENCHMARK = Benchmark(
     name="llava_bench", files=("questions.jsonl",),
     fields={"question_id": int | str, "image": str, "text": str, "category": str},
     question=lambda item: item["text"], suffix=" Please give a detailed answer.",
     new_tokens=1000, cot_tokens=0, read=read, modes=("judge",),
-    judge=Judge(messages, TEMPLATE, max_tokens=1024, temperature=0.2), judgements_suffice=True,
-    metric="relative score", n_expected=60, split="in the wild", groups=("category",),
-    summary=ratio,
+    judge=Judge(messages, TEMPLATES / "llava_bench.txt", max_tokens=1024, temperature=0.2),
+    judgements_suffice=True, metric="relative score", n_expected=60, split="in the wild",
+    groups=("category",), summary=ratio,
 )  # fmt: skip

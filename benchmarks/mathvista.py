@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.answers import edit_distance
 from benchmarks.common import (
     LETTERS,
+    TEMPLATES,
     Benchmark,
     Item,
     Judge,
@@ -125,27 +126,6 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-TEMPLATE = """Read the response and write the answer that it gives, alone, in the form that the hint asks for.
-
-Hint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end.
-Question: How many sides has the shape?
-
-The shape closes after its sixth side.
-
-Extracted answer: 6
-
-Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.
-Question: Which bar is tallest?
-Choices:
-(A) red
-(B) blue
-
-The blue bar ends above the red one.
-
-Extracted answer: B
-"""  # noqa: E501
-
-
 def notes(items: list[Item], mode: str, cot: bool) -> list[str]:
     if mode == "judge" or cot:
         return []
@@ -158,7 +138,7 @@ BENCHMARK = Benchmark(
             "choices": list[str] | None, "answer": Any, "query": str | None},
     item=item, question=question, new_tokens=4096, read=read, modes=("rule", "offline", "judge"),
     judge=Judge(
-        messages, TEMPLATE, max_tokens=256,
+        messages, TEMPLATES / "mathvista.txt", max_tokens=256,
         settled=lambda item, reply: read_exactly(item, reply) is not None,
     ),
     n_expected=1000, split="testmini", groups=("task", "answer_type"), notes=notes,

@@ -3,7 +3,17 @@
 import re
 from pathlib import Path
 
-from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
+from benchmarks.common import (
+    TEMPLATES,
+    Benchmark,
+    Item,
+    Judge,
+    Reading,
+    Readings,
+    Reply,
+    in_range,
+    mean,
+)
 from runtime import InputError
 
 COT = (
@@ -45,35 +55,12 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-TEMPLATE = """Judge a model's answer about an image. What counts is whether it informs and whether it states anything that the image contents and the human answer do not support (a hallucination). The human answer may be short: more detail is welcome if nothing in it is false. Explain briefly, then end with one line from this list:
-- Rating: 6, very informative with good analysis or reasoning, no hallucination
-- Rating: 5, very informative, no hallucination
-- Rating: 4, somewhat informative, no hallucination
-- Rating: 3, not informative, no hallucination
-- Rating: 2, very informative, with hallucination
-- Rating: 1, somewhat informative, with hallucination
-- Rating: 0, not informative, with hallucination
-
-### Image contents
-{}
-
-### Question
-{}
-
-### Human answer
-{}
-
-### Answer to judge
-{}
-"""  # noqa: E501
-
-
 BENCHMARK = Benchmark(
     name="mmhal", files=("mmhal*.jsonl", "response_template.json", "records*.jsonl"),
     fields={"question": str, "gt_answer": str, "image_content": list[str],
             "image": str | None, "image_src": str | None, "image_id": str | None},
     ordered=True, item=item, question=lambda item: item["question"],
     cot=lambda question: f"{question}\n\n{COT}".strip(), new_tokens=1024, cot_tokens=1024,
-    read=read, modes=("judge",), judge=Judge(messages, TEMPLATE, max_tokens=1024),
+    read=read, modes=("judge",), judge=Judge(messages, TEMPLATES / "mmhal.txt", max_tokens=1024),
     metric="mean rating, 0 to 6", n_expected=96, groups=("question_type",), summary=summary,
 )  # fmt: skip

@@ -3,7 +3,17 @@
 import math
 import statistics
 
-from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
+from benchmarks.common import (
+    TEMPLATES,
+    Benchmark,
+    Item,
+    Judge,
+    Reading,
+    Readings,
+    Reply,
+    in_range,
+    mean,
+)
 from runtime import InputError
 
 # nothing is extracted from a CoT reply: the judge reads it all
@@ -36,17 +46,6 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     return [{"role": "user", "content": f"{template}\n{row}"}]
 
 
-TEMPLATE = """Rate how well each prediction agrees with the ground truth, from 0.0 (all wrong) to 1.0 (all right) in steps of 0.1. Parts joined by <AND> are all needed; any one of the parts joined by <OR> is enough. Complete the last cell of the table with the number alone.
-
-Question | Ground truth | Prediction | Correctness
---- | --- | --- | ---
-Which numbers are circled? | 4 <AND> 9 | Only 7 is circled. | 0.0
-Which numbers are circled? | 4 <AND> 9 | The 9 is circled. | 0.5
-Which numbers are circled? | 4 <AND> 9 | 4 and 9 | 1.0
-What is the animal? | cat <OR> kitten | a small kitten | 1.0
-"""  # noqa: E501
-
-
 def summary(readings: Readings) -> dict:
     return mean([100 * r.prediction for _, r in readings])
 
@@ -56,6 +55,6 @@ BENCHMARK = Benchmark(
     fields={"question|text": str, "capability|question_id": list | str | int, "answer": str | None},
     item=item, question=lambda item: item["question"], suffix=" ",
     cot=lambda question: COT + question, new_tokens=1000, read=read, modes=("judge",),
-    judge=Judge(messages, TEMPLATE, max_tokens=3),
+    judge=Judge(messages, TEMPLATES / "mmvet.txt", max_tokens=3),
     metric="mean judged correctness", n_expected=218, groups=("capability",), summary=summary,
 )  # fmt: skip

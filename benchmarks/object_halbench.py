@@ -11,7 +11,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, proportion
+from benchmarks.common import (
+    TEMPLATES,
+    Benchmark,
+    Item,
+    Judge,
+    Reading,
+    Readings,
+    Reply,
+    proportion,
+)
 from benchmarks.files import near
 from runtime import InputError
 
@@ -153,21 +162,13 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     return [{"role": "system", "content": text}]
 
 
-TEMPLATE = """List every object that the answer says is visible in the picture: names only, without attributes, as one JSON list such as ["dog", "red bus"] with [] for none.
-
-Question: {question}
-
-Answer: {answer}
-"""  # noqa: E501
-
-
 BENCHMARK = Benchmark(
     name="object_halbench", files=("*halbench*.jsonl", "captions*.jsonl"),
     fields={"image_id": int | str, "question": str | None, "gt_objects": list[str] | None,
             "gt_captions": list[str] | None},
     item=item, question=lambda item: item["question"], new_tokens=1024, cot_tokens=0,
     read=read, modes=("chair-rule", "chair-llm"),
-    judge=Judge(messages, TEMPLATE, max_tokens=512, mode="chair-llm"),
+    judge=Judge(messages, TEMPLATES / "object_halbench.txt", max_tokens=512, mode="chair-llm"),
     metric="replies with an object that is not there (lower is better)", n_expected=300,
     split="COCO 2014", summary=chair,
     notes=lambda items, mode, cot: ["chair-rule matches words and is not the paper's number"],

@@ -19,6 +19,7 @@ import re
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 MAX_EXPRESSION = 200  # characters read as mathematics
@@ -43,28 +44,21 @@ class Rules:
         return text
 
 
-GREEK = dict(
-    zip(
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
-        "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega".split(),
-        "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ",
-    )
-)
-_SIGN_TABLE = r"""
-infty ∞; cup ∪; emptyset varnothing ∅; pm ±; cdot times ast *; div /; le leq leqslant ≤; ne neq ≠;
-ge geq geqslant ≥; approx cong in =; lt <; gt >; vert lvert rvert |; langle (; rangle );
-circ degree °; angle measuredangle ∠; √ \sqrt; ∛ \cbrt; π \pi; +/- ±; ÷ /;
-<= ≤; >= ≥; != ≠; ≈ ≅ ∈ =; ** ^
-"""
-_SIGNS = GREEK | {"var" + name: letter for name, letter in GREEK.items()}
-_BLANKS = (
-    "left right displaystyle limits big bigg Big Bigg quad qquad triangle overline vec bar △ "
-    "tiny small normalsize large Large LARGE huge Huge"
-)
-_SIGNS |= dict.fromkeys(_BLANKS.split(), " ")
-for _entry in _SIGN_TABLE.split(";"):
-    *_names, _sign = _entry.split()
-    _SIGNS |= dict.fromkeys(_names, _sign + " " * _sign.startswith("\\"))
+def table(name: str) -> list[list[str]]:
+    """The lines of a table beside this file as words, without comments."""
+    lines = (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines()
+    return [line.split() for line in lines if line and line[0] != "#"]
+
+
+_SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
+GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
+
+
+def _in_signs(match: re.Match) -> str:
+    sign = _SIGNS.get(match[1] or match[0], match[0])
+    return " " if sign == "_" else sign + " " * sign.startswith("\\")
+
+
 SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the readers below
     (r"\{,\}", ","),
     (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
@@ -74,10 +68,7 @@ SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the r
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*([0-9])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-    (
-        r"\\([A-Za-z]+)|[√∛π÷≈≅∈△]|\+/-|[<>!]=|\*\*",
-        lambda match: _SIGNS.get(match[1] or match[0], match[0]),
-    ),
+    (r"\\([A-Za-z]+)|[√∛π÷≈≅∈△]|\+/-|[<>!]=|\*\*", _in_signs),
     (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
     # a whole number in front of a proper fraction is a mixed number
     (r"(?<![\w.^}/])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}", r"(\1+\2/\3)"),  # noqa: E501
@@ -397,32 +388,6 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
 
 # --------------------------------------------------------------------------- units
 
-# names = how much of what; with a star also k before symbols and kilo before names, and so on
-_UNIT_TABLE = """
-*m meter metre; micron = 0.001 mm; *Å angstrom = 1e-10 m; in inch inches " = 2.54 cm;
-ft foot feet ' = 12 in; yd yard = 3 ft; mi mile = 5280 ft; acre; ha hectare = 10000 m^2;
-*l L liter litre = 1000 cm^3; cc = 1 cm^3; gal gallon = 231 in^3; quart qt = 0.25 gal;
-pint pt = 0.5 quart; cup; *s sec second; min minute = 60 s; h hr hour = 60 min; day = 24 h;
-week wk = 7 day; month mo; am; year yr = 12 month; decade = 10 year; century centuries = 100 year;
-mph = 1 mi/h; kph kmh kmph = 1 km/h; *g gram gramme gm; kilo = 1 kg; oz ounce = 28.349523125 g;
-lb lbs pound = 16 oz; *t tonne = 1000 kg; mt = 1 t; ton; ct carat = 0.2 g; *N newton = 1 kg m/s^2;
-Nm = 1 N m; *J joule = 1 N m; Js = 1 J s; *eV electronvolt = 1.602176634e-19 J;
-*cal calorie = 4.184 J; *W watt = 1 J/s; *Wh = 3600 J; *Pa pascal = 1 N/m^2; *bar = 100000 Pa;
-atm = 101325 Pa; *Hz hertz = 1 s^-1; *C coulomb °C celsius centigrade; *A amp ampere = 1 C/s;
-*V volt = 1 J/C; *Ω ohm = 1 V/A; *F farad fahrenheit °F; *T tesla; *K kelvin; *mol mole;
-*M molar = 1 mol/L; *B byte; bit; rad radian = 1; ° deg degree = 0.017453292519943295;
-% percent pct = 0.01
-"""
-_CURRENCY_TABLE = """
-$ dollar usd us$ buck; cent ¢ = 0.01 $; € euro eur; £ gbp quid; pence penny p = 0.01 £; ₩ won krw;
-¥ yen jpy yuan rmb cny 元; ₹ rs inr rupee; rm myr ringgit; chf franc; aud; cad; nzd; sgd; hkd; mxn
-peso; brl; rub ruble rouble; sek; nok; dkk; pln; thb baht; vnd; zar rand; aed dirham; sar riyal
-"""
-_PREFIX_TABLE = (
-    "k 3 kilo 3 M 6 mega 6 G 9 giga 9 T 12 tera 12 d -1 deci -1 c -2 centi -2 m -3 milli -3 μ -6 u "
-    "-6 micro -6 n -9 nano -9 p -12 pico -12"
-).split()
-_PREFIXES = dict(zip(_PREFIX_TABLE[::2], map(int, _PREFIX_TABLE[1::2])))
 _UNIT_SPELLINGS = Rules(
     (r"[{}]|\bdegrees? (?=[cf])", ""),
     (r"\*", " "),
@@ -458,7 +423,8 @@ def _base(name: str) -> Unit:
     return Unit(kind=Fraction(int.from_bytes(digest[:8], "big") | 1))
 
 
-_UNITS: dict[str, Unit] = {}  # names and symbols, with prefixes
+_UNITS: dict[str, Unit] = {}  # names and symbols, with prefixes: see units.txt
+_CURRENCIES: set[Fraction] = set()  # their kinds
 
 
 def _known_unit(word: str) -> Unit | None:
@@ -496,26 +462,30 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
 
 
 def _fill_units() -> None:
+    prefixes: dict[str, Fraction] = {}
     named, prefixed, lower, lower_prefixed = {}, {}, {}, {}  # Kg and HZ, where kg and Hz are meant
-    for entry in f"{_UNIT_TABLE};{_CURRENCY_TABLE}".replace("\n", " ").split(";"):
-        names, _, amount = entry.strip().partition(" = ")
+    for line in table("units.txt"):
+        names, _, amount = " ".join(line).partition(" = ")
         number, _, of = amount.partition(" ")
-        base = read_unit(of) if of else Unit() if amount else _base(names.split()[0].lstrip("*"))
+        if names.endswith("-"):
+            prefixes |= dict.fromkeys(names.replace("-", "").split(), Fraction(number))
+            continue
+        base = read_unit(of) if of else Unit() if amount else _base(line[0].lstrip("*!"))
         unit = base._replace(scale=Fraction(number or 1) * base.scale)
-        for name in names.lstrip("*").split():
+        for name in names.lstrip("*!").split():
             named[name] = lower[name.lower()] = unit
-            for prefix, power in _PREFIXES.items() if names.startswith("*") else ():
+            for prefix, scale in prefixes.items() if names[0] == "*" else ():
                 if len(name) < 4 if len(prefix) == 1 else len(name) > 2:
-                    large = unit._replace(scale=unit.scale * Fraction(10) ** power)
+                    large = unit._replace(scale=unit.scale * scale)
                     prefixed[prefix + name] = lower_prefixed[prefix + name.lower()] = large
+        if names[0] == "!":
+            _CURRENCIES.add(unit.kind)
         _UNITS.update(prefixed | named)
     _UNITS.update(lower_prefixed | lower | prefixed | named)  # nm is no newton metre
     read_unit.cache_clear()
 
 
-_CURRENCIES: set[Fraction] = set()  # kinds
 _fill_units()
-_CURRENCIES |= {_UNITS[entry.split()[0]].kind for entry in _CURRENCY_TABLE.split(";")}
 
 # --------------------------------------------------------------------------- quantities
 

@@ -1,5 +1,6 @@
 """The paper's Tables 2, 3 and 4 with our scores beside them, as text, JSON and a picture."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,29 +13,14 @@ TABLE2 = {
     "m3cot": "M3CoT", "mathvista": "MathVista", "mathvision_mini": "MathVision", "mmvet": "MM-Vet",
     "llava_bench": "LLaVA-B", "pope": "POPE", "crpe": "CRPE", "mmhal": "MMHal",
 }  # fmt: skip
-PAPER_TABLE2 = {
-    "InternVL2-8B": (59.3, 58.3, 20.4, 54.2, 73.2, 86.9, 75.0, 3.3),
-    "InternVL2-8B-MPO": (79.2, 67.0, 25.7, 56.2, 76.7, 88.1, 75.4, 3.5),
-    "DPO+ (Table 8)": (80.4, 66.4, 23.4, 58.3, 74.1, 87.6, 75.5, 3.4),
-    "BCO+ (Table 8)": (79.6, 66.1, 18.8, 55.5, 78.6, 88.5, 75.5, 3.5),
-}
 TABLE3 = ("m3cot", "mathvista", "mmvet", "pope")
-PAPER_TABLE3 = {  # (Direct, CoT)
-    "InternVL2-8B": ((59.3, 57.0), (58.3, 56.8), (54.2, 54.7), (86.9, 82.9)),
-    "SFT": ((63.9, 67.8), (62.7, 64.2), (54.7, 53.8), (86.5, 84.0)),
-    "MPO": ((77.2, 79.2), (64.5, 67.0), (55.1, 56.2), (87.0, 88.1)),
-}
 TABLE4 = {  # title -> (benchmark, key of score.json, factor)
     "ObjHal resp.": ("object_halbench", "response_level", 1),
     "ObjHal ment.": ("object_halbench", "mention_level", 1),
     "MMHal score": ("mmhal", "score", 1),
     "MMHal hall.": ("mmhal", "hallucination_rate", 100),
 }
-PAPER_TABLE4 = {
-    "InternVL2-8B": (18.4, 8.7, 3.3, 40.6),
-    "RLAIF-V": (7.3, 3.9, 3.5, 32.3),
-    "DropoutNTP": (7.6, 4.1, 3.6, 31.3),
-}
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())  # table 3: [Direct, CoT]
 SETTINGS = ("Direct", "CoT")
 SCORE_FIELDS = {  # what a report needs of a score.json
     "benchmark": str, "model": str, "setting": Literal["Direct", "CoT"],
@@ -97,10 +83,12 @@ def with_gap(direct: float | str | None, cot: float | str | None) -> list[str]:
 
 def report_text(scores: Scores, benchmarks: Iterable[str]) -> str:
     """The tables, and what each of our figures stands on."""
-    table2 = [[f"paper {name}", *map(cell, row)] for name, row in PAPER_TABLE2.items()]
-    table3 = [[f"paper {name}", *(c for pair in row for c in with_gap(*pair))]
-              for name, row in PAPER_TABLE3.items()]  # fmt: skip
-    table4 = [[f"paper {name}", *map(cell, row)] for name, row in PAPER_TABLE4.items()]
+    table2, table4 = (
+        [[f"paper {name}", *map(cell, row.values())] for name, row in PAPER[table].items()]
+        for table in ("table2", "table4")
+    )
+    table3 = [[f"paper {name}", *(c for pair in row.values() for c in with_gap(*pair))]
+              for name, row in PAPER["table3"].items()]  # fmt: skip
     others = []
     for model in dict.fromkeys(model for model, _, _ in scores):
         ours = {b: with_gap(*(figure_of(scores.get((model, b, s))) for s in SETTINGS))
@@ -151,12 +139,7 @@ def report_json(scores: Scores) -> dict:
         direct, cot = (scores.get((model, bench, s), {}).get("score") for s in SETTINGS)
         gap = None if None in (direct, cot) else cot - direct
         ours.setdefault(model, {})[bench] = {"Direct": direct, "CoT": cot, "difference": gap}
-    paper = {
-        "table2": {name: dict(zip(TABLE2, row)) for name, row in PAPER_TABLE2.items()},
-        "table3": {name: dict(zip(TABLE3, row)) for name, row in PAPER_TABLE3.items()},
-        "table4": {name: dict(zip(TABLE4, row)) for name, row in PAPER_TABLE4.items()},
-    }
-    return {"ours": ours, "paper": paper, "scores": list(scores.values())}
+    return {"ours": ours, "paper": PAPER, "scores": list(scores.values())}
 
 
 def report_figure(scores: Scores) -> bytes:
@@ -164,8 +147,7 @@ def report_figure(scores: Scores) -> bytes:
     shown = [b for b in TABLE2 if b != "mmhal" and any(b == bench for _, bench, _ in scores)]
     bars = {}  # label -> (scores, their standard errors)
     for name in ("InternVL2-8B", "InternVL2-8B-MPO"):
-        paper = dict(zip(TABLE2, PAPER_TABLE2[name]))
-        bars[f"paper {name}"] = [paper[b] for b in shown], None
+        bars[f"paper {name}"] = [PAPER["table2"][name][b] for b in shown], None
     for model, setting in dict.fromkeys((model, setting) for model, _, setting in scores):
         ours = [scores.get((model, b, setting), {}) for b in shown]
         bars[f"{model} {setting}"] = [[s.get(k) for s in ours] for k in ("score", "standard_error")]

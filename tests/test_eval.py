@@ -18,7 +18,7 @@ from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal,
 from benchmarks import object_halbench as halbench
 from benchmarks.common import Reading, Reply, final_answer
 from eval import BENCHMARKS, Generate, Judge, Report, Score
-from runtime import InputError, run
+from runtime import InputError, run, try_lock
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -654,6 +654,15 @@ def test_a_stopped_run_resumes_with_any_number_of_processes(world, monkeypatch, 
     loads = generator.loads
     as_rank(monkeypatch, 0, 1, asked(world, "stopped", cot=True))
     assert generator.loads == loads  # nothing left to do: no model is loaded
+
+
+def test_two_runs_never_write_one_folder_at_a_time(world):
+    (world / "one").mkdir()
+    with open(world / "one/.lock-0", "wb") as lock:
+        assert try_lock(lock, 0)  # as the other run holds it
+        with pytest.raises(InputError, match="another run works there"):
+            evaluation.generate(asked(world, "one"))
+    assert evaluation.generate(asked(world, "one")) == world / "one"
 
 
 def test_other_settings_in_a_folder_are_refused_by_name(world):
