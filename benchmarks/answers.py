@@ -314,9 +314,22 @@ _WORDING = Rules(
         r"|^(?:正确|最终)?答案[是为:]+\s*"
         r"|^(?:it|this|that|they|these|those|there)(?:'s|'re| is| are| was| were) (?!not\b|no\b)"
         r"|^(?:the|its|their) (?:(?!not\b|no\b)[a-z]+ ){1,5}(?:is|are|equals) (?=[^a-z]*[0-9])"
-        r"|^(?:option|choice) (?=[0-9]+$)",
+        r"|^(?:option|choice) (?=[0-9]+$)"
+        r"|^(?:in )?(?:the year )?(?=[12][0-9]{3}$)"
+        r"| is (?:the )?(?:correct|right|best)?(?: ?(?:answer|option|choice))?$"
+        r"|^(?:Δ|△|triangle) ?(?=(?-i:[A-Z]{3})$)",
         "",
     ),
+    (r"(?:∠|\bangle) *(?=(?-i:[A-Z]))", "∠"),
+    (
+        r"^(?:(yes)|(no)), \w+ (?:is|are|was|were|do|does|did|has|have|can)(?(1)|(?: not|n't))$",
+        r"\1\2",
+    ),
+    (r"^(?:minus|negative) +(?=[0-9])", "-"),
+    (r"^([0-9]+) (?:out of|in) ([0-9]+)$", r"\1/\2"),
+    (r"\bhalf past ([0-9]+)\b", r"\1:30"),
+    (r"\bquarter past ([0-9]+)\b", r"\1:15"),
+    (r"^(?:12 )?(?:(noon)|midnight)$", lambda match: "12 pm" if match[1] else "12 am"),
     (r"^(?:about|around|approximately|approx\.?|roughly|exactly)\s+(?=[^\s]*[0-9])", ""),
     (r"^no (?:real )?solutions?$|^(?:the )?empty set$|^\{ ?\}$", "∅"),
     (r"^\{\s*\w+\s*[|:]\s*(.+)\}$", r"\1"),  # {x | x > 3}
@@ -330,9 +343,12 @@ _WORDING = Rules(
     (r"(?<=[0-9a-z]) by (?=[0-9])", " * "),
     (r"\bper ?cent(?:age points?)?\b", "percent"),
     (r"(?<=[0-9][0-9])p$", " pence"),
-    (r"\ban? (?=dozen|million|billion)", "1 "),
-    (r"\b([0-9]+) and (?:a|1) half\b", r"(\1+1/2)"),
     (r"^(?:a |1 )?half (?:of )?(?:an? )?(?=\S)|^(?:a )?half$", "1/2 "),
+    (r"\ban? (?=dozen|million|billion)", "1 "),
+    (
+        r"\b([0-9]+) and (?:a|1) (half|third|quarter)\b",
+        lambda match: f"({match[1]}+1/{_PART_OF[match[2].lower()]})",
+    ),
     (
         rf"\b([0-9]+)[ -]({'|'.join(_PART_OF)})s?\b",
         lambda match: f"{match[1]}/{_PART_OF[match[2].lower()]}",
@@ -575,8 +591,9 @@ def same_answer(pred: str, gold: str) -> bool:
 
 def _same_plain(pred: str, gold: str) -> bool:
     theirs = read_options(gold, strict=True)
-    if not theirs and re.fullmatch("[A-H]+", gold) and re.fullmatch("[A-H]+", pred):
-        pred, gold, theirs = gold, pred, read_options(pred, strict=True)  # AB is also BA
+    if not theirs and re.fullmatch("[A-H]{2,}", gold) and len(set(gold)) == len(gold):
+        letters = read_options(pred, strict=True)  # BA is a word, beside AB or A and B options
+        theirs = letters if letters and letters.letters == set(gold) else None
     if theirs and (ours := read_options(pred)):
         return ours.letters == theirs.letters
     if theirs and theirs.text:  # the gold is "B. dog"
@@ -681,7 +698,8 @@ def _as_interval(relation: Relation, other: Any) -> Items | None:
 _LEAD_WORDS = (
     "the my so thus hence therefore then correct right best final true most appropriate "
     "definitely clearly probably likely answers? ans options? choices? letters? is are it's it its "
-    "that this would will must should be i'd i'll i we choose chose chosen select selected pick "
+    "figure graph image picture diagram item statement that this would will must should be "
+    " i'd i'll i we choose chose chosen select selected pick "
     "picked think believe say go going with conclude which both only to"
 )
 _LEAD = re.compile(
@@ -752,12 +770,14 @@ _JOINED_WORDS = re.compile(r"(?<=[^\W\d_]{2})(?:\s+-\s+|\s*/\s*)(?=[^\W\d_]{2})"
 _PUNCTUATION = re.compile(r"[;\[\]\"{}()_\-@`,?!&、。，；「」《》]")
 
 
+_SUBSCRIPT = re.compile(r"(?<=[^\W\d])_(?:\{(\w+)\}|(?=\w))")  # CO_2 is also CO2
 _ACCENTS = re.compile("(?<=[a-z])[\u0300-\u036f]")
 
 
 def _same_wording(pred: str, gold: str) -> bool:
     """EvalAI's wording; anything with signs or operators letter by letter."""
     pred, gold = (_JOINED_WORDS.sub(" ", text) for text in (pred, gold))
+    pred, gold = (_SUBSCRIPT.sub(r"\1", text) for text in (pred, gold))
     exact = _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold)
     pred, gold = pred.lower(), gold.lower()
     if exact:
@@ -945,6 +965,8 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         if len(option.letters) == 1 and re.search(rf"\b{min(option.letters)}\b", answer):
             return True
     have, want = _tokens(answer), _tokens(option.text if option else gold)
+    if len(have) > 1 and isinstance(have[0], Fraction) and set(have) < set(want):
+        return True  # 3 slices of 3 slices of pizza
     n = len(want)
     if n and any(have[i : i + n] == want for i in range(len(have) - n + 1)):
         return True

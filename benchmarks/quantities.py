@@ -398,6 +398,7 @@ _UNIT_SPELLINGS = Rules(
     (r"\b(?:square[ -]|sq\b[. ]*)\s*(\S+)", r"\1^2"),
     (r"\b(?:cubic[ -]|cu\b[. ]*)\s*(\S+)", r"\1^3"),
     (r"μ (?=m)", "μ"),
+    (r"\bmm hg\b", "mmHg"),
     (r"(?<=[a-z])-(?=[1-9]\b)", "^-"),
     (r"\bms(?=\^-)", "m s"),  # no one means per millisecond
     flags=re.IGNORECASE,
@@ -505,7 +506,7 @@ _CURRENCY = re.compile(
     r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|[A-Z][A-Za-z]{1,2}\.?)\s*([+-]?)\s*(?=[0-9.])"
 )
 _UNIT_START = re.compile(
-    r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩]|/\s?[A-Za-z]{3})"
+    r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩]|/\s?[A-Za-z])"
 )
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
@@ -529,7 +530,10 @@ def read_quantity(text: str) -> Quantity | None:
         apart = gap or tail > "\u3400"  # Chinese measure words need no blank
         product = not apart and len(tail) == 1 and tail not in _GLUED  # 2x
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
-        if product or angle or word in ("st", "nd", "rd", "th"):
+        decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
+        if product or angle or decade or word in ("st", "nd", "rd", "th"):
+            continue
+        if tail[:1] == "/" and not sign and len(word) < 4:  # 2/h
             continue
         invented = bool(sign) or (apart or len(tail) > 3) and tail[:1] != "/"
         unit = read_unit(f"{sign} {tail}", invented) if sign or tail else None

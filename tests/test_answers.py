@@ -1,7 +1,7 @@
 """Final answers: parsing, the kinds of answers, official modes, mathematics, ambiguity, cutting.
 
 Tables: golden/answers.json (official cases), golden/judge.jsonl (found by use) and
-golden/judge_siblings.txt (same or different, answer, gold: our own siblings of each kind).
+golden/judge_siblings.txt (same, different or ambiguous; answer; gold: our own siblings of each kind).
 """
 
 import json
@@ -273,9 +273,9 @@ def siblings():
 
 @pytest.mark.parametrize("kind, rows", siblings().items())
 def test_siblings_are_judged_right(kind, rows):
-    verdicts = {True: "same", False: "different"}
     for want, pred, gold in rows:
-        assert verdicts[answers.is_correct(pred, gold, STANDARD)] == want, (pred, gold)
+        assert answers.is_correct(pred, gold, STANDARD) == (want == "same"), (pred, gold)
+        assert want != "ambiguous" or answers.is_ambiguous(pred, gold), (pred, gold)
 
 
 ALL_DIFFERENT = r"""
