@@ -30,9 +30,11 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from benchmarks.quantities import (
+    CARDINALS,
     FUNCTIONS,
     GREEK,
     MAX_EXPRESSION,
+    NUMBER_OF,
     SPELLINGS,
     Expression,
     Quantity,
@@ -45,6 +47,7 @@ from benchmarks.quantities import (
     read_quantity,
     read_sum,
     same_quantity,
+    sections,
 )
 from runtime import InputError
 
@@ -52,45 +55,9 @@ MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold 
 
 # --------------------------------------------------------------------------- prompts
 
-
-def _steps(first: str) -> str:
-    return (
-        f"Your task is to answer the question below. {first}, and when you're ready to answer, "
-        'please use the format "Final answer: .."\n\nQuestion:\n\n{question}'
-    )
-
-
-_THINK = (
-    "First think the question through step by step between <think> and </think>. After a line "
-    "break give a short, direct answer that does not refer to the thinking.\n"
-)
 # What a response is asked for decides how it is read below.  "en" is the wording of the official
 # script and of the benchmarks; the paper does not publish its three special prompts (section 4.2).
-PROMPTS = {
-    "none": "{question}",
-    "direct": "{question}\nAnswer the question using a single word or phrase.",
-    "en": _steps("Give step by step reasoning before you answer"),
-    "en_bg": _steps(
-        "First state the background knowledge that the question needs, then give step by step "
-        "reasoning that uses it"
-    ),
-    "en_vis": _steps(
-        "First describe what the picture shows, then give step by step reasoning on that basis"
-    ),
-    "en_ground": _steps(
-        "Give step by step reasoning before you answer, tie every object that you name to its "
-        "region as <ref>object</ref><box>[[x1, y1, x2, y2]]</box> with coordinates from 0 to 1000"
-    ),
-    "zh": "你的任务是回答以下问题。请在回答之前逐步推理，准备好回答时，请使用以下格式："
-    '"答案: ..."\n\n问题:\n\n{question}',
-    "en_v2": "{question}\nAnswer the question above step by step. The last line of your response "
-    "must read 'Answer: \\boxed{...}' (without quotes) with your conclusion in the box. If you are "
-    "unsure, make a reasoned guess; do not repeat steps endlessly.",
-    "zh_v2": "{question}\n请逐步推理并回答上述问题。回答的最后一行应为“答案：\\boxed{...}”，"
-    "方框内是你的结论。如果不确定，请做出合理的猜测，不要无休止地重复步骤。",
-    "en_r1": _THINK + "{question}\nPut the final answer within \\boxed{}.",
-    "zh_r1": _THINK + "{question}\n请详细回答这个问题，并将最终答案放在\\boxed{}中。",
-}
+PROMPTS = sections("prompts.txt")
 _SHORT_ANSWER = re.compile(
     r"\s*(?:answer the question using a single word or phrase\.?"
     r"|answer with the option's letter from the given choices directly\.?"
@@ -112,17 +79,7 @@ _TRIGGERS = {  # on lower-cased text: a literal start passes megabytes quickly, 
     "final": re.compile(r"final[ \t]{1,4}answer[*_ \t]{0,8}[:：]"),
     "答案": re.compile(r"答案[*_ \t]{0,8}[:：]"),
 }
-_EMPHASIS = Rules(  # marks come off with their partners
-    (r"(?<![\w)*])(\*\*\*?)(?=[^\s*])([^*]+)(?<=[^\s*])\1(?!\*)", r"\2"),  # not 9**9**9
-    (r"(?<![\w)*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])", r"\1"),
-    (r"(?<![\w_])__(?=[^\s_])([^_]+)__(?!_)|(?<![\w_])_(?=[^\s_])([^_]+)_(?!\w)", r"\1\2"),
-    (r"`([^`]+)`|^'([^']+)'$|^\"([^\"]+)\"$|^“([^”]+)”$", r"\1\2\3\4"),
-    (r"^「([^」]+)」$|^『([^』]+)』$|^«([^»]+)»$", r"\1\2\3"),
-    (r"^(?:#{1,6}|>) | #{1,6}$", ""),
-    (r"^(?:‘([^’]+)’|【([^】]+)】|\((\0[^()]+)\)|\[(\0[^\[\]]+)\])$", r"\1\2\3\4"),
-    flags=re.DOTALL,
-    needs="*_`'\"#>([",
-)
+_EMPHASIS = Rules("emphasis", needs="*_`'\"#>([")
 
 
 @dataclass(frozen=True)
@@ -281,106 +238,16 @@ _INVISIBLE = re.compile(
 )
 _SUPERSCRIPT = re.compile("[⁺⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _VULGAR_FRACTION = re.compile("([0-9]?)([¼-¾⅐-⅞])")
-_IN_BRACES = "[^{}]*"
-for _ in range(4):  # levels of braces
-    _IN_BRACES = rf"(?:[^{{}}]|\{{{_IN_BRACES}\}})*"
-_MARKUP = Rules(
-    (r"<(b|i|u|em|strong|code|mark|span|answer|p)>([^<>]*)</\1>", r"\2"),
-    (r"<sup>([^<>]*)</sup>", r"^{\1}"),
-    (r"^</\w{1,9}>|</\w{1,9}>$", ""),  # opened before the trigger
-    (r"<br ?/?>|\\\\$", " "),
-    (r"\\\(((?:[^\\]|\\[^()])*)\\\)|\\\[((?:[^\\]|\\[^][])*)\\\]", r" \1\2 "),
-    (r"(?<!\\)\$\$([^$]+)\$\$|^\$([^$]+)\$$", r" \1\2 "),
-    (r"(?<![\\$])\$(?=[^\s$])((?:[^$\\]|\\.)*)(?<!\s)\$(?![0-9$])", r"\1"),  # not $5, $6
-    (  # words in mathematics
-        r"\\(?:text(?:bf|it|rm|sf|tt|up)?|math(?:rm|bf|it|sf|bb|tt)|boldsymbol|bm|[mf]?box|boxed|emph"
-        rf"|underline|operatorname\*?|textcolor\{{\w+\}}) ?\{{({_IN_BRACES})\}}",
-        r" \1 ",
-    ),
-    flags=re.DOTALL,
-    needs="\\$<",
-)
-_PARTS = "half third quarter fourth fifth sixth seventh eighth ninth tenth".split()
-_PART_OF = dict(zip(_PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10))) | {"halve": 2}
-_ORDINALS = "zeroth first second third fourth fifth sixth seventh eighth ninth tenth".split()
-_MONTH = (
-    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
-    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
-)
-_WORDING = Rules(
-    (
-        r"^(?:(?:so|thus|hence|therefore|the|my|correct|right|best|final)\b,?\s*){0,4}"
-        r"(?:answer|ans|result)(?:\s+(?:is|would be)\b\s*:?|\s*[:=])\s*"
-        r"|^(?:正确|最终)?答案[是为:]+\s*"
-        r"|^(?:it|this|that|they|these|those|there)(?:'s|'re| is| are| was| were) (?!not\b|no\b)"
-        r"|^(?:the|its|their) (?:(?!not\b|no\b)[a-z]+ ){1,5}(?:is|are|equals) (?=[^a-z]*[0-9])"
-        r"|^(?:option|choice) (?=[0-9]+$)"
-        r"|^(?:in )?(?:the year )?(?=[12][0-9]{3}$)"
-        r"| is (?:the )?(?:correct|right|best)?(?: ?(?:answer|option|choice))?$"
-        r"|^(?:Δ|△|triangle) ?(?=(?-i:[A-Z]{3})$)",
-        "",
-    ),
-    (r"(?:∠|\bangle) *(?=(?-i:[A-Z]))", "∠"),
-    (
-        r"^(?:(yes)|(no)), \w+ (?:is|are|was|were|do|does|did|has|have|can)(?(1)|(?: not|n't))$",
-        r"\1\2",
-    ),
-    (r"^(?:minus|negative) +(?=[0-9])", "-"),
-    (r"^([0-9]+) (?:out of|in) ([0-9]+)$", r"\1/\2"),
-    (r"\bhalf past ([0-9]+)\b", r"\1:30"),
-    (r"\bquarter past ([0-9]+)\b", r"\1:15"),
-    (r"^(?:12 )?(?:(noon)|midnight)$", lambda match: "12 pm" if match[1] else "12 am"),
-    (r"^(?:about|around|approximately|approx\.?|roughly|exactly)\s+(?=[^\s]*[0-9])", ""),
-    (r"^no (?:real )?solutions?$|^(?:the )?empty set$|^\{ ?\}$", "∅"),
-    (r"^\{\s*\w+\s*[|:]\s*(.+)\}$", r"\1"),  # {x | x > 3}
-    (r"^((?-i:[A-Z]))\s?(\([^()]*,[^()]*\))$", r"\1=\2"),  # A(1, 2)
-    (r"^f\(x\)\s*=", "y="),
-    (r"\b(squ|cub)(?:are|e)[ -]root (?:of )?", lambda match: {"s": "√", "c": "∛"}[match[1][0]]),
-    (r"\b([0-9]{1,2}) o'clock\b", r"\1:00"),
-    (r"(?<=[0-9])(?::00)?\s*([ap])\.?m\b\.?", r" \1m"),  # 11:00 a.m.
-    (r"^(?:from\s+)?([0-9.]+)\s+(?:to|through|until)\s+([0-9.]+)\b", r"\1–\2"),  # a range
-    (r"^between\s+([0-9.]+)\s+and\s+([0-9.]+)\b", r"\1–\2"),
-    (r"(?<=[0-9a-z]) by (?=[0-9])", " * "),
-    (r"\bper ?cent(?:age points?)?\b", "percent"),
-    (r"(?<=[0-9][0-9])p$", " pence"),
-    (r"^(?:a |1 )?half (?:of )?(?:an? )?(?=\S)|^(?:a )?half$", "1/2 "),
-    (r"\ban? (?=dozen|million|billion)", "1 "),
-    (
-        r"\b([0-9]+) and (?:a|1) (half|third|quarter)\b",
-        lambda match: f"({match[1]}+1/{_PART_OF[match[2].lower()]})",
-    ),
-    (
-        rf"\b([0-9]+)[ -]({'|'.join(_PART_OF)})s?\b",
-        lambda match: f"{match[1]}/{_PART_OF[match[2].lower()]}",
-    ),
-    (
-        rf"^(?:the )?({'|'.join(_ORDINALS)})\b|\b({'|'.join(_ORDINALS[3:])})\b",
-        lambda match: (
-            f"{(n := _ORDINALS.index((match[1] or match[2]).lower()))}"
-            + {1: "st", 2: "nd", 3: "rd"}.get(n, "th")
-        ),
-    ),
-    (rf"\b([0-9]{{1,2}})(?:st|nd|rd|th)? (?:of )?({_MONTH})", r"\2 \1"),  # 5 January
-    (rf"\b{_MONTH}(?=,? [0-9]|$)", lambda match: match[0][:3]),
-    (r"\b([a-z]{3} [0-9]{1,2})(?:st|nd|rd|th)\b", r"\1"),
-    flags=re.IGNORECASE,
-)
+_MARKUP = Rules("markup", needs="\\$<")
+_WORDING = Rules("wording", re.IGNORECASE)
 _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
     r"(?<![\w.,/'])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}"
     r"|[0-9]{1,3}(?: [0-9]{3})+|[0-9]{1,3}(?:\.[0-9]{3}){2,}|[0-9]{1,3}(?:'[0-9]{3})+)"
     r"(?![0-9'/]|[, ][0-9])"
 )
-_WORD_VALUE = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy "
-        "eighty ninety hundred thousand".split(),
-        (*range(20), *range(20, 100, 10), 100, 1000),
-    )
-)
 _NUMBER_WORDS = re.compile(
-    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(_WORD_VALUE)})"
-    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(_WORD_VALUE)}))*(?!\w|-(?!{'|'.join(_PART_OF)}))",
+    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(CARDINALS)})"
+    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(CARDINALS)}))*(?!\w|-(?!{'|'.join(NUMBER_OF)}))",
     re.IGNORECASE,
 )
 
@@ -430,8 +297,8 @@ def _in_digits(match: re.Match) -> str:
     """twenty-five -> 25; words that are no number together (one two) one by one."""
     text = match[0].lower()
     total = current = 0
-    for word in re.findall(rf"\b(?:{'|'.join(_WORD_VALUE)})\b", text):
-        value = _WORD_VALUE[word]
+    for word in re.findall(rf"\b(?:{'|'.join(CARDINALS)})\b", text):
+        value = NUMBER_OF[word]
         if value == 1000:
             total, current = total + (current or 1) * value, 0
         elif value == 100:
@@ -439,7 +306,7 @@ def _in_digits(match: re.Match) -> str:
         else:
             room = 10 if value < 10 and current % 100 != 10 else 100
             if current % room or (value == 0 and total + current):
-                return re.sub("[a-z]+", lambda m: str(_WORD_VALUE.get(m[0], m[0])), text)
+                return re.sub("[a-z]+", lambda m: str(NUMBER_OF.get(m[0], m[0])), text)
             current += value
     return str(total + current)
 
@@ -855,7 +722,7 @@ def edit_distance(a: str, b: str) -> int:
     return distance
 
 
-_LARGE_WORD = re.compile(rf"\b(?:{'|'.join(list(_WORD_VALUE)[11:])})")
+_LARGE_WORD = re.compile(rf"\b(?:{'|'.join(CARDINALS[11:])})")
 MODES: dict[str, Callable[[str, str], bool]] = {
     # the paper's default modes differ in their faults alone: each of them asks for the one judge
     **dict.fromkeys(

@@ -19,6 +19,7 @@ import re
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +30,40 @@ MAX_BITS = 4096  # of an exact power; a larger one is computed as a float, which
 # --------------------------------------------------------------------------- spelling
 
 
-class Rules:
-    """Replacements in order; ASCII text without any of the characters `needs` stays as it is."""
+def table(name: str) -> list[list[str]]:
+    """The lines of a table beside this file as words, without comments."""
+    lines = (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines()
+    return [line.split() for line in lines if line and line[0] != "#"]
 
-    def __init__(self, *pairs: tuple[str, str | Callable], flags: int = 0, needs: str = "") -> None:
-        self.pairs = [(re.compile(pattern, flags), new) for pattern, new in pairs]
-        self.needs = frozenset(needs)
+
+def sections(name: str) -> dict[str, str]:
+    """[section] -> its text, of a file beside this one."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    _, *parts = re.split(r"^\[(\w+)\]\n", text, flags=re.MULTILINE)
+    return {name: part.strip("\n") for name, part in zip(parts[::2], parts[1::2])}
+
+
+_SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
+GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
+NUMBER_OF = {word: int(number) for number, *words in table("words.txt") for word in words}
+CARDINALS = [words[1] for words in table("words.txt")]
+_REWRITES = sections("rewrites.txt")
+_BRACED = "[^{}]*"
+for _ in range(4):  # levels
+    _BRACED = rf"(?:[^{{}}]|\{{{_BRACED}\}})*"
+
+
+class Rules:
+    """A section of rewrites.txt; ASCII text with none of the characters `needs` stays as it is."""
+
+    def __init__(self, section: str, flags: int = re.DOTALL, needs: str = "") -> None:
+        self.needs, self.pairs = frozenset(needs), []
+        for line in _REWRITES[section].splitlines():
+            pattern, arrow, new = f"{line} ".partition(" => ")
+            if arrow:
+                new = new.rstrip(" ").replace("␣", " ")
+                pattern = re.compile(pattern.replace("BRACED", _BRACED), flags)
+                self.pairs.append((pattern, partial(_named, new) if "@" in new else new))
 
     def apply(self, text: str) -> str:
         if self.needs and self.needs.isdisjoint(text) and text.isascii():
@@ -44,37 +73,14 @@ class Rules:
         return text
 
 
-def table(name: str) -> list[list[str]]:
-    """The lines of a table beside this file as words, without comments."""
-    lines = (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines()
-    return [line.split() for line in lines if line and line[0] != "#"]
+def _named(new: str, match: re.Match) -> str:
+    if new == "@":
+        sign = _SIGNS.get(match[1] or match[0], match[0])
+        return " " if sign == "_" else sign + " " * sign.startswith("\\")
+    return re.sub("@([0-9])", lambda m: str(NUMBER_OF[match[int(m[1])].lower()]), match.expand(new))
 
 
-_SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
-GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
-
-
-def _in_signs(match: re.Match) -> str:
-    sign = _SIGNS.get(match[1] or match[0], match[0])
-    return " " if sign == "_" else sign + " " * sign.startswith("\\")
-
-
-SPELLINGS = Rules(  # LaTeX and typographic signs -> the small alphabet of the readers below
-    (r"\{,\}", ","),
-    (r"(?<=[0-9])\\[,!](?=[0-9]{3})", ""),
-    (r"\\[,!;: ]|~", " "),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", "°"),
-    (r"\\([%$&{}])", r"\1"),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s*([0-9])", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-    (r"\\([A-Za-z]+)|[√∛π÷≈≅∈△]|\+/-|[<>!]=|\*\*", _in_signs),
-    (r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*"),
-    # a whole number in front of a proper fraction is a mixed number
-    (r"(?<![\w.^}/])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}", r"(\1+\2/\3)"),  # noqa: E501
-    (r"(?<![\w.^}/])([0-9]{1,6})\s+([0-9]{1,6})\s*/\s*([0-9]{1,6})(?![\w.])", r"(\1+\2/\3)"),
-    needs="\\*~<>!/xX{+",
-)  # fmt: skip
+SPELLINGS = Rules("spelling", needs="\\*~<>!/xX{+")
 
 # --------------------------------------------------------------------------- expressions
 
@@ -388,21 +394,7 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
 
 # --------------------------------------------------------------------------- units
 
-_UNIT_SPELLINGS = Rules(
-    (r"[{}]|\bdegrees? (?=[cf])", ""),
-    (r"\*", " "),
-    (r"\s*\bper\s+|\s*/\s*(?:a\s+)?", "/"),
-    (r"\s*\^\s*|(?<=[A-Za-zΩμ])(?=[23](?![0-9]))|\s+(?=squared|cubed)", "^"),
-    (r"\bsquared\b", "2"),
-    (r"\bcubed\b", "3"),
-    (r"\b(?:square[ -]|sq\b[. ]*)\s*(\S+)", r"\1^2"),
-    (r"\b(?:cubic[ -]|cu\b[. ]*)\s*(\S+)", r"\1^3"),
-    (r"μ (?=m)", "μ"),
-    (r"\bmm hg\b", "mmHg"),
-    (r"(?<=[a-z])-(?=[1-9]\b)", "^-"),
-    (r"\bms(?=\^-)", "m s"),  # no one means per millisecond
-    flags=re.IGNORECASE,
-)
+_UNIT_SPELLINGS = Rules("units", re.IGNORECASE)
 _UNIT_FACTOR = re.compile(
     r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:[-'.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
 )
@@ -531,7 +523,7 @@ def read_quantity(text: str) -> Quantity | None:
         product = not apart and len(tail) == 1 and tail not in _GLUED  # 2x
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
         decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
-        if product or angle or decade or word in ("st", "nd", "rd", "th"):
+        if product or angle or decade or word == "th":
             continue
         if tail[:1] == "/" and not sign and len(word) < 4:  # 2/h
             continue
