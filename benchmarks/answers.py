@@ -75,10 +75,7 @@ def strip_instruction(question: str) -> str:
 
 # --------------------------------------------------------------------------- responses
 
-_TRIGGERS = {  # on lower-cased text: a literal start passes megabytes quickly, IGNORECASE does not
-    "final": re.compile(r"final[ \t]{1,4}answer[*_ \t]{0,8}[:：]"),
-    "答案": re.compile(r"答案[*_ \t]{0,8}[:：]"),
-}
+_TRIGGER = re.compile(r"(?:final[ \t]{1,4}answer|(?:最终)?答案)[*_ \t]{0,8}[:：]")
 _EMPHASIS = Rules("emphasis", needs="*_`'\"#>([")
 
 
@@ -107,16 +104,13 @@ def parse_response(response: str, prompt_version: str, finish_reason: str | None
 
 
 def _find_triggers(response: str) -> list[tuple[int, int]]:
-    """(start, end) of each trigger, in order; three of a language are enough to know too many."""
+    """(start, end) of the first three triggers: enough to know too many."""
     lower = response.lower()
     if len(lower) != len(response):  # İ becomes two characters
         lower = response.replace("İ", "I").lower()
-    spans = []
-    for word, pattern in _TRIGGERS.items():
-        for match in itertools.islice(pattern.finditer(lower), 3) if word in lower else ():
-            start = match.start()
-            spans.append((start - 2 * lower.endswith("最终", 0, start), match.end()))
-    return sorted(spans)
+    if "final" not in lower and "答案" not in lower:  # passes megabytes quickly
+        return []
+    return [match.span() for match in itertools.islice(_TRIGGER.finditer(lower), 3)]
 
 
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
@@ -562,29 +556,10 @@ def _as_interval(relation: Relation, other: Any) -> Items | None:
 
 
 # --------------------------------------------------------------------------- options and wording
-_LEAD_WORDS = (
-    "the my so thus hence therefore then correct right best final true most appropriate "
-    "definitely clearly probably likely answers? ans options? choices? letters? is are it's it its "
-    "figure graph image picture diagram item statement that this would will must should be "
-    " i'd i'll i we choose chose chosen select selected pick "
-    "picked think believe say go going with conclude which both only to"
-)
-_LEAD = re.compile(
-    rf"(?:(?:{'|'.join(_LEAD_WORDS.split())})\b[\s.,:=-]*"
-    r"|(?:因此|所以|故|正确|最终|的|我|应|该|选择|选项|选|答案|是|为)[\s:]*)+",
-    re.IGNORECASE,
-)
+_LEAD, _OPTION = Rules("lead", re.IGNORECASE), Rules("option")
 _ONE_OPTION = re.compile(  # (C) dog, C. dog, C
     r"(?:[(\[{]\s*([A-N])\s*[)\]}]\s*[.:、]?|([A-N])\s*(?:[.:)、。]|选?项|$))\s*(.*)",
     re.DOTALL | re.IGNORECASE,
-)
-_LOOSE_OPTION = re.compile(  # C - dog, C (dog), C, dog, C because ...; dog (C); ... the answer is C
-    r"\(?([A-N])\)?,?\s(?:because|since|as|for)\b.*"
-    r"|(?!.*(?:\b(?:not|neither|except|wrong|incorrect)\b|n't\b))(?:\(?([A-N])\)?"
-    r"(?:\s-\s|\s\(|,\s(?!(?:and|or)\b|\W?[A-N]\b)|\sis\b).*"
-    r"|.*\s\(([A-N])\)"
-    r"|.*\b(?:answer|option|choice)\b(?:\sis)?\s*:?\s*\W?([A-N])\W?(?:[.,:].*)?)",
-    re.DOTALL,
 )
 _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、和及与]", re.IGNORECASE)
 
@@ -592,9 +567,7 @@ _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、和及与]", re.IGNORECASE)
 @functools.lru_cache(maxsize=8192)
 def read_options(text: str, strict: bool = False) -> Options | None:
     """The option letters A-N that a plain answer clearly names; `strict` for gold answers."""
-    lead = _LEAD.match(text)
-    for body in (text[lead.end() :], text) if lead else (text,):
-        body = body.strip()
+    for body in dict.fromkeys((_LEAD.apply(text), text)):
         if letters := _option_set(body, strict):
             return Options(letters)
         if match := _ONE_OPTION.fullmatch(body):
@@ -603,8 +576,8 @@ def read_options(text: str, strict: bool = False) -> Options | None:
             several = re.match(r"(?:and\b|or\b|[&,/和或]|[(\[][A-N][)\]])", rest)
             if not (rest and initials) and not several:  # not A.M, a:b, (A) or (B)
                 return Options(frozenset((match[1] or match[2]).upper()), rest.strip())
-        if not strict and (match := _LOOSE_OPTION.fullmatch(body)):
-            return Options(frozenset(match[match.lastindex]))
+        if not strict and re.fullmatch("[A-N]", bare := _OPTION.apply(body)):
+            return Options(frozenset(bare))
     return None
 
 
@@ -624,40 +597,25 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     return frozenset(letters) if apart or in_order or not strict else None
 
 
-_CONTRACTED = re.compile(  # don't = dont, but men's and mens differ
-    r"(\w+n)'(t)\b|(\w+)'(re|ve|ll|d|m)\b|\b(it|s?he|that|there|what|wh?ere|when|who|how|why|let)'(s)\b"
-)
 # operators, signs beside digits, brackets around digits: no wording, compared letter by letter
 _NOT_WORDING = re.compile(
     r"[0-9)]!|\b[a-z]!|[0-9]\s*\?|[+*/<>=^\\≤≥≠±|]"
     r"|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
 )
-# between words, not operators: New York - USA, red/blue
-_JOINED_WORDS = re.compile(r"(?<=[^\W\d_]{2})(?:\s+-\s+|\s*/\s*)(?=[^\W\d_]{2})")
-_PUNCTUATION = re.compile(r"[;\[\]\"{}()_\-@`,?!&、。，；「」《》]")
-
-
-_SUBSCRIPT = re.compile(r"(?<=[^\W\d])_(?:\{(\w+)\}|(?=\w))")  # CO_2 is also CO2
-_ACCENTS = re.compile("(?<=[a-z])[\u0300-\u036f]")
+_JOINED, _WORDS = Rules("joined"), Rules("words")
 
 
 def _same_wording(pred: str, gold: str) -> bool:
     """EvalAI's wording; anything with signs or operators letter by letter."""
-    pred, gold = (_JOINED_WORDS.sub(" ", text) for text in (pred, gold))
-    pred, gold = (_SUBSCRIPT.sub(r"\1", text) for text in (pred, gold))
-    exact = _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold)
-    pred, gold = pred.lower(), gold.lower()
-    if exact:
-        return "".join(pred.split()) == "".join(gold.split())
-    words = _wording(pred)
-    return words != [] and words == _wording(gold)
+    pred, gold = _JOINED.apply(pred), _JOINED.apply(gold)
+    if _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold):
+        return "".join(pred.lower().split()) == "".join(gold.lower().split())
+    return _wording(pred) == _wording(gold) != []
 
 
 def _wording(text: str) -> list[str]:
-    """Words without articles, `and`, accents, points and apostrophes of contractions."""
-    text = _ACCENTS.sub("", unicodedata.normalize("NFD", text))
-    text = _CONTRACTED.sub(lambda match: "".join(filter(None, match.groups())), text)
-    words = re.sub(r"\.(?![0-9])", "", _PUNCTUATION.sub(" ", text)).replace("'s", " 's").split()
+    """Words without articles and `and`."""
+    words = _WORDS.apply(unicodedata.normalize("NFD", text.lower())).split()
     if any(len(word) > 1 for word in words):  # "A B" names two options: no articles there
         words = [word for word in words if word not in ("a", "an", "the", "and")]
     return words
