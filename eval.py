@@ -131,7 +131,7 @@ def generate(cfg: Generate) -> Path:
     }
     claim(out, facts, "use another --out")
     with open(out / f".lock-{rank}", "wb") as lock:  # each process of one start has its own
-        if not try_lock(lock, seconds=1):
+        if not try_lock(lock, seconds=0):
             raise InputError(f"{out}: another run works there; wait for it, or use another --out")
         done = answered(out)
         left = [k for k in range(rank, len(items), world) if items[k]["id"] not in done]

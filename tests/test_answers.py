@@ -1,7 +1,7 @@
 """Final answers: parsing, the kinds of answers, official modes, mathematics, ambiguity, cutting.
 
 Tables: golden/answers.json (official cases), golden/judge.jsonl (found by use) and
-golden/judge_siblings.txt (same, different or ambiguous; answer; gold: our own siblings of each kind).
+golden/judge_siblings.txt (same, different or ambiguous; answer; gold: siblings of each kind).
 """
 
 import json

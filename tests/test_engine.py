@@ -16,7 +16,6 @@ from records import read_meta
 from runtime import read_jsonl
 from train import TrainConfig
 
-
 QUESTIONS = 20
 
 
