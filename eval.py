@@ -40,6 +40,7 @@ from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
 from runtime import (
     AppendLog,
     InputError,
+    bar,
     claim,
     fingerprint,
     flag,
@@ -136,9 +137,7 @@ def generate(cfg: Generate) -> Path:
         done = answered(out)
         left = [k for k in range(rank, len(items), world) if items[k]["id"] not in done]
         if left:
-            from tqdm import tqdm  # noqa: PLC0415  (scoring needs none of these)
-
-            from generate import Generator, Prompt  # noqa: PLC0415
+            from generate import Generator, Prompt  # noqa: PLC0415  (scoring needs neither)
 
             log = AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
             prompts = (
@@ -150,7 +149,7 @@ def generate(cfg: Generate) -> Path:
                 cfg.model_dir, temperature=0.0, max_new_tokens=tokens, marks=False
             )
             samples = generator.run(prompts)
-            for s in tqdm(samples, total=len(left), disable=rank > 0, desc=bench.name):
+            for s in bar(samples, total=len(left), desc=bench.name):
                 row = {"id": s.prompt_id, "response": s.text.strip()}
                 log.append(row | {"finish_reason": s.finish_reason, "num_tokens": s.num_tokens})
             log.close()

@@ -36,7 +36,6 @@ if __name__ == "__main__":
     runtime.answer_early(__file__)
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.answers import (
     MODES,
@@ -54,6 +53,7 @@ from records import alone_writing, grouped, new_file, part_files, read_parts, wi
 from runtime import (
     AppendLog,
     InputError,
+    bar,
     claim,
     fingerprint,
     flag,
@@ -294,10 +294,10 @@ def generate_into(
     total = sum(len(prompt.samples) for prompt, _ in requests)
     asked = {prompt.id: about for prompt, about in requests}
     log, generator = open_part(folder), load_generator(cfg)
-    with tqdm(total=total, desc=label, unit="response", disable=rank_and_world()[0] != 0) as bar:
+    with bar(total=total, desc=label, unit="response") as shown:
         for sample in generator.run(prompt for prompt, _ in requests):
             log.append(finish(asked[sample.prompt_id], sample) | sample_cost(sample))
-            bar.update()
+            shown.update()
     log.close()
 
 

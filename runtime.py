@@ -9,6 +9,7 @@ A closed list, never "utils": a thing enters here when two rooms need it.
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
     write_atomic, AppendLog          whole files or none; whole lines or none
     fingerprint, claim, alone_in     which weights; one run a folder; one run at a time
+    bar                              how far a long pass is
     MetricsLog                       one JSON line a step in out_dir/metrics.jsonl, one for the eye
 
 torch is imported only where a process group is made, so that flags are read without it.
@@ -37,7 +38,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from tqdm import tqdm
+
 LOCK_VOTE_SECONDS = 5
+COLUMNS = 80  # of a terminal
+PLAIN_BAR = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 # what other training programs call a flag -> what it is called here
 OTHER_NAMES = {
     "learning_rate": "lr", "warmup_ratio": "warmup", "num_train_epochs": "epochs",
@@ -597,6 +602,25 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+class PlainLines:
+    """A stderr that is no terminal: what a bar draws over and over becomes lines of their own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(items: Iterable | None = None, **options: Any) -> tqdm:
+    """A bar of tqdm on rank 0; in a file or a pipe a plain line, at most one in ten seconds."""
+    options |= {"disable": rank_and_world()[0] != 0, "ncols": COLUMNS}
+    if not sys.stderr.isatty():
+        options |= {"file": PlainLines(), "mininterval": 10, "bar_format": PLAIN_BAR}
+    return tqdm(items, **options)
+
+
 class MetricsLog:
     """One JSON object a step in out_dir/metrics.jsonl, one short line on stderr; silent off rank 0.
 
@@ -612,13 +636,17 @@ class MetricsLog:
             self.log = AppendLog(path)
 
     def __call__(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
-        """Log `metrics` of `step` (1..total); `shown` names the ones for the terminal."""
+        """Log `metrics` of `step` (1..total); of those in `shown` the line has as many as fit."""
         self.rows.append({"step": step, **metrics})
         if self.process.is_main:
             self.log.append(self.rows[-1])
         left = (time.time() - self.start) / (step - self.done) * (self.total - step)
-        words = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        self.process.say(f"step {step}/{self.total} ", *words, f" left {clock(left)}")
+        line, end = f"step {step}/{self.total}", f"  left {clock(left)}"
+        for name in shown:
+            word = f"  {name.split('/')[-1]} {metrics.get(name, math.nan):.4g}"
+            if name in metrics and len(line + word + end) <= COLUMNS:
+                line += word
+        self.process.say(line + end)
 
     def close(self) -> None:
         if self.process.is_main:

@@ -18,12 +18,13 @@ times; BCO's shift is updated once a step, after use, and is part of the checkpo
 why); weight decay spares vectors.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
@@ -40,7 +41,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import losses
 import memory
@@ -57,7 +57,7 @@ from weights import local, named_tensors
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
 PARTS = ("vision_model", "projector", "language_model")
-SHOWN = "loss rewards/margin rewards/accuracy nll lr grad_norm tokens_per_s mfu".split()
+SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ class TrainConfig:
     replicate: int = flag(1, "groups of GPUs with a whole copy each, sharded within (HSDP)", low=1)
     save_every: int = flag(200, "steps between checkpoints", low=1)
     keep: int = flag(2, "checkpoints kept", low=1)
+    tensorboard: bool = flag(False, "metrics also into out_dir/tensorboard; needs tensorboard")
+    wandb: str = flag("", "metrics also into this Weights & Biases project; needs wandb")
     async_save: Literal["auto", "on", "off"] = flag(
         "auto", "write checkpoints while training goes on; auto = beside a GPU"
     )
@@ -166,7 +168,8 @@ class TrainConfig:
 # flags that may differ between a run and its continuation
 FREE_FLAGS = set(
     """out_dir reference_cache save_every keep async_save compile recompute head_rows model_dir
-    replicate gpu_memory plan bench size gpus heldout heldout_every keep_best""".split()
+    replicate gpu_memory plan bench size gpus heldout heldout_every keep_best tensorboard
+    wandb""".split()
 )
 
 
@@ -187,8 +190,8 @@ class Run:
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
     # what a run says about itself: its speed, its memory, its troubles
-    from tools.doctor import Doctor  # noqa: PLC0415
     from tools.plan import Meter  # noqa: PLC0415
+    from tools.track import Tracker  # noqa: PLC0415
 
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
         weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
@@ -216,13 +219,11 @@ def train(cfg: TrainConfig, process: Process) -> None:
             process.say("warning: the learning rate is 0 at every step: nothing will be trained")
         if process.is_main:
             write_atomic(cfg.out_dir / "config.json", runtime.config_json(cfg))
-        background = {"on": True, "off": False, "auto": process.device.type == "cuda"}
-        writer = weights.CheckpointWriter(
-            cfg.out_dir / "checkpoints", cfg.keep, background[cfg.async_save]
-        )
+        background = {"on": True, "off": False}.get(cfg.async_save, process.device.type == "cuda")
+        writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         log = runtime.MetricsLog(cfg.out_dir, process, total, done)
-        doctor = Doctor(log.rows, total, process.say)
+        tracker = Tracker(cfg, log.rows, total, process)
         gradient = whole_step_gradient if losses.whole_step(terms) else step_gradient
 
         for step in prefetch(lambda number: make_step(data, number, process), range(done, total)):
@@ -252,12 +253,13 @@ def train(cfg: TrainConfig, process: Process) -> None:
                 metrics |= score_heldout(run, heldout, hyper)
                 meter.began = time.perf_counter()  # no part of the next step
             log(step.number + 1, metrics, SHOWN)
-            doctor()
+            tracker()
             state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
             if cfg.keep_best and best_row(log.rows) is log.rows[-1]:
                 best_writer.save(step.number + 1, tensors, state)
             if last or stop or (step.number + 1) % cfg.save_every == 0:
                 writer.save(step.number + 1, tensors, state)
+                tracker.draw(last or stop)
             writer.settle()
             if stop and not last:
                 writer.finish()
@@ -556,7 +558,7 @@ class CachedReference:
         )
         policy.eval()
         seen, queue = set(self.logps), []
-        for step in tqdm(range(total), "reference", unit="step", disable=not process.is_main):
+        for step in runtime.bar(range(total), desc="reference", unit="step"):
             for trees in data.plan(step)[0]:
                 keys = {key for tree in trees for key in response_keys(tree)}
                 if not keys <= seen:
@@ -961,9 +963,11 @@ def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:
     run.policy.reshard()
     compare_start(logps, compute_dtype(run.cfg, run.process.device) is torch.bfloat16)
     same = {"reference_chosen": logps.policy_chosen, "reference_rejected": logps.policy_rejected}
+    seen = objective(run.terms, logps, **hyper)[0].mean()
     total, parts = objective(run.terms, replace(logps, **same), **hyper)
     words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
-    return f"start check: rewards are 0 and the loss is {total.mean():.4f} = {words}"
+    expected = f"the expected first loss is {total.mean():.4f} = {words}"
+    return f"start check: rewards are 0, so {expected}; seen {seen:.4f}"
 
 
 def compare_start(logps: PairLogps, bfloat16: bool) -> None:
@@ -998,6 +1002,26 @@ def asked_to_stop() -> bool:
     return not weights.all_of(not _STOP)
 
 
+@contextlib.contextmanager
+def in_group(seed: int) -> Iterator[Process]:
+    """A process of the group, which a signal asks to stop, and whose peers may die."""
+    process = runtime.start_process(seed)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    try:
+        yield process
+        runtime.stop_process()  # not after an error: it would wait for peers in a collective
+    except RuntimeError as error:
+        if process.world > 1 and (
+            isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        ):
+            raise Failure(
+                "another process has died or does not answer; its message says why; the same "
+                "command continues from the newest checkpoint"
+            ) from None
+        raise
+
+
 def main() -> None:
     cfg = runtime.parse_cli(TrainConfig)
     own = []
@@ -1021,26 +1045,13 @@ def main() -> None:
         else:
             run_bench(cfg, config)
         return
-    process = runtime.start_process(cfg.seed)
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
-    try:
+    with in_group(cfg.seed) as process:
         if cfg.loss == "all":
             from tools.sweep import train_rows  # noqa: PLC0415
 
             train_rows(cfg, own, process)
         else:
             train(cfg, process)
-        runtime.stop_process()  # not after an error: it would wait for peers in a collective
-    except RuntimeError as error:
-        if process.world > 1 and (
-            isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        ):
-            raise Failure(
-                "another process has died or does not answer; its message says why; the same "
-                "command continues from the newest checkpoint"
-            ) from None
-        raise
 
 
 if __name__ == "__main__":

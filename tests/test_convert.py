@@ -200,7 +200,7 @@ class Parquet:
 
 def test_images_inside_a_parquet_file_are_written_once_by_what_they_hold(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(convert, "pyarrow", lambda name: Parquet())
+    monkeypatch.setattr(convert, "optional", lambda module, package: Parquet())
     convert.convert(ConvertConfig(input=folder / "rlaifv.parquet", out=folder / "out"))
     [image] = (folder / "out/images").iterdir()
     assert image.suffix == ".png" and image.read_bytes() == (folder / "a.png").read_bytes()
@@ -227,7 +227,11 @@ def status_of(capsys, *argv):
         ("a.jsonl", '{"text": "x"}', "no pair can be kept"),
         ("a.csv", 'question\n"x', "unexpected end of data"),
         ("absent.jsonl", None, "No such file"),
-        *([] if find_spec("pyarrow") else [("a.parquet", "x", "needs pyarrow: pip install")]),
+        *(
+            []
+            if find_spec("pyarrow")
+            else [("a.parquet", "x", "pyarrow is needed for this: pip install")]
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_ends_in_one_line(name, content, message, tmp_path, capsys):

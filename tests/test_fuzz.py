@@ -20,7 +20,7 @@ from paper.report import ReportConfig
 from paper.story import StoryConfig
 from records import read_meta
 from runtime import InputError, parse_cli, parse_json, read_jsonl
-from tools import doctor, export, lab, look, rlaifv
+from tools import convert, doctor, export, lab, look, rlaifv
 from train import TrainConfig
 
 CONFIGS = [
@@ -32,6 +32,7 @@ CONFIGS = [
     ReportConfig,
     doctor.DoctorConfig,
     export.ExportConfig,
+    convert.ConvertConfig,
     lab.LabConfig,
     rlaifv.DivideConfig,
     *(config for config, _ in pairs.COMMANDS.values()),

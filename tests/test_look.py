@@ -114,6 +114,35 @@ def test_stats_stand_beside_the_papers_table(tmp_path, run_look):
     assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "gold"),
+    [
+        ("m3cot_train_extracted_pairs_vqa_correctness_rules", "correctness", "with gold"),
+        ("nlvr2_en_20240910_ov_pairs_vqa_format_rules", "format", "with gold"),
+        ("m3cot_train_extracted_pairs_vqa_direct_rules", "direct", "with gold"),
+        ("gqa_train_en_20240402_extracted_prefix_pair_sr0.0_with_image", "prefix_pair", None),
+        ("RLAIF-V-Dataset_sr0.5_wo_image", "prefix_pair", None),
+        ("own_pairs", "with gold", "with gold"),
+    ],
+)
+def test_the_data_sets_of_mmpr_are_told_by_their_names(name, kind, gold):
+    assert look.pair_kind(name, {"answer_gt": "3"}) == kind
+    assert look.gold_kind(name, {"answer_gt": "3"}) == (gold or "without gold")
+
+
+def test_stats_say_how_a_data_set_was_made_and_how_many_pairs_have_several_images(
+    tmp_path, run_look, monkeypatch
+):
+    monkeypatch.setattr(look, "plot_stats", lambda *_: b"")
+    one = {**GOOD, "answer_gt": "3", "image": "0.png"}
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    meta = write_set(tmp_path, [one, {**one, "image": ["0.png", "0.png"], "rejected": "9"}])
+    meta.write_text(meta.read_text().replace('"a":', '"x_pairs_vqa_direct_rules":'))
+    status, text = run_look("stats", meta)
+    row = next(line.split() for line in text.splitlines() if line.startswith("x_pairs"))
+    assert status == 0 and row[:6] == ["x_pairs_vqa_direct_rules", "/", "none", "direct", "2", "1"]
+
+
 def test_the_page_is_self_contained_escaped_and_marks_where_responses_part():
     record = {"question": EVIL, "chosen": "Same start, right", "rejected": f"Same start, {EVIL}"}
     record |= {"answer_gt": EVIL, "chosen_meta": {"verdict": "correct"}}

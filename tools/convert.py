@@ -12,7 +12,6 @@ listed in `report.json`.  Earlier turns are refused, or written into the questio
 
 import csv
 import hashlib
-import importlib
 import io
 import json
 import re
@@ -36,6 +35,7 @@ from records import JsonLines, PairRecord, check_pair, read_meta
 from runtime import InputError, flag, parse_cli, parse_json, run, write_atomic
 from tokenizer import IMAGE
 from tools.figures import text_table
+from tools.track import optional
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 REFUSED = ("history", "videos", "video", "audios", "audio", "tools", "objects", "rejected_images")
@@ -198,14 +198,6 @@ def written(record: PairRecord, to: str) -> dict:
 # --------------------------------------------------------------------------- files
 
 
-def pyarrow(name: str) -> Any:
-    """A module of pyarrow, which only parquet files need."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise InputError(".parquet needs pyarrow: pip install pyarrow, or give .jsonl") from None
-
-
 def parse_list(text: str, name: object) -> list:
     return parse_json(f'{{"list": {text}}}', name)["list"]
 
@@ -215,7 +207,7 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix == ".jsonl":
         yield from JsonLines(path)
     elif path.suffix == ".parquet":
-        batches = pyarrow("pyarrow.parquet").ParquetFile(path).iter_batches()
+        batches = optional("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches()
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
     elif path.suffix == ".csv":
@@ -242,8 +234,8 @@ def write_file(path: Path, rows: list[dict]) -> None:
     elif path.suffix == ".json":
         write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n")
     elif path.suffix == ".parquet":
-        table = pyarrow("pyarrow").Table.from_pylist(rows)
-        pyarrow("pyarrow.parquet").write_table(table, path)
+        table = optional("pyarrow", "pyarrow").Table.from_pylist(rows)
+        optional("pyarrow.parquet", "pyarrow").write_table(table, path)
     elif path.suffix == ".csv":
         if not all(isinstance(value, str) for value in rows[0].values()):
             raise InputError(f"{path}: messages do not fit into a CSV; pass --to plain")

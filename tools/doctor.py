@@ -200,7 +200,7 @@ def repeated_pairs(case: Case) -> str | None:
     Try: remove them, or lower repeat_time.  Source: arXiv:2107.06499."""
     copies = Counter((r.question, r.images, r.chosen, r.rejected) for r in case.records)
     pairs, again = len(case.records), len(case.records) - len(copies)
-    if again > pairs / 100:
+    if again > pairs / 20:
         return f"{again} of {pairs} pairs are copies; one stands there {max(copies.values())} times"
 
 

@@ -264,14 +264,26 @@ def pair_card(name: str, raw: dict, pictures: list[str]) -> str:
     )
 
 
+# how pairs were made -> words in the names of such data sets, ours and those of MMPR v1.1 and v1.2
+KINDS = {
+    "correctness": "correctness",
+    "format": "format",
+    "direct": "direct_rules",
+    "prefix_pair": r"prefix_pair|_sr\d",  # DropoutNTP, also as ..._sr0.5_wo_image
+    "divide_and_conquer": "divide_and_conquer",
+}
+
+
 def pair_kind(name: str, raw: dict) -> str:
-    """The pipeline that made a pair, by its data set's name, else whether it has a gold answer."""
-    kinds = ("correctness", "format", "prefix_pair", "divide_and_conquer")
-    return next((kind for kind in kinds if kind in name), gold_kind(raw))
+    """How a pair was made, by its data set's name, else whether it has a gold answer."""
+    made = (kind for kind, words in KINDS.items() if re.search(words, name))
+    return next(made, gold_kind(name, raw))
 
 
-def gold_kind(raw: dict) -> str:
-    return "with gold" if "answer_gt" in raw else "without gold"
+def gold_kind(name: str, raw: dict) -> str:
+    """Whether the gold answer made the pair; a prefix pair may have one that it did not need."""
+    prefix = re.search(KINDS["prefix_pair"], name)
+    return "with gold" if "answer_gt" in raw and not prefix else "without gold"
 
 
 def picture(path: Path, size: int, raw: dict) -> str:
@@ -313,6 +325,7 @@ class Group:
     lengths: dict[str, list[int]] = field(default_factory=lambda: {part: [] for part in PARTS})
     counts: Counter = field(default_factory=Counter)
     per_query: Counter = field(default_factory=Counter)
+    kind: str = ""
 
     def add(self, record: PairRecord, raw: dict, lengths: dict[str, int]) -> None:
         for part in PARTS:
@@ -322,6 +335,7 @@ class Group:
         self.counts["pairs"] += 1
         self.counts["chosen longer than rejected"] += lengths["chosen"] > lengths["rejected"]
         self.counts["with a cut-off response"] += any(cut)
+        self.counts["with several images"] += len(record.images) > 1
         self.counts["with a missing image"] += not all(path.is_file() for path in record.images)
         self.per_query[(record.images, raw["question"], str(raw.get("answer_gt")))] += 1
 
@@ -350,15 +364,17 @@ def stats(cfg: StatsConfig) -> None:
             lengths = {part: count(raw[part].replace(IMAGE, "").strip()) for part in PARTS}
             meta = raw.get("chosen_meta")
             version = meta.get("prompt_version") or "none" if isinstance(meta, dict) else "none"
-            for group in (kinds[gold_kind(raw)], sets[f"{data_set.name} / {version}"]):
+            name = f"{data_set.name} / {version}"
+            for group in (kinds[gold_kind(data_set.name, raw)], sets[name]):
                 group.add(record, raw, lengths)
+            sets[name].kind = pair_kind(data_set.name, raw)
     if not kinds:
         raise InputError(f"{cfg.meta}: no pairs")
     out = cfg.out_dir or cfg.meta.parent
     summary = {
         "unit": unit,
         "kinds": {k: v.summary() for k, v in sorted(kinds.items())},
-        "data sets": {k: v.summary() for k, v in sorted(sets.items())},
+        "data sets": {k: v.summary() | {"kind": v.kind} for k, v in sorted(sets.items())},
     }
     write_atomic(out / "stats.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print(stats_text(summary))
@@ -377,11 +393,18 @@ def stats_text(summary: dict) -> str:
         lines += [f"{share}: {ours[share]:.1%}" for share in SHARES]
         lines.append(f"pairs with a missing image: {ours['counts']['with a missing image']}")
         lines.append(f"pairs a question: {ours['pairs_per_query']}")
+    counts = ("pairs", "with several images")
     rows = [
-        (name, ours["counts"]["pairs"], *(ours[part]["mean"] for part in PARTS))
+        (
+            name,
+            ours["kind"],
+            *(ours["counts"][n] for n in counts),
+            *(ours[p]["mean"] for p in PARTS),
+        )
         for name, ours in summary["data sets"].items()
     ]
-    lines.append(text_table(("data set / prompt version", "pairs", *PARTS), rows))
+    header = ("data set / prompt version", "kind", "pairs", "several images", *PARTS)
+    lines.append(text_table(header, rows))
     return "\n".join(lines)
 
 

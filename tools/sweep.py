@@ -1,23 +1,29 @@
-"""Many short runs from one start: the rows of the paper's tables 6 and 7, side by side.
+"""Many short runs from one start, side by side: settings of your choice, or the paper's rows.
 
-    python train.py --config toy/train.json --loss all    every row, one reference cache, one table
+    python tools/sweep.py --config toy/train.json --lr 1e-4,1e-3 --loss mpo,dpo+sft --out_dir sweep
+    python train.py --config toy/train.json --loss all    every row of the paper's tables 6 and 7
 
-Each row is an ordinary run of train.py in out_dir/ROW and continues where it stopped.
+Takes the flags of train.py; a flag with several values, separated by commas, is run with each of
+them, several such flags in every combination.  Each run is an ordinary one of train.py in a folder
+of out_dir and continues where it stopped; they share one reference cache, and end in one table and
+one picture.
 """
 
-import math
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime
 from config import load_config
 from losses import parse_objective
-from runtime import Process, read_whole_lines, write_atomic
-from tools.figures import new_figure, png, text_table
-from train import TrainConfig, open_data, train, with_recipe
+from runtime import InputError, Process, parse_cli, read_whole_lines, write_atomic
+from tools.figures import curve_panels, png, text_table
+from tools.mine import register_file
+from train import TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
 
 # Tables 6 and 7 of the paper.  It gives beta 0.1 and nothing else per row: label smoothing 0.1 for
 # cDPO and RobustDPO, and TR-DPO's period and mix (TRL 0.10's), are our choice.
@@ -40,55 +46,97 @@ ROWS: dict[str, dict[str, Any]] = {
     "AOT+": {"loss": "aot+sft"},
     "MPO": {"loss": "mpo"},
 }
-COLUMNS = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nll".split()
+SHOWN = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nll".split()
+SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
 
 
 def train_rows(cfg: TrainConfig, own: list[str], process: Process) -> None:
-    """Every row, and every objective of the user's `own`; a table and a PNG of the curves."""
+    """Every row of the paper, and every objective of the user's `own`."""
     cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
     total = open_data(replace(cfg, loss="dpo"), parse_objective("dpo"), process).steps_per_epoch
-    total = min(total * cfg.epochs, cfg.max_steps or math.inf)
-    curves: dict[str, list[dict]] = {}
+    total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
+    runs = {}
     for name, flags in (ROWS | {name: {"loss": name} for name in own}).items():
         flags = dict(flags)
         if (every := flags.get("reference_update_every", 0)) > total:
             flags["reference_update_every"] = max(1, total // 4)
             process.say(f"{name}: updates every {total // 4} steps, since {every} would never come")
-        row = replace(cfg, out_dir=cfg.out_dir / name, reference_cache=cfg.cache_folder, **flags)
-        process.say(f"=== {name}: --loss {row.loss}")
-        train(row, process)
-        curves[name] = read_whole_lines(row.out_dir / "metrics.jsonl")[0]
+        runs[name] = replace(cfg, out_dir=cfg.out_dir / name, **flags)
+    train_all(runs, cfg, process)
+
+
+def combinations(argv: list[str]) -> dict[str, list[str]]:
+    """Name of each run -> its flags, from flags of which some have several values."""
+    fixed, swept, words = [], [], list(argv)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        flags = [f"{name}={one.strip()}" if one else name for one in value.split(",")]
+        fixed += flags if len(flags) == 1 else []
+        swept += [flags] if len(flags) > 1 else []
+    # a folder's name has no asterisk
+    return {
+        ",".join(flag.lstrip("-") for flag in flags).replace("*", "x"): [*fixed, *flags]
+        for flags in product(*swept)
+    }
+
+
+def train_all(runs: dict[str, TrainConfig], base: TrainConfig, process: Process) -> None:
+    """Every run with the reference cache of `base`; a table and a PNG of the curves."""
+    curves: dict[str, list[dict]] = {}
+    for name, cfg in runs.items():
+        process.say(f"=== {name}: --loss {cfg.loss}")
+        train(replace(cfg, reference_cache=base.cache_folder), process)
+        if asked_to_stop():
+            return
+        curves[name] = read_whole_lines(cfg.out_dir / "metrics.jsonl")[0]
     if process.is_main:
         print(table_of_rows(curves))
-        write_atomic(cfg.out_dir / "rows.png", draw_rows(curves))
-        process.say(f"curves: {cfg.out_dir / 'rows.png'}")
+        write_atomic(base.out_dir / "rows.png", draw_rows(curves))
+        process.say(f"curves: {base.out_dir / 'rows.png'}")
 
 
 def table_of_rows(curves: dict[str, list[dict]]) -> str:
     """Metrics of the last step, one line a row; - where a row has no such number."""
-    rows = []
-    for name, curve in curves.items():
-        cells = [curve[-1].get(column) for column in COLUMNS]
-        rows.append([name, *("-" if cell is None else f"{cell:.3f}" for cell in cells)])
-    return text_table(["row", *(column.split("/")[-1] for column in COLUMNS)], rows)
+    last = {name: curve[-1] for name, curve in curves.items()}
+    columns = [column for column in SHOWN if any(column in row for row in last.values())]
+    rows = [
+        [name, *(f"{row[column]:.3f}" if column in row else "-" for column in columns)]
+        for name, row in last.items()
+    ]
+    titles = [column.replace("rewards/", "").replace("heldout/", "held-out ") for column in columns]
+    return text_table(["row", *titles], rows)
 
 
 def draw_rows(curves: dict[str, list[dict]]) -> bytes:
     """PNG: a panel a metric, a line a row, each row's name at the line's end."""
-    figure, axes = new_figure(2, 2, 7, 4.5, sharex=True)
-    shown = ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
-    for axis, metric in zip(axes.flat, shown):
-        for number, (name, curve) in enumerate(curves.items()):
-            points = [(row["step"], row[metric]) for row in curve if metric in row]
-            if points:
-                dashes = ("-", "--", ":")[number // 10 % 3]
-                axis.plot(*zip(*points), dashes, color=f"C{number % 10}", label=name, linewidth=1.3)
-                axis.annotate(name, points[-1], fontsize=6, color=f"C{number % 10}")
-        axis.set_title(metric)
-        axis.grid(alpha=0.3)
-        if metric != "rewards/accuracy":
-            axis.set_yscale("symlog", linthresh=1)
-    axes[0, 0].legend(fontsize=7, ncol=3)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    return png(figure)
+    panels = {
+        metric: {
+            name: [{row["step"]: row[metric] for row in curve if metric in row}]
+            for name, curve in curves.items()
+            if metric in curve[-1]
+        }
+        for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
+    }
+    return png(curve_panels({k: v for k, v in panels.items() if v}, 2, x_label="step"))
+
+
+def main() -> None:
+    runs = combinations(sys.argv[1:])
+    parsed = {name: parse_cli(TrainConfig, argv) for name, argv in runs.items()}
+    base = next(iter(parsed.values()))
+    if base.mine:
+        register_file(base.mine)
+    if len(parsed) < 2:
+        raise InputError("nothing to compare; give a flag several values, as --lr 1e-4,1e-3")
+    for cfg in parsed.values():
+        parse_objective(cfg.loss)  # a typing mistake is told before anything is started
+    with in_group(base.seed) as process:
+        folders = {name: base.out_dir / name for name in parsed}
+        runs = {name: replace(cfg, out_dir=folders[name]) for name, cfg in parsed.items()}
+        train_all(runs, base, process)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,108 @@
+"""Runs of several settings side by side; a run's curves and the programs its metrics go to."""
+
+import sys
+
+import pytest
+
+import train
+from runtime import MetricsLog, Process, bar, read_jsonl, run
+from tools import sweep, track
+from toy import write_world
+
+
+def test_flags_with_several_values_are_run_in_every_combination():
+    argv = "--config=a.json --lr 1e-4,1e-3 --loss=mpo,0.5*dpo+sft --mine m.py --no-compile".split()
+    runs = sweep.combinations(argv)
+    assert list(runs) == [
+        "lr=1e-4,loss=mpo", "lr=1e-4,loss=0.5xdpo+sft",
+        "lr=1e-3,loss=mpo", "lr=1e-3,loss=0.5xdpo+sft",
+    ]  # fmt: skip
+    fixed = ["--config=a.json", "--mine=m.py", "--no-compile"]
+    assert runs["lr=1e-3,loss=0.5xdpo+sft"] == [*fixed, "--lr=1e-3", "--loss=0.5*dpo+sft"]
+
+
+def sweep_here(monkeypatch, capsys, *argv):
+    """(exit status, stdout) of tools/sweep.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, argv)])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    try:
+        run(sweep.main)
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().out
+
+
+def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path, 8, 0)
+    (tmp_path / "own.py").write_text("def low(logps):\n    return -logps.policy_chosen / 9\n")
+    flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=2", "--warmup=0"]
+    flags += [f"--out_dir={tmp_path / 'sweep'}", f"--mine={tmp_path / 'own.py'}"]
+    swept = ["--lr", "1e-4,1e-3", "--loss", "mpo,low"]
+    status, table = sweep_here(monkeypatch, capsys, *flags, *swept)
+    names = list(sweep.combinations(swept))
+    assert status == 0 and [line.split()[0] for line in table.splitlines()] == ["row", *names]
+    assert (tmp_path / "sweep/rows.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "sweep").rglob("part-*.jsonl"))) == 1
+    losses = [row["loss"] for _, row in read_jsonl(tmp_path / "sweep" / names[0] / "metrics.jsonl")]
+    assert len(losses) == 2
+    before = {p: p.read_bytes() for p in (tmp_path / "sweep").rglob("metrics.jsonl")}
+    assert sweep_here(monkeypatch, capsys, *flags, *swept) == (0, table)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "sweep").rglob("metrics.jsonl")}
+    status, error = sweep_here(monkeypatch, capsys, *flags)
+    assert status == 2 and "nothing to compare" in error
+
+
+# --------------------------------------------------------------------------- where people look
+
+
+class Writer:
+    """Keeps what a SummaryWriter or a run of wandb would be given."""
+
+    def __init__(self):
+        self.given = []
+
+    def add_scalar(self, *values):
+        self.given.append(values)
+
+    def log(self, row, step):
+        self.given.append((row, step))
+
+
+def test_each_row_goes_to_tensorboard_and_wandb_as_they_take_it():
+    board, weights_and_biases = Writer(), Writer()
+    row = {"step": 3, "loss": 0.5}
+    track.to_tensorboard(board, row)
+    track.to_wandb(weights_and_biases, row)
+    assert board.given == [("step", 3, 3), ("loss", 0.5, 3)]
+    assert weights_and_biases.given == [(row, 3)]
+
+
+def test_a_missing_package_is_named_with_what_to_do():
+    with pytest.raises(train.InputError, match="nosuch is needed for this: pip install nosuch"):
+        track.optional("nosuchmodule", "nosuch")
+
+
+def test_curves_are_drawn_at_the_end_and_not_of_a_handful_of_steps(tmp_path):
+    cfg = train.TrainConfig(out_dir=tmp_path)
+    rows = [{"step": n, "loss": 1 / n, "loss/own": 0.1, "nll": float("nan")} for n in range(1, 30)]
+    few = track.Tracker(cfg, rows[:5], 5, Process(0, 1, None))
+    few.draw(last=True)
+    track.Tracker(cfg, rows, 29, Process(1, 2, None)).draw(last=True)
+    assert not list(tmp_path.iterdir())
+    track.Tracker(cfg, rows, 29, Process(0, 1, None)).draw(last=True)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_is_one_line_of_eighty_columns(tmp_path, capsys):
+    metrics = dict.fromkeys([*train.SHOWN, "other"], -0.00012345678)
+    MetricsLog(tmp_path, Process(0, 1, None), 156_300, 0)(156_299, metrics, train.SHOWN)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 156299/156300  loss -0.0001235  margin -0.0001235")
+    assert len(line) <= 80 and line.endswith("left 0:00:00")
+
+
+def test_a_bar_in_a_pipe_is_plain_lines(capsys):
+    assert list(bar(range(3), desc="reference", unit="step")) == [0, 1, 2]
+    text = capsys.readouterr().err
+    assert "\r" not in text and text.splitlines()[-1].startswith("reference: 3 of 3 [")
+    assert len(text.splitlines()) <= 3

@@ -1,0 +1,118 @@
+"""A run's metrics where people look: the doctor's, curves.png, TensorBoard, Weights & Biases.
+
+    python train.py --config toy/train.json --tensorboard --wandb my-project
+
+train.py calls it after every step.  Both programs are optional and work offline (TensorBoard writes
+into out_dir/tensorboard; WANDB_MODE=offline); curves.png needs matplotlib.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from runtime import InputError, Process, write_atomic
+from tools.doctor import Doctor
+from tools.figures import curve_panels, png
+
+Row = dict[str, float]
+FEWEST_ROWS = 20  # of which curves are drawn
+SECONDS_APART = 30  # two drawings: one takes a second or two
+# title of a panel -> name of a curve -> metric
+PANELS = {
+    "loss": {"training": "loss", "held out": "heldout/loss"},
+    "rewards": {"chosen": "rewards/chosen", "rejected": "rewards/rejected"},
+    "margin": {"training": "rewards/margin", "held out": "heldout/rewards/margin"},
+    "accuracy": {"training": "rewards/accuracy", "held out": "heldout/rewards/accuracy"},
+    "NLL of chosen responses": {"training": "nll", "held out": "heldout/nll"},
+    "BCO's shift": {"training": "bco_shift"},
+    "learning rate": {"training": "lr"},
+    "gradient norm": {"training": "grad_norm"},
+}
+
+
+def optional(module: str, package: str) -> Any:
+    """A module of a package that is no requirement.  Raises InputError that says what to do."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise InputError(f"{package} is needed for this: pip install {package}") from None
+
+
+def to_tensorboard(writer: Any, row: Row) -> None:
+    """`writer`: a torch.utils.tensorboard.SummaryWriter."""
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["step"])
+
+
+def to_wandb(run: Any, row: Row) -> None:
+    """`run`: what wandb.init returns."""
+    run.log(row, step=row["step"])
+
+
+def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
+    """What each row is handed to; `done` steps of an earlier start stand there already."""
+    writers = []
+    if cfg.tensorboard:
+        module = optional("torch.utils.tensorboard", "tensorboard")
+        writer = module.SummaryWriter(str(cfg.out_dir / "tensorboard"), purge_step=done + 1)
+        writers.append(partial(to_tensorboard, writer))
+    if cfg.wandb:
+        run = optional("wandb", "wandb").init(
+            project=cfg.wandb,
+            name=cfg.out_dir.name,
+            dir=str(cfg.out_dir),
+            id=hashlib.blake2b(bytes(cfg.out_dir.resolve()), digest_size=8).hexdigest(),
+            resume="allow",  # the same folder is the same run
+            config={name: str(value) for name, value in asdict(cfg).items()},
+        )
+        writers.append(partial(to_wandb, run))
+    return writers
+
+
+def draw_curves(rows: list[Row]) -> bytes:
+    """PNG with a panel a kind of metric, over the steps."""
+    panels, terms = {}, {name[5:]: name for name in rows[-1] if name.startswith("loss/")}
+    for title, curves in (PANELS | {"terms of the loss": terms}).items():
+        points = {
+            label: {
+                row["step"]: row[name] for row in rows if math.isfinite(row.get(name, math.nan))
+            }
+            for label, name in curves.items()
+        }
+        if shown := {label: [run] for label, run in points.items() if run}:
+            panels[title] = shown
+    return png(curve_panels(panels, 3, x_label="step"), dpi=80)
+
+
+class Tracker:
+    """Shows each new row of a run's metrics to the doctor and to other programs; draws them.
+
+    Does nothing but on rank 0.
+    """
+
+    def __init__(self, cfg: Any, rows: list[Row], total: int, process: Process) -> None:
+        """rows: those of the run's MetricsLog, which grow to `total`."""
+        self.rows, self.is_main = rows, process.is_main
+        self.doctor = Doctor(rows, total, process.say)
+        self.picture, self.drawn = cfg.out_dir / "curves.png", time.monotonic()
+        self.writers = open_writers(cfg, len(rows)) if self.is_main else []
+
+    def __call__(self) -> None:
+        if self.is_main:
+            self.doctor()
+        for write in self.writers:
+            write(self.rows[-1])
+
+    def draw(self, last: bool) -> None:
+        """Write out_dir/curves.png, which is called for with every checkpoint."""
+        soon = time.monotonic() - self.drawn < SECONDS_APART
+        if self.is_main and len(self.rows) >= FEWEST_ROWS and (last or not soon):
+            with contextlib.suppress(ModuleNotFoundError):  # no matplotlib here
+                write_atomic(self.picture, draw_curves(self.rows))
+            self.drawn = time.monotonic()
