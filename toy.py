@@ -72,17 +72,12 @@ class Thing:
         return f"{'abcdef'[self.col]}{self.row + 1} {self.colour} {self.shape}"
 
 
-def random_things(rng: np.random.Generator, cols: int = SIDE, habit: float = 0) -> list[Thing]:
-    """3 to 7 objects in different cells, in reading order.
-
-    `habit`: the share whose shape is the usual one of its colour; of the others any shape.
-    """
+def random_things(rng: np.random.Generator, cols: int = SIDE) -> list[Thing]:
+    """3 to 7 objects in different cells, in reading order."""
     cells = rng.permutation(cols * SIDE)[: rng.integers(3, 8)]
     things = []
     for cell in sorted(cells):
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-        if habit and rng.random() < habit:
-            shape = SHAPES[list(COLOURS).index(colour)]
         things.append(Thing(int(cell % cols), int(cell // cols), colour, shape))
     return things
 
@@ -258,13 +253,11 @@ class World:
         self.images, self.seed, self.noise = folder / "images", seed, noise
         self.images.mkdir(parents=True, exist_ok=True)
 
-    def picture(
-        self, kind: str, number: int, habit: float = 0.0
-    ) -> tuple[str, list[Thing], np.random.Generator]:
+    def picture(self, kind: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
         """(file name, its objects, a generator to go on with); 'wide' pictures have two tiles."""
         rng = seeded(self.seed, kind, number)
         cols = 2 * SIDE if kind.endswith("wide") else SIDE
-        things = random_things(rng, cols, habit)
+        things = random_things(rng, cols)
         name = f"{kind}-{number:05d}.png"
         draw(things, rng, cols, self.noise).save(self.images / name)
         return name, things, rng

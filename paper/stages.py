@@ -89,9 +89,7 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
     world, truth = toy.World(folder, seed, recipe.noise), {}
 
     def scene(split: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
-        wide = seeded(seed, split, number).random() < recipe.wide
-        habit = recipe.habit if split == "lesson" else 0.0
-        name, things, rng = world.picture(f"{split}-wide" if wide else split, number, habit)
+        name, things, rng = world.picture(split, number)
         truth[name] = [thing.words for thing in things]
         return name, things, rng
 
@@ -102,41 +100,37 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
         other = wrong if wrong != right else f"not {right}"
         return image | {"question": start + prompt, "chosen": right, "rejected": other}
 
-    direct = toy.DIRECT, toy.direct
+    prompts = {"direct": (toy.DIRECT, toy.direct), "steps": (toy.STEPS, toy.chain_of_thought)}
     sets: dict[str, list[dict]] = {"direct": [], "steps": [], "describe": [], "blind": []}
     for number in range(recipe.pictures):
         name, things, rng = scene("lesson", number)
-        others = random_things(rng, habit=recipe.habit)
+        others = random_things(rng)
         for kind in ("direct", "direct", "steps"):
-            question = toy.random_question(rng)
-            right, wrong = question.matches(things), question.matches(others)
-            prompt, say = (toy.STEPS, toy.chain_of_thought) if kind == "steps" else direct
+            question, (prompt, say) = toy.random_question(rng), prompts[kind]
+            right, wrong = say(question.matches(things)), say(question.matches(others))
             text = prompt.replace("{question}", question.text)
-            sets[kind].append(lesson(name, text, say(right), say(wrong)))
+            sets[kind].append(lesson(name, text, right, wrong))
         sets["describe"].append(lesson(name, DESCRIBE, describe(things), describe(others)))
         if number % 20 == 0:  # what it says of a picture that it cannot see
             sets["blind"].append(lesson(None, DESCRIBE, describe(things), describe(others)))
     toy.write_sets(folder, "lessons.json", sets)
 
-    splits = {"dev": recipe.dev, "tune": 5 * recipe.dev, "test": recipe.test}
-    splits["new"] = recipe.questions
-    for split, count in splits.items():
+    counts = {"dev": recipe.dev, "tune": 5 * recipe.dev, "test": recipe.test}
+    for split, count in (counts | {"new": recipe.questions}).items():
         rows = []
         for number in range(count):
             name, things, rng = scene(split, number)
             question = toy.random_question(rng)
             answer = str(len(question.matches(things)))
-            rows.append({"id": f"{split}-{number}", "image": name, "question": question.text})
-            rows[-1]["answer"] = answer
+            row = {"id": f"{split}-{number}", "image": name, "question": question.text}
+            rows.append(row | {"answer": answer})
         write_lines(folder / f"{split}.jsonl", rows)
         if split == "new":
             write_lines(folder / "new_direct.jsonl", rows[: recipe.direct_questions])
-    for split, source, count in (
-        ("describe_new", "new", recipe.described),
-        ("describe_test", "test", recipe.dev),
-    ):
-        names = [name for name in truth if name.startswith(source)][:count]
-        write_lines(folder / f"{split}.jsonl", [{"image": n, "question": DESCRIBE} for n in names])
+    for split, count in (("new", recipe.described), ("test", recipe.dev)):
+        names = [name for name in truth if name.startswith(split)][:count]
+        rows = [{"image": name, "question": DESCRIBE} for name in names]
+        write_lines(folder / f"describe_{split}.jsonl", rows)
     write_atomic(folder / "truth.json", json.dumps(truth) + "\n")  # last: all files are there
 
 
@@ -152,8 +146,7 @@ def hallucination(cfg: StoryConfig, seed: int, rows: list[dict], key: str) -> di
     made_up = [
         [words not in truth[row["image"]] for words in MENTION.findall(row[key])] for row in rows
     ]
-    mentions = [wrong for answer in made_up for wrong in answer]
-    responses = [any(answer) for answer in made_up]
+    responses, mentions = [any(wrong) for wrong in made_up], sum(made_up, [])
     return {
         "responses": 100 * sum(responses) / max(1, len(responses)),
         "mentions": 100 * sum(mentions) / max(1, len(mentions)),
@@ -191,8 +184,7 @@ def train_base(cfg: StoryConfig, seed: int) -> str:
             decay=r.cooldown if cooled else 0, epochs=100, max_steps=steps,
             batch_size=r.base_batch_size, seed=seed,
         )  # fmt: skip
-        settings = ("direct", "cot") if cooled else ("direct",)
-        scores = evaluate(cfg, folder / "model", folder / f"step-{steps}", seed, "dev", settings)
+        scores = evaluate(cfg, folder / "model", folder / f"step-{steps}", seed, "dev", ("direct",))
         legs.append({"steps": steps, "last": cooled, **scores})
         write_lines(folder / "legs.jsonl", legs)
         words = f"seed {seed} base: {in_words(scores)} on development questions, step {steps}"
@@ -248,9 +240,7 @@ def write_result(
 
 def measure_base(cfg: StoryConfig, seed: int) -> str:
     folder = cfg.folder(seed)
-    leg = read_json(folder / "base/base.json")
-    about = {"dev": {k: leg[k] for k in ("direct", "cot")}, "steps": leg["steps"]}
-    return write_result(cfg, seed, "base", folder, folder / "base/model", about)
+    return write_result(cfg, seed, "base", folder, folder / "base/model", {})
 
 
 # --------------------------------------------------------------------------- answers and pairs
@@ -321,11 +311,11 @@ def dropout_pairs(cfg: StoryConfig, seed: int, ratio: float) -> dict:
     """What DropoutNTP's answers make up; writes both.json, which lists both kinds of pairs."""
     folder = cfg.folder(seed)
     out, both, rows = folder / f"dropout-{ratio}", {}, []
-    for entry in read_json(out / "meta.json").values():
-        rows += read_whole_lines(out / entry["annotation"])[0]
     for source in (out, folder / "pairs"):
         for name, entry in read_json(source / "meta.json").items():
-            both[name] = entry | {"annotation": os.path.relpath(source / entry["annotation"], out)}
+            path = source / entry["annotation"]
+            both[name] = entry | {"annotation": os.path.relpath(path, out)}
+            rows += read_whole_lines(path)[0] if source == out else []
     write_atomic(out / "both.json", json.dumps(both, indent=1) + "\n")
     rates = {side: hallucination(cfg, seed, rows, side) for side in ("chosen", "rejected")}
     return {"pairs": len(rows)} | rates

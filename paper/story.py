@@ -1,6 +1,6 @@
 """The paper in miniature: a base model, its answers, preference pairs, every objective, a report.
 
-    python -m paper.story --quick     one seed; SFT, DPO and MPO; some minutes
+    python -m paper.story --quick     one seed; SFT, DPO and MPO alone; some minutes
     python -m paper.story             make paper: every row of Tables 6 and 7 on three seeds
     python -m paper.story --ablate    also the paper's Figure 4 and Table 9, on the first seed
 
@@ -16,7 +16,6 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 
 from paper.report import PAPER, WITH_NTP, write_report
@@ -38,9 +37,7 @@ class Recipe:
     """Every setting of the story that is not a row's own; run.json and story.json repeat them."""
 
     pictures: int = 4000  # of the base's lessons: 2 direct, 1 step-by-step question, 1 description
-    wide: float = 0.0  # share of pictures with two tiles and a thumbnail
     noise: float = 0.05  # of the pictures
-    habit: float = 0.0  # share of the lessons' objects with the usual shape of their colour
     base_lr: float = 3e-3
     base_batch_size: int = 32
     first_leg: int = 500  # steps until the first look at the development questions
@@ -60,14 +57,13 @@ class Recipe:
     batch_size: int = 16
 
 
-QUICK = Recipe(
-    pictures=3000, cap=700, questions=800, direct_questions=200, described=200, test=400, steps=200,
-)  # fmt: skip
 TINY = Recipe(
     pictures=200, base_batch_size=8, first_leg=80, cap=80, stop_at=0.0, cooldown=10, dev=8,
     test=10, questions=24, direct_questions=8, described=8, steps=3,
 )  # fmt: skip
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # that --tune tries for every row
+RATES = (3e-4, 1e-3, 3e-3)  # that --tune tries for a row
+LOW_RATES = (1e-4, 3e-4, 1e-3)  # and for one that does not hold the chosen answers' log-prob up
+FALLING = ("DPO", "RSO", "IPO", "cDPO", "RobustDPO", "BCO", "AOT", "TR-DPO")  # such rows
 TUNING_SEED = 100
 BETA = 0.1
 SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
@@ -96,10 +92,6 @@ class StoryConfig:
     mine: Path | None = flag(None, "Python file with objectives of your own, a row each")
     tune: bool = flag(False, "try each row at several rates on a seed kept for that")
     tiny: bool = flag(False, "a few seconds a stage, to see that everything works")
-    steps: int = flag(0, "steps of every row; 0 = 400, quick 200, tiny 3", low=0)
-    wide: float = flag(0.0, "share of pictures with two tiles and a thumbnail", 0, 1)
-    noise: float = flag(0.05, "noise of the pictures, as a share of full white", 0, 1)
-    habit: float = flag(0.0, "share of lesson objects with the usual shape of their colour", 0, 1)
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
@@ -111,9 +103,7 @@ class StoryConfig:
 
     @property
     def recipe(self) -> Recipe:
-        recipe = TINY if self.tiny else QUICK if self.quick else Recipe()
-        task = {"wide": self.wide, "noise": self.noise, "habit": self.habit}
-        return replace(recipe, **task, steps=self.steps or recipe.steps)
+        return TINY if self.tiny else Recipe()
 
     @property
     def split(self) -> str:
@@ -122,6 +112,11 @@ class StoryConfig:
 
     def folder(self, seed: int) -> Path:
         return self.out / f"seed-{seed}"
+
+
+def rates_of(row: str) -> tuple[float, ...]:
+    """The learning rates that `--tune` tries: as many for every row."""
+    return LOW_RATES if row in FALLING else RATES
 
 
 def chosen_rates() -> dict[str, float]:
@@ -134,14 +129,14 @@ def chosen_rates() -> dict[str, float]:
 
 
 def row_names(cfg: StoryConfig) -> list[str]:
-    """The rows of this story, MPO first: it fills the cache of the reference."""
+    """The rows of this story, the longest first."""
     own = []
     if cfg.mine:
         from tools.mine import register_file  # noqa: PLC0415  (torch takes seconds to load)
 
         own = register_file(cfg.mine)
     names = list(QUICK_ROWS) if cfg.few else [name for name in PAPER if name != "base"]
-    if not (cfg.tune or cfg.few) or cfg.recipe.habit:
+    if not (cfg.tune or cfg.few):
         names.append(WITH_NTP)
     return sorted([*names, *own], key=lambda name: (name != "MPO", name not in QUICK_ROWS))
 
@@ -152,57 +147,53 @@ def ratios(cfg: StoryConfig) -> tuple[float, ...]:
     return () if cfg.tune else (cfg.recipe.keep_ratio,) if few else (0.25, 0.5, 0.75)
 
 
-def task_of(
-    cfg: StoryConfig, seed: int, name: str, stage: str, arguments: tuple, made: str,
-    needs: tuple[str, ...] = (), seconds: float = 1.0,
-) -> Task:  # fmt: skip
-    """stages.<stage>(cfg, seed, *arguments), whose last file is `made` in the seed's folder."""
-    needs = tuple(f"seed {seed} {need}" for need in needs)
-    arguments, made = (cfg, seed, *arguments), cfg.folder(seed) / made
-    return Task(f"seed {seed} {name}", f"paper.stages:{stage}", arguments, made, needs, seconds)
-
-
 def row_task(
-    cfg: StoryConfig, seed: int, row: str, folder: str = "", *, need: str = "MPO",
-    about: dict | None = None, flags: dict | None = None,
-) -> Task:  # fmt: skip
+    cfg: StoryConfig, row: str, folder: str = "", flags: dict | None = None,
+    about: dict | None = None,
+) -> tuple:  # fmt: skip
     """Train one row from the base and measure it; `flags` differ from the row's own."""
     folder = folder or f"rows/{row}"
     arguments, made = (row, folder, flags or {}, about or {}), f"{folder}/result.json"
     seconds = 0.06 * cfg.recipe.steps + 0.015 * cfg.recipe.test
-    name = Path(folder).name
-    return task_of(cfg, seed, name, "train_row", arguments, made, (need,), seconds)
+    return Path(folder).name, "train_row", arguments, made, ("pairs",), seconds
 
 
 def tasks_of(cfg: StoryConfig, seed: int) -> list[Task]:
-    """A seed's base, its answers and pairs, and every row; MPO's comes first."""
+    """A seed's base, its answers and pairs, and every row.
+
+    The first row that scores the reference fills the cache, for which the others wait.
+    """
     r, kept, made, base = cfg.recipe, ratios(cfg), "pairs.json", ("base",)
     sampling = 0.003 * r.questions * r.samples
     training, describing = 0.1 * (r.cap + r.cooldown), 0.01 * r.described * len(kept)
     answers = ("chains of thought", "direct answers", "descriptions")
-    stages = [
+    stages = [  # name, function, its arguments, last file, needs, seconds
         ("base", "train_base", (), "base/base.json", (), training),
         ("base measured", "measure_base", (), "result.json", base, 0.02 * r.test),
         (answers[0], "sample_answers", ("new", "en"), made, base, sampling),
         (answers[1], "sample_answers", ("new_direct", "direct"), made, base, sampling / 8),
         (answers[2], "drop_image", (kept,), made, base, describing),
-        ("pairs", "make_pairs", (kept,), made, answers),
+        ("pairs", "make_pairs", (kept,), made, answers, 1.0),
     ]
-    tasks = [task_of(cfg, seed, *stage) for stage in stages]
-    first, *others = row_names(cfg)
-    tasks.append(row_task(cfg, seed, first, need="pairs"))
-    if cfg.tune:
-        for name, lr in product((first, *others), RATES):
-            tasks.append(row_task(cfg, seed, name, f"rows/{name} {lr:g}", flags={"lr": lr}))
-        return tasks
-    tasks += [row_task(cfg, seed, name) for name in others]
+    for name in row_names(cfg):
+        for lr in rates_of(name) if cfg.tune else ():
+            stages.append(row_task(cfg, name, f"rows/{name} {lr:g}", {"lr": lr}))
+        if not cfg.tune:
+            stages.append(row_task(cfg, name))
     for study, values in ABLATIONS.items() if cfg.ablate and seed == cfg.seeds[0] else ():
         name = WITH_NTP if study == "keep ratio" else "MPO"
         for value, flags in values.items():
             folder = f"ablate/{study}={value}".replace(" ", "-").replace(":", "-")
             about = {"study": study, "value": value}
-            tasks.append(row_task(cfg, seed, name, folder, about=about, flags=flags))
-    return tasks
+            stages.append(row_task(cfg, name, folder, flags, about))
+    start = f"seed {seed} "
+    return [
+        Task(
+            start + name, f"paper.stages:{stage}", (cfg, seed, *arguments),
+            cfg.folder(seed) / made, tuple(start + need for need in needs), seconds,
+        )
+        for name, stage, arguments, made, needs, seconds in stages
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------- rates
@@ -237,7 +228,7 @@ def write_tuning(cfg: StoryConfig, about: dict) -> None:
 def settings_of(cfg: StoryConfig) -> dict:
     settings = asdict(cfg.recipe) | {"beta": BETA, "rates": chosen_rates()} | SPEED
     settings["ratios"] = ratios(cfg)
-    settings["tuning"] = {"tried": RATES, "seed": TUNING_SEED, "steps": Recipe().steps}
+    settings["tuning"] = {"seed": TUNING_SEED, "steps": Recipe().steps}
     return settings
 
 

@@ -32,16 +32,30 @@ class Task:
     needs: tuple[str, ...] = ()  # names of other tasks
     seconds: float = 1.0  # on an idle core, roughly
 
+    @property
+    def log(self) -> Path:
+        return self.made.parent / "log.txt"
+
 
 def run_tasks(tasks: list[Task], jobs: int) -> None:
     """Do every task that is not done yet, `jobs` at a time; the first failure ends all of them."""
-    waiting = [task for task in tasks if not task.made.exists()]
-    done = {task.name for task in tasks if task not in waiting}
+    began, todo = time.time(), [task for task in tasks if not task.made.exists()]
+    waiting, done = list(todo), {task.name for task in tasks if task not in todo}
     if done:
         print(f"{len(done)} of {len(tasks)} tasks were done before")
-    progress, others = Progress(waiting, jobs), multiprocessing.active_children()
+
+    def tell(task: Task, words: str) -> None:
+        """Time so far, tasks done, time left at the pace so far, what."""
+        spent, finished = time.time() - began, [task for task in todo if task.name in done]
+        expected = sum(task.seconds for task in finished)
+        left = sum(task.seconds for task in todo) - expected
+        pace = (spent * jobs + 20) / (expected + 20)  # 1 where tasks take their seconds
+        progress = f"{len(finished)} of {len(todo)} done, {clock(left * pace / jobs)} left"
+        print(f"{clock(spent)}  {progress}  {task.name}: {words}", flush=True)
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores
-    spawn, running = multiprocessing.get_context("spawn"), {}
+    others, running = multiprocessing.active_children(), {}
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker)
     for _ in range(jobs):  # starts every worker: at a submission the pool watches those there
         pool.submit(load_modules, {task.function.partition(":")[0] for task in waiting})
@@ -51,14 +65,13 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
             for task in ready[: jobs - len(running)]:
                 waiting.remove(task)
                 running[pool.submit(perform, task)] = task
-                progress.tell(task, "started")
+                tell(task, "started")
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running[future]
                 if error := future.exception():
-                    raise_for(task, error, ", ".join(task.name for task in running.values()))
-                del running[future]
+                    raise_for(running[future], error, [task.name for task in running.values()])
+                task = running.pop(future)
                 done.add(task.name)
-                progress.finish(task, future.result())
+                tell(task, future.result())
     finally:
         if running:  # after a failure: what the other workers do is continued next time
             for worker in set(multiprocessing.active_children()) - set(others):
@@ -81,9 +94,9 @@ def load_modules(names: set[str]) -> None:
 def perform(task: Task) -> str:
     """One task in a worker, its output appended to log.txt."""
     module, _, name = task.function.partition(":")
-    task.made.parent.mkdir(parents=True, exist_ok=True)
+    task.log.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(task.made.parent / "log.txt", "a", buffering=1) as log,
+        open(task.log, "a", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
@@ -91,36 +104,13 @@ def perform(task: Task) -> str:
         return getattr(importlib.import_module(module), name)(*task.arguments)
 
 
-def raise_for(task: Task, error: BaseException, under_way: str) -> None:
+def raise_for(task: Task, error: BaseException, under_way: list[str]) -> None:
     """One line about a task that failed; the traceback goes to its log."""
-    log = task.made.parent / "log.txt"
     if isinstance(error, (InputError, Failure)):
         raise type(error)(f"{task.name}: {error}") from None
     if isinstance(error, BrokenProcessPool):
-        raise Failure(f"a process was killed (memory?) during {under_way}; start this again")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
+        during = ", ".join(under_way)
+        raise Failure(f"a process was killed (memory?) during {during}; start this again")
+    with open(task.log, "a") as file:
         file.writelines(traceback.format_exception(error))
-    raise Failure(f"{task.name}: {type(error).__name__}: {error} (see {log})")
-
-
-class Progress:
-    """A line when a task starts or ends: time so far, tasks done, time left, what."""
-
-    def __init__(self, tasks: list[Task], jobs: int) -> None:
-        self.began, self.jobs, self.done, self.count = time.time(), jobs, 0, len(tasks)
-        self.expected, self.left = 0.0, sum(task.seconds for task in tasks)
-
-    def tell(self, task: Task, words: str) -> None:
-        spent = time.time() - self.began
-        pace = (spent * self.jobs + 20) / (self.expected + 20)  # 1 where tasks take their seconds
-        left = clock(self.left * pace / self.jobs)
-        line = (
-            f"{clock(spent)}  {self.done} of {self.count} done, {left} left  {task.name}: {words}"
-        )
-        print(line, flush=True)
-
-    def finish(self, task: Task, words: str) -> None:
-        self.done, self.expected = self.done + 1, self.expected + task.seconds
-        self.left -= task.seconds
-        self.tell(task, words)
+    raise Failure(f"{task.name}: {type(error).__name__}: {error} (see {task.log})")
