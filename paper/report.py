@@ -2,15 +2,15 @@
 
     python -m paper.report --story toy/story    results.json, report.md, report.html and PNGs there
 
-results.json is computed from the files of a story (result.json of every model, metrics.jsonl of
-every run, items.jsonl of every test); the report says only what it holds.  In a folder that has
-results.json alone, as paper/ has, the report is written again from it.
+results.json is computed from the files of a story: result.json of every model, metrics.jsonl of
+every run, items.jsonl of every test.  The report says only what results.json holds.  In a folder
+that has that file alone, as paper/ has, the report is written again from it.
 """
 
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,8 +29,8 @@ PAPER = {  # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7
 KEEP_RATIO = {0.25: (9.3, 4.8), 0.5: (7.6, 4.1), 0.75: (11.6, 6.2)}  # Table 9: responses, mentions
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
-MADE_UP = ("responses", "mentions")  # share of them that name what is not there, %
 BOTH = {"Direct": "direct", "CoT": "cot"}
+MADE_UP = ("responses", "mentions")  # share of them that name what is not there, %
 DRAWN = ("SFT", "DPO", "BCO", "DPO+", "MPO")
 CURVES = ("rewards/chosen", "rewards/margin", "nll", "bco_shift")
 COMMITTED = Path(__file__).parent / "results.json"
@@ -52,50 +52,93 @@ class Collected:
 
 def collect(folder: Path) -> Collected:
     """Every result of the story in `folder`.  InputError where there is none or one is broken."""
-    about = read_checked(folder / "story.json", "settings seeds date machine commit torch".split())
-    rows: dict[str, dict] = {"base": {}}
-    ablations, pairs = [], {}
+    about = read_checked(folder / "story.json", "settings seeds date machine commit torch")
+    results, pairs = [], {}
     for seed in about["seeds"]:
         start = folder / f"seed-{seed}"
-        for path in [*start.glob("result.json"), *sorted(start.glob("rows/*/result.json"))]:
-            result = read_result(path)
-            rows.setdefault(result["row"], {})[seed] = result
-        ablations += [read_result(path) for path in sorted(start.glob("ablate/*/result.json"))]
+        for pattern in ("result.json", "rows/*/result.json", "ablate/*/result.json"):
+            for path in sorted(start.glob(pattern)):
+                results.append(read_result(path))
         if (start / "pairs.json").exists():
             pairs[seed] = read_json(start / "pairs.json")
-    if not rows["base"]:
+    rows: dict[str, dict] = {}
+    for result in results:
+        if not result["study"]:
+            rows.setdefault(result["row"], {})[result["seed"]] = result
+    if "base" not in rows:
         raise InputError(f"{folder}: no finished base model; run `python -m paper.story` first")
     order = [*PAPER, WITH_NTP, *sorted(rows)]
     rows = {name: rows[name] for name in sorted(rows, key=order.index)}
-    return Collected(folder, about, rows, ablations, pairs)
+    return Collected(folder, about, rows, [r for r in results if r["study"]], pairs)
 
 
-def read_checked(path: Path, keys: Iterable[str]) -> dict:
+def read_checked(path: Path, keys: str) -> dict:
     if not path.exists():
         raise InputError(f"no {path}; run `python -m paper.story` first")
     record = read_json(path)
-    if missing := [key for key in keys if key not in record]:
-        raise InputError(f"{path}: no {missing[0]!r}; delete it and run the story again")
+    for key in keys.split():
+        if key not in record:
+            raise InputError(f"{path}: no {key!r}; delete it and run the story again")
     return record
 
 
 def read_result(path: Path) -> dict:
-    """result.json, and of each test question whether it was right and well-formed, in percent."""
-    result = read_checked(path, ("row", "seed", "study", "value", "test"))
+    """result.json with its measures by name, and of each measure its test questions, in percent."""
+    result = read_checked(path, "row seed study value test")
+    questions: dict[str, dict] = {}
+    measures = {key: result.get(key) for key in ("chosen_shift", "rejected_shift")}
+    measures |= result.get("describe") or {}
     for setting in SETTINGS:
-        if not {"score", "malformed"} <= set(result["test"].get(setting, ())):
+        scores = result["test"].get(setting, {})
+        if not {"score", "malformed"} <= set(scores):
             raise InputError(f"{path}: no {setting!r} scores; delete it and run the story again")
         items = read_whole_lines(path.parent / f"test-{setting}" / "items.jsonl")[0]
-        result[setting] = {item["id"]: 100.0 * item["correct"] for item in items}
-        result[f"malformed {setting}"] = {
-            item["id"]: 100.0 * (not str(item["prediction"]).isdigit()) for item in items
-        }
-    return result
+        measures[setting] = scores["score"]
+        questions[setting] = {item["id"]: 100.0 * item["correct"] for item in items}
+        if scores["malformed"] > measures.get("malformed", -1):  # the worse of the two settings
+            measures["malformed"] = scores["malformed"]
+            questions["malformed"] = {
+                item["id"]: 100.0 * (not str(item["prediction"]).isdigit()) for item in items
+            }
+    return result | {"measures": measures, "questions": questions}
 
 
 # --------------------------------------------------------------------------- claims
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper about `one` minus `other`, each a (row, measure), of the same seed."""
+
+    text: str
+    one: tuple[str, str]
+    other: tuple[str, str] | None
+    needed: str
+    open: bool = False  # not expected of a toy: an open question
+
+
+TWICE = "DropoutNTP: rejected answers make up twice what chosen ones do"
+LOWER = "DropoutNTP pairs lower hallucination (made-up mentions, %, MPO+NTP - "
+CLAIMS = (
+    Claim("The base answers worse with a chain of thought than directly (CoT - Direct)",
+          ("base", "cot"), ("base", "direct"), "<= -5"),
+    Claim("MPO improves chain of thought (CoT, MPO - base)",
+          ("MPO", "cot"), ("base", "cot"), ">= +12"),
+    Claim("MPO beats SFT on the chosen answers (CoT, MPO - SFT)",
+          ("MPO", "cot"), ("SFT", "cot"), ">= +2"),
+    Claim("MPO beats DPO (CoT, MPO - DPO)",
+          ("MPO", "cot"), ("DPO", "cot"), ">= +8"),
+    Claim("MPO keeps the format of answers (malformed answers, %, worse of the two settings)",
+          ("MPO", "malformed"), None, "<= +2"),
+    Claim("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
+          ("DPO", "chosen_shift"), ("MPO", "chosen_shift"), "<= +0"),
+    Claim(f"{TWICE} (mentions, %, rejected - 2 x chosen)", ("pairs", "mentions"), None, ">= +0"),
+    Claim(f"{TWICE} (responses, %, rejected - 2 x chosen)", ("pairs", "responses"), None, ">= +0"),
+    Claim("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
+          ("MPO", "cot"), ("MPO", "direct"), ">= +0", open=True),
+    Claim(f"{LOWER}MPO)", (WITH_NTP, "mentions"), ("MPO", "mentions"), "<= +0", open=True),
+    Claim(f"{LOWER}base)", (WITH_NTP, "mentions"), ("base", "mentions"), "<= +0", open=True),
+)  # fmt: skip
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
@@ -109,70 +152,24 @@ def half_width(values: list[float]) -> float | None:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper: `one` minus `other`, each a (row, number), of the same seed."""
+def measured(c: Collected, row: str, key: str, seed: int) -> tuple[float | None, dict]:
+    """A measure of a row, and the values of its test questions that it is the mean of.
 
-    text: str
-    one: tuple[str, str]
-    other: tuple[str, str] | None
-    at_least: bool  # else at most
-    bound: float
-    open: bool = False  # not expected of a toy: an open question
-
-    @property
-    def needed(self) -> str:
-        return f"{'>=' if self.at_least else '<='} {self.bound:+g}"
-
-
-CLAIMS = (
-    Claim("The base answers worse with a chain of thought than directly (CoT - Direct)",
-          ("base", "cot"), ("base", "direct"), False, -5),
-    Claim("MPO improves chain of thought (CoT, MPO - base)",
-          ("MPO", "cot"), ("base", "cot"), True, 12),
-    Claim("MPO beats SFT on the chosen answers (CoT, MPO - SFT)",
-          ("MPO", "cot"), ("SFT", "cot"), True, 2),
-    Claim("MPO beats DPO (CoT, MPO - DPO)",
-          ("MPO", "cot"), ("DPO", "cot"), True, 8),
-    Claim("MPO keeps the format of answers (malformed answers, %, worse of the two settings)",
-          ("MPO", "malformed"), None, False, 2),
-    Claim("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
-          ("DPO", "chosen_shift"), ("MPO", "chosen_shift"), False, 0),
-    *(Claim(f"DropoutNTP: rejected answers make up twice what chosen ones do ({key}, %, "
-            "rejected - 2 x chosen)", ("pairs", key), None, True, 0)
-      for key in ("mentions", "responses")),
-    Claim("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
-          ("MPO", "cot"), ("MPO", "direct"), True, 0, open=True),
-    *(Claim(f"DropoutNTP pairs lower hallucination (made-up mentions, %, MPO+NTP - {name})",
-            (WITH_NTP, "mentions"), (name, "mentions"), False, 0, open=True)
-      for name in ("MPO", "base")),
-)  # fmt: skip
-
-
-def number_of(c: Collected, row: str, key: str, seed: int) -> tuple[float | None, dict]:
-    """A number of a model, and the values of its test questions of which it is the mean."""
+    The row "pairs": rejected - 2 x chosen, at the worst dropout ratio.
+    """
     if row == "pairs":
-        kept = c.pairs.get(seed, {}).get("dropout", {}).values()
-        return min((of["rejected"][key] - 2 * of["chosen"][key] for of in kept), default=None), {}
-    if seed not in c.rows.get(row, {}):
-        return None, {}
-    result = c.rows[row][seed]
-    if key in SETTINGS:
-        return result["test"][key]["score"], result[key]
-    if key == "malformed":
-        worse = max(SETTINGS, key=lambda setting: result["test"][setting]["malformed"])
-        return result["test"][worse]["malformed"], result[f"malformed {worse}"]
-    if key == "mentions":
-        return (result.get("describe") or {}).get("mentions"), {}
-    return result.get(key), {}
+        ratios = c.pairs.get(seed, {}).get("dropout", {}).values()
+        return min((r["rejected"][key] - 2 * r["chosen"][key] for r in ratios), default=None), {}
+    result = c.rows.get(row, {}).get(seed, {"measures": {}, "questions": {}})
+    return result["measures"].get(key), result["questions"].get(key, {})
 
 
 def paired(c: Collected, one: tuple, other: tuple | None) -> dict[int, tuple]:
     """Seed -> (one - other, half width of its interval over questions), where both are there."""
     values = {}
     for seed in c.about["seeds"]:
-        a, questions = number_of(c, *one, seed)
-        b, others = number_of(c, *other, seed) if other else (0.0, dict.fromkeys(questions, 0.0))
+        a, questions = measured(c, *one, seed)
+        b, others = measured(c, *other, seed) if other else (0.0, dict.fromkeys(questions, 0.0))
         if a is not None and b is not None:
             differences = [questions[i] - others[i] for i in questions if i in others]
             values[seed] = a - b, half_width(differences)
@@ -182,13 +179,14 @@ def paired(c: Collected, one: tuple, other: tuple | None) -> dict[int, tuple]:
 def judge(claim: Claim, values: dict[int, tuple]) -> dict:
     """The claim's line of results.json.  It is decided where the whole interval is on one side."""
     numbers = [value for value, _ in values.values()]
-    line = {"claim": claim.text, "needed": claim.needed, "bound": claim.bound, "open": claim.open}
+    bound, sign = float(claim.needed[2:]), 1 if claim.needed.startswith(">=") else -1
+    line = {"claim": claim.text, "needed": claim.needed, "bound": bound, "open": claim.open}
     line["values"] = {seed: value for seed, (value, _) in values.items()}
     line["questions"] = {seed: half for seed, (_, half) in values.items()}
     line["number"] = statistics.fmean(numbers) if numbers else None
     line["half"], line["holds"] = half_width(numbers), None
     if line["half"] is not None:
-        margin = (line["number"] - claim.bound) * (1 if claim.at_least else -1)
+        margin = sign * (line["number"] - bound)
         line["holds"] = None if abs(margin) <= line["half"] else margin > 0
     undecided = "undecided" if numbers else "not run"
     line["verdict"] = {True: "agrees", False: "disagrees", None: undecided}[line["holds"]]
@@ -215,11 +213,12 @@ def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None
 def row_lines(c: Collected) -> list[dict]:
     """A line a row: means and standard deviations over seeds, paired differences, the paper's."""
     lines = []
-    for row, models in c.rows.items():
-        line: dict[str, Any] = {"row": row, "seeds": sorted(models)}
+    for row, results in c.rows.items():
+        line: dict[str, Any] = {"row": row, "seeds": sorted(results)}
         for key in (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift"):
-            numbers = [number_of(c, row, key, seed)[0] for seed in models]
-            line[key], line[f"{key}_std"] = mean_std(numbers)
+            line[key], line[f"{key}_std"] = mean_std(
+                r["measures"].get(key) for r in results.values()
+            )
         gaps = [value for value, _ in paired(c, (row, "cot"), (row, "direct")).values()]
         line["gap"], line["gap_std"] = mean_std(gaps)
         for other in ("base", "SFT"):
@@ -227,24 +226,24 @@ def row_lines(c: Collected) -> list[dict]:
             line[f"cot_minus_{other}"], std = mean_std(values)
             line[f"cot_minus_{other}_se"] = std and std / math.sqrt(len(values))
             line[f"cot_minus_{other}_half"] = half_width(values)
-        line["flags"] = next(iter(models.values())).get("flags", {})
+        line["flags"] = next(iter(results.values())).get("flags", {})
         lines.append(line | {"paper": PAPER.get(row)})
     return lines
 
 
-def orderings(lines: list[dict], least: float = 1.0) -> dict:
-    """Pairs of rows that the paper sets more than `least` points of CoT apart: how many agree."""
+def orderings(lines: list[dict]) -> dict:
+    """Pairs of rows that the paper sets more than a point of CoT apart: how many agree."""
     known = [(line["cot"], line["paper"][1]) for line in lines if line["paper"]]
-    pairs = [
+    agree = [
         (a[0] - b[0]) * (a[1] - b[1]) > 0
         for i, a in enumerate(known)
         for b in known[:i]
-        if abs(a[1] - b[1]) > least
+        if abs(a[1] - b[1]) > 1
     ]
     ours, papers = (ranked([scores[side] for scores in known]) for side in (0, 1))
-    told_apart = len(known) > 2 and len(set(ours)) > 1
-    spearman = statistics.correlation(ours, papers) if told_apart else None
-    return {"agree": sum(pairs), "of": len(pairs), "spearman": spearman, "rows": len(known)}
+    differ = len(known) > 2 and len(set(ours)) > 1
+    spearman = statistics.correlation(ours, papers) if differ else None
+    return {"agree": sum(agree), "of": len(agree), "spearman": spearman, "rows": len(known)}
 
 
 def ranked(values: list[float]) -> list[float]:
@@ -254,54 +253,46 @@ def ranked(values: list[float]) -> list[float]:
 
 def ablation_lines(c: Collected) -> list[dict]:
     """A line a value of a study, the plain run (MPO, or MPO+NTP) in its place: mean over seeds."""
-    settings = c.about["settings"]
+    settings, results = c.about["settings"], list(c.ablations)
     usual = {"data scale": 1.0, "learning rate": settings.get("rates", {}).get("MPO"), "w_g": 1.0,
              "w_p : w_q": "4:1", "keep ratio": settings.get("keep_ratio")}  # fmt: skip
-    groups: dict[tuple, list[dict]] = {}
     for study, seed in {(result["study"], result["seed"]) for result in c.ablations}:
         plain = c.rows.get(WITH_NTP if study == "keep ratio" else "MPO", {}).get(seed)
-        tried = [r for r in c.ablations if (r["study"], r["seed"]) == (study, seed)]
         if plain and usual[study]:
-            tried.append(plain | {"value": str(usual[study])})
-        for result in tried:
-            over, _, under = result["value"].partition(":")
-            groups.setdefault((study, float(over) / float(under or 1)), []).append(result)
+            results.append(plain | {"study": study, "value": str(usual[study])})
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        over, _, under = result["value"].partition(":")
+        groups.setdefault((result["study"], float(over) / float(under or 1)), []).append(result)
     lines = []
-    for (study, at), results in sorted(groups.items()):
-        seeds = sorted(result["seed"] for result in results)
-        line: dict[str, Any] = {"study": study, "value": results[0]["value"], "seeds": seeds}
-        for key in SETTINGS:
-            line[key], line[f"{key}_std"] = mean_std(r["test"][key]["score"] for r in results)
-        for key in MADE_UP:
-            rates = [(r.get("describe") or {}).get(key) for r in results]
-            line[key], line[f"{key}_std"] = mean_std(rates)
-        lines.append(line | {"paper": KEEP_RATIO.get(at) if study == "keep ratio" else None})
+    for (study, value), group in sorted(groups.items()):
+        seeds = sorted(result["seed"] for result in group)
+        line: dict[str, Any] = {"study": study, "value": group[0]["value"], "seeds": seeds}
+        for key in (*SETTINGS, *MADE_UP):
+            line[key], line[f"{key}_std"] = mean_std(r["measures"].get(key) for r in group)
+        lines.append(line | {"paper": KEEP_RATIO.get(value) if study == "keep ratio" else None})
     return lines
 
 
-def sample_answers(c: Collected, most: int = 6) -> list[dict]:
-    """The first test questions of the first seed whose CoT answers are right for some rows only."""
-    seed = next(iter(c.rows["base"]))
-    start, answers = c.folder / f"seed-{seed}", {}
-    for row in ("base", "SFT", "DPO", "MPO", WITH_NTP):
-        folder = start if row == "base" else start / "rows" / row
-        for setting in SETTINGS if seed in c.rows.get(row, {}) else ():
-            right = c.rows[row][seed][setting]
-            for line in read_whole_lines(folder / f"test-{setting}/answers.jsonl")[0]:
-                verdict = "right" if right.get(line["id"]) else "wrong"
-                answer = [row, setting, line["response"], verdict]
-                answers.setdefault(line["id"], []).append(answer)
-    samples = []
-    for question in read_whole_lines(start / "test.jsonl")[0]:
-        of_question = answers.get(question["id"], [])
-        verdicts = {verdict for _, setting, _, verdict in of_question if setting == "cot"}
-        if len(verdicts) == 2 and len(samples) < most:
-            picture = f"seed-{seed}/images/{question['image']}"
-            samples.append(question | {"picture": picture, "answers": of_question})
-    return samples
-
-
 # --------------------------------------------------------------------------- pictures
+
+
+def draw_world(count: int = 4) -> bytes:
+    """Pictures of the toy, each with a question and its two right answers."""
+    import toy  # noqa: PLC0415  (torch takes seconds to load; a report of files needs none)
+
+    drawn, axes = figures.new_figure(1, count, width=3, height=3.4, squeeze=False)
+    for number, axis in enumerate(axes[0]):
+        rng = toy.seeded("report", number)
+        things, question = toy.random_things(rng), toy.random_question(rng)
+        axis.imshow(toy.draw(things, rng))
+        axis.set_xticks(range(4, 24, 8), "abc")
+        axis.set_yticks(range(4, 24, 8), "123")
+        axis.set_title(question.text.replace(" objects", "\nobjects"), fontsize=9)
+        seen = question.matches(things)
+        steps = toy.chain_of_thought(seen).replace(", ", ",\n").replace("see ", "see\n")
+        axis.set_xlabel(f"Direct: {toy.direct(seen)}\nCoT: {steps}", fontsize=8, loc="left")
+    return figures.png(drawn)
 
 
 def draw_rows(lines: list[dict]) -> bytes:
@@ -350,20 +341,6 @@ def draw_ablations(lines: list[dict]) -> bytes:
     return figures.png(figures.curve_panels(panels, cols=min(3, len(panels)), y_label="%"))
 
 
-def draw_placed(claims: list[dict]) -> bytes:
-    """This story's number of every claim (black) among those of the committed seeds (grey)."""
-    drawn, axis = figures.new_figure(width=9, height=0.5 + 0.4 * len(claims))
-    for y, line in enumerate(reversed(claims)):
-        axis.plot(line["committed"], [y] * len(line["committed"]), "o", color="#aaa")
-        axis.plot(line["number"], y, "D", color="black")
-        axis.annotate(f"{line['number']:+.1f}", (line["number"], y + 0.2), fontsize=7, ha="center")
-    names = [line["claim"] for line in reversed(claims)]
-    axis.set_yticks(range(len(claims)), names, fontsize=6)
-    axis.set_xlabel("points, %; for log-probs nats")
-    axis.grid(axis="x", alpha=0.3)
-    return figures.png(drawn)
-
-
 # --------------------------------------------------------------------------- text
 
 
@@ -373,53 +350,56 @@ def show(x: float | None, spread: float | None = None, form: str = ".1f") -> str
     return f"{x:{form}}" if spread is None else f"{x:{form}} ± {spread:{form.lstrip('+')}}"
 
 
-COLUMNS = {  # of the table of rows: header -> (number, its spread, format)
-    "Direct": ("direct", "direct_std", ".1f"), "CoT": ("cot", "cot_std", ".1f"),
-    "gap": ("gap", "", "+.1f"), "CoT - base": ("cot_minus_base", "cot_minus_base_half", "+.1f"),
-    "CoT - SFT": ("cot_minus_SFT", "cot_minus_SFT_half", "+.1f"),
-    "malformed": ("malformed", "", ".1f"), "made up": ("mentions", "", ".1f"),
-    "chosen shift": ("chosen_shift", "", "+.2f"),
+def column(key: str, spread: str = "", form: str = ".1f") -> Callable[[dict], str]:
+    """A cell that shows a number of its line."""
+    return lambda line: show(line.get(key), line.get(spread), form)
+
+
+# tables: header -> the cell of a line of results.json
+ROW_TABLE: dict[str, Callable[[dict], object]] = {
+    "row": lambda line: line["row"],
+    "Direct": column("direct", "direct_std"),
+    "CoT": column("cot", "cot_std"),
+    "gap": column("gap", form="+.1f"),
+    "CoT - base": column("cot_minus_base", "cot_minus_base_half", "+.1f"),
+    "CoT - SFT": column("cot_minus_SFT", "cot_minus_SFT_half", "+.1f"),
+    "malformed": column("malformed"),
+    "made up": column("mentions"),
+    "chosen shift": column("chosen_shift", form="+.2f"),
+    "lr": lambda line: line["flags"].get("lr", "-"),
+    "seeds": lambda line: len(line["seeds"]),
+    "paper Direct": lambda line: show(line["paper"] and line["paper"][0]),
+    "paper CoT": lambda line: show(line["paper"] and line["paper"][1]),
+    "paper gap": lambda line: show(line["paper"] and line["paper"][1] - line["paper"][0],
+                                   form="+.1f"),
 }  # fmt: skip
+CLAIM_TABLE: dict[str, Callable[[dict], object]] = {
+    "claim": lambda line: f"{'open question: ' if line['open'] else ''}{line['claim']}",
+    "needed": lambda line: line["needed"],
+    "mean": column("number", "half", "+.1f"),
+    "each seed": lambda line: ", ".join(
+        show(value, line["questions"].get(seed), "+.1f") for seed, value in line["values"].items()
+    ) or "-",
+    "verdict": lambda line: line["verdict"],
+}  # fmt: skip
+COMMITTED_COLUMN: dict[str, Callable[[dict], object]] = {
+    "beside the committed seeds": lambda line: (
+        among(line["number"], line["committed"]) if "committed" in line else "-"
+    )
+}
+ABLATION_TABLE: dict[str, Callable[[dict], object]] = {
+    "study": lambda line: line["study"],
+    "value": lambda line: line["value"],
+    "seeds": lambda line: len(line["seeds"]),
+    **{title: column(key, f"{key}_std") for title, key in BOTH.items()},
+    **{key: column(key, f"{key}_std") for key in MADE_UP},
+    "Table 9": lambda line: "ObjHal {} / {}".format(*line["paper"]) if line["paper"] else "-",
+}
 
 
-def row_table(lines: list[dict]) -> tuple:
-    rows = []
-    for line in lines:
-        numbers = [show(line.get(key), line.get(std), form) for key, std, form in COLUMNS.values()]
-        direct, cot = line["paper"] or (None, None)
-        paper = show(direct), show(cot), show(cot and cot - direct, form="+.1f")
-        lr, seeds = line["flags"].get("lr", "-"), len(line["seeds"])
-        rows.append([line["row"], *numbers, lr, seeds, *paper])
-    return ("row", *COLUMNS, "lr", "seeds", "paper Direct", "paper CoT", "paper gap"), rows
-
-
-def claim_table(lines: list[dict]) -> tuple:
-    rows = []
-    for line in lines:
-        halves = line["questions"]
-        seeds = [show(x, halves.get(seed), "+.1f") for seed, x in line["values"].items()]
-        text = f"open question: {line['claim']}" if line["open"] else line["claim"]
-        mean = show(line["number"], line["half"], "+.1f")
-        rows.append([text, line["needed"], mean, ", ".join(seeds) or "-", line["verdict"]])
-    return ("claim", "needed", "mean", "each seed", "verdict"), rows
-
-
-def placed_table(claims: list[dict]) -> tuple:
-    rows = []
-    for line in claims:
-        number, words = show(line["number"], form="+.1f"), among(line["number"], line["committed"])
-        seeds = ", ".join(show(x, form="+.1f") for x in line["committed"])
-        rows.append([line["claim"], number, words, seeds])
-    return ("claim", "here", "that is", "committed seeds"), rows
-
-
-def ablation_table(lines: list[dict]) -> tuple:
-    rows = []
-    for line in lines:
-        numbers = [show(line[key], line[f"{key}_std"]) for key in (*SETTINGS, *MADE_UP)]
-        paper = "ObjHal {} / {}".format(*line["paper"]) if line["paper"] else "-"
-        rows.append([line["study"], line["value"], len(line["seeds"]), *numbers, paper])
-    return ("study", "value", "seeds", *BOTH, *MADE_UP, "Table 9"), rows
+def table(columns: dict[str, Callable[[dict], object]], lines: list[dict]) -> str:
+    rows = [[cell(line) for cell in columns.values()] for line in lines]
+    return figures.markdown_table(list(columns), rows)
 
 
 def headline(lines: list[dict], claims: list[dict]) -> str:
@@ -427,102 +407,90 @@ def headline(lines: list[dict], claims: list[dict]) -> str:
     accuracy = {line["row"]: f"{show(line['direct'])} / {show(line['cot'])} %" for line in lines}
     trained = [f"{accuracy[row]} ({row})" for row in ("SFT", "DPO", "MPO") if row in accuracy]
     verdicts = [line["verdict"] for line in claims if not line["open"]]
-    counts = {"agree": "agrees", "disagree": "disagrees", "are undecided": "undecided"}
-    counted = [f"{verdicts.count(verdict)} {words}" for words, verdict in counts.items()]
     return (
         f"A small model that was taught to count shapes answers {accuracy['base']} of questions "
         "rightly, directly / with a chain of thought. Trained on its own sampled answers, right "
         f"ones preferred to wrong ones: {', '.join(trained) or 'nothing yet'}. "
-        f"Of {len(verdicts)} claims of the paper {', '.join(counted)}."
+        f"Of {len(verdicts)} claims of the paper {verdicts.count('agrees')} agree, "
+        f"{verdicts.count('disagrees')} disagree, {verdicts.count('undecided')} are undecided."
     )
 
 
-def placed_words(results: dict) -> str:
-    """How the recipe of this story differs from that of the committed seeds."""
-    committed = read_json(COMMITTED)["about"]
-    ours, theirs = results["about"]["settings"], committed["settings"]
-    other = [f"{name} {ours.get(name)} instead of {theirs[name]}"
-             for name in ("pictures", "questions", "steps", "test")
-             if ours.get(name) != theirs.get(name)]  # fmt: skip
-    recipe = f" Its recipe differs ({', '.join(other)}), so a shift is expected." if other else ""
-    return (
-        f"The committed run has seeds {', '.join(map(str, committed['seeds']))} "
-        f"({committed['date']}).{recipe} One seed decides nothing."
-    )
+def other_settings(settings: dict) -> str:
+    """How the recipe differs from that of the committed seeds."""
+    committed = read_json(COMMITTED)["about"]["settings"]
+    other = [
+        f"{name} {settings.get(name)} instead of {committed[name]}"
+        for name in ("pictures", "questions", "steps", "test")
+        if settings.get(name) != committed[name]
+    ]
+    return f" Beside the committed seeds a shift is expected: {', '.join(other)}." if other else ""
 
 
-def blocks_of(results: dict, folder: Path) -> list[figures.Block]:
-    """The report as paragraphs, tables and pictures."""
-    about, order = results["about"], results["orderings"]
+def report_of(results: dict, folder: Path) -> str:
+    """The report as Markdown: page.md with its blanks filled in."""
+    about, orderings, others = results["about"], results["orderings"], []
     took = [f"{what} {s / 60:.0f} minutes" for what, s in about.get("seconds", {}).items()]
-    blocks: list[figures.Block] = [
-        results["headline"],
-        f"{about['date']}, {about['machine']}, torch {about['torch']}, commit {about['commit']}, "
-        f"{', '.join(['seeds ' + ', '.join(map(str, about['seeds'])), *took])}.",
-        "## What agrees with the paper, and what does not",
-        claim_table(results["claims"]),
-        "Mean over seeds with its 95 % interval (Student's t, paired: same base, same pairs); of "
-        "each seed the 95 % interval over its test questions, where the number is a mean of "
-        "questions. A claim is decided where the whole interval over seeds lies on one side of "
-        "what is needed; one seed never decides.",
-        f"Of the {order['of']} pairs of rows whose CoT accuracy the paper sets more than a point "
-        f"apart, {order['agree']} stand in the same order here; rank correlation "
-        f"{show(order['spearman'], form='.2f')} over {order['rows']} rows.",
-    ]
-    if placed := [line for line in results["claims"] if line.get("committed")]:
-        words, table = placed_words(results), placed_table(placed)
-        blocks += ["## Among the committed seeds", words, table, Path("seeds.png")]
-    blocks += [
-        "## All rows",
-        row_table(results["rows"]),
-        "Accuracy on test questions, greedy, %: mean ± standard deviation over seeds; differences "
-        "with their 95 % interval. Malformed: no answer, or not a number; the worse of the two "
-        "settings. Made up: share of mentions in descriptions that name what is not there. Chosen "
-        "shift: change of a chosen answer's summed log-prob over the last 10 steps, nats. Learning "
-        "rates were chosen by `--tune`, with the same tries for every row, on a seed and questions "
-        "kept for that.",
-        Path("rows.png"),
-    ]
+    one_seed = len(about["seeds"]) == 1
     if (folder / "curves.png").exists():
-        blocks += ["## Training curves", Path("curves.png")]
+        others.append("## Training curves\n\n![curves](curves.png)")
     if results["ablations"]:
-        table = ablation_table(results["ablations"])
-        blocks += ["## Ablations (Figure 4, Table 9)", table, Path("ablations.png")]
-    if results.get("samples"):
-        blocks.append("## The same questions, put to every model")
-    for sample in results.get("samples", ()):
-        question, table = f"{sample['question']} ({sample['answer']})", sample["answers"]
-        blocks += [question, Path(sample["picture"]), (("row", "setting", "answer", ""), table)]
-    return blocks
+        ablations = table(ABLATION_TABLE, results["ablations"])
+        others.append("## Ablations (Figure 4, Table 9)\n\n![ablations](ablations.png)")
+        others.append(ablations)
+    text = (
+        (Path(__file__).parent / "page.md")
+        .read_text()
+        .format(
+            about=about,
+            headline=results["headline"],
+            took=", ".join(["seeds " + ", ".join(map(str, about["seeds"])), *took]),
+            claims=table(CLAIM_TABLE | (COMMITTED_COLUMN if one_seed else {}), results["claims"]),
+            recipe=other_settings(about["settings"]) if one_seed else "",
+            orderings=orderings,
+            spearman=show(orderings["spearman"], form=".2f"),
+            rows=table(ROW_TABLE, results["rows"]),
+            others="\n\n".join(others),
+        )
+    )
+    return text.rstrip() + "\n"
+
+
+def results_of(c: Collected) -> dict:
+    """results.json: everything that the report says."""
+    lines = row_lines(c)
+    claims = [judge(claim, paired(c, claim.one, claim.other)) for claim in CLAIMS]
+    if len(c.about["seeds"]) == 1:
+        committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
+        for line in claims:
+            if line["values"]:
+                line["committed"] = sorted(committed[line["claim"]].values())
+    return {
+        "about": c.about,
+        "headline": headline(lines, claims),
+        "rows": lines,
+        "claims": claims,
+        "orderings": orderings(lines),
+        "pairs": c.pairs,
+        "ablations": ablation_lines(c),
+        "samples": [],  # of earlier reports; readers of results.json expect the key
+    }
 
 
 def write_report(folder: Path) -> str:
     """results.json, PNGs, report.md and report.html of the story in `folder`; the Markdown."""
-    pictures = {}
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
         c = collect(folder)
-        claims = [judge(claim, paired(c, claim.one, claim.other)) for claim in CLAIMS]
-        lines = row_lines(c)
-        results = {"about": c.about, "headline": headline(lines, claims), "rows": lines}
-        results |= {"claims": claims, "orderings": orderings(lines), "pairs": c.pairs}
-        results |= {"ablations": ablation_lines(c), "samples": sample_answers(c)}
-        if len(c.about["seeds"]) == 1:
-            known = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
-            for line in (placed := [line for line in claims if line["values"]]):
-                line["committed"] = sorted(known[line["claim"]].values())
-            pictures["seeds.png"] = draw_placed(placed)
-        pictures["curves.png"] = draw_curves(c)
-        write_atomic(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        write_atomic(folder / "results.json", json.dumps(results_of(c), indent=1) + "\n")
+        write_atomic(folder / "curves.png", draw_curves(c))
     results = read_json(folder / "results.json")
-    pictures["rows.png"] = draw_rows(results["rows"])
+    write_atomic(folder / "world.png", draw_world())
+    write_atomic(folder / "rows.png", draw_rows(results["rows"]))
     if results["ablations"]:
-        pictures["ablations.png"] = draw_ablations(results["ablations"])
-    for name, content in pictures.items():
-        write_atomic(folder / name, content)
-    title = "The paper in miniature"
-    markdown, page = figures.document(title, blocks_of(results, folder), folder)
+        write_atomic(folder / "ablations.png", draw_ablations(results["ablations"]))
+    markdown = report_of(results, folder)
     write_atomic(folder / "report.md", markdown)
-    write_atomic(folder / "report.html", page)
+    write_atomic(folder / "report.html", figures.markdown_page(markdown, folder))
     return markdown
 
 

@@ -7,6 +7,8 @@ when something is drawn.
 import base64
 import html
 import io
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,48 +55,70 @@ def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> N
 
 
 def curve_panels(
-    panels: dict[str, dict[str, list[dict]]], cols: int, x_label: str = "", y_label: str = ""
+    panels: dict[str, dict[str, list[dict]]],
+    cols: int,
+    x_label: str = "",
+    y_label: str = "",
+    y_scale: str = "linear",  # symlog: logarithmic outside -1 ... 1
 ) -> Any:
     """One panel a title: for each label its runs (x -> y), each thin, and their mean, thick.
 
-    A label has one colour in all panels and stands at the right end of its curve.
+    A label has one colour and dash in all panels and stands at the right end of its curve.
     """
     shown = [(label, runs) for curves in panels.values() for label, runs in curves.items()]
     labels = list(dict.fromkeys(label for label, runs in shown if runs))
+    pens = {}
+    for number, label in enumerate(labels):
+        dashes = ("-", "--", ":", "-.")[number // 10 % 4]
+        pens[label] = {"color": f"C{number % 10}", "linestyle": dashes}
     rows = -(-len(panels) // cols)
-    figure, axes = new_figure(rows, cols, width=5, height=3.2, squeeze=False)
+    height = 3.2 if len(labels) < 10 else 5
+    figure, axes = new_figure(rows, cols, width=5, height=height, squeeze=False)
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for label, runs in curves.items():
-            colour = f"C{labels.index(label)}" if runs else ""
             for run in runs if len(runs) > 1 else ():
-                axis.plot(*zip(*run.items()), color=colour, alpha=0.25, linewidth=0.7)
+                axis.plot(*zip(*run.items()), **pens[label], alpha=0.25, linewidth=0.7)
             # only what every run has: the mean does not jump where one ends
             shared = [x for x in runs[0] if all(x in run for run in runs)] if runs else []
             if shared:
                 mean = [sum(run[x] for run in runs) / len(runs) for x in shared]
                 marker = "o" if len(shared) < 12 else ""
-                axis.plot(shared, mean, color=colour, linewidth=1.6, marker=marker, label=label)
+                axis.plot(shared, mean, **pens[label], linewidth=1.6, marker=marker, label=label)
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
+        if y_scale == "symlog" and max(map(abs, axis.get_ylim())) > 10:
+            axis.set_yscale("symlog", linthresh=1)
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         label_ends(axis)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    keys = [axes.flat[0].plot([], [], color=f"C{k}")[0] for k in range(len(labels))]
-    figure.legend(keys, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(labels))
+    keys = [axes.flat[0].plot([], [], **pen)[0] for pen in pens.values()]
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(9, len(labels))}
+    figure.legend(keys, labels, **place)
     return figure
 
 
 def label_ends(axes: Any) -> None:
-    """Write every curve's label at its right end, in its colour; no two on top of each other."""
+    """Write every curve's label beside its right end, in its colour, none on top of another."""
     lines = [line for line in axes.lines if not line.get_label().startswith("_")]
-    low, high = axes.get_ylim()
-    place = -float("inf")
-    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
-        place = max(line.get_ydata()[-1], place + 0.05 * (high - low))
-        end = (line.get_xdata()[-1], place)
+    if not lines:
+        return
+    axes.autoscale_view()  # else the limits are not those of the picture yet
+    inches = axes.get_position().height * axes.figure.get_size_inches()[1]
+    to_axes = axes.transData - axes.transAxes
+    ends = [(to_axes.transform(line.get_xydata()[-1])[1], line) for line in lines]
+    gap, top = 0.13 / inches, -float("inf")  # shares of the axis; the gap is a line of text
+    heights = {}
+    for height, line in sorted(ends, key=lambda end: end[0]):
+        heights[line] = top = max(height, top + gap)
+    for line, height in heights.items():
+        place = (1.03, height - max(0.0, top - 1))  # a stack that would leave the axis begins lower
         colour, text = line.get_color(), line.get_label()
-        offset = {"xytext": (4, 0), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(text, end, color=colour, fontsize=8, va="center", **offset)
+        pointer = {"arrowstyle": "-", "color": colour, "linewidth": 0.5}
+        axes.annotate(
+            text, line.get_xydata()[-1], place, textcoords="axes fraction", arrowprops=pointer,
+            color=colour, fontsize=8, va="center", annotation_clip=False,
+        )  # fmt: skip
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -120,6 +144,10 @@ img { max-width: 100% }  table { border-collapse: collapse; display: block; over
 img { min-width: 9rem; image-rendering: pixelated }
 td, th { border-bottom: 1px solid #ccc; padding: .2rem .6rem; text-align: left }
 pre { white-space: pre-wrap }"""
+# of pages with drawings: on a phone one scrolls them and the code sideways, and they stay readable
+WIDE = """ .wide { overflow-x: auto } .wide img { min-width: 44rem; image-rendering: auto }
+pre { white-space: pre; overflow-x: auto; background: #f4f4f4; padding: .5rem }
+code { background: #f4f4f4 }  td { vertical-align: top; overflow-wrap: normal }"""
 
 
 def page(title: str, body: str, style: str = "") -> str:
@@ -137,30 +165,45 @@ def inline_image(data: bytes, kind: str = "png", alt: str = "") -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{text}">'
 
 
-def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [f"<th>{'<th>'.join(html.escape(str(cell)) for cell in header)}"]
-    lines += [f"<td>{'<td>'.join(html.escape(str(cell)) for cell in row)}" for row in rows]
-    return f"<table><tr>{'<tr>'.join(lines)}</table>"
+def markdown_page(text: str, folder: Path) -> str:
+    """One self-contained HTML page of a Markdown text, with the pictures of `folder` inside."""
+    title = text.partition("\n")[0].lstrip("# ")
+    return page(title, markdown_html(text, folder), WIDE)
 
 
-# a paragraph or heading ("## ..."), a table (header, rows), or a PNG in the document's folder
-Block = str | tuple[Sequence[str], Iterable[Sequence[Any]]] | Path
+def markdown_html(text: str, folder: Path = Path()) -> str:
+    """HTML of Markdown whose blocks, between empty lines, are of one kind each.
 
-
-def document(title: str, blocks: Sequence[Block], folder: Path) -> tuple[str, str]:
-    """The same content as Markdown, with links to its pictures, and as one HTML page with them."""
-    markdown, body = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
-    for block in blocks:
-        if isinstance(block, Path):
-            markdown.append(f"![{block.stem}]({block})")
-            body.append(inline_image((folder / block).read_bytes(), alt=block.stem))
-        elif isinstance(block, tuple):
-            header, rows = block[0], list(block[1])
-            markdown.append(markdown_table(header, rows))
-            body.append(html_table(header, rows))
+    A heading, a table, a picture, a list (`- `), code (four blanks before each line), or words.
+    """
+    body = []
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        hashes, words = re.fullmatch(r"(#*)(.*)", block, re.DOTALL).groups()
+        if picture := re.fullmatch(r"!\[(.*)\]\((.*)\)", block):
+            image = inline_image((folder / picture[2]).read_bytes(), alt=picture[1])
+            body.append(f'<div class="wide">{image}</div>')
+        elif block.startswith("|"):
+            header, _, *rows = [table_cells(line) for line in block.splitlines()]
+            cells = [f"<th>{'<th>'.join(header)}", *(f"<td>{'<td>'.join(row)}" for row in rows)]
+            body.append(f"<table><tr>{'<tr>'.join(cells)}</table>")
+        elif block.startswith("    "):
+            body.append(f"<pre>{html.escape(textwrap.dedent(block))}</pre>")
+        elif block.startswith("- "):
+            points = [spans(point) for point in re.split(r"(?:^|\n)- ", block)[1:]]
+            body.append(f"<ul><li>{'<li>'.join(points)}</ul>")
         else:
-            markdown.append(block)
-            level = len(block) - len(block.lstrip("#"))
-            tag = f"h{level}" if level else "p"
-            body.append(f"<{tag}>{html.escape(block[level:].strip())}</{tag}>")
-    return "\n\n".join(markdown) + "\n", page(title, "\n".join(body))
+            tag = f"h{len(hashes)}" if hashes else "p"
+            body.append(f"<{tag}>{spans(words.strip())}</{tag}>")
+    return "\n".join(body)
+
+
+def table_cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table, as HTML."""
+    return [spans(c.strip().replace("\\|", "|")) for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def spans(text: str) -> str:
+    """HTML of words with `code`, **bold** and [links](to)."""
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    return re.sub(r"\[([^]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', text)

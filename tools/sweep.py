@@ -119,7 +119,7 @@ def draw_rows(curves: dict[str, list[dict]]) -> bytes:
         }
         for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
     }
-    return png(curve_panels({k: v for k, v in panels.items() if v}, 2, x_label="step"))
+    return png(curve_panels({k: v for k, v in panels.items() if v}, 2, "step", y_scale="symlog"))
 
 
 def main() -> None:
