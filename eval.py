@@ -99,7 +99,7 @@ class Generate(Ask):
     model_dir: Path | None = flag(None, "folder with config.json and weights")
     images: Path | None = flag(None, "folder that image paths start from (off: the data's)")
     out: Path | None = flag(None, "folder for replies (off: results/MODEL-WEIGHTS/BENCH-SETTING)")
-    max_tiles: int = flag(6, "tiles per image without the thumbnail", low=1)
+    max_tiles: int = flag(6, "tiles per image without the thumbnail", 1, 128)
     max_new_tokens: int = flag(0, "longest reply (0: the benchmark's own)", low=0)
 
     def __post_init__(self) -> None:

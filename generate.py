@@ -45,7 +45,7 @@ from torch import Tensor
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
 from model import Attend, InternVL, causal_attention
-from runtime import InputError, check_ranges, fits, flag, parse_cli, run
+from runtime import InputError, check_ranges, fits, flag, parse_cli, read_json, run
 from tokenizer import (
     IMAGE,
     StreamDecoder,
@@ -74,6 +74,7 @@ class Prompt:
     samples: tuple[int, ...] | None = None  # which sample numbers; None = range(num_samples)
     max_new_tokens: int | None = None  # None = the generator's
     name: str = ""  # in errors, as "file line 3"; "" = its id
+    system_prompt: str | None = None  # in the place of the model's system message
 
     @property
     def label(self) -> str:
@@ -411,7 +412,9 @@ class Generator:
                     tiles = num_tiles(*image.size, prompt.max_tiles, config.tile_size)
                 tokens.append(tiles * config.tokens_per_tile)
             turns = [*prompt.history, (question, None)]
-            ids = encode_chat(self.tokenizer, config.template, turns, tokens, config.system_message)
+            system = prompt.system_prompt
+            system = config.system_message if system is None else system
+            ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
         except InputError as error:
             raise InputError(f"{prompt.label}: {error}") from None
         prefix = self.tokenizer.encode_plain(prompt.prefix)
@@ -527,7 +530,7 @@ class GenerateConfig(Settings):
     question: str = flag("", "the question; empty = an interactive chat")
     history: Path | None = flag(None, "JSON file: a list of [question, answer] of earlier turns")
     prefix: str = flag("", "beginning of the answer, to be continued")
-    max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0)
+    max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0, 128)
     num_samples: int = flag(1, "answers to the question", 1)
     marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
@@ -539,10 +542,7 @@ def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
     """[[question, answer], ...] from a JSON file."""
     if path is None:
         return ()
-    try:
-        turns = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
-        raise InputError(f"history {path}: not valid JSON ({error})") from None
+    turns = read_json(path, list)
     if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
         raise InputError(f"history {path}: expected a list of [question, answer] pairs of text")
     return tuple((question, answer) for question, answer in turns)

@@ -141,10 +141,8 @@ def read_questions(
         question, gold = record.get("question"), record.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise InputError(f"{source}: no 'question'")
-        if record.get("system_prompt"):
-            raise InputError(
-                f"{source}: 'system_prompt' is not supported; write it into 'question'"
-            )
+        if not isinstance(record.get("system_prompt"), str | None):
+            raise InputError(f"{source}: 'system_prompt' must be text")
         images = image_names(record, source)
         if gold is None and versions != ["none"]:
             raise InputError(f"{source}: no 'answer'; only --prompts none does without gold")
@@ -153,12 +151,12 @@ def read_questions(
         for key in ("id", "question_id"):
             if key in record and (first := lines.setdefault((key, str(record[key])), line)) != line:
                 raise InputError(f"{source}: {key} {record[key]!r} stands in line {first} already")
-        names = ("image", "rationale", "answer")
+        names = ("image", "rationale", "answer", "system_prompt")
         kept = {n: record[n] for n in names if record.get(n) not in (None, "", [])}  # 0 stays
         for version in versions:
             # a number and its digits are the same answer
             gold_text = None if gold is None else str(gold)
-            qid = digest(name, images, question, gold_text, version, max_tiles)
+            qid = digest(name, images, question, gold_text, version, max_tiles, *system_of(record))
             if (first := lines.setdefault(("qid", qid), line)) != line:
                 raise InputError(f"{source}: the same question as line {first}")
             wrapped = wrap_question(question, len(images), version, source)
@@ -181,6 +179,12 @@ class SampledLine:
     prompt_tokens: int = 0
     image_tokens: int = 0
     image_keys: list[str] | None = None
+    system_prompt: str | None = None
+
+
+def system_of(record: dict) -> list[str]:
+    """The system message of a record as a part of keys, which stay as they are without one."""
+    return [record["system_prompt"]] if record.get("system_prompt") else []
 
 
 def split_names(text: str) -> list[str]:
@@ -363,10 +367,9 @@ def sample(cfg: SampleConfig) -> None:
                 raise InputError(f"{question.name}: an image {remedy}")
             each = max(1, tiles // max(1, len(paths)))
             text = question.fields["question"]
-            prompt = Prompt(
-                question.qid, text, paths, max_tiles=each, samples=missing, name=question.name
-            )
-            requests.append((prompt, question))
+            settings = {"max_tiles": each, "samples": missing, "name": question.name}
+            settings["system_prompt"] = question.fields.get("system_prompt")
+            requests.append((Prompt(question.qid, text, paths, **settings), question))
     if not requests:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
@@ -485,7 +488,8 @@ def response_key(record: dict, name: str) -> str:
     if wrong := check_gold(record["answer"]):
         raise InputError(f"{name}: the gold answer {wrong}")
     question = record.get("question_orig", record["question"])
-    return digest(image_names(record, name), question, str(record["answer"]))
+    answer = str(record["answer"])
+    return digest(image_names(record, name), question, answer, *system_of(record))
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
@@ -531,6 +535,7 @@ def pair_set(
             per_query[sum(map(len, drawn.values()))] += 1
             if all(response.verdict != "correct" for response in judged):
                 names = ("qid", "image", "question", "question_orig", "answer", "prompt_version")
+                names += ("system_prompt",)
                 write["all wrong"]({n: rows[0][n] for n in names if n in rows[0]})
             for kind, kind_pairs in drawn.items():
                 written[kind] += len(kind_pairs)
@@ -544,7 +549,7 @@ def pair_set(
 
 def pair_record(row: dict, chosen: Response, rejected: Response) -> dict:
     """A line of the output, in MMPR's format."""
-    record = {"image": row["image"]} if row.get("image") else {}
+    record = {name: row[name] for name in ("image", "system_prompt") if row.get(name)}
     record |= {"question": chosen.question, "chosen": chosen.text, "rejected": rejected.text}
     record |= {"answer_gt": str(row["answer"])}
     return record | {"chosen_meta": chosen.meta, "rejected_meta": rejected.meta}
@@ -698,7 +703,7 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
             row["response"] = row["chosen"]
         text = from_json(SampledLine, row, name).response
         images = image_names(row, name)
-        rid = digest(images, row["question"], row.get("qid"), row.get("k"), text)
+        rid = digest(images, row["question"], row.get("qid"), row.get("k"), text, *system_of(row))
         if rid in seen:
             continue
         if cfg.max_responses and len(seen) == cfg.max_responses:
@@ -737,7 +742,8 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
         reason = useless(row, s.text)
         draws[row["rid"]] = s.sample + 1 if reason else MAX_DRAWS
         names = ("image", "question", "qid", "k", "finish_reason", "tokens", "prompt_tokens")
-        source = {n: row[n] for n in (*names, "image_tokens") if n in row}
+        names += ("image_tokens", "system_prompt")
+        source = {n: row[n] for n in names if n in row}
         record = {"rid": row["rid"], "draw": s.sample, "reason": reason or "ok", "source": source}
         record |= {"chosen": row["response"], "rejected": s.text}
         return record | {"kept": len(row["kept"]), "glue": row["glue"]}
@@ -746,8 +752,9 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
         requests = []
         for row in (row for row in todo if draws[row["rid"]] == draw):
             id, question = f"{row['rid']} keep {cfg.keep_ratio}", without_image(row["question"])
-            prompt = Prompt(id, question, prefix=row["prefix"], samples=(draw,))
-            requests.append((prompt, row))
+            settings = {"prefix": row["prefix"], "samples": (draw,)}
+            settings["system_prompt"] = row.get("system_prompt")
+            requests.append((Prompt(id, question, **settings), row))
         generate_into(folder, cfg, requests, finish, f"{data_set.name}, draw {draw + 1}")
     draws = draws_so_far(folder)  # with what others have written meanwhile
     return sum(draws[row["rid"]] < MAX_DRAWS for row in cut_responses(data_set, cfg, Counter()))
@@ -770,7 +777,8 @@ def pair_continuations(
             counts["dropped after redraws"] += not good
             for row in good[:1]:
                 counts["cut off"] += row["finish_reason"] == "length"
-                record = {n: source[n] for n in ("image", "question")}
+                names = ("image", "system_prompt", "question")
+                record = {n: source[n] for n in names if source.get(n)}
                 record |= {n: row[n] for n in ("chosen", "rejected")}
                 names = ("qid", "k", "finish_reason", "tokens")
                 record["chosen_meta"] = {n: source[n] for n in names if n in source}

@@ -25,8 +25,10 @@ import numpy as np
 from images import image_names, image_paths
 from runtime import (
     InputError,
+    errors_name,
     flag,
     from_json,
+    open_file,
     parse_json_line,
     rank_and_world,
     read_json,
@@ -41,7 +43,7 @@ class JsonLines:
 
     def __init__(self, path: Path, part: bool = False) -> None:
         """part: written by a process that may be killed; a torn last line is left out."""
-        self.path, self.file = Path(path), open(path, "rb")  # noqa: SIM115  (read from any time)
+        self.path, self.file = Path(path), open_file(path)  # read from at any time
         starts, numbers, position = [], [], 0
         for number, line in enumerate(self.file, 1):
             if part and not line.endswith(b"\n"):
@@ -96,8 +98,9 @@ def alone_writing(out_dir: Path) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     with open(out_dir / ".lock", "wb") as lock:
         try_lock(lock, math.inf)
-        for partial in out_dir.glob("*/.*.partial"):
-            partial.unlink()
+        for pattern in (".*.json.*.partial", "*/.*.jsonl.partial"):
+            for partial in out_dir.glob(pattern):
+                partial.unlink()
         yield
 
 
@@ -106,7 +109,7 @@ def new_file(path: Path) -> Iterator[Callable[[dict], int]]:
     """Gives a function that writes a line; the file appears complete or not at all, never empty."""
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
+    with errors_name(path), open(partial, "wb") as file:
         yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

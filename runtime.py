@@ -30,6 +30,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import time
 import types
@@ -278,9 +279,16 @@ def run(main: Callable[[], None]) -> None:
         message, status = f"a file name holds a null character ({error})", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    message = printable(message)
     if message and first_to_tell(message):
         print(f"error: {message}" if status < 130 else message, file=sys.stderr, flush=True)
     raise SystemExit(status) from None
+
+
+def printable(text: str) -> str:
+    """Control characters of somebody's data, and halves of characters, spelled out as \\x1b."""
+    odd = r"[^\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]"
+    return re.sub(odd, lambda match: repr(match[0])[1:-1], text)
 
 
 def first_to_tell(message: str) -> bool:
@@ -360,8 +368,8 @@ def stop_process() -> None:
 # --------------------------------------------------------------------------- JSON
 
 
-def parse_json(content: str | bytes, name: object) -> dict:
-    """One JSON object, equal keys refused, a byte-order mark taken; `name` is for errors."""
+def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
+    """One JSON object or list: equal keys refused, a byte-order mark taken; `name`: for errors."""
 
     def each_once(pairs: list[tuple[str, Any]]) -> dict:
         if len(record := dict(pairs)) < len(pairs):
@@ -377,16 +385,23 @@ def parse_json(content: str | bytes, name: object) -> dict:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{name}: expected a JSON object, got {type(record).__name__}")
+    if not isinstance(record, kind):
+        wanted = "object" if kind is dict else kind.__name__
+        raise InputError(f"{name}: expected a JSON {wanted}, got {type(record).__name__}")
     return record
 
 
-def read_json(path: Path) -> dict:
-    """The one JSON object of a file."""
-    if not Path(path).is_file():  # also a folder, or a pipe that would never answer
+def open_file(path: Path) -> BinaryIO:
+    """A file to read; InputError for none, a folder, or a pipe that would never answer."""
+    if not os.path.isfile(path):
         raise InputError(f"no file {path}")
-    return parse_json(Path(path).read_bytes(), path)
+    return open(path, "rb")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The one JSON object (or list) of a file."""
+    with open_file(path) as file:
+        return parse_json(file.read(), path, kind)
 
 
 def parse_json_line(path: Path, number: int, line: bytes) -> dict:
@@ -398,7 +413,7 @@ def parse_json_line(path: Path, number: int, line: bytes) -> dict:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number from 1, object) of each non-empty line; a broken line is an InputError."""
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 yield number, parse_json_line(path, number, line)
@@ -459,7 +474,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as f:
+        with errors_name(path), open(partial, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
@@ -467,6 +482,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """An OSError while a file is written (a full disk) names it, as one while opening does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -495,8 +520,9 @@ class AppendLog:
         self.fsync_at = time.monotonic()
 
     def append(self, record: dict) -> None:
-        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
+        with errors_name(self.file.name):
+            self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self.file.flush()
         if time.monotonic() - self.fsync_at > 1:  # at most a second of work on a power cut
             self.sync()
 

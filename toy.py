@@ -31,7 +31,6 @@ if __name__ == "__main__" and "--story" not in sys.argv:
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
 
@@ -41,7 +40,7 @@ from data import seeded
 from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
 from model import InternVL
 from runtime import flag, parse_cli, run, write_atomic
-from weights import INDEX
+from weights import INDEX, write_tensors
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
 SHAPES = ("circle", "square", "cross")
@@ -236,7 +235,7 @@ def write_model(
     shards = {"model-00001-of-00002.safetensors": names[: len(names) // 2]}
     shards["model-00002-of-00002.safetensors"] = names[len(names) // 2 :]
     for file, held in shards.items():
-        save_file({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
+        write_tensors({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
     weight_map = {n: file for file, held in shards.items() for n in held}
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}

@@ -103,7 +103,7 @@ class TrainConfig:
         None, "tokens of one forward pass; default 8192, or max_length if that is more", low=1
     )
     max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
-    max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", low=0)
+    max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", 0, 128)
     overlong: Literal["drop", "cut", "fewer_tiles", "error"] = flag(
         "drop", "what becomes of a too long record; cut = the official way"
     )
@@ -193,8 +193,10 @@ def train(cfg: TrainConfig, process: Process) -> None:
     from tools.plan import Meter  # noqa: PLC0415
     from tools.track import Tracker  # noqa: PLC0415
 
+    weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
+    if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
+        raise InputError("reference_cache lies in model_dir; pass a folder of its own")
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
-        weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
         cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
         terms = parse_objective(cfg.loss)
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
@@ -302,6 +304,10 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process, use: str = "data
             f"batch_size {cfg.batch_size} does not divide by {process.world} processes; "
             "choose a multiple"
         )
+    if process.world % cfg.replicate:
+        raise InputError(
+            f"{process.world} processes do not divide into --replicate {cfg.replicate} groups"
+        )
     tokenizer = load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
     data = PairData(
@@ -398,10 +404,6 @@ def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
 
 def make_mesh(cfg: TrainConfig, process: Process) -> DeviceMesh:
     """One dimension, shard; with --replicate two: (copy of the model, shard)."""
-    if process.world % cfg.replicate:
-        raise InputError(
-            f"{process.world} processes do not divide into --replicate {cfg.replicate} groups"
-        )
     if cfg.replicate == 1:
         return init_device_mesh(process.device.type, (process.world,))
     shape = (cfg.replicate, process.world // cfg.replicate)

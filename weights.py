@@ -12,6 +12,7 @@ A sharded parameter is a DTensor split over its first dimension as torch.chunk d
 reads only its own rows of each tensor, so nobody ever holds the model twice.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -45,7 +46,8 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 def weight_files(model_dir: Path) -> dict[str, Path]:
     """Stored tensor name -> the safetensors file that holds it; one file or index + shards."""
     model_dir = Path(model_dir)
-    index, paths = model_dir / INDEX, sorted(model_dir.glob("*.safetensors"))
+    index = model_dir / INDEX
+    paths = sorted(path for path in model_dir.glob("*.safetensors") if path.is_file())
     if not index.is_file():
         if len(paths) > 1:
             raise InputError(f"{len(paths)} *.safetensors in {model_dir} but no {INDEX}; fetch it")
@@ -245,17 +247,24 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
     Called by every process of a sharded run; rank 0 writes, one shard in memory at a time.  The
     folder appears whole or not at all, and is read back and compared before this returns.
     """
-    like, out_dir = Path(like), export_folder(out_dir, like)
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    with new_export(export_folder(out_dir, like)) as partial:
+        if is_writer():
+            copy_small_files(Path(like), partial)
+        write_weights(model, Path(like), partial)
+        barrier()
+        for name, p, rows in stored_rows(model, partial):
+            if not torch.equal(local(p).to("cpu", rows.dtype), rows):
+                raise Failure(f"{partial}: {name} read back differs from the model; disk at fault")
+
+
+def write_weights(model: InternVL, like: Path, partial: Path) -> None:
+    """The model's parameters in the shards of `like`."""
     files, pieces = weight_files(like), pieces_of(model, like)
     parameters = {
         piece.name: (name, p)
         for name, p in model.named_parameters()
         for piece in pieces.get(name, ())
     }
-    if is_writer():
-        empty_folder(partial)
-        copy_small_files(like, partial)
     for path in sorted(set(files.values())):
         shard = {}
         with open_weights(path) as f:
@@ -263,21 +272,13 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
                 name, p = parameters[stored]
                 full = whole(p)  # every process takes part
                 if not is_finite(full):
-                    raise Failure(f"{name} holds NaN or infinity; {out_dir} is not written")
+                    raise Failure(f"{name} holds NaN or infinity, so the model is not written")
                 if is_writer():
                     rows = split_stored(full, pieces[name])[stored]
                     shard[stored] = rows.to("cpu", DTYPES[f.get_slice(stored).get_dtype()])
             metadata = f.metadata() or {"format": "pt"}
         if is_writer():
             write_tensors(shard, partial / path.name, metadata=metadata)
-    barrier()
-    for name, p, rows in stored_rows(model, partial):
-        if not torch.equal(local(p).to("cpu", rows.dtype), rows):
-            raise Failure(f"{partial}: {name} read back differs from the model; disk at fault")
-    barrier()
-    if is_writer():
-        finish_export(partial, out_dir)
-    barrier()
 
 
 def export_folder(out_dir: Path, *inputs: Path) -> Path:
@@ -302,11 +303,26 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
     return out
 
 
-def finish_export(partial: Path, out_dir: Path) -> None:
-    """List the files of `partial` in it and let it take the place of an earlier export."""
-    names = sorted(path.name for path in partial.iterdir())
-    write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
-    replace_folder(partial, out_dir)
+@contextlib.contextmanager
+def new_export(out_dir: Path) -> Iterator[Path]:
+    """A folder to fill, which lists its files and takes the place of an earlier export at the end.
+
+    Every process enters and leaves it, one of them writes.  After an error nothing is left of it.
+    """
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    if is_writer():
+        empty_folder(partial)
+    try:
+        yield partial
+        barrier()
+        if is_writer():
+            names = sorted(path.name for path in partial.iterdir())
+            write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
+            replace_folder(partial, out_dir)
+        barrier()
+    finally:
+        if is_writer():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def empty_folder(path: Path) -> None:

@@ -303,6 +303,21 @@ def test_sampling_fills_every_response_once_with_its_prompt(world):
     assert Generator.loads == loads
 
 
+def test_a_system_prompt_reaches_the_model_the_samples_and_the_pairs(world):
+    rows = read_lines("toys.jsonl")
+    write_lines(world / "toys.jsonl", [rows[0], {**rows[0], "system_prompt": "Think."}])
+    pairs.sample(sampling())
+    assert [p.system_prompt for p in Generator.prompts] in ([None, "Think."], ["Think.", None])
+    assert len({qid for qid, _ in responses("samples/toys")}) == 2, "two questions"
+    pairs.correctness(pairs.CorrectnessConfig(max_format_share=1.0))
+    written = [r for path in Path("pairs/annotations").glob("*") for r in read_lines(path)]
+    assert {r.get("system_prompt") for r in written} == {None, "Think."}
+    dropping = pairs.DropoutConfig(model_dir=Path("model"))
+    pairs.dropout_ntp(dropping)
+    assert Generator.prompts[-1].images == ()
+    assert {p.system_prompt for p in Generator.prompts if not p.images} == {None, "Think."}
+
+
 def test_stops_and_other_process_counts_lose_repeat_and_change_nothing(world, monkeypatch):
     pairs.sample(sampling(out_dir=Path("straight")))
     want = responses("straight/toys")
@@ -348,7 +363,7 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
             [{"images": ["0.png"], "question": "q", "answer": 1}],
             "line 1: 'images' is not supported",
         ),
-        ([{"system_prompt": "x", "question": "q", "answer": 1}], "line 1: 'system_prompt' is not"),
+        ([{"system_prompt": ["x"], "question": "q", "answer": 1}], "'system_prompt' must be text"),
         ([{"history": [["a", "b"]], "question": "q", "answer": 1}], "line 1: 'history' is not"),
         ([{"image": False, "question": "q", "answer": 1}], "line 1: 'image' must be"),
         ([{"question": "<image> q", "answer": 1}], "line 1: the question has <image>"),

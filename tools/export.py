@@ -43,10 +43,9 @@ from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import (
     INDEX,
     TOKENIZERS,
-    empty_folder,
     empty_model,
     export_folder,
-    finish_export,
+    new_export,
     stored_rows,
     write_tensors,
 )
@@ -92,23 +91,21 @@ def export(cfg: ExportConfig) -> None:
     if cfg.llama and architecture not in ("internlm2", "llama"):
         raise InputError(f"{cfg.model_dir}: its {architecture} is no Llama; pass --llm_only")
     own_code = cfg.llm_only and architecture == "internlm2"
-    partial = out.with_name(f".{out.name}.partial")
-    empty_folder(partial)
-    ids = write_tokenizer(cfg.model_dir, config, partial, images=cfg.hf)
-    tensors = renamed_tensors(model, cfg.model_dir, OFFICIAL_INTERNLM2 if own_code else HF)
-    if cfg.hf:
-        settings = hf_config(model, raw, ids)
-        write_processor(config, partial)
-    else:
-        settings = text_config(config, raw) | ids
-        tensors = ((n.removeprefix(LLM), t) for n, t in tensors if n.startswith(LLM))
-    if own_code:
-        settings = raw["llm_config"] | ids
-        for path in cfg.model_dir.glob("*.py"):
-            shutil.copyfile(path, partial / path.name)
-    write_shards(tensors, partial)
-    write_json(partial / "config.json", settings)
-    finish_export(partial, out)
+    with new_export(out) as partial:
+        ids = write_tokenizer(cfg.model_dir, config, partial, images=cfg.hf)
+        tensors = renamed_tensors(model, cfg.model_dir, OFFICIAL_INTERNLM2 if own_code else HF)
+        if cfg.hf:
+            settings = hf_config(model, raw, ids)
+            write_processor(config, partial)
+        else:
+            settings = text_config(config, raw) | ids
+            tensors = ((n.removeprefix(LLM), t) for n, t in tensors if n.startswith(LLM))
+        if own_code:
+            settings = raw["llm_config"] | ids
+            for path in cfg.model_dir.glob("*.py"):
+                shutil.copyfile(path, partial / path.name)
+        write_shards(tensors, partial)
+        write_json(partial / "config.json", settings)
     print(f"wrote {cfg.out}")
 
 

@@ -34,7 +34,7 @@ from config import load_config
 from data import encode_tree, epoch_order, fit_tree, seeded
 from images import is_flat, load_image
 from records import PairRecord, read_meta
-from runtime import InputError, flag, parse_command, run, write_atomic
+from runtime import InputError, flag, parse_command, printable, run, write_atomic
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, new_figure, page, png, text_table
 
@@ -168,8 +168,7 @@ def print_records(cfg: ShowConfig) -> None:
 
 def mark(name: str, text: str, colour: str) -> str:
     """Each line of `text` behind `name`; control characters of the data are spelled out."""
-    text = re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda m: f"\\x{ord(m[0]):02x}", text)
-    lines = "\n".join(f"{name:>8} | {line}" for line in text.split("\n"))
+    lines = "\n".join(f"{name:>8} | {printable(line)}" for line in text.split("\n"))
     return f"\x1b[{colour}m{lines}\x1b[0m" if sys.stdout.isatty() else lines
 
 

@@ -213,7 +213,8 @@ def pair_candidates(
     counts["pairs before the length limit"] = len(drawn)
     with new_file(annotation_file(cfg, stem)) as write:
         for chosen, rejected in kept:
-            record = {n: chosen[n] for n in ("image", "question") if chosen.get(n)}
+            names = ("image", "system_prompt", "question")
+            record = {n: chosen[n] for n in names if chosen.get(n)}
             record |= {"chosen": chosen["response"], "rejected": rejected["response"]}
             names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
             for side, row in (("chosen_meta", chosen), ("rejected_meta", rejected)):
