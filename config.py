@@ -62,14 +62,6 @@ class InternVLConfig:
     generation: Literal["2", "2.5", "3", "3.5"] = "2"
     image_token_id: int | None = None  # id of <IMG_CONTEXT>, which only the -hf layout gives
 
-    def with_drop_path(self, rate: float) -> "InternVLConfig":
-        """The same model with another stochastic depth in the ViT."""
-        return replace(self, vision=replace(self.vision, drop_path_rate=rate))
-
-    def with_tied_head(self, tied: bool) -> "InternVLConfig":
-        """The same model with the embedding matrix as its head, or with a head of its own."""
-        return replace(self, llm=replace(self.llm, tied=tied))
-
     @property
     def tokens_per_tile(self) -> int:
         return (self.tile_size // self.vision.patch_size // 2) ** 2

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from images import image_key, jpeg, load_image, open_image
+from images import jpeg, load_image, open_image
 from model import InternVLConfig
 from records import DataSet, PairRecord
-from runtime import InputError
+from runtime import InputError, fingerprint, named
 from tokenizer import Tokenizer, encode_chat, encode_response, training_text
 from vision import cut_tiles, normalize, num_tiles
 
@@ -96,7 +96,7 @@ def encode_tree(
 ) -> Tree:
     """Token ids of one record; reads image sizes, not pixels.  Errors name the record."""
     limit = max_tiles or record.max_tiles
-    try:
+    with named(record.name):
         question = training_text(config.template, record.question)
         tiles = []
         for path in record.images:
@@ -111,8 +111,6 @@ def encode_tree(
         )
         texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
         responses = [encode_response(tokenizer, config.template, text) for text in texts]
-    except InputError as error:
-        raise InputError(f"{record.name}: {error}") from None
     return Tree(
         trunk,
         responses,
@@ -306,7 +304,7 @@ def response_keys(tree: Tree) -> list[str]:
     """What each response's log-prob depends on besides the weights: ids, and images' content."""
     trunk = hashlib.blake2b(np.array(tree.trunk).tobytes(), digest_size=16)
     for (path, limit, augment), tiles in zip(tree.images, tree.tiles):
-        trunk.update(repr((image_key(path), limit, tiles, augment)).encode())
+        trunk.update(repr((fingerprint([path]), limit, tiles, augment)).encode())
     keys = []
     for response in tree.responses:
         h = trunk.copy()

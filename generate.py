@@ -45,7 +45,7 @@ from torch import Tensor
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
 from model import Attend, InternVL, causal_attention
-from runtime import InputError, check_ranges, fits, flag, parse_cli, read_json, run
+from runtime import InputError, check_ranges, fits, flag, named, parse_cli, read_json, run
 from tokenizer import (
     IMAGE,
     StreamDecoder,
@@ -401,7 +401,7 @@ class Generator:
     def encode(self, prompt: Prompt) -> Group:
         """Ids of the prompt; reads the sizes of its images."""
         config, question = self.model.config, prompt.question
-        try:
+        with named(prompt.label):
             if not question.strip():
                 raise InputError("the question is empty")
             if not prompt.history and (prompt.images or IMAGE in question):
@@ -412,11 +412,8 @@ class Generator:
                     tiles = num_tiles(*image.size, prompt.max_tiles, config.tile_size)
                 tokens.append(tiles * config.tokens_per_tile)
             turns = [*prompt.history, (question, None)]
-            system = prompt.system_prompt
-            system = config.system_message if system is None else system
+            system = prompt.system_prompt or config.system_message
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
-        except InputError as error:
-            raise InputError(f"{prompt.label}: {error}") from None
         prefix = self.tokenizer.encode_plain(prompt.prefix)
         samples = range(prompt.num_samples) if prompt.samples is None else prompt.samples
         limit = prompt.max_new_tokens or self.settings.max_new_tokens

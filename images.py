@@ -1,8 +1,7 @@
-"""Image files: a list of formats, limits, one way to RGB, one key of what a file holds.
+"""Image files: a list of formats, limits, one way to RGB.
 
     image_names, image_paths   what a record names -> files under a root that nothing leaves
     open_image, load_image     size without decoding; RGB pixels
-    image_key                  a hash of every byte: what caches and resumed runs compare
 
 As the official code (`Image.open(path).convert("RGB")`): the first frame of an animation, and EXIF
 orientation is not applied.  Differs: gray levels of 16 and 32 bits and of floats are scaled (there
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime import InputError, fingerprint
+from runtime import InputError, named
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # an image bomb is refused before it is decoded
@@ -79,11 +78,6 @@ def real_folder(root: Path) -> str:
     return os.path.realpath(root)
 
 
-def image_key(path: Path) -> str:
-    """What the file holds: remembered by path, size and time, read again if one of them changed."""
-    return fingerprint([path])
-
-
 # --------------------------------------------------------------------------- pixels
 
 
@@ -122,10 +116,8 @@ def load_image(path: Path) -> Image.Image:
 def check_images(paths: Iterable[Path], name: str) -> None:
     """Open each image, without decoding it; errors begin with `name`."""
     for path in paths:
-        try:
+        with named(name):
             open_image(path).close()
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -48,8 +48,8 @@ from benchmarks.answers import (
     strip_instruction,
 )
 from generate import Generator, Prompt, Sample, Settings
-from images import check_images, image_key, image_names, image_paths
-from records import alone_writing, grouped, new_file, part_files, read_parts, with_placeholders
+from images import check_images, image_names, image_paths
+from records import alone_writing, grouped, new_file, part_files, read_parts
 from runtime import (
     AppendLog,
     InputError,
@@ -58,6 +58,7 @@ from runtime import (
     fingerprint,
     flag,
     from_json,
+    named,
     parse_command,
     rank_and_world,
     read_json,
@@ -65,7 +66,7 @@ from runtime import (
     run,
     write_atomic,
 )
-from tokenizer import IMAGE
+from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
 NOT_SETTINGS = ("out_dir", "samples", "model_dir", "compile", "cache_tokens")  # move no text
@@ -119,7 +120,8 @@ def wrap_question(question: str, num_images: int, version: str, name: str = "que
     if num_images == 1 and text.count(IMAGE) == 1:  # moved to the front
         text = text.replace(IMAGE + "\n", "").replace(IMAGE, "").strip()
     # plain replacement: questions contain braces
-    return with_placeholders(PROMPTS[version].replace("{question}", text), num_images, name)
+    with named(name):
+        return with_image_placeholders(PROMPTS[version].replace("{question}", text), num_images)
 
 
 def read_questions(
@@ -361,7 +363,7 @@ def sample(cfg: SampleConfig) -> None:
         if missing and is_mine(question.qid):
             paths = image_paths(cfg.root, question.images, question.name)
             check_images(paths, question.name)
-            keys = question.fields["image_keys"] = [image_key(path) for path in paths]
+            keys = question.fields["image_keys"] = [fingerprint([path]) for path in paths]
             if pixels.get(question.qid, keys) != keys:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
                 raise InputError(f"{question.name}: an image {remedy}")

@@ -25,9 +25,9 @@ import numpy as np
 from images import image_names, image_paths
 from runtime import (
     InputError,
-    errors_name,
     flag,
     from_json,
+    named,
     open_file,
     parse_json_line,
     rank_and_world,
@@ -35,7 +35,7 @@ from runtime import (
     sync_folder,
     try_lock,
 )
-from tokenizer import IMAGE, with_image_placeholders
+from tokenizer import with_image_placeholders
 
 
 class JsonLines:
@@ -109,7 +109,7 @@ def new_file(path: Path) -> Iterator[Callable[[dict], int]]:
     """Gives a function that writes a line; the file appears complete or not at all, never empty."""
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with errors_name(path), open(partial, "wb") as file:
+    with named(path), open(partial, "wb") as file:
         yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -178,9 +178,11 @@ def check_pair(
             raise InputError(f"{name}: {key} is empty")
     if line.chosen.strip() == line.rejected.strip():
         raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
+    with named(name):
+        question = with_image_placeholders(line.question, len(names))
     return PairRecord(
         name,
-        with_placeholders(line.question, len(names), name),
+        question,
         line.chosen,
         line.rejected,
         image_paths(root, names, name),
@@ -188,16 +190,6 @@ def check_pair(
         augment,
         line.system_prompt,
     )
-
-
-def with_placeholders(question: str, num_images: int, name: str) -> str:
-    """The question with one <image> an image; `name` is for errors."""
-    if not num_images and IMAGE in question:
-        raise InputError(f"{name}: the question has {IMAGE} but the record no 'image'; add it")
-    try:
-        return with_image_placeholders(question, num_images)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
 
 
 # --------------------------------------------------------------------------- meta.json
@@ -209,7 +201,7 @@ class Entry:
 
     annotation: str
     root: str = ""
-    repeat_time: int | float | str = 1
+    repeat_time: float = flag(1, "copies of each record; of a fraction so many are drawn", 0, 1e6)
     length: int | None = None
     max_dynamic_patch: int | None = flag(None, "tiles of an image at most", low=1, high=128)
     data_augment: bool = False
@@ -242,28 +234,14 @@ def _data_set(path: Path, name: str, raw: object, max_tiles: int, notes: list[st
         raise InputError(f"{name_of_entry}: expected an object with 'annotation', got {raw!r:.60}")
     entry = from_json(Entry, raw, name_of_entry)
     annotation = find_beside(path, entry.annotation, name_of_entry, notes)
-    if annotation.suffix != ".jsonl":
-        raise InputError(f"{name_of_entry}: annotation {annotation} must end in .jsonl")
-    if not annotation.is_file():  # also a pipe, which would never answer
-        raise InputError(f"{name_of_entry}: no annotation file {annotation}")
-    lines = JsonLines(annotation)
+    with named(name_of_entry):
+        lines = JsonLines(annotation)
     if entry.length not in (None, len(lines)):
         notes.append(f"{name_of_entry}: length says {entry.length}, {annotation} has {len(lines)}")
     root = find_beside(path, entry.root, name_of_entry, notes)
-    repeat = repeat_time(entry.repeat_time, name_of_entry)
+    repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
     tiles = entry.max_dynamic_patch or max_tiles
     return DataSet(name, root, lines, repeat, tiles, entry.data_augment)
-
-
-def repeat_time(value: int | float | str, name: str) -> Fraction:
-    """Exactly the decimal number that stands in the file: 0.07 * 100 is 7."""
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise InputError(f"{name}: repeat_time must be a number, got {value!r:.40}") from None
-    if not 0 <= number <= 1e6:
-        raise InputError(f"{name}: repeat_time must be >= 0 and <= 1000000, got {value!r:.40}")
-    return Fraction(str(number))
 
 
 def find_beside(meta: Path, path: str, name: str, notes: list[str]) -> Path:

@@ -70,6 +70,18 @@ class Failure(RuntimeError):
     """What went wrong while running, through nobody's input: told in one line, exit status 1."""
 
 
+@contextlib.contextmanager
+def named(name: object) -> Iterator[None]:
+    """InputErrors inside begin with `name`; an OSError that names no file (a full disk) gets it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    except OSError as error:
+        error.filename = error.filename or str(name)
+        raise
+
+
 # --------------------------------------------------------------------------- flags
 
 
@@ -78,14 +90,21 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
-def check_ranges(cls: type, values: dict[str, Any], keys: dict[str, str] | None = None) -> None:
-    """Numbers must be finite and within their flag's range; `keys`: field -> its name in errors."""
+def check_ranges(cls: type, values: dict[str, Any], begin: str = "") -> None:
+    """Numbers must be finite and within their flag's range; `begin`: of the error."""
+    keys = getattr(cls, "KEYS", {})
     for f in dataclasses.fields(cls):
         value, (low, high) = values.get(f.name), f.metadata.get("range", (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+        if isinstance(value, (int, float)) and not (low <= value <= high and is_finite(value)):
             limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
             wanted = " and ".join(limits) or "a finite number"
-            raise InputError(f"{(keys or {}).get(f.name, f.name)} must be {wanted}, got {value}")
+            key = keys.get(f.name, f.name)
+            raise InputError(f"{begin}{key} must be {wanted}, got {value!r:.40}")
+
+
+def is_finite(number: float) -> bool:
+    """Neither infinite nor NaN, and no whole number that 64 bits do not hold."""
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << 63
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -430,7 +449,7 @@ def fits(value: Any, hint: Any) -> bool:
         case builtin if builtin is list:
             return isinstance(value, list) and all(fits(v, kind) for v in value for kind in inner)
         case kind if kind in (int, float) and isinstance(value, (bool, float, int)):
-            number = not isinstance(value, bool) and math.isfinite(value)
+            number = not isinstance(value, bool) and is_finite(value)
             return number and (kind is float or isinstance(value, int))
     return hint is Any or isinstance(value, typing.get_origin(hint) or hint)
 
@@ -441,12 +460,8 @@ type_hints = functools.cache(typing.get_type_hints)  # a million lines may be of
 def from_json(cls: type, record: dict, name: object) -> Any:
     """Build dataclass `cls` from a JSON object: type, default and range of each field.
 
-    `cls.KEYS`: fields that have another name in the file.  Keys that are no field are ignored, but
-    those in `cls.REFUSED` (key -> what to do instead).
+    `cls.KEYS`: fields that have another name in the file.  Keys that are no field are ignored.
     """
-    for key, remedy in getattr(cls, "REFUSED", {}).items():
-        if record.get(key):
-            raise InputError(f"{name}: {key!r} is not supported: {remedy}")
     hints, values, keys = type_hints(cls), {}, getattr(cls, "KEYS", {})
     for f in dataclasses.fields(cls):
         key, hint = keys.get(f.name, f.name), hints[f.name]
@@ -458,10 +473,7 @@ def from_json(cls: type, record: dict, name: object) -> Any:
                 raise InputError(f"{name}: {key!r} must be {wanted}, got {value!r:.80}")
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise InputError(f"{name}: no {key!r}")
-    try:
-        check_ranges(cls, values, keys)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+    check_ranges(cls, values, f"{name}: ")
     return cls(**values)
 
 
@@ -474,7 +486,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with errors_name(path), open(partial, "wb") as f:
+        with named(path), open(partial, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
@@ -482,16 +494,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def errors_name(path: Path) -> Iterator[None]:
-    """An OSError while a file is written (a full disk) names it, as one while opening does."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -520,7 +522,7 @@ class AppendLog:
         self.fsync_at = time.monotonic()
 
     def append(self, record: dict) -> None:
-        with errors_name(self.file.name):
+        with named(self.file.name):
             self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self.file.flush()
         if time.monotonic() - self.fsync_at > 1:  # at most a second of work on a power cut
@@ -542,15 +544,10 @@ def read_whole_lines(path: Path) -> tuple[list[dict], int]:
 
     Torn: no newline at its end.  Such a line is never trusted, even if it happens to parse.
     """
-    records, good = [], 0
-    if Path(path).exists():
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.endswith(b"\n"):
-                    break
-                records.append(parse_json_line(path, number, line))
-                good += len(line)
-    return records, good
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    *lines, torn = content.split(b"\n")
+    records = [parse_json_line(path, number, line) for number, line in enumerate(lines, 1)]
+    return records, len(content) - len(torn)
 
 
 # --------------------------------------------------------------------------- one run a folder

@@ -315,8 +315,8 @@ def with_image_placeholders(question: str, num_images: int) -> str:
         return f"{IMAGE}\n" * num_images + question
     if placeholders != num_images:
         raise InputError(
-            f"question has {placeholders} {IMAGE} for {num_images} images: write one for each, or "
-            "none at all to have the images in front"
+            f"the question has {placeholders} {IMAGE} for {num_images} images: add the missing "
+            "'image', write one for each, or none at all to have the images in front"
         )
     return question
 

@@ -193,9 +193,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
     from tools.plan import Meter  # noqa: PLC0415
     from tools.track import Tracker  # noqa: PLC0415
 
-    weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
-    if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
-        raise InputError("reference_cache lies in model_dir; pass a folder of its own")
+    check_folders(cfg)
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
         cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
         terms = parse_objective(cfg.loss)
@@ -281,6 +279,13 @@ def train(cfg: TrainConfig, process: Process) -> None:
 
 
 # --------------------------------------------------------------------------- before the loop
+
+
+def check_folders(cfg: TrainConfig) -> None:
+    """What would write over the run's input is refused at its start, not at its end."""
+    weights.export_folder(cfg.out_dir / "model", cfg.model_dir)
+    if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
+        raise InputError("reference_cache lies in model_dir; pass a folder of its own")
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:

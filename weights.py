@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -192,12 +193,10 @@ def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternV
     """
     config, image_token = load_config(model_dir), None
     if drop_path_rate is not None:
-        config = config.with_drop_path(drop_path_rate)
-    if config.llm.tied:
-        heads = (
-            name.endswith(("lm_head.weight", ".output.weight")) for name in weight_files(model_dir)
-        )
-        config = config.with_tied_head(not any(heads))
+        config = replace(config, vision=replace(config.vision, drop_path_rate=drop_path_rate))
+    heads = ("lm_head.weight", ".output.weight")
+    if config.llm.tied and any(name.endswith(heads) for name in weight_files(model_dir)):
+        config = replace(config, llm=replace(config.llm, tied=False))
     if any((Path(model_dir) / name).is_file() for name in TOKENIZERS):
         image_token = load_tokenizer(model_dir).image_context_id
     with torch.device("meta"):

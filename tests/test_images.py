@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 import images
-from images import image_key, image_paths, load_image
-from runtime import InputError
+from images import image_paths, load_image
+from runtime import InputError, fingerprint
 
 GRAY = np.linspace(0, 65535, 1024).reshape(32, 32)
 
@@ -145,10 +145,10 @@ def test_a_key_follows_content_and_is_remembered_by_path_size_and_time(tmp_path,
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"1" if name == "a" else b"2")
-    keys = [image_key(tmp_path / name / "x.png") for name in ("a", "b", "a")]
+    keys = [fingerprint([tmp_path / name / "x.png"]) for name in ("a", "b", "a")]
     assert keys[0] == keys[2] != keys[1]
     (tmp_path / "a" / "x.png").write_bytes(b"3")
-    assert image_key(tmp_path / "a" / "x.png") not in keys
+    assert fingerprint([tmp_path / "a" / "x.png"]) not in keys
 
 
 def test_a_flat_image_is_told_from_one_with_a_drawing():

@@ -172,7 +172,7 @@ def test_one_placeholder_moves_to_the_front_and_several_stay():
     two = "Image 1: <image>\nImage 2: <image>\nWhich?"
     assert pairs.wrap_question(two, 2, "en").endswith(two)
     assert pairs.wrap_question("Both?", 2, "none") == "<image>\n<image>\nBoth?"
-    with pytest.raises(InputError, match="the question has <image> but the record no 'image'"):
+    with pytest.raises(InputError, match="has 1 <image> for 0 images: add the missing 'image'"):
         pairs.wrap_question("The tag <image> in text", 0, "none")
     with pytest.raises(InputError, match="2 <image>"):
         pairs.wrap_question("<image> and <image>", 1, "en")
@@ -366,7 +366,7 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"system_prompt": ["x"], "question": "q", "answer": 1}], "'system_prompt' must be text"),
         ([{"history": [["a", "b"]], "question": "q", "answer": 1}], "line 1: 'history' is not"),
         ([{"image": False, "question": "q", "answer": 1}], "line 1: 'image' must be"),
-        ([{"question": "<image> q", "answer": 1}], "line 1: the question has <image>"),
+        ([{"question": "<image> q", "answer": 1}], "line 1: the question has 1 <image>"),
         ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
         ([], "no file with questions"),

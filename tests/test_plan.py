@@ -39,7 +39,8 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
     tree = example_tree(config, tiles, prompt, (scored, scored))
 
     def two_steps():
-        policy = prepare(InternVL(config.with_drop_path(cfg.drop_path), 0), cfg).train()
+        vision = replace(config.vision, drop_path_rate=cfg.drop_path)
+        policy = prepare(InternVL(replace(config, vision=vision), 0), cfg).train()
         shard(policy, cfg, process)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         for packs in (1, 2):  # the second pack meets moments and gradients

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -173,7 +173,6 @@ def test_the_clock_reads_as_hours_minutes_seconds():
 
 @dataclass
 class Entry:
-    REFUSED: ClassVar = {"history": "put the turns into the question"}
     annotation: str
     repeat: float = flag(1.0, "copies of a record", low=0)
     tiles: int | None = None
@@ -192,7 +191,6 @@ class Entry:
         ('{"annotation": "a", "tiles": 1.5}', "m: .tiles. must be int | None, got 1.5"),
         ('{"annotation": "a", "images": ["b", 2]}', "m: 'images' must be list"),
         ('{"annotation": "a", "kind": "map"}', "m: 'kind' must be .*photo.*, got 'map'"),
-        ('{"annotation": "a", "history": [1]}', "m: 'history' is not supported: put the turns"),
         ('{"annotation": "a", "annotation": "b"}', "m: the key 'annotation' stands there twice"),
         ("[" * 100_000, "m: not valid JSON"),
         ('["a"]', "m: expected a JSON object, got list"),

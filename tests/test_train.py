@@ -386,6 +386,8 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"meta": Path("nowhere.json")}, "no nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
         ({"pack_tokens": 20}, "does not fit --pack_tokens 20"),
+        ({"replicate": 2}, "1 processes do not divide into --replicate 2 groups"),
+        ({"reference_cache": Path("toy/model/x"), "model_dir": Path("toy/model")}, "own"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_it_starts(base, tmp_path, change, message):

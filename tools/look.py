@@ -34,7 +34,7 @@ from config import load_config
 from data import encode_tree, epoch_order, fit_tree, seeded
 from images import is_flat, load_image
 from records import PairRecord, read_meta
-from runtime import InputError, flag, parse_command, printable, run, write_atomic
+from runtime import InputError, flag, named, parse_command, printable, run, write_atomic
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, new_figure, page, png, text_table
 
@@ -118,10 +118,8 @@ def check(cfg: CheckConfig) -> None:
 
 def look_at_images(record: PairRecord) -> list[str]:
     """Decode the record's images; lines about those of one colour.  Errors name the record."""
-    try:
+    with named(record.name):
         flat = [path for path in record.images if is_flat(load_image(path))]
-    except InputError as error:
-        raise InputError(f"{record.name}: {error}") from None
     return [f"{record.name}: image {path} is of one colour" for path in flat]
 
 
