@@ -112,8 +112,7 @@ def load_config(model_dir: Path) -> InternVLConfig:
     raw = read_json(path)
     if "text_config" in raw and images.is_file():
         tiles = {"min_patches": "min_dynamic_patch", "max_patches": "max_dynamic_patch"}
-        given = read_json(images)
-        raw = {tiles[key]: given[key] for key in tiles if key in given} | raw
+        raw = {tiles[k]: value for k, value in read_json(images).items() if k in tiles} | raw
     return parse_config(raw, str(path))
 
 

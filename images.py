@@ -90,10 +90,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
-        raise InputError(
-            f"image {path} cannot be read: it is none of {formats}; convert it"
-        ) from None
+        reason = f"it is none of {', '.join(FORMATS)}; convert it"
+        raise InputError(f"image {path} cannot be read: {reason}") from None
     except DECODER_ERRORS as error:
         raise InputError(f"image {path} cannot be read: {error}") from None
     if image.width * image.height > MAX_PIXELS:

@@ -98,9 +98,8 @@ def alone_writing(out_dir: Path) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     with open(out_dir / ".lock", "wb") as lock:
         try_lock(lock, math.inf)
-        for pattern in (".*.json.*.partial", "*/.*.jsonl.partial"):
-            for partial in out_dir.glob(pattern):
-                partial.unlink()
+        for partial in (*out_dir.glob(".*.json.*.partial"), *out_dir.glob("*/.*.jsonl.partial")):
+            partial.unlink()
         yield
 
 
@@ -240,8 +239,8 @@ def _data_set(path: Path, name: str, raw: object, max_tiles: int, notes: list[st
         notes.append(f"{name_of_entry}: length says {entry.length}, {annotation} has {len(lines)}")
     root = find_beside(path, entry.root, name_of_entry, notes)
     repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
-    tiles = entry.max_dynamic_patch or max_tiles
-    return DataSet(name, root, lines, repeat, tiles, entry.data_augment)
+    max_tiles = entry.max_dynamic_patch or max_tiles
+    return DataSet(name, root, lines, repeat, max_tiles, entry.data_augment)
 
 
 def find_beside(meta: Path, path: str, name: str, notes: list[str]) -> Path:

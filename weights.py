@@ -76,8 +76,7 @@ def open_weights(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        reason = f"not a whole safetensors file ({error})"
-        raise InputError(f"{path}: {reason}; fetch it again") from None
+        raise InputError(f"{path}: no whole safetensors file ({error}); fetch it again") from None
 
 
 def _compare_keys(pair: str, expected: set[str], present: set[str]) -> None:
