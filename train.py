@@ -574,6 +574,10 @@ class CachedReference:
             while len(queue) >= process.world or (queue and step + 1 == total):
                 this_round, queue = queue[: process.world], queue[process.world :]
                 self.score_round(this_round, policy, data, cfg, part)
+            if asked_to_stop():
+                part.close()
+                process.say("asked to stop: what is scored is kept; the same command continues")
+                raise SystemExit(0)
         part.close()
         policy.train()
         policy.reshard()  # a forward without backward leaves the root's parameters gathered

@@ -95,7 +95,7 @@ CURVES = {
         rewards__accuracy=lambda n: 0.5 + 0.03 * math.sin(n), rewards__margin=lambda n: 0.01
     ),
     "margin explosion": changed(rewards__margin=lambda n: 0.5 * n),
-    "always clipped": changed(grad_norm=lambda n: 5 + math.sin(n)),
+    "always clipped": changed(grad_norm=lambda n: 50 + math.sin(n)),
     "length bias": changed(length__chosen=lambda n: 400.0),
     "shift drifts": changed(bco_shift=lambda n: -0.05 * n),
 }

@@ -1,6 +1,7 @@
 """Held-out pairs: the numbers of a separate computation; the training knows nothing of them."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import run_forks, train_in_process
 from safetensors.torch import load_file, save_file
 
 import plain
+import train as train_module
 from records import read_meta
 from runtime import InputError, read_jsonl, start_process, stop_process
 from tokenizer import load_tokenizer
@@ -119,6 +121,30 @@ def test_the_best_step_is_named_and_kept(watched, base, toy, capsys):
     assert kept.name == f"step-{best:08d}"
     train_in_process(cfg)  # nothing left to do
     assert f"best step by held-out pairs: {best} of 3" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_the_same_command_continues_bit_for_bit(
+    watched, base, toy, monkeypatch, capsys
+):
+    cfg = replace(base, out_dir=toy / "interrupted", save_every=100)
+    metrics_of = train_module.step_metrics
+
+    def interrupt(*args):  # in the middle of step 1
+        signal.raise_signal(signal.SIGINT)
+        return metrics_of(*args)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "step_metrics", interrupt)
+        patch.setattr(train_module, "_STOP", [])
+        with train_module.in_group(cfg.seed) as process:
+            train(cfg, process)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert "asked to stop: saved step 1; the same command continues" in capsys.readouterr().err
+    rows = without(train_in_process(cfg), "none")
+    assert "1 of 3 steps are done" in capsys.readouterr().err
+    assert rows == without(watched[1], "none")
 
 
 def test_every_data_set_has_its_metrics_and_they_add_up(watched):

@@ -173,11 +173,11 @@ def margin_explosion(case: Case) -> str | None:
 
 
 def always_clipped(case: Case) -> str | None:
-    """Every step is cut to one length whatever the batch says, and spikes cannot be told apart.
+    """Every step is cut to one length and far below its own, and spikes cannot be told apart.
     Try: --max_grad_norm above the median; give ipo and sppo a far smaller weight.
     Source: arXiv:1211.5063."""
     limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
-    if limit and len(norms) >= 10 and min(norms) > limit:
+    if limit and len(norms) >= 10 and min(norms) > limit and median(norms) > 10 * limit:
         return (
             f"gradient norms are above {limit:g} at every step, {median(norms):.3g} at the median"
         )
