@@ -10,7 +10,7 @@ one picture.
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,14 @@ def draw_rows(curves: dict[str, list[dict]]) -> bytes:
     return png(curve_panels({k: v for k, v in panels.items() if v}, 2, "step", y_scale="symlog"))
 
 
+@dataclass(frozen=True)
+class SweepConfig(TrainConfig):
+    """Train with every value of a flag that has several, as --lr 1e-4,1e-3; flags of train.py."""
+
+
 def main() -> None:
     runs = combinations(sys.argv[1:])
-    parsed = {name: parse_cli(TrainConfig, argv) for name, argv in runs.items()}
+    parsed = {name: parse_cli(SweepConfig, argv) for name, argv in runs.items()}
     base = next(iter(parsed.values()))
     if base.mine:
         register_file(base.mine)
