@@ -200,7 +200,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
         hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
         data = open_data(cfg, terms, process)
-        heldout = open_heldout(cfg, terms, process)
+        heldout = open_data(cfg, terms, process, cfg.heldout) if cfg.heldout else None
         total = data.steps_per_epoch * cfg.epochs
         total = min(total, cfg.max_steps) if cfg.max_steps else total
         meter = Meter(cfg, process)
@@ -301,8 +301,10 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     return replace(cfg, **settings)
 
 
-def open_data(cfg: TrainConfig, terms: Terms, process: Process, use: str = "data") -> PairData:
-    """The pairs of cfg.meta; `use` stands before what is said about them."""
+def open_data(
+    cfg: TrainConfig, terms: Terms, process: Process, heldout: Path | None = None
+) -> PairData:
+    """The pairs of cfg.meta, or instead all those of `heldout`."""
     config = load_config(cfg.model_dir)
     if cfg.batch_size % process.world:
         raise InputError(
@@ -316,7 +318,7 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process, use: str = "data
     tokenizer = load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
     data = PairData(
-        read_meta(cfg.meta, cfg.max_tiles or config.max_tiles),
+        read_meta(heldout or cfg.meta, cfg.max_tiles or config.max_tiles),
         tokenizer,
         config,
         batch_size=cfg.batch_size,
@@ -328,19 +330,13 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process, use: str = "data
         share_images=cfg.share_images,
         share_prefix=cfg.share_prefix,
         pairs_per_prompt=cfg.pairs_per_prompt,
-        limit=cfg.limit,
+        limit=0 if heldout else cfg.limit,
     )
+    use = "held out" if heldout else "data"
     for number, data_set in enumerate(data.sets):
         drawn = int((data.order(0)[:, 0] == number).sum())
         process.say(f"{use}: {data_set.name}: {len(data_set)} records, {drawn} an epoch")
     return data
-
-
-def open_heldout(cfg: TrainConfig, terms: Terms, process: Process) -> PairData | None:
-    """The pairs of cfg.heldout."""
-    if cfg.heldout is None:
-        return None
-    return open_data(replace(cfg, meta=cfg.heldout, limit=0), terms, process, "held out")
 
 
 def trains_only_chosen(terms: Terms) -> bool:

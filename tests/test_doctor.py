@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from config import RECIPES
-from runtime import run
+from runtime import Process, run
 from tools import doctor
-from tools.doctor import Doctor, diagnose
+from tools.doctor import diagnose
+from tools.track import Tracker
+from train import TrainConfig
 
 STEPS = 60
 
@@ -235,14 +237,14 @@ def test_an_illness_is_named_in_the_metrics_of_trl(name, tmp_path, capsys):
 # --------------------------------------------------------------------------- while a run goes on
 
 
-def test_each_illness_is_said_once_while_the_run_goes_on():
-    lines = []
-    rows = []
-    watch = Doctor(rows, STEPS, lines.append)
+def test_each_illness_is_said_once_while_the_run_goes_on(tmp_path, capsys):
+    rows, cfg = [], TrainConfig(out_dir=tmp_path)
+    watch = Tracker(cfg, rows, STEPS, Process(0, 1, None))
     for row in CURVES["forgetting"]:
         rows.append(row)
         watch()
-    assert len(lines) == 1 and "diagnosis at step" in lines[0] and "forgetting: NLL" in lines[0]
+    [line] = capsys.readouterr().err.splitlines()
+    assert "diagnosis at step" in line and "forgetting: NLL" in line
     healthy = healthy_rows()
     assert not any(diagnose(healthy[: n + 1], STEPS) for n in range(STEPS))
 

@@ -6,7 +6,7 @@
 Reads metrics.jsonl, ms-swift's logging.jsonl or the log_history of TRL's trainer_state.json, and
 where they are there the run's config.json, its weights, the start weights and, with --meta, the
 pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
-same rules after every step (`Doctor`).
+same rules after every step (`diagnose`).
 
 A rule is a function; its docstring is what the user is told.
 """
@@ -256,7 +256,10 @@ def surface_marks(records: list[PairRecord]) -> list[str]:
         return []
     longer = sum((len(r.chosen) > len(r.rejected)) * 2 - 1 for r in learned)
     scores: dict[str, Callable[[str], float]] = {"length": lambda text: longer * len(text)}
-    marks = {"the first two words": first_words, "the final answer's form": answer_form}
+    marks: dict[str, Callable[[str], str]] = {
+        "the first two words": lambda text: " ".join(text.split()[:2]),
+        "the final answer's form": answer_form,
+    }
     for name, mark in marks.items():
         votes = Counter(mark(record.chosen) for record in learned)
         votes.subtract(mark(record.rejected) for record in learned)
@@ -270,10 +273,6 @@ def surface_marks(records: list[PairRecord]) -> list[str]:
     return lines
 
 
-def first_words(text: str) -> str:
-    return " ".join(text.split()[:2])
-
-
 def answer_form(text: str) -> str:
     """How a response gives its answer."""
     if re.search(r"final answer\s*:", text, re.I):
@@ -285,21 +284,6 @@ def diagnose(history: Rows, total: int) -> dict[str, str]:
     """What a run's metrics show so far: name of the illness -> one line."""
     findings = examine(Case(history, total))
     return {f["name"]: f"{f['name']}: {f['seen']}. {f['means']} Try: {f['try']}" for f in findings}
-
-
-class Doctor:
-    """Looks at a run's metrics after each step; says each illness once."""
-
-    def __init__(self, rows: Rows, total: int, say: Callable) -> None:
-        """rows: those of the run's MetricsLog, which grow."""
-        self.rows, self.total, self.say = rows, total, say
-        self.known: set[str] = set()
-
-    def __call__(self) -> None:
-        for name, advice in diagnose(self.rows, self.total).items():
-            if name not in self.known:
-                self.known.add(name)
-                self.say(f"diagnosis at step {self.rows[-1]['step']:.0f}: {advice}")
 
 
 # --------------------------------------------------------------------------- reading a run

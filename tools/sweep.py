@@ -61,7 +61,7 @@ def train_rows(cfg: TrainConfig, own: list[str], process: Process) -> None:
         if (every := flags.get("reference_update_every", 0)) > total:
             flags["reference_update_every"] = max(1, total // 4)
             process.say(f"{name}: updates every {total // 4} steps, since {every} would never come")
-        runs[name] = replace(cfg, out_dir=cfg.out_dir / name, **flags)
+        runs[name] = replace(cfg, **flags)
     train_all(runs, cfg, process)
 
 
@@ -83,14 +83,15 @@ def combinations(argv: list[str]) -> dict[str, list[str]]:
 
 
 def train_all(runs: dict[str, TrainConfig], base: TrainConfig, process: Process) -> None:
-    """Every run with the reference cache of `base`; a table and a PNG of the curves."""
+    """Every run in a folder below that of `base`, with its reference cache; a table and a PNG."""
     curves: dict[str, list[dict]] = {}
     for name, cfg in runs.items():
         process.say(f"=== {name}: --loss {cfg.loss}")
-        train(replace(cfg, reference_cache=base.cache_folder), process)
+        folder = base.out_dir / name
+        train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), process)
         if asked_to_stop():
             return
-        curves[name] = read_whole_lines(cfg.out_dir / "metrics.jsonl")[0]
+        curves[name] = read_whole_lines(folder / "metrics.jsonl")[0]
     if process.is_main:
         print(table_of_rows(curves))
         write_atomic(base.out_dir / "rows.png", draw_rows(curves))
@@ -138,9 +139,7 @@ def main() -> None:
     for cfg in parsed.values():
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
     with in_group(base.seed) as process:
-        folders = {name: base.out_dir / name for name in parsed}
-        runs = {name: replace(cfg, out_dir=folders[name]) for name, cfg in parsed.items()}
-        train_all(runs, base, process)
+        train_all(parsed, base, process)
 
 
 if __name__ == "__main__":

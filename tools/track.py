@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from runtime import InputError, Process, write_atomic
-from tools.doctor import Doctor
+from tools.doctor import diagnose
 from tools.figures import curve_panels, png
 
 Row = dict[str, float]
@@ -91,21 +91,23 @@ def draw_curves(rows: list[Row]) -> bytes:
 
 
 class Tracker:
-    """Shows each new row of a run's metrics to the doctor and to other programs; draws them.
+    """Has each new row of a run's metrics diagnosed, handed on and drawn; on rank 0 alone.
 
-    Does nothing but on rank 0.
+    An illness is said once.
     """
 
     def __init__(self, cfg: Any, rows: list[Row], total: int, process: Process) -> None:
         """rows: those of the run's MetricsLog, which grow to `total`."""
-        self.rows, self.is_main = rows, process.is_main
-        self.doctor = Doctor(rows, total, process.say)
+        self.rows, self.total, self.is_main, self.say = rows, total, process.is_main, process.say
+        self.known: set[str] = set()  # illnesses
         self.picture, self.drawn = cfg.out_dir / "curves.png", time.monotonic()
         self.writers = open_writers(cfg, len(rows)) if self.is_main else []
 
     def __call__(self) -> None:
-        if self.is_main:
-            self.doctor()
+        findings = diagnose(self.rows, self.total) if self.is_main else {}
+        for name in findings.keys() - self.known:
+            self.say(f"diagnosis at step {self.rows[-1]['step']:.0f}: {findings[name]}")
+        self.known |= findings.keys()
         for write in self.writers:
             write(self.rows[-1])
 
