@@ -49,7 +49,7 @@ from benchmarks.answers import (
 )
 from generate import Generator, Prompt, Sample, Settings
 from images import check_images, image_names, image_paths
-from records import alone_writing, grouped, new_file, part_files, read_parts
+from records import Group, alone_writing, grouped, in_order, new_file, part_files, read_parts
 from runtime import (
     AppendLog,
     InputError,
@@ -69,7 +69,7 @@ from runtime import (
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
-NOT_SETTINGS = ("out_dir", "samples", "model_dir", "compile", "cache_tokens")  # move no text
+NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
 PAPER_COST = {"dropout_ntp": 571.2, "divide_and_conquer": 992.7}  # tokens a pair on M3CoT
 HUGE_FILE = 500_000  # response lines from which the official script caps at 3 pairs
 Request = tuple[Prompt, Any]  # and what it asks about
@@ -86,15 +86,21 @@ DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the 
 
 def digest(*key: Any) -> str:
     """A hexadecimal hash of JSON values: the same in every process and version."""
-    text = json.dumps(key, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(json_bytes(key), digest_size=16).hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
 
 
 def choose(items: list, count: int, *key: Any) -> list:
     """`count` items without replacement, uniform, in order; a function of `key` alone."""
     if len(items) <= count:
         return items
-    kept = sorted(range(len(items)), key=lambda i: digest(*key, i))[:count]
+    begun = json_bytes(key)[:-1]  # digest(*key, i) of each i, without its JSON made each time
+    hashed = [hashlib.blake2b(b"%b,%d]" % (begun, i), digest_size=16) for i in range(len(items))]
+    kept = sorted(range(len(items)), key=lambda i: hashed[i].digest())[:count]
     return [items[i] for i in sorted(kept)]
 
 
@@ -479,6 +485,7 @@ class CorrectnessConfig:
     )
     clean: bool = flag(True, "drop markdown marks around the answer line")
     max_format_share: float = flag(0.5, "fail above this share of format failures", low=0)
+    workers: int = flag(0, "processes that judge, 0 = one a core; the output is the same", low=0)
     seed: int = flag(0, "decides which pairs the cap keeps")
 
 
@@ -515,38 +522,54 @@ def pair_set(
     cfg: CorrectnessConfig, data_set: SampleSet, modes: list[str]
 ) -> tuple[dict, dict[str, dict | None]]:
     """Judge and pair one data set; its report, and its entries for meta.json."""
-    counts, written, per_query, cost = Counter(), Counter(), Counter(), Counter()
-    total = sum(1 for _ in read_parts(data_set.files)) if cfg.official_caps else 0
-    cap = 3 if total > HUGE_FILE else cfg.pairs_per_query
+    counts, written, per_query, cost = totals = [Counter() for _ in range(4)]
+    groups = grouped(data_set.files, response_key, cfg.workers)
+    huge = cfg.official_caps and sum(len(group.places) for group in groups) > HUGE_FILE
+    cap = 3 if huge else cfg.pairs_per_query
     stems = {kind: f"{data_set.name}_pairs_vqa_{kind}_rules" for kind in KINDS}
     with contextlib.ExitStack() as stack:
         paths = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
         paths["all wrong"] = cfg.out_dir / "all_wrong" / f"{data_set.name}.jsonl"
         write = {kind: stack.enter_context(new_file(path)) for kind, path in paths.items()}
-        for key, lines in grouped(data_set.files, response_key):
-            for i, row in enumerate(lines):
-                row.setdefault("k", i)
-            rows = drop_repeats(lines, data_set.name)
-            for row in rows:
-                spend(cost, row)
-            judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
-            drawn = draw_pairs(judged, key, cfg.seed, cap, cfg.official_caps)
-            counts += judged_counts
-            counts["repeated lines"] += len(lines) - len(rows)
-            counts["questions without a pair"] += not any(drawn.values())
-            per_query[sum(map(len, drawn.values()))] += 1
-            if all(response.verdict != "correct" for response in judged):
-                names = ("qid", "image", "question", "question_orig", "answer", "prompt_version")
-                names += ("system_prompt",)
-                write["all wrong"]({n: rows[0][n] for n in names if n in rows[0]})
-            for kind, kind_pairs in drawn.items():
-                written[kind] += len(kind_pairs)
-                for chosen, rejected in kind_pairs:
-                    write[kind](pair_record(rows[0], chosen, rejected))
+        work = functools.partial(pair_groups, cfg, data_set.name, modes, cap)
+        for lines, *counters in in_order(work, groups, 50, cfg.workers, data_set.name):
+            for kind, line in lines:
+                write[kind](line)
+            for total, counter in zip(totals, counters):
+                total.update(counter)
     report = {"modes": modes, "cap": cap, "responses": counts.pop("responses", 0)}
     report["pairs_per_query"] = {str(k): per_query[k] for k in sorted(per_query)}
     entries = {stem: meta_entry(cfg, data_set, stem, written[k]) for k, stem in stems.items()}
     return report | report_of({k: written[k] for k in KINDS}, counts, cost), entries
+
+
+def pair_groups(
+    cfg: CorrectnessConfig, name: str, modes: list[str], cap: int, groups: list[Group]
+) -> tuple[list[tuple[str, dict]], Counter, Counter, Counter, Counter]:
+    """Lines of the output as (kind, record), then the counters of `pair_set`."""
+    lines: list[tuple[str, dict]] = []
+    counts, written, per_query, cost = Counter(), Counter(), Counter(), Counter()
+    for group in groups:
+        records = group.records()
+        for i, row in enumerate(records):
+            row.setdefault("k", i)
+        rows = drop_repeats(records, name)
+        for row in rows:
+            spend(cost, row)
+        judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
+        drawn = draw_pairs(judged, group.key, cfg.seed, cap, cfg.official_caps)
+        counts += judged_counts
+        counts["repeated lines"] += len(records) - len(rows)
+        counts["questions without a pair"] += not any(drawn.values())
+        per_query[sum(map(len, drawn.values()))] += 1
+        if all(response.verdict != "correct" for response in judged):
+            names = ("qid", "image", "question", "question_orig", "answer", "prompt_version")
+            names += ("system_prompt",)
+            lines.append(("all wrong", {n: rows[0][n] for n in names if n in rows[0]}))
+        for kind, pairs in drawn.items():
+            written[kind] += len(pairs)
+            lines += ((kind, pair_record(rows[0], *pair)) for pair in pairs)
+    return lines, counts, written, per_query, cost
 
 
 def pair_record(row: dict, chosen: Response, rejected: Response) -> dict:
@@ -769,9 +792,9 @@ def pair_continuations(
     counts, cost, written = Counter(), Counter(), 0
     responses = sum(1 for _ in cut_responses(data_set, cfg, counts))
     with new_file(annotation_file(cfg, stem)) as write:
-        for _, rows in grouped(part_files(folder), lambda record, _: record["rid"]):
-            draws = {row["draw"]: row for row in rows}
-            spend(cost, source := rows[0]["source"])
+        for group in grouped(part_files(folder), lambda record, _: record["rid"]):
+            draws = {row["draw"]: row for row in group.records()}
+            spend(cost, source := next(iter(draws.values()))["source"])
             for row in draws.values():
                 counts[f"continuations: {row['reason']}"] += 1
                 spend(cost, {**row, "k": row["draw"]})

@@ -10,17 +10,23 @@ key that changes what a record means is obeyed or refused by name.
 """
 
 import contextlib
+import functools
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from images import image_names, image_paths
 from runtime import (
@@ -32,6 +38,7 @@ from runtime import (
     parse_json_line,
     rank_and_world,
     read_json,
+    start_worker,
     sync_folder,
     try_lock,
 )
@@ -81,15 +88,53 @@ def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
 
 
 def grouped(
-    files: list[Path], key_of: Callable[[dict, str], str]
-) -> Iterator[tuple[str, list[dict]]]:
-    """(key, records of that key) in the order of the keys; only their places are held in memory."""
-    places = defaultdict(list)
-    for lines in [JsonLines(path, part=True) for path in files]:
-        for n, (name, record) in enumerate(lines):
-            places[key_of(record, name)].append((lines, n))
-    for key in sorted(places):
-        yield key, [lines[n] for lines, n in places.pop(key)]
+    files: list[Path], key_of: Callable[[dict, str], str], workers: int = 1
+) -> list["Group"]:
+    """Groups of the records of one key, in the order of the keys; only their places are held."""
+    parts, groups = [JsonLines(path, part=True) for path in files], defaultdict(list)
+    places = [(lines, n) for lines in parts for n in range(len(lines))]
+
+    def keys_of(places: list[tuple[JsonLines, int]]) -> list[str]:
+        return [key_of(lines[n], lines.name(n)) for lines, n in places]
+
+    keys = chain.from_iterable(in_order(keys_of, places, 1000, workers, "reading"))
+    for key, place in zip(keys, places):
+        groups[key].append(place)
+    return [Group(key, groups[key]) for key in sorted(groups)]
+
+
+class Group(NamedTuple):
+    """The records of one key, read when they are asked for."""
+
+    key: str
+    places: list[tuple[JsonLines, int]]
+
+    def records(self) -> list[dict]:
+        return [lines[n] for lines, n in self.places]
+
+
+_WORK: list[Callable] = []  # what a worker process does, from before it was forked
+
+
+def in_order(work: Callable, items: Sequence, size: int, workers: int, label: str) -> Iterator:
+    """work(`size` items) of all items, in order, on `workers` forked processes (0 = one a core).
+
+    They have all that `work` refers to; only results are sent.  A bar shows the time left.
+    """
+    starts = range(0, len(items), size)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(starts))
+    _WORK[:] = [lambda start: work(items[start : start + size])]
+    bar = functools.partial(tqdm, desc=label, total=len(starts), unit_scale=size, delay=2)
+    if workers <= 1:
+        yield from bar(map(_WORK[0], starts))
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, start_worker) as pool:
+        yield from bar(pool.map(call_work, starts))
+
+
+def call_work(start: int) -> Any:
+    return _WORK[0](start)
 
 
 @contextlib.contextmanager

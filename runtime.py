@@ -29,9 +29,12 @@ import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -90,12 +93,18 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
+# a million lines may be of one class
+fields_of, type_hints = functools.cache(dataclasses.fields), functools.cache(typing.get_type_hints)
+
+
 def check_ranges(cls: type, values: dict[str, Any], begin: str = "") -> None:
     """Numbers must be finite and within their flag's range; `begin`: of the error."""
     keys = getattr(cls, "KEYS", {})
-    for f in dataclasses.fields(cls):
-        value, (low, high) = values.get(f.name), f.metadata.get("range", (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and is_finite(value)):
+    for f in fields_of(cls):
+        if not isinstance(value := values.get(f.name), (int, float)):
+            continue
+        low, high = f.metadata.get("range", (-math.inf, math.inf))
+        if not (low <= value <= high and is_finite(value)):
             limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
             wanted = " and ".join(limits) or "a finite number"
             key = keys.get(f.name, f.name)
@@ -384,6 +393,13 @@ def stop_process() -> None:
         dist.destroy_process_group()
 
 
+def start_worker() -> None:
+    """A worker ends with its parent, however that ends; Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 # --------------------------------------------------------------------------- JSON
 
 
@@ -454,7 +470,11 @@ def fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, typing.get_origin(hint) or hint)
 
 
-type_hints = functools.cache(typing.get_type_hints)  # a million lines may be of one class
+@functools.cache
+def certain_types(hint: Any) -> set[type]:
+    """Types whose every value fits: most values need no closer look."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]
+    return {str, bool, types.NoneType}.intersection(kinds)
 
 
 def from_json(cls: type, record: dict, name: object) -> Any:
@@ -463,11 +483,11 @@ def from_json(cls: type, record: dict, name: object) -> Any:
     `cls.KEYS`: fields that have another name in the file.  Keys that are no field are ignored.
     """
     hints, values, keys = type_hints(cls), {}, getattr(cls, "KEYS", {})
-    for f in dataclasses.fields(cls):
+    for f in fields_of(cls):
         key, hint = keys.get(f.name, f.name), hints[f.name]
         if key in record:
             values[f.name] = value = record[key]
-            if not fits(value, hint):
+            if type(value) not in certain_types(hint) and not fits(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint)
                 wanted = wanted.removeprefix("typing.")
                 raise InputError(f"{name}: {key!r} must be {wanted}, got {value!r:.80}")

@@ -108,9 +108,11 @@ def _find_triggers(response: str) -> list[tuple[int, int]]:
     lower = response.lower()
     if len(lower) != len(response):  # İ becomes two characters
         lower = response.replace("İ", "I").lower()
-    if "final" not in lower and "答案" not in lower:  # passes megabytes quickly
+    places = [place for word in ("final", "答案") if (place := lower.find(word)) >= 0]
+    if not places:  # passes megabytes quickly
         return []
-    return [match.span() for match in itertools.islice(_TRIGGER.finditer(lower), 3)]
+    matches = _TRIGGER.finditer(lower, max(0, min(places) - len("最终")))
+    return [match.span() for match in itertools.islice(matches, 3)]
 
 
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:

@@ -53,6 +53,15 @@ def test_check_passes_a_good_set_and_lists_the_bad_records(toy, tmp_path, run_lo
     assert "3 records: 1 can be read, 2 are bad" in out
 
 
+def test_any_number_of_workers_prints_the_same(toy, tmp_path, run_look):
+    texts = [{**GOOD, "chosen": f"{GOOD['chosen']} {n}"} for n in range(120)]
+    texts[110] = {**texts[110], "image": "none.png"}
+    meta = write_set(tmp_path, texts)
+    for words in (("check", meta, "--model_dir", toy / "model"), ("stats", meta)):
+        one, three = (run_look(*words, "--workers", n) for n in (1, 3))
+        assert one == three and one[0] == (words[0] == "check")
+
+
 def test_check_names_flat_images_and_counts_what_each_choice_does_with_long_records(
     toy, tmp_path, run_look
 ):

@@ -517,8 +517,8 @@ def test_groups_come_in_the_order_of_their_keys_and_leave_nothing_behind(world):
     pairs.sample(sampling())
     files = part_files(Path("samples/toys"))
     groups = list(grouped(files, pairs.response_key))
-    assert [key for key, _ in groups] == sorted(key for key, _ in groups)
-    assert [len(rows) for _, rows in groups] == [8] * 6
+    assert [group.key for group in groups] == sorted(group.key for group in groups)
+    assert [len(group.records()) for group in groups] == [8] * 6
 
 
 def test_what_a_killed_run_left_half_written_goes_with_the_next_run(world):
@@ -636,3 +636,30 @@ def test_token_cost_counts_a_prompt_once_and_says_when_it_does_not_know():
     assert per_pair == {"generated": 20.0, "with_prompt": 25.0, "with_prompt_and_image": 35.0}
     pairs.spend(cost, {"k": 4})
     assert pairs.token_cost(cost, 2)["per_pair"]["generated"] is None
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
+    """130 questions are three pieces of work; a bad line is named wherever it is read."""
+    answers = [f"So it is.\nFinal answer: {n}" for n in (1, 2, 3)] + ["no idea"]
+    rows = [
+        {"question": f"Which, {q}?", "answer": q % 3 + 1, "response": text, "k": k, "qid": f"{q}"}
+        | {"prompt_version": "en"}
+        for q in range(130)
+        for k, text in enumerate(answers)
+    ]
+    write_lines(tmp_path / "set.jsonl", rows)
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
+        pairs.correctness(
+            pairs.CorrectnessConfig(tmp_path / "set.jsonl", folder, tmp_path, workers=workers)
+        )
+    written = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.json*")}
+        for folder in (tmp_path / "1", tmp_path / "3")
+    ]
+    assert written[0] == written[1] and len(written[0]) == 4
+    write_lines(tmp_path / "set.jsonl", [*rows, {**rows[0], "k": "0"}, *rows * 2])
+    with pytest.raises(InputError, match="line 521: 'k' must be int"):
+        pairs.correctness(
+            pairs.CorrectnessConfig(tmp_path / "set.jsonl", tmp_path / "4", tmp_path, workers=2)
+        )

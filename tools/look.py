@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +34,7 @@ from PIL import ImageDraw
 from config import load_config
 from data import encode_tree, epoch_order, fit_tree, seeded
 from images import is_flat, load_image
-from records import PairRecord, read_meta
+from records import DataSet, PairRecord, in_order, read_meta
 from runtime import InputError, flag, named, parse_command, printable, run, write_atomic
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, new_figure, page, png, text_table
@@ -52,6 +53,7 @@ class CheckConfig:
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
     max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
     max_length: int = flag(6144, "tokens of prompt and response, at most", low=1)
+    workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class StatsConfig:
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
     out_dir: Path | None = flag(None, "for stats.json and stats.png; empty = beside meta.json")
+    workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 
 
 # --------------------------------------------------------------------------- check
@@ -88,9 +91,10 @@ def check(cfg: CheckConfig) -> None:
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
     bad, odd, lengths = [], [], []
     tiles, overlong = Counter(), Counter()
-    for data_set in sets:
-        print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
-        for number in range(len(data_set)):
+
+    def check_records(data_set: DataSet, numbers: range) -> tuple:
+        bad, odd, trees, overlong = [], [], [], []
+        for number in numbers:
             try:
                 record = data_set[number]
                 tree = encode_tree(record, tokenizer, config)
@@ -98,11 +102,21 @@ def check(cfg: CheckConfig) -> None:
             except InputError as error:
                 bad.append(str(error))
                 continue
-            tiles[sum(tree.tiles)] += 1
-            lengths.append(tree.longest)
+            trees.append((sum(tree.tiles), tree.longest))
             if tree.longest > max_length:
                 odd.append(f"{record.name}: {tree.longest} tokens, more than {max_length}")
-                overlong.update(outcomes(record, tokenizer, config, max_length))
+                overlong += outcomes(record, tokenizer, config, max_length)
+        return bad, odd, trees, overlong
+
+    for data_set in sets:
+        print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
+        work, numbers = partial(check_records, data_set), range(len(data_set))
+        for lines, more_odd, trees, results in in_order(work, numbers, 100, cfg.workers, "checked"):
+            bad += lines
+            odd += more_odd
+            tiles.update(count for count, _ in trees)
+            lengths += (length for _, length in trees)
+            overlong.update(results)
     print(text_table(("tiles a record", "records", ""), bars(dict(sorted(tiles.items())))))
     print(text_table(("tokens a record", "records", ""), bars(token_bins(lengths))))
     for line in [*(f"bad: {line}" for line in bad), *(f"look: {line}" for line in odd)]:
@@ -336,6 +350,13 @@ class Group:
         self.counts["with a missing image"] += not all(path.is_file() for path in record.images)
         self.per_query[(record.images, raw["question"], str(raw.get("answer_gt")))] += 1
 
+    def join(self, other: "Group") -> None:
+        for part in PARTS:
+            self.lengths[part] += other.lengths[part]
+        self.counts.update(other.counts)
+        self.per_query.update(other.per_query)
+        self.kind = other.kind
+
     def summary(self) -> dict:
         table = {}
         for part in PARTS:
@@ -354,9 +375,10 @@ def stats(cfg: StatsConfig) -> None:
     if cfg.model_dir:
         encode = load_tokenizer(cfg.model_dir).encode_plain
         unit, count = "tokens", lambda text: len(encode(text))
-    kinds, sets = defaultdict(Group), defaultdict(Group)
-    for data_set in read_meta(cfg.meta, 1):
-        for number in range(len(data_set)):
+
+    def measure(data_set: DataSet, numbers: range) -> tuple[dict[str, Group], dict[str, Group]]:
+        kinds, sets = defaultdict(Group), defaultdict(Group)
+        for number in numbers:
             record, raw = data_set[number], data_set.lines[number]
             lengths = {part: count(raw[part].replace(IMAGE, "").strip()) for part in PARTS}
             meta = raw.get("chosen_meta")
@@ -365,6 +387,15 @@ def stats(cfg: StatsConfig) -> None:
             for group in (kinds[gold_kind(data_set.name, raw)], sets[name]):
                 group.add(record, raw, lengths)
             sets[name].kind = pair_kind(data_set.name, raw)
+        return kinds, sets
+
+    kinds, sets = defaultdict(Group), defaultdict(Group)
+    for data_set in read_meta(cfg.meta, 1):
+        work, numbers = partial(measure, data_set), range(len(data_set))
+        for parts in in_order(work, numbers, 1000, cfg.workers, data_set.name):
+            for groups, more in zip((kinds, sets), parts):
+                for name, group in more.items():
+                    groups[name].join(group)
     if not kinds:
         raise InputError(f"{cfg.meta}: no pairs")
     out = cfg.out_dir or cfg.meta.parent

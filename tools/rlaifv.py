@@ -198,15 +198,15 @@ def pair_candidates(
 ) -> tuple[dict, dict | None]:
     """Pairs by score, then without those that would teach length; report and meta entry."""
     counts, cost, drawn = Counter(), Counter(), []
-    for key, rows in grouped(part_files(folder), lambda record, _: digest(record["qid"])):
-        rows = drop_repeats(rows, data_set.name)
+    for group in grouped(part_files(folder), lambda record, _: digest(record["qid"])):
+        rows = drop_repeats(group.records(), data_set.name)
         for row in rows:
             for spent in (row, *row.get("split_cost", ())):
                 spend(cost, spent)
             cost["generated"] += len(row["yes_no"])
             counts["candidates"] += 1
             counts["claims and questions do not match"] += row["score"] is None
-        drawn += score_pairs(rows, cfg.pairs_per_query, cfg.seed, key)
+        drawn += score_pairs(rows, cfg.pairs_per_query, cfg.seed, group.key)
     lengths = [(len(c["response"].split()), len(r["response"].split())) for c, r in drawn]
     limit = length_threshold(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]

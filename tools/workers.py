@@ -9,8 +9,6 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import signal
-import threading
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -18,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import Failure, InputError, clock
+from runtime import Failure, InputError, clock, start_worker
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,6 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
             for worker in set(multiprocessing.active_children()) - set(others):
                 worker.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def start_worker() -> None:
-    """A worker ends with its parent, however that ends; Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def load_modules(names: set[str]) -> None:
