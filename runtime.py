@@ -93,6 +93,12 @@ def flag(default: Any, help: str, low: float = -math.inf, high: float = math.inf
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
+def need(package: str, use: str) -> None:
+    """Raises InputError where a package is not installed that only `use` needs."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{use} needs {package}: pip install {package}")
+
+
 # a million lines may be of one class
 fields_of, type_hints = functools.cache(dataclasses.fields), functools.cache(typing.get_type_hints)
 

@@ -145,6 +145,9 @@ class TrainConfig:
             raise ValueError("lr and beta must be > 0")
         if self.drop_path is not None and self.drop_path >= 1:
             raise ValueError("drop_path must be below 1")
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name):
+                runtime.need(name, f"--{name}")
         if self.keep_best and not self.heldout:
             raise ValueError("keep_best needs --heldout, pairs to choose the step by")
         if self.state_dtype == "bf16" and self.dtype == "fp32":

@@ -125,7 +125,7 @@ BAD = {  # record -> why it is no pair
     "keys of no known format": {"text": Q},
     "content is no text": TALK | {"prompt": [user([{"type": "audio"}])]},
     "expected a text or messages": TRL | {"prompt": 3},
-    "question has 1 <image> for 2 images": SWIFT | {"images": ["a.png", "b.png"]},
+    "the question has 1 <image> for 2 images": SWIFT | {"images": ["a.png", "b.png"]},
     "no image": PLAIN | {"image": "absent.png"},
     "an image is no path": PLAIN | {"image": 3},
     "image '../../etc/passwd' leaves its root": PLAIN | {"image": "../../etc/passwd"},
@@ -188,7 +188,11 @@ class Batch:
 
 
 class Parquet:
-    """What convert.py uses of pyarrow.parquet."""
+    """What convert.py uses of pyarrow."""
+
+    @property
+    def parquet(self):
+        return self
 
     @staticmethod
     def ParquetFile(path):
@@ -200,7 +204,7 @@ class Parquet:
 
 def test_images_inside_a_parquet_file_are_written_once_by_what_they_hold(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(convert, "optional", lambda module, package: Parquet())
+    monkeypatch.setattr(convert, "arrow", Parquet)
     convert.convert(ConvertConfig(input=folder / "rlaifv.parquet", out=folder / "out"))
     [image] = (folder / "out/images").iterdir()
     assert image.suffix == ".png" and image.read_bytes() == (folder / "a.png").read_bytes()
@@ -226,11 +230,11 @@ def status_of(capsys, *argv):
         ("a.jsonl", "{", "line 1: not valid JSON"),
         ("a.jsonl", '{"text": "x"}', "no pair can be kept"),
         ("a.csv", 'question\n"x', "unexpected end of data"),
-        ("absent.jsonl", None, "No such file"),
+        ("absent.jsonl", None, "no file"),
         *(
             []
             if find_spec("pyarrow")
-            else [("a.parquet", "x", "pyarrow is needed for this: pip install")]
+            else [("a.parquet", "x", ".parquet needs pyarrow: pip install pyarrow")]
         ),
     ],
 )

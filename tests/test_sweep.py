@@ -1,11 +1,12 @@
 """Runs of several settings side by side; a run's curves and the programs its metrics go to."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 import train
-from runtime import MetricsLog, Process, bar, read_jsonl, run
+from runtime import InputError, MetricsLog, Process, bar, need, read_jsonl, run
 from tools import sweep, track
 from toy import write_world
 
@@ -79,8 +80,12 @@ def test_each_row_goes_to_tensorboard_and_wandb_as_they_take_it():
 
 
 def test_a_missing_package_is_named_with_what_to_do():
-    with pytest.raises(train.InputError, match="nosuch is needed for this: pip install nosuch"):
-        track.optional("nosuchmodule", "nosuch")
+    with pytest.raises(InputError, match="--this needs nosuch: pip install nosuch"):
+        need("nosuch", "--this")
+    for name in ("tensorboard", "wandb"):
+        if not find_spec(name):
+            with pytest.raises(InputError, match=f"--{name} needs {name}"):
+                train.TrainConfig(**{name: True})
 
 
 def test_curves_are_drawn_at_the_end_and_not_of_a_handful_of_steps(tmp_path):

@@ -32,10 +32,9 @@ if __name__ == "__main__":
     runtime.answer_early(__file__)
 
 from records import JsonLines, PairRecord, check_pair, read_meta
-from runtime import InputError, flag, parse_cli, parse_json, run, write_atomic
+from runtime import InputError, flag, need, parse_cli, parse_json, run, write_atomic
 from tokenizer import IMAGE
 from tools.figures import text_table
-from tools.track import optional
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 REFUSED = ("history", "videos", "video", "audios", "audio", "tools", "objects", "rejected_images")
@@ -198,6 +197,14 @@ def written(record: PairRecord, to: str) -> dict:
 # --------------------------------------------------------------------------- files
 
 
+def arrow() -> Any:
+    """The package that reads and writes parquet files."""
+    need("pyarrow", ".parquet")
+    import pyarrow.parquet  # noqa: PLC0415
+
+    return pyarrow
+
+
 def parse_list(text: str, name: object) -> list:
     return parse_json(f'{{"list": {text}}}', name)["list"]
 
@@ -207,7 +214,7 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
     if path.suffix == ".jsonl":
         yield from JsonLines(path)
     elif path.suffix == ".parquet":
-        batches = optional("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches()
+        batches = arrow().parquet.ParquetFile(path).iter_batches()
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
     elif path.suffix == ".csv":
@@ -234,8 +241,7 @@ def write_file(path: Path, rows: list[dict]) -> None:
     elif path.suffix == ".json":
         write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n")
     elif path.suffix == ".parquet":
-        table = optional("pyarrow", "pyarrow").Table.from_pylist(rows)
-        optional("pyarrow.parquet", "pyarrow").write_table(table, path)
+        arrow().parquet.write_table(arrow().Table.from_pylist(rows), path)
     elif path.suffix == ".csv":
         if not all(isinstance(value, str) for value in rows[0].values()):
             raise InputError(f"{path}: messages do not fit into a CSV; pass --to plain")

@@ -8,7 +8,6 @@ into out_dir/tensorboard; WANDB_MODE=offline); curves.png needs matplotlib.
 
 import contextlib
 import hashlib
-import importlib
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from runtime import InputError, Process, write_atomic
+from runtime import Process, write_atomic
 from tools.doctor import diagnose
 from tools.figures import curve_panels, png
 
@@ -36,14 +35,6 @@ PANELS = {
 }
 
 
-def optional(module: str, package: str) -> Any:
-    """A module of a package that is no requirement.  Raises InputError that says what to do."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise InputError(f"{package} is needed for this: pip install {package}") from None
-
-
 def to_tensorboard(writer: Any, row: Row) -> None:
     """`writer`: a torch.utils.tensorboard.SummaryWriter."""
     for name, value in row.items():
@@ -59,11 +50,14 @@ def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
     """What each row is handed to; `done` steps of an earlier start stand there already."""
     writers = []
     if cfg.tensorboard:
-        module = optional("torch.utils.tensorboard", "tensorboard")
-        writer = module.SummaryWriter(str(cfg.out_dir / "tensorboard"), purge_step=done + 1)
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+        writer = SummaryWriter(str(cfg.out_dir / "tensorboard"), purge_step=done + 1)
         writers.append(partial(to_tensorboard, writer))
     if cfg.wandb:
-        run = optional("wandb", "wandb").init(
+        import wandb  # noqa: PLC0415
+
+        run = wandb.init(
             project=cfg.wandb,
             name=cfg.out_dir.name,
             dir=str(cfg.out_dir),
