@@ -30,6 +30,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from benchmarks.quantities import (
+    BRACED,
     CARDINALS,
     FUNCTIONS,
     GREEK,
@@ -75,7 +76,9 @@ def strip_instruction(question: str) -> str:
 
 # --------------------------------------------------------------------------- responses
 
-_TRIGGER = re.compile(r"(?:final[ \t]{1,4}answer|(?:最终)?答案)[*_ \t]{0,8}[:：]")
+_TRIGGERS = tuple(  # one a language: a literal start passes megabytes quickly
+    re.compile(word + r"[*_ \t]{0,8}[:：]") for word in (r"final[ \t]{1,4}answer", "答案")
+)
 _EMPHASIS = Rules("emphasis", needs="*_`'\"#>([")
 
 
@@ -104,15 +107,15 @@ def parse_response(response: str, prompt_version: str, finish_reason: str | None
 
 
 def _find_triggers(response: str) -> list[tuple[int, int]]:
-    """(start, end) of the first three triggers: enough to know too many."""
+    """(start, end) of each trigger, in order; three of a language are enough to know too many."""
     lower = response.lower()
     if len(lower) != len(response):  # İ becomes two characters
         lower = response.replace("İ", "I").lower()
-    places = [place for word in ("final", "答案") if (place := lower.find(word)) >= 0]
-    if not places:  # passes megabytes quickly
-        return []
-    matches = _TRIGGER.finditer(lower, max(0, min(places) - len("最终")))
-    return [match.span() for match in itertools.islice(matches, 3)]
+    spans = []
+    for match in (m for t in _TRIGGERS for m in itertools.islice(t.finditer(lower), 3)):
+        start = match.start()
+        spans.append((start - 2 * lower.endswith("最终", 0, start), match.end()))
+    return sorted(spans)
 
 
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
@@ -419,6 +422,8 @@ def _read_relation(text: str, depth: int) -> Any:
     if signs and set(signs) == {"="}:
         if not texts[0]:  # "= 5"
             return read(texts[1], depth + 1) if len(texts) == 2 else None
+        if len(texts) == 2 and re.fullmatch("[a-z]", texts[1]) and not _NAME.fullmatch(texts[0]):
+            texts.reverse()  # 5 = x
         if _NAME.fullmatch(texts[0]):
             name, texts, signs = "".join(texts[0].lower().split()), texts[-1:], []
     if not (name or signs):
@@ -442,6 +447,7 @@ def _evening(match: re.Match) -> str:
     return f"{int(match[1]) + 12}{match[2] or ':00'}"
 
 
+@functools.lru_cache(maxsize=8192)
 def same_answer(pred: str, gold: str) -> bool:
     """Both answers mean the same: the judge of the pairs."""
     pred, gold = plain_text(pred), plain_text(gold)
@@ -449,7 +455,10 @@ def same_answer(pred: str, gold: str) -> bool:
         pred, gold = (re.sub(r"\bpounds?\b", "£", text) for text in (pred, gold))
     if _EVENING.match(pred) or _EVENING.match(gold):
         pred, gold = (_PM.sub(_evening, text) for text in (pred, gold))
-    return bool(pred and gold) and _same_plain(pred, gold)
+    try:
+        return bool(pred and gold) and _same_plain(pred, gold)
+    except ArithmeticError:  # an exact number beyond the floats beside a float
+        return False
 
 
 def _same_plain(pred: str, gold: str) -> bool:
@@ -778,11 +787,13 @@ _TOKEN = re.compile(  # signed numbers and fractions, words, single Chinese char
 
 
 def _tokens(text: str) -> list[str | Fraction]:
-    """Words in lower case, numbers by value."""
+    """Words in lower case without a plural's s, numbers by value."""
     text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()
-    return [Fraction(t) if t[-1].isdecimal() else t for t in _TOKEN.findall(text)]
+    words = [t.removesuffix("s") if len(t) > 3 else t for t in _TOKEN.findall(text)]
+    return [Fraction(word) if word[-1:].isdecimal() else word for word in words]
 
 
+@functools.lru_cache(maxsize=8192)
 def is_ambiguous(answer: str, gold: str) -> bool:
     """A wrong answer that may be meant right: it holds the gold answer as whole tokens (`12 or 13`
     for 12), is a number within a hundredth of it, or the same list in another order."""
@@ -802,8 +813,12 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         return _same_items(a._replace(unordered=True), b)
     if not isinstance(a, Quantity) or not isinstance(b, Quantity) or (a.unit and a.unit != b.unit):
         return False
-    (x, y), *_ = defined(a.expression, b.expression) or [(None, None)]
-    return None not in (x, y) and not (is_whole(x) and is_whole(y)) and abs(x - y) <= abs(y) / 100
+    try:
+        (x, y), *_ = defined(a.expression, b.expression) or [(0, 1)]
+        off, place = abs(x - y), a.expression.step * abs(x)  # 3.1 is what 3.14 rounds to
+        return not (is_whole(x) and is_whole(y)) and (100 * off <= abs(y) or 2 * off <= place)
+    except ArithmeticError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -834,15 +849,17 @@ def judge(
     mode = matching_mode(parsed.answer, gold, modes)
     if mode is not None:
         return Verdict("correct", f"matches by {mode}", mode, parsed.answer)
-    if is_ambiguous(parsed.answer, gold):
+    if is_ambiguous(parsed.answer[:MAX_ANSWER], gold):
         return Verdict("ambiguous", "may be meant right", None, parsed.answer)
     return Verdict("wrong", "no mode matches", None, parsed.answer)
 
 
 # --------------------------------------------------------------------------- cutting a response
 
-_SPAN = re.compile(
-    r"</?(?:box|ref|quad|think)>|\\(?:[A-Za-z]+(?:\[[^\[\]]{0,20}\])?|.)|[{}]", re.DOTALL
+_UNBROKEN = re.compile(  # tag pairs, commands with their arguments
+    rf"<(box|ref|quad|think)>.*?(?:</\1>|\Z)|</\w+>|\{{{BRACED}\}}"
+    rf"|\\(?:[A-Za-z]+(?:\[[^\[\]]{{0,20}}\])?|.)(?:\{{{BRACED}\}})*",
+    re.DOTALL,
 )
 
 
@@ -859,7 +876,7 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
         cut = math.floor(len(text) * ratio + 1e-9)  # 0.07 * 100 is 7, not 6.999...
     else:
         cut = len(" ".join(pieces[: math.floor(len(pieces) * ratio + 1e-9)]))
-    for start, end in reversed(_unbroken(text)):
+    for start, end in (match.span() for match in _UNBROKEN.finditer(text)):
         if start < cut < end:
             cut = start
     # never before a combining mark or the second half of a surrogate pair
@@ -875,26 +892,3 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
 def truncate_prefix(text: str, ratio: float) -> str:
     """The kept start of a response."""
     return split_prefix(text, ratio)[0]
-
-
-def _unbroken(text: str) -> list[tuple[int, int]]:
-    """(start, end) of tag pairs and of LaTeX commands with their arguments, by start."""
-    spans, braces = [], []  # open braces: the start of the span that each belongs to
-    tags: dict[str, int] = {}
-    command = (-1, -1)  # (start, end) of the last command or argument: what follows at once is its
-    for match in _SPAN.finditer(text):
-        (start, end), token = match.span(), match[0]
-        if token == "{":
-            braces.append(command[0] if command[1] == start else start)
-            continue
-        if token == "}" and braces:
-            start = braces.pop()
-        elif token.startswith("</"):
-            spans.append((tags.pop("<" + token[2:], start), end))
-        elif token.startswith("<"):
-            tags.setdefault(token, start)
-        if token == "}" or token[1:2].isalpha() and token[0] == "\\":
-            command = (start, end)
-        spans.append((start, end))
-    spans += [(start, len(text) + 1) for start in tags.values()]  # never closed
-    return sorted(spans)

@@ -7,8 +7,8 @@ symbolic mathematics and without evaluating what a model wrote.
 import re
 from dataclasses import replace
 
-from benchmarks.answers import parse_expression
 from benchmarks.common import LETTERS, Benchmark, Item, Reading, Reply
+from benchmarks.quantities import MAX_EXPRESSION, parse_expression
 
 
 def question(item: Item) -> str:
@@ -117,9 +117,12 @@ def rounded(text: str) -> float | None:
     if re.search(r"[^\d\s.+\-*/^:!(){}\[\]]", re.sub(_KNOWN, "", text)):
         return None
     text = re.sub(r"(?<=[\d)}])\s*(?=\\frac)|(?:(?<=[)}])|(?<=\\pi))\s*(?=\d)", "*", text)
-    expression = parse_expression(text, ratio=True, prefix=True)
-    value = expression and expression.values[0]
-    return None if value is None else round(float(value), 2)
+    text, ends = text.replace(":", "/"), range(min(len(text), MAX_EXPRESSION), 0, -1)
+    prefixes = (parse_expression(text[:end]) for end in ends)
+    try:
+        return round(float(next(filter(None, prefixes)).values[0]), 2)
+    except (StopIteration, TypeError, OverflowError):  # no expression, no value, no float
+        return None
 
 
 def equal(answer: str, gold: str) -> bool:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answers import edit_distance
+from benchmarks.answers import MAX_ANSWER, Options, edit_distance, plain_text, read_options
 from benchmarks.common import (
     LETTERS,
     TEMPLATES,
@@ -60,29 +60,15 @@ def read_exactly(item: Item, reply: str) -> str | None:
         return None
 
 
-_LETTER_ALONE = re.compile(
-    r"(?:the |my )?(?:(?:final |correct |best )?(?:answer|option|choice)(?:\s*(?:is|=|:))?\s*){0,3}"
-    r"\(?([A-Z])\)?[.:)]*",
-    re.IGNORECASE,
-)
-_LETTER_NAMED = re.compile(  # "option b", but of "answer is a ..." only what can be no article
-    r"\b(?i:option|choice)\s+([A-Za-z])(?!\w)"
-    r"|\b(?i:answer|option|choice)(?i:\s+is|\s*:)\s*([A-Z])(?=[.,;:)]|\s*$|\s+(?:because|since))",
-    re.MULTILINE,
-)
-
-
 def read_offline(item: Item, reply: str) -> str:
     """Better than the rule, without a judge: the last number, letter or option named."""
     text = final_answer(reply)
     if item["question_type"] == "multi_choice":
         if letters := re.findall(r"\(([A-Za-z])\)", text):
             return f"({letters[-1]})"
-        bare = re.sub(r"[*`$\"{}]|\\(?:text|boxed|mathrm)\b", "", text).strip()
-        alone, named = _LETTER_ALONE.fullmatch(bare), _LETTER_NAMED.findall(bare)
-        letter = alone[1] if alone else "".join(named[-1]) if named else ""
-        if letter and letter.upper() in LETTERS[: len(item["choices"])]:
-            return f"({letter})"
+        letters = read_options(plain_text(text[-MAX_ANSWER:])) or Options(frozenset())
+        if len(letters.letters) == 1 and letters.letters <= set(LETTERS[: len(item["choices"])]):
+            return f"({min(letters.letters)})"
         places = [plain_minus(text).rfind(plain_minus(choice)) for choice in item["choices"]]
         last = max(zip(places, map(len, item["choices"]), item["choices"]))
         return last[2] if last[0] >= 0 else text

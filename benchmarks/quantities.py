@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 MAX_EXPRESSION = 200  # characters read as mathematics
 MAX_DEPTH = 40  # nested groups, powers and functions
-MAX_BITS = 4096  # of an exact power; a larger one is computed as a float, which may overflow
+MAX_BITS = 4096  # of an exact number; a larger one is a float, or nothing
 
 # --------------------------------------------------------------------------- spelling
 
@@ -48,9 +48,9 @@ GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and
 NUMBER_OF = {word: int(number) for number, *words in table("words.txt") for word in words}
 CARDINALS = [words[1] for words in table("words.txt")]
 _REWRITES = sections("rewrites.txt")
-_BRACED = "[^{}]*"
+BRACED = "[^{}]*"
 for _ in range(4):  # levels
-    _BRACED = rf"(?:[^{{}}]|\{{{_BRACED}\}})*"
+    BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
 
 
 class Rules:
@@ -62,7 +62,7 @@ class Rules:
             pattern, arrow, new = f"{line} ".partition(" => ")
             if arrow:
                 new = new.rstrip(" ").replace("␣", " ")
-                pattern = re.compile(pattern.replace("BRACED", _BRACED), flags)
+                pattern = re.compile(pattern.replace("BRACED", BRACED), flags)
                 self.pairs.append((pattern, partial(_named, new) if "@" in new else new))
 
     def apply(self, text: str) -> str:
@@ -88,7 +88,7 @@ Number = Fraction | float
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z.]))?"
 _TOKEN = re.compile(
     rf"\s*({_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
-    r"|[-+*/^!%°(){}\[\]|:])"
+    r"|[-+*/^!%°(){}\[\]|])"
 )
 # short words that are prose, never a product of letters
 _PROSE = frozenset(
@@ -150,7 +150,7 @@ def _compute(function: Callable[..., Number], values: tuple) -> Number | None:
         x = function(*values)
         if isinstance(x, Fraction):
             large = x.numerator.bit_length() + x.denominator.bit_length() > MAX_BITS
-            return float(x) if large else x
+            return (float(x) or None) if large else x
     except (ArithmeticError, ValueError):  # outside the domain, beyond the floats
         return None
     if not math.isfinite(x):
@@ -160,34 +160,30 @@ def _compute(function: Callable[..., Number], values: tuple) -> Number | None:
     return x
 
 
-def parse_expression(text: str, ratio: bool = False, prefix: bool = False) -> Expression | None:
-    """Arithmetic with LaTeX forms, roots, powers, functions and free letters; None if it is not.
-
-    `ratio` reads a:b as a quotient; `prefix` reads as far as it goes (both for MathVision's rule).
-    """
+def parse_expression(text: str) -> Expression | None:
+    """Arithmetic with LaTeX forms, roots, powers, functions and free letters; None if it is not."""
     if len(text) > MAX_EXPRESSION:
         return None
     try:
-        parser = _Parser(SPELLINGS.apply(text), ratio, prefix)
+        parser = _Parser(SPELLINGS.apply(text))
         expression = parser.expression()
     except ExpressionError:
         return None
-    return expression if prefix or not parser.peek() else None
+    return None if parser.peek() else expression
 
 
 class _Parser:
     """Precedence climbing over one line of mathematics: + -, then * / and products without a sign,
     then signs, then powers, then ! % °."""
 
-    def __init__(self, text: str, ratio: bool = False, prefix: bool = False) -> None:
-        self.i, self.depth, self.prefix = 0, 0, prefix
-        self.infix = _INFIX | ({":": _INFIX["/"]} if ratio else {})
+    def __init__(self, text: str) -> None:
+        self.i, self.depth = 0, 0
         self.tokens: list[str] = []
         at = 0
         while (match := _TOKEN.match(text, at)) and (pieces := self.pieces(match)):
             at = match.end()
             self.tokens += pieces
-        if text[at:].strip() and not prefix:
+        if text[at:].strip():
             raise ExpressionError(f"unexpected {text[at:]!r}")
 
     def pieces(self, match: re.Match) -> list[str]:
@@ -219,7 +215,7 @@ class _Parser:
         return token[:1] in ("\\", "∞", *"({[") or token[:1].isalpha()
 
     def expression(self, above: int = 0) -> Expression:
-        """As far as operators of a rank above `above` go; with `prefix` up to the first error."""
+        """As far as operators of a rank above `above` go."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ExpressionError("nested too deeply")
@@ -229,7 +225,7 @@ class _Parser:
         else:
             value = self.atom()
         while token := self.peek():
-            rank, function = self.infix.get(token, (_PRODUCT * self.joins(token), operator.mul))
+            rank, function = _INFIX.get(token, (_PRODUCT * self.joins(token), operator.mul))
             if token in _POSTFIX:
                 value = combine(_POSTFIX[self.accept()], value)
             elif token == "^":
@@ -238,15 +234,8 @@ class _Parser:
             elif rank <= above:
                 break
             else:
-                start = self.i, self.depth
-                try:
-                    self.i += token in self.infix
-                    value = combine(function, value, self.expression(rank))
-                except ExpressionError:
-                    if not self.prefix:
-                        raise
-                    self.i, self.depth = start
-                    break
+                self.i += token in _INFIX
+                value = combine(function, value, self.expression(rank))
         self.depth -= 1
         return value
 
@@ -259,7 +248,8 @@ class _Parser:
                 raise ExpressionError(f"no {close!r}")
             return combine(abs, value) if token == "|" else value
         if token[:1].isdigit() or token[:1] == ".":
-            number, mantissa = Fraction(token), token.lower().partition("e")[0].rstrip(".")
+            number = _compute(operator.pos, (Fraction(token),))
+            mantissa = token.lower().partition("e")[0].rstrip(".")
             decimal = "." in mantissa and number  # 3.20e5 is given to a part in 320
             return constant(number, 1 / Fraction(mantissa.replace(".", "")) if decimal else 0)
         if token.startswith("\\"):
@@ -396,7 +386,7 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
 
 _UNIT_SPELLINGS = Rules("units", re.IGNORECASE)
 _UNIT_FACTOR = re.compile(
-    r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:[-'.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
+    r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:-[^\W\d_]{2,}|['.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
 )
 _FILLERS = frozenset("of the old long wide high tall deep total altogether each".split())
 
@@ -527,7 +517,7 @@ def read_quantity(text: str) -> Quantity | None:
             continue
         if tail[:1] == "/" and not sign and len(word) < 4:  # 2/h
             continue
-        invented = bool(sign) or (apart or len(tail) > 3) and tail[:1] != "/"
+        invented = bool(sign) or apart or (len(tail) > 3 and tail[:3].isalpha())
         unit = read_unit(f"{sign} {tail}", invented) if sign or tail else None
         expression = parse_expression(head)
         if (tail and unit is None) or expression is None or expression.letters:
