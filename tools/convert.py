@@ -103,7 +103,7 @@ def read_pair(raw: dict) -> tuple[Turns, str, str]:
     if keys is None:
         raise InputError(f"keys of no known format: {', '.join(raw)}")
     conversation = turns_of(raw.get(keys[0]) or [], "user")
-    if raw.get("input"):  # LLaMA-Factory's, below the instruction
+    if keys[0] == "instruction" and raw.get("input"):
         conversation[-1] = ("user", f"{conversation[-1][1]}\n{text_of(raw['input'])}")
     before = conversation if keys[1] else conversation[:-1]
     both = []
@@ -167,31 +167,24 @@ def image_name(image: Any, root: Path) -> str:
 # --------------------------------------------------------------------------- MMPR to a format
 
 
-def messages_of(record: PairRecord, *answers: str) -> list[dict]:
-    system = [("system", record.system_prompt)] if record.system_prompt else []
-    turns = [*system, ("user", record.question), *(("assistant", text) for text in answers)]
-    return [{"role": role, "content": text} for role, text in turns]
-
-
 def written(record: PairRecord, to: str) -> dict:
     """The record as another program reads it; image paths are absolute."""
     images = [str(path.resolve()) for path in record.images]
-    if to == "trl":
-        answers = {"chosen": record.chosen, "rejected": record.rejected}
-        answers = {k: [{"role": "assistant", "content": text}] for k, text in answers.items()}
-        raw = {"prompt": messages_of(record), **answers, "images": images}
-    elif to == "ms-swift":
-        raw = {"messages": messages_of(record, record.chosen), "rejected_response": record.rejected}
-        raw["images"] = images
-    elif to == "llama-factory":
-        raw = {"conversations": [{"from": "human", "value": record.question}]}
-        raw |= {k: {"from": "gpt", "value": getattr(record, k)} for k in ("chosen", "rejected")}
-        raw |= {"system": record.system_prompt or "", "images": images}
-    else:
-        raw = {"question": record.question, "chosen": record.chosen, "rejected": record.rejected}
+    both, system = {"chosen": record.chosen, "rejected": record.rejected}, record.system_prompt
+    if to == "plain":
         image = images[0] if len(images) == 1 else json.dumps(images) if images else ""
-        raw |= {"image": image, "system_prompt": record.system_prompt or ""}
-    return raw
+        return {"question": record.question, **both, "image": image, "system_prompt": system or ""}
+    if to == "llama-factory":
+        question = [{"from": "human", "value": record.question}]
+        both = {key: {"from": "gpt", "value": text} for key, text in both.items()}
+        return {"conversations": question, **both, "system": system or "", "images": images}
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": record.question}]
+    both = {key: [{"role": "assistant", "content": text}] for key, text in both.items()}
+    if to == "trl":
+        return {"prompt": messages, **both, "images": images}
+    messages += both["chosen"]
+    return {"messages": messages, "rejected_response": record.rejected, "images": images}
 
 
 # --------------------------------------------------------------------------- files

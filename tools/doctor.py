@@ -145,7 +145,8 @@ def forgetting(case: Case) -> str | None:
 
 def too_easy(case: Case) -> str | None:
     """Chosen and rejected may differ by a surface mark, which is learned instead of the answer.
-    Try: look at pairs (tools/look.py show); sample both sides from one model with one prompt.
+    Try: tools/doctor.py RUN tests length, first words and final answer's form on the pairs; look at
+    some (tools/look.py show); sample both sides from one model with one prompt.
     Source: hiyouga/LlamaFactory issue 5321; OpenGVLab/InternVL issue 1217."""
     accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
     for n in range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0):
