@@ -570,7 +570,7 @@ def read_whole_lines(path: Path) -> tuple[list[dict], int]:
 
     Torn: no newline at its end.  Such a line is never trusted, even if it happens to parse.
     """
-    content = Path(path).read_bytes() if Path(path).exists() else b""
+    content = Path(path).read_bytes() if Path(path).is_file() else b""
     *lines, torn = content.split(b"\n")
     records = [parse_json_line(path, number, line) for number, line in enumerate(lines, 1)]
     return records, len(content) - len(torn)

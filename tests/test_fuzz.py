@@ -5,12 +5,16 @@ import dataclasses
 import io
 import json
 import math
+import os
+import shutil
+import sys
 
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
+import generate
 import pairs
 import plain
 import toy
@@ -19,7 +23,7 @@ from generate import GenerateConfig
 from paper.report import ReportConfig
 from paper.story import StoryConfig
 from records import read_meta
-from runtime import InputError, parse_cli, parse_json, read_jsonl
+from runtime import InputError, parse_cli, parse_json, read_jsonl, run
 from tools import convert, doctor, export, lab, look, rlaifv
 from train import TrainConfig
 
@@ -122,3 +126,84 @@ def test_random_bytes_are_json_or_an_input_error(tmp_path_factory, content):
         parse_json(content, "a")
     with contextlib.suppress(InputError):
         list(read_jsonl(path))
+
+
+# --------------------------------------------------------------------------- damaged files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy with a question and a sampled response."""
+    folder = tmp_path_factory.mktemp("world")
+    toy.write_world(folder, 8, 0)
+    (folder / "samples/q").mkdir(parents=True)
+    question = {"image": "pair-a-00000.png", "question": "How many?", "answer": 3}
+    sample = question | {"prompt_version": "direct", "response": "3", "qid": "a", "k": 0}
+    (folder / "q.jsonl").write_text(json.dumps(question) + "\n")
+    (folder / "samples/q/part-0-of-1.jsonl").write_text(json.dumps(sample) + "\n")
+    (folder / "samples/q/info.json").write_text("{}")
+    return folder
+
+
+GENERATE = (generate.main, "--model_dir model --question hi --max_new_tokens 2")
+SAMPLE = "sample --model_dir model --questions q.jsonl --root images --out_dir out --num_samples 1"
+CORRECTNESS = (pairs.main, "correctness --samples samples --out_dir out")
+CHECK = "check meta.json --model_dir model"
+READERS = [  # file, the script that reads it, its words
+    ("model/config.json", *GENERATE),
+    ("model/tokenizer.json", *GENERATE),
+    ("model/model.safetensors.index.json", *GENERATE),
+    ("model/config.json", export.main, "--model_dir model --out out --hf"),
+    ("meta.json", look.main, CHECK),
+    ("toy_steps.jsonl", look.main, CHECK),
+    ("toy_steps.jsonl", look.main, "show meta.json --out out/page.html"),
+    ("q.jsonl", pairs.main, SAMPLE),
+    ("samples/q/info.json", *CORRECTNESS),
+    ("samples/q/part-0-of-1.jsonl", *CORRECTNESS),
+]
+DAMAGE = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a loop of links": lambda path: path.symlink_to(path),
+    "empty": b"",
+    "no UTF-8": b'{"a": "\xff\xfe"}\n',
+    "100,000 deep": b"[" * 100_000 + b"\n",
+    "deep objects": b'{"a":' * 50_000 + b"\n",
+    "null": b"null\n",
+    "a number": b"1e999\n",
+    "a list of objects": b'[{"question": "q"}]\n',
+    "equal keys": b'{"a": 1, "a": 2}\n',
+    "half a character": b'{"\\ud800": "\\ud800"}\n',
+    "null characters": b"\0\0\0\n",
+}
+
+
+def files_of(folder):
+    return {str(p): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("file", "main", "words"), READERS, ids=lambda v: str(v)[:24])
+def test_a_damaged_file_ends_a_script_in_one_line_and_nothing_else_is_touched(
+    world, monkeypatch, capsys, file, main, words, damage
+):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+    path, make, status = world / file, DAMAGE[damage], 0
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(make) if isinstance(make, bytes) else make(path)
+    before = files_of(world)
+    try:
+        run(main)
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        shutil.rmtree(world / "out", ignore_errors=True)
+        after = files_of(world)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.write_bytes(whole)
+    out, err = capsys.readouterr()
+    assert after == before and status in (0, 1, 2)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 0 or len(errors) == 1 or "bad: " in out, (status, out, err)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -87,6 +88,19 @@ def test_check_names_flat_images_and_counts_what_each_choice_does_with_long_reco
         "--overlong fewer_tiles: stop the run: 2",
     ):
         assert line in out, out
+
+
+def test_check_uses_the_length_that_training_uses_and_names_set_and_line(toy, tmp_path, run_look):
+    shutil.copytree(toy / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["llm_config"]["max_position_embeddings"] = 50
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    long, cut = {**GOOD, "chosen": "It is so. " * 40}, {**GOOD, "image": "cut.png"}
+    (tmp_path / "cut.png").write_bytes(sorted((toy / "images").glob("*.png"))[0].read_bytes()[:70])
+    meta = write_set(tmp_path, [long, cut])
+    status, out = run_look("check", meta, "--model_dir", tmp_path / "model")
+    assert status == 1 and "1 records are longer than 50 tokens" in out
+    assert "bad: a, " in out and "line 2: image" in out, out
 
 
 def test_show_tells_prompt_and_responses_apart(toy, run_look):

@@ -194,6 +194,12 @@ class Entry:
         ('{"annotation": "a", "annotation": "b"}', "m: the key 'annotation' stands there twice"),
         ("[" * 100_000, "m: not valid JSON"),
         ('["a"]', "m: expected a JSON object, got list"),
+        ('{"annotation": "a", "repeat": 1e999}', "m: 'repeat' must be float, got inf"),
+        (
+            '{"annotation": "a", "repeat": 1' + "0" * 400 + "}",
+            "m: 'repeat' must be float, got 10",
+        ),
+        ('{"annotation": "a", "tiles": 1' + "0" * 20 + "}", "m: .tiles. must be int | None, got 1"),
         ("\ud800", "m: not valid JSON"),
     ],
 )
@@ -226,6 +232,16 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         (lambda: b"\xff".decode(), 2, "not valid UTF-8"),
         (lambda: open("/dev/full", "w", 1).write("x\n"), 1, "No space left on device"),
         (lambda: exec_recursion(), 2, "an input is nested too deeply"),
+        (
+            lambda: AppendLog(Path("/dev/full")).append({}),
+            1,
+            "No space left on device: '/dev/full'",
+        ),
+        (lambda: read_json(Path("/dev/zero")), 2, "error: no file /dev/zero"),
+        (lambda: list(read_jsonl(Path("/"))), 2, "error: no file /"),
+        (lambda: read_json(Path("a\0b")), 2, r"error: no file a\x00b"),
+        (lambda: refuse("\x1b[31m red\nline 2"), 2, r"error: \x1b[31m red\nline 2"),
+        (lambda: refuse("half \ud800, 猫\t"), 2, "error: half \\ud800, 猫\t"),
     ],
 )
 def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, capsys):
@@ -234,6 +250,10 @@ def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, caps
     error = capsys.readouterr().err
     assert stop.value.code == status
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def refuse(text):
+    raise InputError(text)
 
 
 def exec_recursion():

@@ -38,6 +38,8 @@ from records import read_meta
 from runtime import Failure, run, start_process, stop_process
 from tokenizer import load_tokenizer
 from tools.bench import example_tree
+from tools.export import ExportConfig, export
+from toy import write_world
 from train import TrainConfig, make_mesh, prepare, score, sharded_model
 from weights import empty_model, load_model, local, named_tensors, newest_checkpoint
 
@@ -231,6 +233,26 @@ def test_adapters_with_the_bare_model_as_reference_give_cached_numbers(base, toy
     online = run_here(replace(cfg, out_dir=toy / "lora-b", drop_path=0.2, reference="online"))
     close(online, cached)
     close(run_there(replace(cfg, out_dir=toy / "lora-c", drop_path=0.2), 2), cached, bound=1e-5)
+
+
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
+def test_each_decoder_trains_with_adapters_resumes_exports_and_goes_on_from_its_export(
+    base, tmp_path, llm
+):
+    write_world(tmp_path, 8, 0, llm=llm)
+    folders = {"model_dir": tmp_path / "model", "meta": tmp_path / "meta.json"}
+    cfg = replace(base, **folders, max_steps=2, save_every=1, lora_rank=2, lora_parts="both")
+    cfg = replace(cfg, reference_cache=None, out_dir=tmp_path / "cached", batch_size=4, lr=3e-3)
+    cached = run_here(cfg)
+    close(run_here(replace(cfg, out_dir=tmp_path / "online", reference="online")), cached)
+    shutil.rmtree(cfg.out_dir / "checkpoints/step-00000002")
+    assert run_here(cfg) == cached, "it goes on after step 1"
+    release, hf = cfg.out_dir / "model", tmp_path / "hf"
+    export(ExportConfig(release, hf, hf=True))
+    runs = [(release, "official"), (hf, "again")]
+    cfg = replace(cfg, max_steps=1, warmup=0.0)
+    close(*(run_here(replace(cfg, model_dir=d, out_dir=tmp_path / name)) for d, name in runs))
+    assert "text_config" in json.loads((tmp_path / "again/model/config.json").read_text())
 
 
 def test_merged_adapters_compute_what_they_did_apart(process, toy):

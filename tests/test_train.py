@@ -17,6 +17,7 @@ from conftest import ROOT, run_forks, start_forks
 from safetensors.torch import load_file
 
 import runtime
+import train as train_module
 from data import PairData
 from losses import PairLogps
 from runtime import Failure, InputError, read_json, run, start_process, stop_process
@@ -250,6 +251,25 @@ def test_sigterm_saves_and_ends_cleanly(base, toy, straight):
     assert process.wait() == 0
     assert "asked to stop: saved step" in said
     assert run_here(cfg) == straight[1]
+
+
+def test_ctrl_c_and_sigterm_both_ask_for_a_checkpoint(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(train_module, "train", lambda cfg, process: None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    main()
+    assert handlers == dict.fromkeys((signal.SIGINT, signal.SIGTERM), train_module.ask_to_stop)
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_steps": 1}, {"limit": 8, "max_steps": 0}, {"limit": 3, "max_steps": 0}]
+)
+def test_a_run_in_which_no_weight_moved_fails_and_saves_no_model(base, toy, tmp_path, change):
+    cfg = replace(base, out_dir=tmp_path / "run", reference_cache=toy / "reference", **change)
+    with pytest.raises(Failure, match="no weight has changed, so nothing is saved"):
+        run_here(cfg)
+    assert not (cfg.out_dir / "model").exists()
 
 
 def test_a_checkpoint_of_other_flags_is_refused(straight):
