@@ -11,6 +11,7 @@ Blocks as in PagedAttention (arXiv:2309.06180), partial softmax sums as in Flash
 Shapes: row, block, g or head = key/value heads, query = query heads of one of them, d channels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class KVCache:
 
     apart: prompts take low blocks and answers high ones, as suits many answers a prompt.
     rounded: sizes are rounded up, so that few different shapes are compiled or captured.
-    exact: products have 16 rows at least, and rows come in multiples of 16.  With AVX-512 and one
+    exact: rows, and the queries of a block, come in multiples of 16.  With AVX-512 and one
     thread MKL and oneDNN then round alike in any batch (MKL with AVX2, or with two threads and 1024
     terms, only under MKL_CBWR=AUTO,STRICT).
     """
@@ -86,7 +87,7 @@ class KVCache:
         self.device, self.dtype = torch.device(device), dtype
         self.apart = apart or exact
         self.row_multiple = 16 if exact else 1
-        self.least_seats = -(-16 // self.queries) if exact else 1
+        self.seat_multiple = 16 // math.gcd(16, self.queries) if exact else 1
         self.round = rounded_up if rounded else int
         self.num_blocks, self.free = blocks, np.ones(blocks, bool)
         # (block head) key d, and one more block where idle rows write
@@ -154,7 +155,7 @@ class KVCache:
         idle, sink = [0] * (padded - len(rows)), [self.num_blocks * KEYS] * (padded - len(rows))
         numbers = [np.array([*tokens, *idle, *positions, *idle, *places, *sink], int)]
 
-        most_seats = max(self.least_seats, self.round(max(seats) + 1))
+        most_seats = -(-self.round(max(seats) + 1) // self.seat_multiple) * self.seat_multiple
         if self.apart or most_seats > 1:
             parts = [
                 self._span([[p] for p in prompts], np.array(seats), most_seats, padded, False),
@@ -190,7 +191,7 @@ class KVCache:
         filled = np.zeros(span.blocks, int)
         filled[block] = np.clip(length, 0, KEYS)
         table = np.full((padded, width), -1)
-        table[row, counted(in_row)] = block * self.heads * seats + seat[row]
+        table[row, counted(in_row)] = block * seats + seat[row]
         return span, [readers, filled, table]
 
     def decode(self, plan: Plan) -> tuple[Tensor, Tensor, Attend]:
@@ -200,47 +201,51 @@ class KVCache:
         for span in plan.spans:
             lengths += [span.blocks * span.seats, span.blocks, rows * span.width]
         tokens, positions, places, *arrays = plan.numbers.split(lengths)
-        head, query, key = (torch.arange(n, device=self.device) for n in (g, j, KEYS))
-        index, spans = self.index(places), []
+        index, key, spans = self.index(places), torch.arange(KEYS, device=self.device), []
         for span, readers, filled, table in zip(plan.spans, *(arrays[n::3] for n in range(3))):
-            start = (self.num_blocks - span.blocks if span.high else 0) * g
-            part = slice(start, start + span.blocks * g)  # of (block head)
-            asking = readers.view(-1, 1, span.seats) * g + head[:, None]  # block head seat
-            hidden = (key >= filled[:, None]).repeat_interleave(g, 0)[:, None]  # (block head) 1 key
+            start = self.num_blocks - span.blocks if span.high else 0
+            part = slice(start * g, (start + span.blocks) * g)  # of (block head)
+            hidden = (key >= filled[:, None]).view(span.blocks, 1, 1, KEYS)
             mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, HIDDEN)
-            sums = table.clamp(min=0).view(rows, span.width, 1, 1) + head[:, None] * span.seats
-            sums = sums * j + query  # row width head query -> line of (block head seat query)
             absent = (table < 0).view(rows, span.width, 1, 1)
-            spans.append((span, part, asking.flatten(), mask, sums.flatten(), absent))
-        scale, dtype = d**-0.5, self.dtype
+            spans.append((span, part, readers, mask, table.clamp(min=0), absent))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for memory, new in zip(self.memory[layer], (k, v)):
                 memory.index_put_(index, new[:, 0])
-            all_keys, all_values = self.memory[layer]
-            q, outs, totals, tops = q.reshape(rows * g, j * d), [], [], []
-            for span, part, asking, mask, sums, absent in spans:
-                asked = q.index_select(0, asking).view(-1, span.seats * j, d)
-                keys = all_keys[part].transpose(1, 2)
-                scores = torch.baddbmm(mask, asked, keys, alpha=scale).float()
-                top = scores.amax(-1, keepdim=True)  # (block head) (seat query) 1
-                weights = (scores - top).exp_()
-                out = torch.bmm(weights.to(dtype), all_values[part])
-                shape = (rows, span.width, g * j, -1)  # row width h ...
-                outs.append(out.view(-1, d).index_select(0, sums).view(shape))
-                totals.append(weights.sum(-1).view(-1).index_select(0, sums).view(shape))
-                top = top.view(-1).index_select(0, sums).view(shape)
-                tops.append(top.masked_fill(absent, HIDDEN) if span.ragged else top)
-            if len(spans) == 1:
-                [top], [total] = tops, totals
-            else:
-                top, total = torch.cat(tops, 1), torch.cat(totals, 1)
-            share = (top - top.amax(1, keepdim=True)).exp_()  # of each block in its row
-            shares = share.to(dtype).split([span.width for span, *_ in spans], 1)
-            out = sum((s * o).sum(1, dtype=torch.float32) for s, o in zip(shares, outs))
-            return (out / (share * total).sum(1)).to(dtype).view(rows, 1, g * j, d)
+            q, outs, sums = q.view(rows, g, j, d).transpose(1, 2), [], []
+            for span, part, readers, mask, table, absent in spans:
+                asked = q.index_select(0, readers).view(span.blocks, -1, g, d).transpose(1, 2)
+                past = (memory[part].view(-1, g, KEYS, d) for memory in self.memory[layer])
+                out, logsum = attend_blocks(asked, *past, mask)  # block head (seat query) ...
+                seats = span.blocks * span.seats  # of which each row takes its own, by the table
+                out, logsum = (
+                    x.transpose(1, 2).reshape(seats, -1).index_select(0, table)
+                    for x in (out, logsum)
+                )
+                logsum = logsum.view(rows, span.width, j * g, 1)
+                outs.append(out.view(rows, span.width, j * g, d))
+                sums.append(logsum.masked_fill(absent, 2 * HIDDEN) if span.ragged else logsum)
+            shares = torch.cat(sums, 1).softmax(1).split([span.width for span, *_ in spans], 1)
+            out = sum((share * out).sum(1) for share, out in zip(shares, outs))
+            return out.to(self.dtype).view(rows, j, g, d).transpose(1, 2).reshape(rows, 1, g * j, d)
 
         return tokens, positions, attend
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fused: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each block alone: q (block head query d), k and v (block head key d), mask (block 1 1 key).
+
+    Returns the outputs, like q, and the logarithm of each softmax's sum, (block head query).
+    fused: by torch's own operation behind scaled_dot_product_attention, as on a CPU.
+    """
+    if fused or (fused is None and q.device.type == "cpu"):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5 + mask
+    logsum = scores.logsumexp(-1)
+    return (scores - logsum[..., None]).exp().to(v.dtype) @ v, logsum
 
 
 def counted(counts: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from conftest import OURS, ROOT, run_forks
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
-from cache import KEYS, KVCache, Room, num_blocks
+from cache import HIDDEN, KEYS, KVCache, Room, attend_blocks, num_blocks
 from generate import (
     MAX_ROWS,
     Generator,
@@ -526,6 +526,19 @@ def test_a_traced_step_copies_no_part_of_the_cache():
     assert {n.target for n in made} == {torch.ops.aten.index_put.default}
     assert len(made) == 2 * len(cache.memory)  # keys and values
     assert all(n.args[0].op == "placeholder" for n in made)  # may be written where they are
+
+
+def test_blocks_are_attended_alike_by_one_operation_and_by_several():
+    """Strided and half hidden, as the cache gives them; a block without a visible key is finite."""
+    torch.manual_seed(0)
+    q, k = torch.randn(5, 6, 2, 8).transpose(1, 2), torch.randn(5, 2, 64, 8)
+    v, mask = torch.randn(5, 2, 64, 8), torch.zeros(5, 1, 1, 64)
+    mask[1, ..., 3:], mask[2] = HIDDEN, HIDDEN
+    (out, logsum), (plain, plain_logsum) = (attend_blocks(q, k, v, mask, f) for f in (True, False))
+    assert out.isfinite().all() and plain.isfinite().all() and (logsum[2] < HIDDEN / 2).all()
+    met = [0, 1, 3, 4]
+    torch.testing.assert_close(out[met], plain[met], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logsum[met], plain_logsum[met], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
