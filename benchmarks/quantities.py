@@ -388,7 +388,7 @@ _UNIT_SPELLINGS = Rules("units", re.IGNORECASE)
 _UNIT_FACTOR = re.compile(
     r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:-[^\W\d_]{2,}|['.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
 )
-_FILLERS = frozenset("of the old long wide high tall deep total altogether each".split())
+_FILLERS = frozenset("of the old long wide high tall deep total altogether each more".split())
 
 
 class Unit(NamedTuple):
