@@ -220,17 +220,17 @@ class _Parser:
         if self.depth > MAX_DEPTH:
             raise ExpressionError("nested too deeply")
         if sign := self.accept("+", "-"):
-            value = self.expression(_SIGNED)
+            value = self.expression(_SIGN)
             value = combine(operator.neg, value) if sign == "-" else value
         else:
             value = self.atom()
         while token := self.peek():
-            rank, function = _INFIX.get(token, (_PRODUCT * self.joins(token), operator.mul))
+            rank, function = _INFIX.get(token, (_TIMES * self.joins(token), operator.mul))
             if token in _POSTFIX:
                 value = combine(_POSTFIX[self.accept()], value)
             elif token == "^":
                 self.accept()
-                value = combine(_power, value, self.expression(_SIGNED))
+                value = combine(_power, value, self.expression(_SIGN))
             elif rank <= above:
                 break
             else:
@@ -279,15 +279,15 @@ class _Parser:
         if name == "log" and self.peek().startswith("_"):
             base = _Parser(self.accept().strip("_{}")).expression()
         if self.accept("^"):
-            exponent = self.expression(_SIGNED) if self.peek() == "-" else self.atom()
+            exponent = self.expression(_SIGN) if self.peek() == "-" else self.atom()
             if exponent.values == (-1,) and "arc" + name in FUNCTIONS:
                 name, exponent = "arc" + name, None
         if self.peek() in ("(", "{", "["):
             argument = self.atom()
         else:
-            argument = self.expression(_SIGNED)
+            argument = self.expression(_SIGN)
             while self.joins(self.peek()) and self.peek()[1:] not in FUNCTIONS:
-                argument = combine(operator.mul, argument, self.expression(_PRODUCT))
+                argument = combine(operator.mul, argument, self.expression(_TIMES))
         value = combine(math.log, argument, base) if base else combine(FUNCTIONS[name], argument)
         return combine(_power, value, exponent) if exponent else value
 
@@ -323,10 +323,10 @@ def _root(a: Number, index: Number) -> Number:
 
 
 _CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
-_SUM, _PRODUCT, _SIGNED = 1, 2, 3  # ranks: what binds tighter stands higher
+_PLUS, _TIMES, _SIGN = 1, 2, 3  # ranks: what binds tighter stands higher
 _INFIX = {
-    "+": (_SUM, operator.add), "-": (_SUM, operator.sub),
-    "*": (_PRODUCT, operator.mul), "/": (_PRODUCT, operator.truediv),
+    "+": (_PLUS, operator.add), "-": (_PLUS, operator.sub),
+    "*": (_TIMES, operator.mul), "/": (_TIMES, operator.truediv),
 }  # fmt: skip
 _POSTFIX = {
     "!": lambda a: Fraction(math.factorial(_small(a))),
