@@ -11,8 +11,8 @@
     Relation   y = 2x+1, x > 5   the same difference of both sides, up to a factor
     wording    anything else     EvalAI's normal form: no case, articles, punctuation
 
-What people write for one thing stands in tables beside this file: prompts.txt, rewrites.txt (regular
-expressions), signs.txt, words.txt, units.txt.
+The ways to write one thing stand in tables beside this file: rewrites.txt (regular expressions),
+signs.txt, words.txt, units.txt.
 
 A wrong answer that may be meant right (`12 or 13` for 12, 0.333 for 1/3) is *ambiguous* and makes
 no pair.  Nothing is evaluated: a response never reaches `eval` or a symbolic-maths library.
