@@ -446,10 +446,6 @@ _EVENING = re.compile(r"(?:1[3-9]|2[0-3]):[0-5][0-9]$")
 _PM = re.compile(r"([1-9]|1[01])(:[0-5][0-9])? pm$", re.IGNORECASE)
 
 
-def _evening(match: re.Match) -> str:
-    return f"{int(match[1]) + 12}{match[2] or ':00'}"
-
-
 @functools.lru_cache(maxsize=8192)
 def same_answer(pred: str, gold: str) -> bool:
     """Both answers mean the same: the judge of the pairs."""
@@ -457,7 +453,9 @@ def same_answer(pred: str, gold: str) -> bool:
     if "£" in pred + gold:  # else a pound is a mass
         pred, gold = (re.sub(r"\bpounds?\b", "£", text) for text in (pred, gold))
     if _EVENING.match(pred) or _EVENING.match(gold):
-        pred, gold = (_PM.sub(_evening, text) for text in (pred, gold))
+        pred, gold = (
+            _PM.sub(lambda m: f"{int(m[1]) + 12}{m[2] or ':00'}", text) for text in (pred, gold)
+        )
     try:
         return bool(pred and gold) and _same_plain(pred, gold)
     except ArithmeticError:  # an exact number beyond the floats beside a float
