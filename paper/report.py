@@ -3,7 +3,7 @@
     python -m paper.report --story toy/story    results.json, report.md, report.html and PNGs there
 
 results.json is computed from the files of a story: result.json of every model, metrics.jsonl of
-every run, items.jsonl of every test.  The report says only what results.json holds.  In a folder
+every run.  The report says only what results.json holds.  In a folder
 that has that file alone, as paper/ has, the report is written again from it.
 """
 
@@ -58,7 +58,7 @@ def collect(folder: Path) -> Collected:
         start = folder / f"seed-{seed}"
         for pattern in ("result.json", "rows/*/result.json", "ablate/*/result.json"):
             for path in sorted(start.glob(pattern)):
-                results.append(read_result(path))
+                results.append(read_checked(path, "row seed study value measures questions"))
         if (start / "pairs.json").exists():
             pairs[seed] = read_json(start / "pairs.json")
     rows: dict[str, dict] = {}
@@ -80,27 +80,6 @@ def read_checked(path: Path, keys: str) -> dict:
         if key not in record:
             raise InputError(f"{path}: no {key!r}; delete it and run the story again")
     return record
-
-
-def read_result(path: Path) -> dict:
-    """result.json with its measures by name, and of each measure its test questions, in percent."""
-    result = read_checked(path, "row seed study value test")
-    questions: dict[str, dict] = {}
-    measures = {key: result.get(key) for key in ("chosen_shift", "rejected_shift")}
-    measures |= result.get("describe") or {}
-    for setting in SETTINGS:
-        scores = result["test"].get(setting, {})
-        if not {"score", "malformed"} <= set(scores):
-            raise InputError(f"{path}: no {setting!r} scores; delete it and run the story again")
-        items = read_whole_lines(path.parent / f"test-{setting}" / "items.jsonl")[0]
-        measures[setting] = scores["score"]
-        questions[setting] = {item["id"]: 100.0 * item["correct"] for item in items}
-        if scores["malformed"] > measures.get("malformed", -1):  # the worse of the two settings
-            measures["malformed"] = scores["malformed"]
-            questions["malformed"] = {
-                item["id"]: 100.0 * (not str(item["prediction"]).isdigit()) for item in items
-            }
-    return result | {"measures": measures, "questions": questions}
 
 
 # --------------------------------------------------------------------------- claims
@@ -191,6 +170,12 @@ def judge(claim: Claim, values: dict[int, tuple]) -> dict:
     undecided = "undecided" if numbers else "not run"
     line["verdict"] = {True: "agrees", False: "disagrees", None: undecided}[line["holds"]]
     return line
+
+
+def holds_on(line: dict) -> str:
+    """On how many single seeds a claim's number is what is needed."""
+    values, sign = line["values"].values(), 1 if line["needed"].startswith(">=") else -1
+    return f"{sum(sign * value >= sign * line['bound'] for value in values)} of {len(values)}"
 
 
 def among(value: float, seeds: list[float]) -> str:
@@ -380,6 +365,7 @@ CLAIM_TABLE: dict[str, Callable[[dict], object]] = {
     "each seed": lambda line: ", ".join(
         show(value, line["questions"].get(seed), "+.1f") for seed, value in line["values"].items()
     ) or "-",
+    "holds on": holds_on,
     "verdict": lambda line: line["verdict"],
 }  # fmt: skip
 COMMITTED_COLUMN: dict[str, Callable[[dict], object]] = {

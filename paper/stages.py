@@ -11,6 +11,7 @@ import re
 import sys
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import pairs
 import toy
 from data import seeded
 from model import InternVL
-from paper.report import WITH_NTP
+from paper.report import SETTINGS, WITH_NTP
 from paper.story import BETA, QUICK_ROWS, SPEED, Recipe, StoryConfig, chosen_rates
 from runtime import read_json, read_whole_lines, start_process, stop_process, write_atomic
 from tools.mine import register_file
@@ -176,7 +177,7 @@ def train_base(cfg: StoryConfig, seed: int) -> str:
     legs = read_whole_lines(folder / "legs.jsonl")[0]
     while not legs or not legs[-1]["last"]:
         steps = legs[-1]["steps"] if legs else 0
-        cooled = steps >= r.cap or bool(legs and legs[-1]["direct"]["score"] >= r.stop_at)
+        cooled = steps >= r.cap or bool(legs and legs[-1]["direct"] >= r.stop_at)
         steps += r.cooldown if cooled else r.leg if legs else r.first_leg
         train_model(
             model_dir=start / "model", meta=start / "lessons.json", out_dir=folder,
@@ -184,58 +185,60 @@ def train_base(cfg: StoryConfig, seed: int) -> str:
             decay=r.cooldown if cooled else 0, epochs=100, max_steps=steps,
             batch_size=r.base_batch_size, seed=seed,
         )  # fmt: skip
-        scores = evaluate(cfg, folder / "model", folder / f"step-{steps}", seed, "dev", ("direct",))
-        legs.append({"steps": steps, "last": cooled, **scores})
+        items = answer(cfg, folder / "model", folder / f"step-{steps}", seed, "dev", "direct")
+        direct = 100 * fmean(item["correct"] for item in items)
+        legs.append({"steps": steps, "last": cooled, "direct": direct})
         write_lines(folder / "legs.jsonl", legs)
-        words = f"seed {seed} base: {in_words(scores)} on development questions, step {steps}"
+        words = f"seed {seed} base: Direct {direct:.1f} on development questions, step {steps}"
         print(f"         {words}", file=sys.__stdout__, flush=True)  # not into the log
     write_atomic(folder / "base.json", json.dumps(legs[-1]) + "\n")
     return f"{legs[-1]['steps']} steps"
 
 
-def evaluate(
-    cfg: StoryConfig, model: Path, folder: Path, seed: int, split: str,
-    settings: tuple[str, ...] = ("direct", "cot"),
-) -> dict[str, dict]:  # fmt: skip
-    """Accuracy in percent on a split, with the share of malformed answers, of each setting."""
-    data, scores = (cfg.folder(seed) / f"{split}.jsonl",), {}
-    for setting in settings:
-        out, cot = folder / f"{split}-{setting}", setting == "cot"
-        evaluation.generate(
-            evaluation.Generate(
-                bench="own", data=data, cot=cot, model_dir=model, out=out, max_tiles=2,
-                images=cfg.folder(seed) / "images", max_new_tokens=64 if cot else 8,
-            )
-        )  # fmt: skip
-        asked = evaluation.Score(bench="own", data=data, cot=cot, answers=(out,))
-        score = evaluation.score(asked)["score"]
-        items = read_whole_lines(out / "items.jsonl")[0]
-        malformed = sum(not str(item["prediction"]).isdigit() for item in items)
-        scores[setting] = {"score": score, "malformed": 100 * malformed / len(items)}
-        scores[setting]["n"] = len(items)
-    return scores
-
-
-def in_words(scores: dict[str, dict]) -> str:
-    names = {"direct": "Direct", "cot": "CoT"}
-    return ", ".join(f"{names[setting]} {of['score']:.1f}" for setting, of in scores.items())
+def answer(
+    cfg: StoryConfig, model: Path, folder: Path, seed: int, split: str, setting: str
+) -> list[dict]:
+    """The split's questions as eval.py reads the model's answers: id, prediction, correct."""
+    out, cot, data = folder / f"{split}-{setting}", setting == "cot", f"{split}.jsonl"
+    own = {"bench": "own", "data": (cfg.folder(seed) / data,), "cot": cot}
+    evaluation.generate(
+        evaluation.Generate(
+            **own, model_dir=model, out=out, max_tiles=2, images=cfg.folder(seed) / "images",
+            max_new_tokens=64 if cot else 8,
+        )
+    )  # fmt: skip
+    evaluation.score(evaluation.Score(**own, answers=(out,)))
+    return read_whole_lines(out / "items.jsonl")[0]
 
 
 def write_result(
     cfg: StoryConfig, seed: int, row: str, folder: Path, model: Path, about: dict
 ) -> str:
-    """Measure a model on the test questions and write result.json, its stage's last file."""
-    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": {}}
-    record |= {cfg.split: evaluate(cfg, model, folder, seed, cfg.split), "describe": None}
+    """Measure a model on the test questions and write result.json, its stage's last file.
+
+    measures: name -> number.  questions: name -> question -> the value, 0 or 100, that the number
+    is the mean of; of malformed answers those of the setting that has more of them.
+    """
+    questions, malformed = {}, []
+    for setting in SETTINGS:
+        items = answer(cfg, model, folder, seed, cfg.split, setting)
+        questions[setting] = {item["id"]: 100.0 * item["correct"] for item in items}
+        malformed.append(
+            {item["id"]: 100.0 * (not str(item["prediction"]).isdigit()) for item in items}
+        )
+    questions["malformed"] = max(malformed, key=lambda values: sum(values.values()))
+    measures = {name: fmean(values.values()) for name, values in questions.items()}
     if row in DESCRIBED and not cfg.tune:
         rows = describe_pictures(cfg, seed, "describe_test", model, folder / "descriptions")
-        record["describe"] = hallucination(cfg, seed, rows, "response")
+        measures |= hallucination(cfg, seed, rows, "response")
     curve = read_whole_lines(folder / "metrics.jsonl")[0][-10:]
     for side in ("chosen", "rejected"):
         rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
-        record[f"{side}_shift"] = sum(rewards) / len(rewards) / BETA if rewards else None
-    write_atomic(folder / "result.json", json.dumps(record | about, indent=1) + "\n")
-    return in_words(record[cfg.split])
+        measures[f"{side}_shift"] = fmean(rewards) / BETA if rewards else None
+    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": {}} | about
+    record |= {"measures": measures, "questions": questions}
+    write_atomic(folder / "result.json", json.dumps(record) + "\n")
+    return f"Direct {measures['direct']:.1f}, CoT {measures['cot']:.1f}"
 
 
 def measure_base(cfg: StoryConfig, seed: int) -> str:

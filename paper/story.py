@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from paper.report import PAPER, WITH_NTP, write_report
+from paper.report import PAPER, SETTINGS, WITH_NTP, write_report
 from runtime import (
     InputError,
     claim,
@@ -67,7 +67,7 @@ FALLING = ("DPO", "RSO", "IPO", "cDPO", "RobustDPO", "BCO", "AOT", "TR-DPO")  # 
 TUNING_SEED = 100
 BETA = 0.1
 SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
-QUICK_ROWS = ("SFT", "DPO", "MPO")
+QUICK_ROWS = ("MPO", "SFT", "DPO")  # the longest first
 ABLATIONS: dict[str, dict[str, dict]] = {  # the paper's Figure 4 and Table 9; flags of MPO
     "data scale": {str(share): {"limit": share} for share in (0.1, 0.4, 0.7)},
     "learning rate": {str(lr): {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
@@ -129,16 +129,17 @@ def chosen_rates() -> dict[str, float]:
 
 
 def row_names(cfg: StoryConfig) -> list[str]:
-    """The rows of this story, the longest first."""
+    """The rows of this story, those of a quick one first."""
     own = []
     if cfg.mine:
         from tools.mine import register_file  # noqa: PLC0415  (torch takes seconds to load)
 
         own = register_file(cfg.mine)
-    names = list(QUICK_ROWS) if cfg.few else [name for name in PAPER if name != "base"]
-    if not (cfg.tune or cfg.few):
-        names.append(WITH_NTP)
-    return sorted([*names, *own], key=lambda name: (name != "MPO", name not in QUICK_ROWS))
+    names = [*QUICK_ROWS, *own]
+    if not cfg.few:
+        names += [name for name in PAPER if name not in ("base", *QUICK_ROWS)]
+        names += [] if cfg.tune else [WITH_NTP]
+    return names
 
 
 def ratios(cfg: StoryConfig) -> tuple[float, ...]:
@@ -211,7 +212,7 @@ def write_tuning(cfg: StoryConfig, about: dict) -> None:
         scores = {}
         for path in cfg.folder(cfg.seeds[0]).glob(f"rows/{row} */result.json"):
             result = read_json(path)
-            both = tuple(result[cfg.split][setting]["score"] for setting in ("direct", "cot"))
+            both = tuple(result["measures"][setting] for setting in SETTINGS)
             scores[result["flags"]["lr"]] = both
         if scores:
             tried = {f"{lr:g}": scores[lr] for lr in sorted(scores)}

@@ -12,10 +12,10 @@ FLAGS = {"loss": "mpo", "lr": 1e-3}
 
 
 def model(row, seed, direct, cot, malformed=0.0, shift=None, **more):
-    test = {"direct": {"score": direct, "malformed": 0.0, "n": 100}}
-    test["cot"] = {"score": cot, "malformed": malformed, "n": 100}
-    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": FLAGS, "test": test}
-    return record | {"describe": None, "chosen_shift": shift, "rejected_shift": shift} | more
+    measures = {"direct": direct, "cot": cot, "malformed": malformed}
+    measures |= {"chosen_shift": shift, "rejected_shift": shift}
+    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": FLAGS}
+    return record | {"measures": measures, "questions": {}} | more
 
 
 def write(path, content):
@@ -24,18 +24,14 @@ def write(path, content):
 
 
 def write_model(folder, record, right):
-    """result.json, a short curve, and whether each test question was answered rightly."""
+    """result.json, with whether each test question was answered rightly, and a short curve."""
+    questions = {f"test-{i}": 100.0 * (right and i < 3) for i in range(4)}
+    record |= {"questions": dict.fromkeys(("direct", "cot"), questions)}
     write(folder / "result.json", record)
     steps = [
         {"step": i, "nll": 1 / (i + 1), "rewards/chosen": -i, "rewards/margin": i} for i in (0, 1)
     ]
     write(folder / "metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps))
-    for setting in ("direct", "cot"):
-        items = [
-            {"id": f"test-{i}", "correct": right and i < 3, "prediction": "3"} for i in range(4)
-        ]
-        lines = "".join(json.dumps(item) + "\n" for item in items)
-        write(folder / f"test-{setting}/items.jsonl", lines)
 
 
 @pytest.fixture
@@ -129,12 +125,18 @@ def test_one_seed_is_placed_among_the_committed_ones(value, words):
     assert report.among(value, [2.0, 4.0, 8.0]) == words
 
 
+@pytest.mark.parametrize("needed, words", [(">= +3", "2 of 3"), ("<= +3", "2 of 3")])
+def test_a_claim_says_on_how_many_seeds_it_holds(needed, words):
+    line = {"needed": needed, "bound": 3.0, "values": {"1": 2.0, "2": 3.0, "3": 4.0}}
+    assert report.holds_on(line) == words
+
+
 def test_the_report_of_one_seed_says_where_it_falls(story):
     about = json.loads((story / "story.json").read_text())
     write(story / "story.json", about | {"seeds": [1], "quick": True})
     markdown = report.write_report(story)
     line = next(line for line in markdown.splitlines() if line.startswith("| MPO beats SFT"))
-    assert line.endswith("| +3.0 | +3.0 ± 79.5 | undecided | below all 3 seeds |")
+    assert line.endswith("| +3.0 | +3.0 ± 79.5 | 1 of 1 | undecided | below all 3 seeds |")
     assert "steps 2 instead of 400" in markdown and "one seed never decides" in markdown
 
 
@@ -188,7 +190,7 @@ def test_an_ablated_value_is_one_line_over_its_seeds_beside_the_plain_run(story)
 def test_equal_scores_leave_the_rank_correlation_open(story):
     for path in story.glob("seed-*/**/result.json"):
         record = json.loads(path.read_text())
-        record["test"]["cot"]["score"] = 0.0
+        record["measures"]["cot"] = 0.0
         write(path, record)
     assert report.orderings(report.row_lines(report.collect(story)))["spearman"] is None
 
@@ -200,7 +202,7 @@ def test_a_folder_without_a_story_or_with_a_broken_file_is_named(tmp_path, story
         report.collect(tmp_path / "none")
     for path, record, words in (
         (result, {"row": "MPO"}, "MPO/result.json: no 'seed'"),
-        (result, head | {"test": {"direct": {}}}, "MPO/result.json: no 'direct' scores"),
+        (result, head, "MPO/result.json: no 'measures'"),
         (about, {"settings": {}}, "story.json: no 'seeds'"),
     ):
         write(path, record)

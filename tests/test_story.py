@@ -104,8 +104,7 @@ def test_a_story_has_every_row_of_the_paper_and_tuning_tries_each_at_every_rate(
 def test_the_best_mean_of_direct_and_chain_of_thought_is_chosen(tmp_path):
     cfg = StoryConfig(out=tmp_path, tune=True, quick=True, seeds=(100,))
     for row, lr, direct, cot in (("DPO", 1e-4, 60, 52), ("DPO", 3e-4, 61, 50), ("SFT", 1e-3, 5, 5)):
-        tune = {"direct": {"score": direct}, "cot": {"score": cot}}
-        result = {"tune": tune, "flags": {"lr": lr}}
+        result = {"measures": {"direct": direct, "cot": cot}, "flags": {"lr": lr}}
         path = cfg.folder(100) / f"rows/{row} {lr:g}/result.json"
         write_atomic(path, json.dumps(result))
     write_tuning(cfg, {"settings": {"rates": {}, "steps": 6}})
