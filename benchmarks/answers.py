@@ -831,10 +831,6 @@ class Verdict:
     mode: str | None = None  # the mode that matched
     answer: str | None = None
 
-    @property
-    def ambiguous(self) -> bool:
-        return self.label == "ambiguous"
-
 
 def judge(
     response: str,
