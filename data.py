@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from images import jpeg, load_image, open_image
@@ -25,7 +26,7 @@ from model import InternVLConfig
 from records import DataSet, PairRecord
 from runtime import InputError, fingerprint, named
 from tokenizer import Tokenizer, encode_chat, encode_response, training_text
-from vision import cut_tiles, normalize, num_tiles
+from vision import cut_tiles, num_tiles, pixels
 
 # --------------------------------------------------------------------------- order
 
@@ -156,10 +157,6 @@ def fit_tree(
     )
 
 
-def same_question(a: Tree, b: Tree) -> bool:
-    return a.trunk == b.trunk and a.images == b.images
-
-
 def merge(a: Tree, b: Tree) -> Tree:
     """Two trees of one question as one bush; a response that both have is there once."""
     responses = list(a.responses)
@@ -183,8 +180,10 @@ def grow_bushes(trees: list[Tree], pairs: int, budget: int) -> list[Tree]:
     """Neighbours of one question merged, up to `pairs` pairs and `budget` tokens a bush."""
     bushes: list[Tree] = []
     for tree in trees:
-        if bushes and len(bushes[-1].names) < pairs and same_question(bushes[-1], tree):
-            merged = merge(bushes[-1], tree)
+        last = bushes[-1] if bushes else None
+        same = last and (last.trunk, last.images) == (tree.trunk, tree.images)
+        if same and len(last.names) < pairs:
+            merged = merge(last, tree)
             if merged.size <= budget:
                 bushes[-1] = merged
                 continue
@@ -226,17 +225,19 @@ class Pack:
     chosen: Tensor  # (pair) response index
     rejected: Tensor  # (pair) response index; empty without rejected responses
     num_responses: int
-    tiles: Tensor | None = None  # (tile 3 h w) distinct images, once each
+    tiles: Tensor | None = None  # (tile 3 h w) uint8, distinct images, once each
     tile_order: Tensor | None = None  # (slot group) index into tiles
     names: list[str] = field(default_factory=list)  # (pair)
     keys: list[str] = field(default_factory=list)  # (response) what its log-prob depends on
 
     def to(self, device: torch.device) -> "Pack":
-        moved = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in vars(self).items()
-        }
-        return Pack(**moved)
+        """On a GPU through pinned memory, so that nobody waits for the copy."""
+
+        def moved(x: Tensor) -> Tensor:
+            x = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+            return x.to(device, non_blocking=True)
+
+        return Pack(**{k: moved(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
     def padded(self, tokens: int, tiles: int = TILES_AT_ONCE) -> "Pack":
         """The same scores in shapes that stay, so that a GPU compiles its kernels once.
@@ -255,6 +256,14 @@ class Pack:
         if self.tiles is not None:
             filled.tiles = F.pad(self.tiles, [0] * 7 + [-len(self.tiles) % tiles])
         return filled
+
+    def with_blank_tiles(self, count: int, size: int) -> "Pack":
+        """A pack without images gets tiles that no prompt shows.
+
+        So every process takes part in the same collectives and the ViT gets a gradient, zero.
+        """
+        tiles = self.tree.new_zeros(count, 3, size, size, dtype=torch.uint8)
+        return replace(self, tiles=tiles, tile_order=self.tree.new_zeros(0))
 
 
 def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
@@ -323,12 +332,12 @@ def add_tiles(
         key = image if share else place
         if key not in first_tile:
             first_tile[key] = count
-            parts.append(image_tiles(*image, tile_size))
+            parts += image_tiles(*image, tile_size)
             count += tiles
-            assert len(parts[-1]) == tiles, (image, len(parts[-1]), tiles)
+            assert len(parts) == count, (image, len(parts), count)
         order += range(first_tile[key], first_tile[key] + tiles)
     if parts:
-        pack.tiles, pack.tile_order = torch.cat(parts), torch.tensor(order)
+        pack.tiles, pack.tile_order = pixels(parts), torch.tensor(order)
     return pack
 
 
@@ -340,8 +349,8 @@ def images_of(trees: list[Tree], share_prefix: bool = True) -> Iterator[tuple[tu
                 yield image, tiles, (number, copy, slot)
 
 
-def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> Tensor:
-    """(tile 3 h w) of one file; augmentation is a function of the file's name, not of the epoch.
+def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> list[Image.Image]:
+    """The tiles of one file; augmentation is a function of the file's name, not of the epoch.
 
     So cached reference log-probs see the very pixels that the policy sees.
     """
@@ -349,7 +358,7 @@ def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> Te
     if augment:
         qualities = seeded("jpeg", path.name).integers(75, 101, len(tiles))
         tiles = [jpeg(tile, int(q)) for tile, q in zip(tiles, qualities)]
-    return normalize(tiles)
+    return tiles
 
 
 def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
@@ -375,6 +384,7 @@ def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
 # --------------------------------------------------------------------------- the steps of a run
 
 
+@dataclass(eq=False)
 class PairData:
     """Which pairs step t trains on, as packs.  A function of (files, seed, t): no state to save.
 
@@ -382,31 +392,24 @@ class PairData:
     depend on the number of processes.
     """
 
-    def __init__(
-        self,
-        sets: list[DataSet],
-        tokenizer: Tokenizer,
-        config: InternVLConfig,
-        *,
-        batch_size: int,
-        pack_tokens: int,
-        max_length: int,
-        seed: int,
-        overlong: Overlong = "drop",
-        only_chosen: bool = False,
-        share_images: bool = True,
-        share_prefix: bool = True,
-        pairs_per_prompt: int = 1,
-        limit: int = 0,
-    ) -> None:
-        self.sets, self.tokenizer, self.config = sets, tokenizer, config
-        self.batch_size, self.pack_tokens, self.seed = batch_size, pack_tokens, seed
-        self.max_length = min(max_length, config.llm.max_position_embeddings)
-        self.overlong, self.only_chosen, self.share_images = overlong, only_chosen, share_images
-        self.share_prefix, self.pairs_per_prompt = share_prefix, pairs_per_prompt
-        self.limit = limit
+    sets: list[DataSet]
+    tokenizer: Tokenizer
+    config: InternVLConfig
+    batch_size: int
+    pack_tokens: int
+    max_length: int
+    seed: int
+    overlong: Overlong = "drop"
+    only_chosen: bool = False
+    share_images: bool = True
+    share_prefix: bool = True
+    pairs_per_prompt: int = 1
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_length = min(self.max_length, self.config.llm.max_position_embeddings)
         self.orders: dict[int, np.ndarray] = {}
-        self.steps_per_epoch = -(-len(self.order(0)) // batch_size)
+        self.steps_per_epoch = -(-len(self.order(0)) // self.batch_size)
         if not self.steps_per_epoch:
             raise InputError("no records: every data set is empty or has repeat_time 0")
 

@@ -2,7 +2,7 @@
 
     add_adapters, merge_adapters   LoRA (arXiv:2106.09685): train a product of low rank only
     RandomRoundingAdamW            weights and moments in bfloat16, rounded at random
-    keep_some                      keep attention and narrow products, compute the rest again
+    recompute_in_backward          keep little of a block and compute the rest again
 
 train.py runs without any of them; each is a switch there, and off means the plain numbers.
 """
@@ -66,7 +66,7 @@ def start_adapters(model: nn.Module, seed: int) -> None:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the one it started from."""
+    """Inside, the model is the one it started from; one without adapters is as it is."""
     layers = adapters(model).values()
     for layer in layers:
         layer.on = False
@@ -153,22 +153,24 @@ ATTENTION = {
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
-def keep_some(forward: Callable, *inputs: Any) -> Tensor:
-    """A block's forward that keeps attention, and products no wider than their input."""
+def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Attention, and products no wider than their input."""
+    narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
+    keep = narrow or op in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def computed_again(forward: Callable, selective: bool, *inputs: Any) -> Tensor:
+    """A block's forward that keeps its inputs for backward, or also what `keep_some` says."""
     if not torch.is_grad_enabled():
         return forward(*inputs)
-
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
-        keep = narrow or op in ATTENTION
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+    options = {}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_some)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 def recompute_in_backward(block: nn.Module, amount: str) -> None:
-    """`amount`: full keeps a block's input only, selective also what keep_some says, off all."""
-    block.recompute = amount == "full"
-    if amount == "selective":
-        block.forward = partial(keep_some, block.forward)
+    """`amount`: full, selective, or off, which keeps everything."""
+    if amount in ("full", "selective"):
+        block.forward = partial(computed_again, block.forward, amount == "selective")

@@ -15,6 +15,7 @@ The model knows nothing of processes, files or losses.
 Shapes: b batch, s tokens, t key tokens, h query heads, g key/value heads, d channels.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from config import InternVLConfig, LLMConfig, load_config, parse_config  # noqa: F401
 from runtime import InputError
@@ -68,10 +68,10 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _attention(q, k, v, is_causal=True)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, **masking: object) -> Tensor:
     """torch's attention over (b s h d); each key head serves h / g consecutive query heads."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **masking).transpose(1, 2)
 
 
 class TreeAttention:
@@ -79,8 +79,9 @@ class TreeAttention:
 
         k <= q  and  tree[k] == tree[q]  and  branch[k] in (0, branch[q])
 
-    On CUDA a FlexAttention block mask (no (s s) tensor); elsewhere, and as the reference to test
-    against, boolean masks of spans of whole trees, about `span` tokens each.
+    On CUDA a FlexAttention block mask.  Elsewhere by segments: neighbouring trees that together
+    hold at most `span` tokens under one mask, the readable reference; of a longer tree the trunk
+    causally, then each branch with the trunk's keys and its own.  No (s s) tensor either way.
     """
 
     def __init__(
@@ -97,28 +98,55 @@ class TreeAttention:
         if self.flex:
             self.mask = block_mask(tree, branch, visible)
         else:
-            self.spans = whole_trees(tree, span)
-            self.masks = [self.dense_mask(torch.arange(*s, device=tree.device)) for s in self.spans]
+            # (tokens, number of the segment whose keys they see besides their own,
+            # (token key) bool or None = causal)
+            self.segments: list[tuple[int, int | None, Tensor | None]] = []
+            for start, end in whole_trees(tree, span):
+                index = torch.arange(start, end, device=tree.device)
+                self.add_segments(index, branch[start:end], span)
 
-    def dense_mask(self, index: Tensor) -> Tensor:  # (s) -> (s s) bool
-        return self.visible(index, index, index[:, None], index[None, :])
+    def add_segments(self, index: Tensor, branch: Tensor, span: int) -> None:
+        """One for small trees, at `index` of the row; trunk and branches of a longer one."""
+        if len(index) <= span:
+            self.segments.append((len(index), None, self.dense_mask(index, index)))
+            return
+        lengths = torch.unique_consecutive(branch, return_counts=True)[1].tolist()
+        trunk, *answers = index.split(lengths)
+        number = len(self.segments)
+        self.segments.append((len(trunk), None, None))
+        for answer in answers:
+            mask = self.dense_mask(answer, torch.cat([trunk, answer]))
+            self.segments.append((len(answer), number, mask))
+
+    def dense_mask(self, q: Tensor, k: Tensor) -> Tensor:  # (q), (k) -> (q k) bool
+        return self.visible(q, k, q[:, None], k[None, :])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.flex:
-            # split, not slices: the gradient of each slice would be as long as the row
-            lengths = [end - start for start, end in self.spans]
-            parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), self.masks)
-            return torch.cat([_attention(*qkv, attn_mask=mask) for *qkv, mask in parts], dim=1)
+            return self.by_segments(q, k, v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attend = compiled_flex_attention() if q.is_cuda else flex_attention
         out = attend(q, k, v, None, self.mask, enable_gqa=True, kernel_options=FLEX_OPTIONS)
         return out.transpose(1, 2)
 
+    def by_segments(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # segments differ from pack to pack: no trace of each
+            index = torch.arange(q.shape[1], device=q.device)
+            return _attention(q, k, v, attn_mask=self.dense_mask(index, index))
+        # split, not slices: the gradient of each slice would be as long as the row
+        lengths = [length for length, *_ in self.segments]
+        q, k, v = (x.split(lengths, dim=1) for x in (q, k, v))
+        out = []
+        for n, (_, trunk, mask) in enumerate(self.segments):
+            keys, values = k[n], v[n]
+            if trunk is not None:
+                keys, values = torch.cat([k[trunk], keys], 1), torch.cat([v[trunk], values], 1)
+            out.append(_attention(q[n], keys, values, attn_mask=mask, is_causal=mask is None))
+        return torch.cat(out, dim=1)
+
 
 def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
     """(start, end) of consecutive trees that together hold `span` tokens, or of one longer tree."""
-    if tree.is_meta:  # shapes alone: as if all were one tree
-        return [(0, len(tree))]
     spans, start, end = [], 0, 0
     for length in torch.unique_consecutive(tree, return_counts=True)[1].tolist():
         if end > start and end + length - start > span:
@@ -168,14 +196,10 @@ def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
     )
 
 
-_COMPILED: list = []
-
-
+@functools.cache
 def compiled_flex_attention() -> Callable:
     """FlexAttention is fast only compiled: once, on first use, where all packs have one length."""
-    if not _COMPILED:
-        _COMPILED.append(torch.compile(flex_attention))
-    return _COMPILED[0]
+    return torch.compile(flex_attention)
 
 
 # --------------------------------------------------------------------------- decoder
@@ -230,16 +254,10 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False  # keep only the input of the block for backward
-
-    def block(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.feed_forward(self.ffn_norm(x))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.block, x, cos, sin, attend, use_reentrant=False)
-        return self.block(x, cos, sin, attend)
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Decoder(nn.Module):
@@ -318,14 +336,11 @@ class InternVL(nn.Module):
         input_ids: Tensor,
         tiles: Tensor | None,
         tile_order: Tensor | None = None,
-        always_vision: bool = False,
     ) -> Tensor:
         """Token embeddings (b s d), rows of <IMG_CONTEXT> replaced by image features in order.
 
         `tile_order` (slot group): which tile fills each run of slots, where an image that stands
         in several prompts comes once in `tiles`; without it tiles are used in order, once each.
-        `always_vision` runs the ViT on one blank tile when there is none, so that every process
-        takes part in the same collectives and every parameter gets a gradient (here zero).
         """
         x = self.language_model.model.tok_embeddings(input_ids)
         if self.image_context_id is None and tiles is not None:
@@ -337,10 +352,6 @@ class InternVL(nn.Module):
                 raise InputError(
                     f"the prompt has {len(rows)} image tokens but no tile came with it"
                 )
-            if always_vision:
-                size = self.config.tile_size
-                blank = torch.zeros(1, 3, size, size, device=x.device, dtype=x.dtype)
-                x = x + 0.0 * self.image_features(blank).sum().to(x.dtype)
             return x
         features = self.image_features(tiles).to(x.dtype)  # (tile token d)
         if tile_order is not None:
@@ -362,9 +373,8 @@ class InternVL(nn.Module):
         attend: Attend = causal_attention,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
         tile_order: Tensor | None = None,
-        always_vision: bool = False,
     ) -> Tensor:
-        """(b s) ids, (tile 3 h w) -> logits (b s vocab) float32: plain causal, no padding.
+        """(b s) ids, (tile 3 h w) uint8 or normalised -> logits (b s vocab) float32: plain causal.
 
         With `attend` and `positions` (b s): packed trees or cached decoding.  With `head`: what
         head(hidden (b s d), output weight (vocab d)) returns instead of all logits.
@@ -375,7 +385,7 @@ class InternVL(nn.Module):
             lengths = torch.full((b,), s, device=input_ids.device)
         else:
             lengths = positions.max(dim=1).values + 1
-        x = self.embed(input_ids, tiles, tile_order, always_vision)
+        x = self.embed(input_ids, tiles, tile_order)
         x = self.language_model.model(x, positions, lengths, attend)
         if head is not None:
             return head(x, self.language_model.head)

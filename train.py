@@ -39,14 +39,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import losses
 import memory
 import weights
 from config import InternVLConfig, load_config, recipe
-from data import Pack, PairData, Tree, prefetch, response_keys, seeded
+from data import TILES_AT_ONCE, Pack, PairData, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
@@ -111,12 +111,19 @@ class TrainConfig:
     share_prefix: bool = flag(True, "compute a prompt once for all its responses")
     share_images: bool = flag(True, "encode an image once a pack")
     head_rows: int = flag(128, "scored tokens that meet the vocabulary at once; 0 = all, kept", 0)
-    recompute: Literal["full", "selective", "off"] = flag(
-        "full",
+    recompute: Literal["auto", "full", "selective", "off"] = flag(
+        "auto",
         "what a block keeps for backward\nfull: its input\n"
-        "selective: also attention and narrow products\noff: everything",
+        "selective: also attention and narrow products\noff: everything\n"
+        "auto: full for as few blocks as a GPU's memory asks",
     )
-    compile: bool = flag(False, "torch.compile each block")
+    recompute_blocks: int = flag(-1, "blocks that this is for, the ViT's first; -1 = all", low=-1)
+    sync: Literal["auto", "pack", "step"] = flag(
+        "auto",
+        "processes exchange weights and gradients block by block in each pack, or once a step, "
+        "which holds them whole; auto = step where the plan has room",
+    )
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile blocks; auto = on a GPU")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "compute; auto = bf16 on GPU, else fp32")
     state_dtype: Literal["fp32", "bf16"] = flag(
         "fp32", "weights, gradients and AdamW's moments; bf16 rounds at random: half the memory"
@@ -170,9 +177,9 @@ class TrainConfig:
 
 # flags that may differ between a run and its continuation
 FREE_FLAGS = set(
-    """out_dir reference_cache save_every keep async_save compile recompute head_rows model_dir
-    replicate gpu_memory plan bench size gpus heldout heldout_every keep_best tensorboard
-    wandb""".split()
+    """out_dir reference_cache save_every keep async_save compile recompute recompute_blocks sync
+    head_rows model_dir replicate gpu_memory plan bench size gpus heldout heldout_every keep_best
+    tensorboard wandb""".split()
 )
 
 
@@ -193,17 +200,20 @@ class Run:
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
     # what a run says about itself: its speed, its memory, its troubles
-    from tools.plan import Meter  # noqa: PLC0415
+    from tools.plan import Meter, settle  # noqa: PLC0415
     from tools.track import Tracker  # noqa: PLC0415
 
     check_folders(cfg)
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
-        cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
+        config = load_config(cfg.model_dir)
+        asked = cfg = with_recipe(cfg, config, process.say)
         terms = parse_objective(cfg.loss)
         smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
         hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
         data = open_data(cfg, terms, process)
         heldout = open_data(cfg, terms, process, cfg.heldout) if cfg.heldout else None
+        cfg = settle(asked, config, process.world, process.device, process.say)
+        cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
         total = data.steps_per_epoch * cfg.epochs
         total = min(total, cfg.max_steps) if cfg.max_steps else total
         meter = Meter(cfg, process)
@@ -221,55 +231,54 @@ def train(cfg: TrainConfig, process: Process) -> None:
         if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
             process.say("warning: the learning rate is 0 at every step: nothing will be trained")
         if process.is_main:
-            write_atomic(cfg.out_dir / "config.json", runtime.config_json(cfg))
-        background = {"on": True, "off": False}.get(cfg.async_save, process.device.type == "cuda")
+            write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
+        background = switched_on(cfg.async_save, process.device)
         writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         log = runtime.MetricsLog(cfg.out_dir, process, total, done)
         tracker = Tracker(cfg, log.rows, total, process)
-        gradient = whole_step_gradient if losses.whole_step(terms) else step_gradient
 
         for step in prefetch(lambda number: make_step(data, number, process), range(done, total)):
+            number = step.number + 1
             for name in step.dropped:
                 process.say(f"dropped, longer than max_length {cfg.max_length}: {name}")
             if not step.pairs:
-                process.say(f"step {step.number + 1} is skipped: nothing is left of it")
+                process.say(f"step {number} is skipped: nothing is left of it")
                 continue
-            lr = set_rate(optimizer, lr_at(step.number, total, cfg))
+            lr = lr_at(step.number, total, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
             hyper["bco_shift"] = shift.mean if cfg.bco_shift == "on" else 0.0
             if step.number == 0 and reference:
                 process.say(check_start(run, step, hyper))
-            logps = gradient(run, step, hyper)
+            logps = step_gradient(run, step, hyper)
             norm = clip_gradient(run, step)
             optimizer.step()
             optimizer.zero_grad()
             if reference:
                 shift.update(*losses.bco_rewards(logps, cfg.beta).tolist())
-            if cfg.reference_update_every and (step.number + 1) % cfg.reference_update_every == 0:
+            if cfg.reference_update_every and number % cfg.reference_update_every == 0:
                 reference.move(policy, cfg.reference_update_mix)
 
-            metrics = step_metrics(terms, logps, step.sets, hyper, cfg.beta)
+            metrics = step_metrics(run, logps, step.sets, hyper) | meter(step, reference)
             metrics |= {"bco_shift": hyper["bco_shift"], "lr": lr, "grad_norm": norm}
-            metrics |= meter(step, reference)
-            last, stop = step.number + 1 == total, asked_to_stop()
-            if heldout and (last or (step.number + 1) % cfg.heldout_every == 0):
+            last, stop = number == total, asked_to_stop()
+            if heldout and (last or number % cfg.heldout_every == 0):
                 metrics |= score_heldout(run, heldout, hyper)
                 meter.began = time.perf_counter()  # no part of the next step
-            log(step.number + 1, metrics, SHOWN)
+            log(number, metrics, SHOWN)
             tracker()
             state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
             if cfg.keep_best and best_row(log.rows) is log.rows[-1]:
-                best_writer.save(step.number + 1, tensors, state)
-            if last or stop or (step.number + 1) % cfg.save_every == 0:
-                writer.save(step.number + 1, tensors, state)
+                best_writer.save(number, tensors, state)
+            if last or stop or number % cfg.save_every == 0:
+                writer.save(number, tensors, state)
                 tracker.draw(last or stop)
             writer.settle()
             if stop and not last:
                 writer.finish()
                 log.close()
-                process.say(
-                    f"asked to stop: saved step {step.number + 1}; the same command continues"
-                )
+                process.say(f"asked to stop: saved step {number}; the same command continues")
                 return
         writer.finish()
         log.close()
@@ -309,6 +318,8 @@ def open_data(
 ) -> PairData:
     """The pairs of cfg.meta, or instead all those of `heldout`."""
     config = load_config(cfg.model_dir)
+    if heldout:
+        cfg = replace(cfg, meta=heldout, limit=0)
     if cfg.batch_size % process.world:
         raise InputError(
             f"batch_size {cfg.batch_size} does not divide by {process.world} processes; "
@@ -320,21 +331,10 @@ def open_data(
         )
     tokenizer = load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
-    data = PairData(
-        read_meta(heldout or cfg.meta, cfg.max_tiles or config.max_tiles),
-        tokenizer,
-        config,
-        batch_size=cfg.batch_size,
-        pack_tokens=cfg.pack_tokens,
-        max_length=cfg.max_length,
-        seed=cfg.seed,
-        overlong=cfg.overlong,
-        only_chosen=trains_only_chosen(terms),
-        share_images=cfg.share_images,
-        share_prefix=cfg.share_prefix,
-        pairs_per_prompt=cfg.pairs_per_prompt,
-        limit=0 if heldout else cfg.limit,
-    )
+    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    shared = {f.name for f in fields(PairData)} & vars(cfg).keys()  # flags that it has as fields
+    flags = {name: getattr(cfg, name) for name in shared}
+    data = PairData(sets, tokenizer, config, only_chosen=trains_only_chosen(terms), **flags)
     use = "held out" if heldout else "data"
     for number, data_set in enumerate(data.sets):
         drawn = int((data.order(0)[:, 0] == number).sum())
@@ -348,11 +348,15 @@ def trains_only_chosen(terms: Terms) -> bool:
 
 
 def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
-    if cfg.state_dtype == "bf16":
-        return torch.bfloat16  # no float32 weights are there to compute with
-    if cfg.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    # with bfloat16 states no float32 weights are there to compute with
+    on_gpu = cfg.dtype == "auto" and device.type == "cuda"
+    half = on_gpu or "bf16" in (cfg.dtype, cfg.state_dtype)
+    return torch.bfloat16 if half else torch.float32
+
+
+def switched_on(setting: str, device: torch.device) -> bool:
+    """Of a flag that is on, off, or auto = on a GPU."""
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
 def state_dtype(cfg: TrainConfig) -> torch.dtype:
@@ -388,22 +392,59 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
         names = ("language", "vision") if cfg.lora_parts == "both" else (cfg.lora_parts,)
         parts = [getattr(model, f"{name}_model") for name in names]
         memory.add_adapters(parts, cfg.lora_rank, cfg.lora_alpha)
-    for block in units_of(model):
-        memory.recompute_in_backward(block, cfg.recompute if trained else "off")
+    blocks = units_of(model)
+    again = len(blocks) if cfg.recompute_blocks < 0 else cfg.recompute_blocks
+    for number, block in enumerate(blocks):
+        memory.recompute_in_backward(block, cfg.recompute if trained and number < again else "off")
     return model
 
 
 def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
-    """FSDP over the processes: each block is gathered alone, all the rest together."""
-    mesh = make_mesh(cfg, process)
-    precision = MixedPrecisionPolicy()
-    if compute_dtype(cfg, process.device) is torch.bfloat16:
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in units_of(model):
-        if cfg.compile:
+    """FSDP over the processes: each block is gathered alone, all the rest together.
+
+    One process alone needs it only to compute in another dtype than that of the weights.
+    """
+    options, dtype = {"mesh": make_mesh(cfg, process)}, compute_dtype(cfg, process.device)
+    if switched_on(cfg.compile, process.device):
+        for block in units_of(model):
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    if process.world == 1 and dtype is next(model.parameters()).dtype:
+        return
+    if dtype is torch.bfloat16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        options["mp_policy"] = policy
+    if cfg.sync == "step" and any(p.requires_grad for p in model.parameters()):
+        options["reshard_after_forward"] = False
+    for unit in [*units_of(model), model]:
+        fully_shard(unit, **options)
+
+
+@contextlib.contextmanager
+def scoring(model: InternVL) -> Iterator[None]:
+    """Inside, no gradient and no stochastic depth; weights gathered there are forgotten after."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reduce_gradients(run: "Run", now: bool) -> None:
+    """Whether the next backward reduces gradients over processes, or adds them up here.
+
+    With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
+    copies of the model that waits.
+    """
+    if not isinstance(run.policy, FSDPModule):
+        return
+    if run.cfg.sync == "step":
+        run.policy.set_requires_gradient_sync(now)
+        run.policy.set_reshard_after_backward(now)
+    else:
+        run.policy.set_requires_all_reduce(now)
 
 
 def make_mesh(cfg: TrainConfig, process: Process) -> DeviceMesh:
@@ -472,44 +513,28 @@ def make_reference(
     if moving and cfg.lora_rank:
         raise InputError("a moving reference cannot be the policy without adapters: no --lora_rank")
     if cfg.reference == "online":
-        return BareReference(policy) if cfg.lora_rank else OnlineReference(cfg, process)
-    reference = CachedReference(cfg.cache_folder, cache_facts(cfg, process), process)
+        model = policy if cfg.lora_rank else sharded_model(cfg, process, 0.0, trained=False)
+        return OnlineReference(model)
+    reference = CachedReference(cfg, process)
     reference.fill(policy, data, total, cfg)
     return reference
 
 
 class OnlineReference:
-    """A second sharded model with the start weights; TR-DPO moves it."""
+    """A second sharded model with the start weights, or the policy without its adapters."""
 
-    def __init__(self, cfg: TrainConfig, process: Process) -> None:
-        self.model = sharded_model(cfg, process, drop_path=0.0, trained=False)
+    def __init__(self, model: InternVL) -> None:
+        self.model = model
 
-    @torch.no_grad()
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
-        return score(self.model, pack, cfg)[0]
+        with scoring(self.model), memory.without_adapters(self.model):
+            return score(self.model, pack, cfg)[0]
 
     @torch.no_grad()
     def move(self, policy: InternVL, mix: float) -> None:
-        """reference <- mix * policy + (1 - mix) * reference, on each process's own rows."""
-        self.model.reshard()  # its forward left the root's parameters gathered
+        """TR-DPO: reference <- mix * policy + (1 - mix) * reference, on each process's own rows."""
         for reference_row, policy_row in zip(self.model.parameters(), policy.parameters()):
             losses.blend(local(reference_row), local(policy_row), mix)
-
-
-class BareReference:
-    """The policy with its adapters off is the reference: no second model."""
-
-    def __init__(self, policy: InternVL) -> None:
-        self.policy = policy
-
-    @torch.no_grad()
-    def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
-        training = self.policy.training
-        self.policy.eval()
-        with memory.without_adapters(self.policy):
-            sums = score(self.policy, pack, cfg)[0]
-        self.policy.train(training)
-        return sums
 
 
 def with_checksum(record: dict) -> dict:
@@ -527,15 +552,14 @@ class CachedReference:
     every response is there.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, str], process: Process) -> None:
-        self.folder, self.process = folder, process
+    def __init__(self, cfg: TrainConfig, process: Process) -> None:
+        self.folder, self.process = cfg.cache_folder, process
         if process.is_main:
-            runtime.claim(folder, facts, "pass another --reference_cache")
+            facts = cache_facts(cfg, process.device)
+            runtime.claim(self.folder, facts, "pass another --reference_cache")
         dist.barrier()
-        runtime.claim(folder, facts, "pass another --reference_cache")
         self.logps: dict[str, float] = {}
 
-    @torch.no_grad()
     def fill(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
         """Score what is missing, with the policy before its first step: it is the reference."""
         self.mark = self.folder / f"covers-{data.digest(total)}.json"
@@ -543,7 +567,8 @@ class CachedReference:
             self.read()  # another run may have scored them meanwhile
             marked = runtime.read_json(self.mark)["responses"] if self.mark.exists() else math.inf
             if self.process.broadcast(marked > len(self.logps)):
-                self.score_missing(policy, data, total, cfg)
+                with scoring(policy):
+                    self.score_missing(policy, data, total, cfg)
                 self.read()
                 if self.process.is_main:
                     write_atomic(self.mark, json.dumps({"responses": len(self.logps)}) + "\n")
@@ -562,7 +587,6 @@ class CachedReference:
         part = runtime.AppendLog(
             self.folder / f"part-{process.rank:03d}-of-{process.world:03d}.jsonl"
         )
-        policy.eval()
         seen, queue = set(self.logps), []
         for step in runtime.bar(range(total), desc="reference", unit="step"):
             for trees in data.plan(step)[0]:
@@ -571,33 +595,18 @@ class CachedReference:
                     queue.append(trees)
                     seen |= keys
             while len(queue) >= process.world or (queue and step + 1 == total):
-                this_round, queue = queue[: process.world], queue[process.world :]
-                self.score_round(this_round, policy, data, cfg, part)
+                own = process.rank < len(queue)  # or a stand-in where there are too few
+                trees = queue[process.rank] if own else blank_tree(queue[0])
+                pack, queue = data.build(trees).to(process.device), queue[process.world :]
+                sums, lengths = score(policy, pack, cfg)
+                for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if own else ():
+                    part.append(with_checksum(dict(zip(("key", "logp", "length"), row))))
             if asked_to_stop():
                 part.close()
                 process.say("asked to stop: what is scored is kept; the same command continues")
                 raise SystemExit(0)
         part.close()
-        policy.train()
-        policy.reshard()  # a forward without backward leaves the root's parameters gathered
         dist.barrier()
-
-    def score_round(
-        self,
-        packs: list[list[Tree]],
-        policy: InternVL,
-        data: PairData,
-        cfg: TrainConfig,
-        part: runtime.AppendLog,
-    ) -> None:
-        """This process's pack of the round; a stand-in where there are too few."""
-        rank = self.process.rank
-        trees = packs[rank] if rank < len(packs) else blank_tree(packs[0])
-        pack = data.build(trees).to(self.process.device)
-        sums, lengths = score(policy, pack, cfg)
-        if rank < len(packs):
-            for key, logp, length in zip(pack.keys, sums.tolist(), lengths.tolist()):
-                part.append(with_checksum({"key": key, "logp": logp, "length": int(length)}))
 
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
         if pack.names == [BLANK]:
@@ -610,29 +619,21 @@ class CachedReference:
         return torch.tensor([self.logps[key] for key in pack.keys], device=self.process.device)
 
 
-Reference = OnlineReference | BareReference | CachedReference
+Reference = OnlineReference | CachedReference
 
 
-def cache_facts(cfg: TrainConfig, process: Process) -> dict[str, str]:
+def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
     """What cached log-probs depend on besides each response's own key."""
-    dtype = compute_dtype(cfg, process.device)
-    files = set(weights.weight_files(cfg.model_dir).values()) if process.is_main else ()
+    dtype, files = compute_dtype(cfg, device), set(weights.weight_files(cfg.model_dir).values())
     # in bfloat16 the shape of a pack moves single tokens by 0.01 to 0.1 nats, in float32 by 1e-6
     packing = f"{cfg.pack_tokens} {cfg.share_prefix} {cfg.share_images}"
     return {
-        "weights": share_text(runtime.fingerprint(files), process),
-        "config": share_text(runtime.fingerprint([cfg.model_dir / "config.json"]), process),
+        "weights": runtime.fingerprint(files),
+        "config": runtime.fingerprint([cfg.model_dir / "config.json"]),
         "dtype": str(dtype),
         "packing": packing if dtype is torch.bfloat16 else "any",
         "scoring": SCORING_VERSION,
     }
-
-
-def share_text(text: str, process: Process) -> str:
-    """Rank 0's ASCII text, of the same length everywhere, on every rank."""
-    codes = torch.tensor([ord(letter) for letter in text], device=process.device)
-    dist.broadcast(codes, 0)
-    return "".join(map(chr, codes.tolist()))
 
 
 # --------------------------------------------------------------------------- continuing a run
@@ -743,38 +744,24 @@ def make_step(data: PairData, number: int, process: Process) -> Step:
 def step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLogps:
     """Add the step's gradient to the policy; returns the log-probs of all its pairs.
 
-    FSDP averages gradients over processes, so each pack's share is scaled by their number.
+    An objective that sorts over the whole step (AOT) has it scored first; then each pair is pulled
+    by d loss / d its log-probs.  FSDP averages gradients over processes, so each pack's share is
+    scaled by their number.
     """
+    if losses.whole_step(run.terms):
+        pulls = losses.coefficients(run.terms, score_step(run, step), **hyper)
     scored = []
     for pack, number, first in step.packs:
         seed_pack(run, step, number)
+        reduce_gradients(run, now=pack is step.packs[-1][0])
         logps = forward_pack(run, pack)
-        loss = objective(run.terms, logps, **hyper)[0].sum() / step.pairs  # eq. 3 (losses.py)
         if first < 0:  # a stand-in: its loss does not count
             loss = 0.0 * logps.policy_chosen.sum()
-        stop_unless_finite(run, step, loss, pack.names)
-        (loss * run.process.world).backward()
-        scored.append((first, logps))
-    return gather(run, step, scored)
-
-
-def whole_step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLogps:
-    """As step_gradient, for objectives that sort over the whole step (AOT).
-
-    Scores the step first; then each pair is pulled by d loss / d its log-probs.
-    """
-    logps = score_step(run, step)
-    pull_chosen, pull_rejected = losses.coefficients(run.terms, logps, **hyper)
-    scored = []
-    for pack, number, first in step.packs:
-        seed_pack(run, step, number)
-        logps = forward_pack(run, pack)
-        if first < 0:
-            loss = 0.0 * logps.policy_chosen.sum()
+        elif losses.whole_step(run.terms):
+            chosen, rejected = (pull[first : first + len(pack.chosen)] for pull in pulls)
+            loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
-            pairs = slice(first, first + len(logps.policy_chosen))
-            loss = (pull_chosen[pairs] * logps.policy_chosen).sum()
-            loss = loss + (pull_rejected[pairs] * logps.policy_rejected).sum()
+            loss = objective(run.terms, logps, **hyper)[0].sum() / step.pairs  # eq. 3 (losses.py)
         stop_unless_finite(run, step, loss, pack.names)
         (loss * run.process.world).backward()
         scored.append((first, logps))
@@ -836,6 +823,11 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
             rows, weight, pack.target, pack.response, pack.num_responses, cfg.head_rows
         )
 
+    compiled = switched_on(cfg.compile, pack.tree.device)
+    if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
+        # every process takes part in the same collectives: the smallest tile, or the usual shape
+        size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
+        pack = pack.with_blank_tiles(TILES_AT_ONCE if compiled else 1, size)
     if pack.tree.is_cuda:  # one shape for all packs: kernels are compiled once
         pack = pack.padded(-(-cfg.pack_tokens // 128) * 128)
     return model(
@@ -845,7 +837,6 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
         attend=TreeAttention(pack.tree, pack.branch),
         head=head,
         tile_order=pack.tile_order,
-        always_vision=True,
     )
 
 
@@ -883,14 +874,11 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    return lr
-
-
 def clip_gradient(run: Run, step: Step) -> float:
     """Scale the gradient down to max_grad_norm (0 = leave it); returns its norm before."""
+    for p in run.policy.parameters():  # of the ViT, in a step without an image
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
     limit = run.cfg.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), limit)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -916,14 +904,14 @@ def stop_unless_finite(
 
 
 def step_metrics(
-    terms: Terms, logps: PairLogps, sets: list[str], hyper: dict[str, float], beta: float
+    run: Run, logps: PairLogps, sets: list[str], hyper: dict[str, float]
 ) -> dict[str, float]:
     """Means over the pairs of the step: the loss, each term's, losses.pair_metrics, and some of
     each data set; `sets` names the pairs' data sets."""
-    total, parts = objective(terms, logps, **hyper)
+    total, parts = objective(run.terms, logps, **hyper)
     columns = {"loss": total} | {f"loss/{name}": value for name, value in parts.items()}
-    without = trains_only_chosen(terms)
-    for name, value in losses.pair_metrics(logps, beta).items():
+    without = trains_only_chosen(run.terms)
+    for name, value in losses.pair_metrics(logps, run.cfg.beta).items():
         if not (without and name.split("/")[-1] in ("rejected", "margin", "accuracy")):
             columns[name] = value
     metrics = {name: column.mean().item() for name, column in columns.items()}
@@ -938,20 +926,18 @@ def step_metrics(
 
 def score_heldout(run: Run, data: PairData, hyper: dict[str, float]) -> dict[str, float]:
     """The metrics of all pairs of `data` under the policy as it stands; nothing is trained."""
-    run.policy.eval()  # without stochastic depth
     scored, sets, dropped = [], [], 0
     for step in prefetch(lambda n: make_step(data, n, run.process), range(data.steps_per_epoch)):
         dropped += len(step.dropped)
         if step.pairs:
-            scored.append(vars(score_step(run, step)).values())
+            with scoring(run.policy):
+                scored.append(vars(score_step(run, step)).values())
             sets += step.sets
-    run.policy.train()
-    run.policy.reshard()
     if not sets:
         raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.cfg.max_length}")
     run.process.say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
-    metrics = step_metrics(run.terms, PairLogps(*columns), sets, hyper, run.cfg.beta)
+    metrics = step_metrics(run, PairLogps(*columns), sets, hyper)
     metrics |= {"pairs": len(sets), "dropped": dropped}
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
@@ -967,10 +953,8 @@ def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:
 
 def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:
     """A fresh policy is its reference: every log-ratio is 0 and the loss is known beforehand."""
-    run.policy.eval()  # without stochastic depth
-    logps = score_step(run, step)
-    run.policy.train()
-    run.policy.reshard()
+    with scoring(run.policy):
+        logps = score_step(run, step)
     compare_start(logps, compute_dtype(run.cfg, run.process.device) is torch.bfloat16)
     same = {"reference_chosen": logps.policy_chosen, "reference_rejected": logps.policy_rejected}
     seen = objective(run.terms, logps, **hyper)[0].mean()
@@ -1043,7 +1027,7 @@ def main() -> None:
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
     if cfg.plan or cfg.bench:
         from tools.bench import run_bench  # noqa: PLC0415
-        from tools.plan import say_plan  # noqa: PLC0415
+        from tools.plan import say_plan, settle  # noqa: PLC0415
         from tools.releases import named_config  # noqa: PLC0415
 
         config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
@@ -1051,7 +1035,9 @@ def main() -> None:
         if cfg.gpus % cfg.replicate:
             raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
         if cfg.plan:
-            say_plan(cfg, config, cfg.gpus // cfg.replicate, torch.device("cuda"), print)
+            device = torch.device("cuda")
+            cfg = settle(cfg, config, cfg.gpus, device, print)
+            say_plan(cfg, config, cfg.gpus // cfg.replicate, device, print)
         else:
             run_bench(cfg, config)
         return

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from runtime import InputError
 
@@ -96,20 +95,24 @@ def cut_tiles(
     return tiles
 
 
-def normalize(tiles: list[Image.Image]) -> Tensor:  # (tile 3 h w) float32
-    """[0, 255] -> ImageNet mean 0 and deviation 1, channels first."""
-    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
-    pixels = rearrange(pixels, "tile h w c -> tile c h w").float() / 255
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return (pixels - mean) / std
+def pixels(tiles: list[Image.Image]) -> Tensor:  # (tile 3 h w) uint8
+    stacked = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))
+    return rearrange(stacked, "tile h w c -> tile c h w").contiguous()
+
+
+def normalize(pixels: Tensor) -> Tensor:  # (tile 3 h w) uint8 -> float32
+    """[0, 255] -> ImageNet mean 0 and deviation 1, on the device that the bytes are on."""
+    mean, std = (
+        torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def preprocess(
     image: Image.Image, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
 ) -> Tensor:  # (tile 3 h w) float32
     """The image as the ViT sees it: up to max_tiles tiles, plus the thumbnail if more than one."""
-    return normalize(cut_tiles(image, max_tiles, tile_size, thumbnail))
+    return normalize(pixels(cut_tiles(image, max_tiles, tile_size, thumbnail)))
 
 
 # --------------------------------------------------------------------------- encoder
@@ -185,6 +188,7 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([table[:, :1], patches], dim=1)
 
     def forward(self, tiles: Tensor) -> Tensor:  # (tile 3 h w) -> (tile 1+patch d)
+        tiles = normalize(tiles) if tiles.dtype == torch.uint8 else tiles
         patches = self.patch_embedding(tiles.to(self.patch_embedding.weight.dtype))
         rows, cols = patches.shape[-2:]
         patches = rearrange(patches, "tile d row col -> tile (row col) d")
@@ -242,19 +246,13 @@ class VisionBlock(nn.Module):
         self.ls1 = nn.Parameter(torch.ones(config.hidden_size))
         self.ls2 = nn.Parameter(torch.ones(config.hidden_size))
         self.drop_rate = drop_rate
-        self.recompute = False  # keep only the input of the block for backward
 
     def branch(self, x: Tensor) -> Tensor:
         return drop_path(x, self.drop_rate) if self.training and self.drop_rate else x
 
-    def block(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (tile s d)
         x = x + self.branch(self.ls1 * self.attn(self.norm1(x)))
         return x + self.branch(self.ls2 * self.mlp(self.norm2(x)))
-
-    def forward(self, x: Tensor) -> Tensor:  # (tile s d)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.block, x, use_reentrant=False)
-        return self.block(x)
 
 
 class VisionEncoder(nn.Module):

@@ -73,15 +73,19 @@ def bench() -> Path:
     return folder_from_environment("BENCH")
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def start_forks(count: int, function: Callable, *args: object) -> list:
     """function(*args) in `count` processes that find each other as torchrun's would.
 
     They fork from a clean server that has torch loaded, which saves its seconds of import and
     inherits no thread or lock of this process; one README command runs torchrun itself.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     modules = ["pytest", "conftest", "train", "toy", "pairs", "eval", "torch._dynamo"]
     context.set_forkserver_preload(modules)

@@ -367,7 +367,7 @@ def test_the_mask_is_the_one_line_of_its_docstring():
         ]
         for q in range(15)
     ]
-    assert dense.masks[0].tolist() == [[bool(x) for x in row] for row in by_hand]
+    assert dense.segments[0][2].tolist() == [[bool(x) for x in row] for row in by_hand]
 
 
 def trees_of(sizes):
@@ -391,7 +391,7 @@ def test_no_visible_pair_lies_outside_the_block_mask(sizes):
     tree, branch = trees_of(sizes)
     s = len(tree)
     flex = TreeAttention(tree, branch, flex=True)
-    [dense] = TreeAttention(tree, branch, flex=False, span=s).masks
+    [(_, _, dense)] = TreeAttention(tree, branch, flex=False, span=s).segments
     blocks = -(-s // 128)
     padded = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
     padded[:s, :s] = dense
@@ -409,15 +409,15 @@ def test_no_visible_pair_lies_outside_the_block_mask(sizes):
 
 
 @pytest.mark.parametrize("span", [1, 60, 128])
-def test_attention_over_spans_of_whole_trees_is_attention_over_all(span):
-    tree, branch = trees_of([(50, 25, 25), (30, 20, 10), (4,), (20, 60, 40), (3, 2)])
+def test_attention_by_segments_is_attention_under_the_one_mask(span):
+    tree, branch = trees_of([(50, 25, 25), (30, 20, 10), (4,), (20, 60, 40, 50), (3, 2)])
     s, gradients = len(tree), []
     torch.manual_seed(0)
     qkv = [torch.randn(1, s, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
     outs = []
     for size in (s, span):
         attend = TreeAttention(tree, branch, flex=False, span=size)
-        assert (len(attend.spans) > 1) == (size < s)
+        assert (len(attend.segments) > 1) == (size < s)
         outs.append(attend(0, *qkv))
         gradients.append(torch.autograd.grad(outs[-1].sin().sum(), qkv))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
@@ -446,13 +446,6 @@ def test_image_tokens_and_tiles_must_agree(micro):
         model(ids)
     with pytest.raises(InputError, match="0 image tokens, 1 tiles fill 4"):
         model(golden["text/input_ids"], tiles)
-
-
-@torch.no_grad()
-def test_always_vision_changes_no_number(micro):
-    model, golden = micro
-    ids = golden["text/input_ids"]
-    assert torch.equal(model(ids), model(ids, always_vision=True))
 
 
 def test_head_scores_only_the_rows_it_is_given(micro):

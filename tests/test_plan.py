@@ -11,9 +11,9 @@ from data import lay_out
 from model import InternVL, TreeAttention
 from runtime import InputError, start_process, stop_process
 from tools.bench import MODES, example_pack, example_tree, measured_peak, paper_tree, run_bench
-from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, total_flops
+from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, settle, total_flops
 from tools.releases import named_config
-from train import TrainConfig, prepare, score, shard
+from train import TrainConfig, prepare, score, shard, units_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -28,7 +28,8 @@ def process():
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"recompute": "off"}, {"recompute": "selective", "pack_tokens": 512}]
+    "change",
+    [{"recompute": "full"}, {"recompute": "off"}, {"recompute": "selective", "pack_tokens": 512}],
 )
 def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
     cfg = replace(TrainConfig(pack_tokens=256, head_rows=64, dtype="fp32", drop_path=0.1), **change)
@@ -40,7 +41,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
 
     def two_steps():
         vision = replace(config.vision, drop_path_rate=cfg.drop_path)
-        policy = prepare(InternVL(replace(config, vision=vision), 0), cfg).train()
+        policy = prepare(InternVL(replace(config, vision=vision), 1), cfg).train()
         shard(policy, cfg, process)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         for packs in (1, 2):  # the second pack meets moments and gradients
@@ -82,14 +83,49 @@ DRY_RUNS = [  # size, GPUs, flags, GB
 
 @pytest.mark.parametrize("size, gpus, change, expected", DRY_RUNS)
 def test_the_plan_is_within_10_percent_of_a_dry_run_of_the_code(size, gpus, change, expected):
-    plan = plan_of(replace(TrainConfig(), **change), named_config(size), gpus, GPU)
+    plan = plan_of(replace(TrainConfig(recompute="full"), **change), named_config(size), gpus, GPU)
     assert plan.total / GB == pytest.approx(expected, rel=0.1)
     assert plan.needed == pytest.approx((1 + RESERVE) * plan.total)
 
 
+@pytest.mark.parametrize(
+    "size, gpus, memory, change, again, sync",
+    [
+        ("8b", 8, 80.0, {}, 27, "pack"),
+        ("8b", 8, 40.0, {}, 49, "pack"),
+        ("2b", 8, 80.0, {}, 0, "step"),
+        ("2b", 1, 80.0, {}, 10, "pack"),
+        ("8b", 8, 80.0, {"lora_rank": 16}, 0, "step"),
+        ("8b", 8, 0.0, {}, 56, "pack"),  # nobody says what a GPU has
+    ],
+)
+def test_as_few_blocks_are_computed_again_as_the_plan_allows(
+    size, gpus, memory, change, again, sync
+):
+    cfg, config, lines = TrainConfig(gpu_memory=memory, plan=True), named_config(size), []
+    cfg = settle(replace(cfg, **change), config, gpus, GPU, lines.append)
+    assert (cfg.recompute, cfg.recompute_blocks, cfg.sync) == ("full", again, sync)
+    assert lines[0].startswith(f"recompute auto: {again} of ")
+    if memory:
+        assert plan_of(cfg, config, gpus, GPU).needed <= memory * GB
+    if memory and again:
+        one_less = replace(cfg, recompute_blocks=again - 1)
+        assert plan_of(one_less, config, gpus, GPU).needed > memory * GB
+
+
+def test_recompute_auto_takes_the_first_blocks_and_none_on_a_cpu():
+    config = named_config("toy")
+    cfg = settle(TrainConfig(), config, 1, CPU, print)
+    assert (cfg.recompute_blocks, cfg.sync) == (0, "pack")
+    for blocks, first in ((0, []), (2, [True, True]), (-1, [True] * 99)):
+        model = prepare(InternVL(config, 1), replace(cfg, recompute_blocks=blocks))
+        again = ["forward" in vars(block) for block in units_of(model)]
+        assert again == (first + [False] * 99)[: len(again)]
+
+
 def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     lines = []
-    cfg, config = TrainConfig(gpu_memory=24.0), named_config("8b")
+    cfg, config = TrainConfig(gpu_memory=24.0, recompute="full"), named_config("8b")
     with pytest.raises(InputError, match="the plan needs 28.42 GB a GPU .*--state_dtype bf16"):
         say_plan(cfg, config, 8, GPU, lines.append)
     toy = TrainConfig(pack_tokens=2048, recompute="off", gpu_memory=0.25)
@@ -121,14 +157,15 @@ def test_useful_flops_are_those_that_torch_counts(config, frozen):
     cfg = replace(cfg, **{f"lr_{frozen}": 0.0}) if frozen else cfg
     trees = [example_tree(config, 4, 23, (20, 13)), example_tree(config, 4, 8, (7, 9))]
     trees[1].images = [("y", 4, False)]
-    model = prepare(InternVL(config, 0), cfg).train()
+    model = prepare(InternVL(config, 1), cfg).train()
     pack = example_pack(config, trees)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         score(model, pack, cfg)[0].sum().backward()
     load = load_of(trees)
     assert load.tokens == pack.input_ids.shape[1] and load.tiles == len(pack.tiles)
-    spans = TreeAttention(pack.tree, pack.branch).spans
-    load = replace(load, pairs=sum((end - start) ** 2 for start, end in spans))  # masked ones too
+    segments = TreeAttention(pack.tree, pack.branch).segments
+    pairs = sum(n * (n if mask is None else mask.shape[1]) for n, _, mask in segments)
+    load = replace(load, pairs=pairs)  # masked ones too
     trained = set(PARTS) - {f"{frozen}_model"}
     assert total_flops(flops(config, load, trained)) == counted.get_total_flops()
 
@@ -138,7 +175,7 @@ def test_visible_pairs_are_those_of_the_mask():
     trees = [example_tree(config, 2, 28, (5, 9)), example_tree(config, 2, 3, (3, 2))]
     for share in (True, False):
         pack = lay_out(trees, share)
-        [mask] = TreeAttention(pack.tree, pack.branch, flex=False, span=len(pack.tree)).masks
+        [(_, _, mask)] = TreeAttention(pack.tree, pack.branch, flex=False, span=999).segments
         assert load_of(trees, share).pairs == int(mask.sum())
 
 

@@ -19,6 +19,7 @@ from vision import (
     cut_tiles,
     drop_path,
     num_tiles,
+    pixels,
     preprocess,
     tile_grid,
 )
@@ -90,11 +91,11 @@ def test_tiles_and_pixels_equal_the_golden_images(golden_tiny):
         raw = b"".join(tile.tobytes() for tile in tiles)
         assert len(tiles) == case["n_tiles"]
         assert hashlib.sha256(raw).hexdigest() == case["tiles_uint8_sha256"]
-        pixels = preprocess(photo, case["max_num"], case["image_size"])
-        assert pixels.double().sum().item() == pytest.approx(case["pixel_values_sum"], abs=0.5)
-        assert pixels.double().abs().sum().item() == pytest.approx(case["pixel_values_abs_sum"])
+        tensor = preprocess(photo, case["max_num"], case["image_size"])
+        assert tensor.double().sum().item() == pytest.approx(case["pixel_values_sum"], abs=0.5)
+        assert tensor.double().abs().sum().item() == pytest.approx(case["pixel_values_abs_sum"])
         if f"{name}/pixel_values" in stored:
-            torch.testing.assert_close(pixels, stored[f"{name}/pixel_values"], atol=1e-6, rtol=0)
+            torch.testing.assert_close(tensor, stored[f"{name}/pixel_values"], atol=1e-6, rtol=0)
     strided = preprocess(photo, 6, 448)[:, :, ::32, ::32]
     expected = stored["photo_448/pixel_values_strided32"]
     torch.testing.assert_close(strided, expected, atol=1e-6, rtol=0)
@@ -105,6 +106,14 @@ def test_every_colour_mode_is_made_rgb_before_resizing():
     for mode in ("P", "L", "RGBA", "CMYK", "1"):
         tiles = preprocess(palette.convert("RGB").convert(mode), 4, 56)
         assert tiles.shape == (3, 3, 56, 56)
+
+
+def test_bytes_are_normalised_by_the_vit_as_preprocess_does():
+    image = Image.effect_noise((100, 60), 80).convert("RGB")
+    vit = InternViT(TINY)
+    with torch.no_grad():
+        expected = vit(preprocess(image, 4, 56))
+        assert torch.equal(vit(pixels(cut_tiles(image, 4, 56))), expected)
 
 
 def test_positions_are_resized_for_another_patch_grid(golden_tiny):
@@ -118,10 +127,10 @@ def test_positions_are_resized_for_another_patch_grid(golden_tiny):
     golden = load_file(golden_tiny / "cases.safetensors")
     case = "h_vision_other_grid"
     with torch.no_grad():
-        pixels = golden[f"{case}/pixel_values"]
-        torch.testing.assert_close(vit(pixels, 0), golden[f"{case}/embeddings"], atol=1e-4, rtol=0)
+        tiles = golden[f"{case}/pixel_values"]
+        torch.testing.assert_close(vit(tiles, 0), golden[f"{case}/embeddings"], atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            vit(pixels), golden[f"{case}/last_hidden_state"], atol=1e-4, rtol=0
+            vit(tiles), golden[f"{case}/last_hidden_state"], atol=1e-4, rtol=0
         )
 
 

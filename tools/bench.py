@@ -35,7 +35,7 @@ from tools.plan import (
     total_flops,
 )
 from tools.releases import named_config
-from train import PARTS, TrainConfig, compute_dtype, prepare, score, units_of
+from train import PARTS, TrainConfig, compute_dtype, prepare, score, switched_on, units_of
 
 Row = dict[str, float]  # a table's column -> its value
 
@@ -70,12 +70,10 @@ class Mode:
 
     def room(self, cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int) -> Activations:
         """Of the larger pack, everything trained; `size`: bytes of a number."""
-        head_rows, learns = (
-            (cfg.head_rows or 128) * self.chunked,
-            dict.fromkeys(PARTS, (True, True)),
-        )
-        cost = partial(activations_of, recompute=cfg.recompute, head_rows=head_rows, learns=learns)
-        return max((cost(config, n, size) for n in self.loads(tree)), key=lambda room: room.peak)
+        rows, learns = (cfg.head_rows or 128) * self.chunked, dict.fromkeys(PARTS, (True, True))
+        again = (cfg.recompute, cfg.recompute_blocks)
+        rooms = [activations_of(config, n, size, *again, rows, learns) for n in self.loads(tree)]
+        return max(rooms, key=lambda room: room.peak)
 
 
 MODES = (
@@ -89,10 +87,10 @@ MODES = (
 
 
 def example_tree(config: InternVLConfig, tiles: int, prompt: int, answers: tuple[int, ...]) -> Tree:
-    """A tree of lengths alone: id 0 stands for an image token, 1 for text."""
-    trunk = [0] * (tiles * config.tokens_per_tile) + [1] * prompt
+    """A tree of lengths alone: id 1 stands for an image token, 0 for text."""
+    trunk = [1] * (tiles * config.tokens_per_tile) + [0] * prompt
     images = [(Path("x"), tiles, False)]
-    return Tree(trunk, [[1] * n for n in answers], [0], [1], images, [tiles], ["x"])
+    return Tree(trunk, [[0] * n for n in answers], [0], [1], images, [tiles], ["x"])
 
 
 def paper_tree(config: InternVLConfig, shorter: int = 1) -> Tree:
@@ -108,7 +106,7 @@ def example_pack(config: InternVLConfig, trees: list[Tree], share_prefix: bool =
     """A pack of example trees with noise for pixels."""
     pack, tiles = lay_out(trees, share_prefix), load_of(trees, share_prefix).tiles
     pack.tiles = torch.randn(tiles, 3, config.tile_size, config.tile_size)
-    slots = int((pack.input_ids == 0).sum()) // config.tokens_per_tile
+    slots = int((pack.input_ids == 1).sum()) // config.tokens_per_tile
     pack.tile_order = torch.arange(slots) % max(1, tiles)
     return pack
 
@@ -148,8 +146,8 @@ def measured_peak(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
-    """Print both tables."""
-    tree = paper_tree(config)
+    """Print both tables; --recompute auto is full here, as memory is what is compared."""
+    cfg, tree = replace(cfg, recompute=cfg.recompute.replace("auto", "full")), paper_tree(config)
     say_size(config, tree, "shapes alone, torch.bfloat16")
     say_rows((mode, formula_row(mode, cfg, config, tree, 2)) for mode in MODES[:-1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,7 +163,7 @@ def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     say_size(config, tree, f"{device}, {dtype}")
-    modes = MODES if cfg.compile or on_gpu else MODES[:-1]
+    modes = MODES if switched_on(cfg.compile, device) else MODES[:-1]
     say_rows((mode, measured_row(mode, cfg, model, tree, device)) for mode in modes)
 
 

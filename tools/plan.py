@@ -11,7 +11,10 @@ Bytes are those of the worst moment of a step: every block has left for backward
 lets it keep, and either the vocabulary or the last block of the language model is at work.
 """
 
+import functools
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -233,6 +236,7 @@ def activations_of(
     load: Load,
     size: int,  # bytes of a number
     recompute: str,
+    again: int,  # blocks that this is for, the ViT's first; -1 = all
     head_rows: int,
     learns: dict[str, tuple[bool, bool]],  # part -> `learns`, `scales` of its blocks
 ) -> Activations:
@@ -240,17 +244,20 @@ def activations_of(
     v, llm = config.vision, config.llm
     rows = load.tiles * ((config.tile_size // v.patch_size) ** 2 + 1)
     d, block = llm.hidden_size, decoder_keeps(llm, size, *learns["language_model"])
+    everything = (block, vision_keeps(v, size, *learns["vision_model"]))
     token, row = {
         "full": (size * d, size * v.hidden_size),  # a block's input
         # the input, two products, and attention (but FlexAttention is computed again)
         "selective": (3 * size * d, 4 * size * v.hidden_size),
-        "off": (block, vision_keeps(v, size, *learns["vision_model"])),
-    }[recompute]
-    kept = load.tokens * token * llm.num_hidden_layers
+    }.get(recompute, everything)
+    layers, depth = llm.num_hidden_layers, config.select_layer % (v.num_hidden_layers + 1)
+    again = v.num_hidden_layers + layers if again < 0 else again
+    again_vision, again_text = min(again, depth), max(0, again - v.num_hidden_layers)
+    kept = load.tokens * (again_text * token + (layers - again_text) * everything[0])
     if learns["vision_model"][0]:
-        kept += rows * row * (config.select_layer % (v.num_hidden_layers + 1))
+        kept += rows * (again_vision * row + (depth - again_vision) * everything[1])
     at_work = 2 * size * (llm.intermediate_size + d)  # gradients on their way through a block
-    at_work += block if recompute != "off" else 0
+    at_work += block if token < block and again_text == layers else 0
     if not head_rows:  # float32: log-softmax and two gradients
         logits, head = 12 * load.scored * llm.vocab_size, 0
     else:  # a chunk's product and probabilities, those of the chunk before; every hidden state
@@ -263,7 +270,7 @@ def activations_of(
 def meta_model(config: InternVLConfig) -> InternVL:
     """A model of shapes alone, to count its parameters."""
     with torch.device("meta"):
-        return InternVL(config, 0)
+        return InternVL(config, 1)
 
 
 def count(module: nn.Module, trained: bool = False) -> int:
@@ -271,22 +278,31 @@ def count(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
+@functools.cache
+def sizes_of(cfg: TrainConfig, config: InternVLConfig) -> tuple[int, int, list, list, dict]:
+    """Parameters of all and trained ones, those of each block, and which parts learn any, all."""
+    model = prepare(meta_model(config), cfg)
+    blocks = [[count(unit, trained) for unit in units_of(model)] for trained in (False, True)]
+    grads = {part: [p.requires_grad for p in getattr(model, part).parameters()] for part in PARTS}
+    learns = {part: (any(flags), all(flags)) for part, flags in grads.items()}
+    return count(model), count(model, True), *blocks, learns
+
+
 def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device) -> Plan:
     """What a GPU needs for packs full of image tokens, a quarter of them responses."""
     cfg = with_recipe(cfg, config, lambda text: None)
     size = compute_dtype(cfg, device).itemsize
     state = 2 if cfg.state_dtype == "bf16" else 4
-    model = prepare(meta_model(config), cfg)
-    everything, trained = count(model), count(model, True)
-    blocks, learned = ([count(unit, t) for unit in units_of(model)] for t in (False, True))
+    same = replace(cfg, recompute="off", recompute_blocks=-1, sync="pack")
+    everything, trained, blocks, learned, learns = sizes_of(same, config)
     root, root_learned = everything - sum(blocks), trained - sum(learned)
-    grads = {part: [p.requires_grad for p in getattr(model, part).parameters()] for part in PARTS}
-    learns = {part: (any(flags), all(flags)) for part, flags in grads.items()}
     scored = 2 * max(1, cfg.pack_tokens // 8)
     tiles = max(1, (cfg.pack_tokens - scored - 8) // config.tokens_per_tile)
     load = Load(cfg.pack_tokens, scored, tiles)
-    room = activations_of(config, load, size, cfg.recompute, cfg.head_rows, learns)
-    gathered = size * (root + 2 * max(blocks))  # the next block is fetched ahead
+    again = (cfg.recompute, cfg.recompute_blocks)
+    room = activations_of(config, load, size, *again, cfg.head_rows, learns)
+    at_once = cfg.sync == "step"  # everything stays gathered, whole gradients add up in float32
+    gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
     head = size * config.llm.vocab_size * config.llm.hidden_size * learns["language_model"][1]
     in_block = room.block + head + (size + 4) * max(learned)
@@ -296,13 +312,50 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     second = cfg.reference == "online" and needs_reference(terms) and not cfg.lora_rank
     return Plan(
         weights=everything * state // shards,
-        gradients=trained * state // shards,
+        gradients=trained * state // shards + at_once * 4 * trained,
         optimizer=2 * trained * state // shards,
         gathered=gathered,
         activations=max(in_backward, at_end) - room.logits,
         logits=room.logits,
         reference=second * (everything * 4 // shards + size * root),
     )
+
+
+def memory_of(cfg: TrainConfig, device: torch.device) -> float:
+    """Bytes a GPU has, 0 where nobody says."""
+    if not cfg.gpu_memory and device.type == "cuda" and not cfg.plan:
+        return torch.cuda.get_device_properties(device).total_memory
+    return cfg.gpu_memory * GB
+
+
+def settle(
+    cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device, say: Callable
+) -> TrainConfig:
+    """--recompute auto and --sync auto as flags: as little computed and sent as memory allows.
+
+    A recomputed block costs a third of its time again; what is sent mostly hides behind products.
+    So blocks come first, and gradients wait for the end of a step where there is still room.
+    """
+    shards, memory = gpus // cfg.replicate, memory_of(cfg, device)
+
+    def fits(**change: Any) -> bool:
+        plan = plan_of(replace(cfg, **change), config, shards, device)
+        return plan.needed <= (memory or math.inf)
+
+    if cfg.recompute == "auto":
+        cfg = replace(cfg, recompute="full")
+        blocks = config.vision.num_hidden_layers + config.llm.num_hidden_layers
+        again = bisect_left(range(blocks), True, key=lambda n: fits(recompute_blocks=n))
+        reason = f"as few as fit into {memory / GB:.4g} GB"
+        if not memory:
+            again, reason = (blocks, "the memory is not known") if cfg.plan else (0, "on a CPU")
+        cfg = replace(cfg, recompute_blocks=again)
+        say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
+    if cfg.sync == "auto":
+        cfg = replace(cfg, sync="step" if gpus > 1 and memory and fits(sync="step") else "pack")
+        if gpus > 1:
+            say(f"sync auto: weights and gradients are exchanged once a {cfg.sync}")
+    return cfg
 
 
 def say_plan(
@@ -312,9 +365,7 @@ def say_plan(
     cfg = with_recipe(cfg, config, lambda text: None)
     plan = plan_of(cfg, config, shards, device)
     say(plan)
-    memory = cfg.gpu_memory * GB
-    if not memory and device.type == "cuda" and not cfg.plan:
-        memory = torch.cuda.get_device_properties(device).total_memory
+    memory = memory_of(cfg, device)
 
     def fits(cfg: TrainConfig, shards: int) -> bool:
         return plan_of(cfg, config, shards, device).needed <= memory
@@ -331,7 +382,8 @@ def ways_out(cfg: TrainConfig, shards: int, fits: Callable[[TrainConfig, int], b
     """Flags that alone make it fit; else as many of them together as it takes, or more GPUs."""
     fewer, dtype = max(1, cfg.pack_tokens // 2), " --dtype auto" if cfg.dtype == "fp32" else ""
     ways: dict[str, dict[str, Any]] = {
-        "--recompute full": {"recompute": "full"},
+        "--recompute full": {"recompute": "full", "recompute_blocks": -1},
+        "--sync pack": {"sync": "pack"},
         "--head_rows 128": {"head_rows": 128},
         f"--state_dtype bf16{dtype}": {"state_dtype": "bf16", "dtype": "auto"},
         f"--pack_tokens {fewer}": {"pack_tokens": fewer},
