@@ -13,7 +13,7 @@ from toy import write_world
 slow = pytest.mark.skipif(
     not os.environ.get("SLOW"), reason="87 s on two cores: set SLOW=1; make gpu runs it on a GPU"
 )
-PARTS = "start flex golden steps ids resume bench mpo sample vit peers loader".split()
+PARTS = "start flex golden steps ids resume bench tiles mpo sample vit mmpr peers loader".split()
 
 
 def check(out, *flags):
@@ -32,7 +32,7 @@ def test_every_part_runs_at_toy_size_and_every_row_has_a_verdict(tmp_path):
     report = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
     assert {row["part"] for row in report["rows"]} == set(PARTS)
     assert {row["verdict"] for row in report["rows"]} <= {"ok", "measured", "skipped"}
-    assert {"device", "driver", "torch", "commit", "command"} <= report.keys()
+    assert {"device", "torch", "commit", "command"} <= report.keys()
     lines = (tmp_path / "gpu" / "gpu.md").read_text().splitlines()
     assert len(lines) == 4 + len(report["rows"])
 

@@ -48,7 +48,6 @@ from tools import gpu_speed
 from tools.figures import markdown_table
 from tools.gpu_speed import Row, Setting, at_most, largest, measured
 from tools.releases import named_config
-from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +65,6 @@ class CheckConfig:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-MEAN_AND_STD = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 # --------------------------------------------------------------------------- correct
@@ -110,9 +108,6 @@ def golden(setting: Setting, case: str) -> Iterator[Row]:
     facts = read_json(folder / "cases.json")
     tensors = {k: t.to(setting.device) for k, t in load_file(folder / "cases.safetensors").items()}
     pixels = tensors.get("tiles_uint8")
-    if pixels is not None:
-        mean, std = (torch.tensor(x).view(3, 1, 1).to(pixels.device) for x in MEAN_AND_STD)
-        pixels = (pixels.float() / 255 - mean) / std
 
     def logits_of(model: InternVL, name: str) -> Tensor:
         ids = tensors[f"{name}/input_ids"]
@@ -275,30 +270,28 @@ class Part:
     toy: int = 9  # how many of the cases run at toy size
 
 
-SWITCHES = (
-    "",
-    "--lora_rank 4 --compile",
-    "--compile",
-    "--recompute selective",
-    "--state_dtype bf16",
-)
-SWITCHES += ("--recompute off", "--reference online", "--lora_rank 4 --reference online")
+SWITCHES = ("", "--lora_rank 4", "--compile off", "--recompute selective", "--state_dtype bf16")
+SWITCHES += ("--recompute full", "--reference online", "--lora_rank 4 --reference online")
 LENGTHS = ("300", "2", "40", "127", "128", "1000", "8191")
-STEPS = ("2b", "2b --compile", "1b", "2b --recompute selective --compile", "2b --recompute off")
-STEPS += ("2b --head_rows 1024", "8b --lora_rank 16 --state_dtype bf16", "8b --state_dtype bf16")
+STEPS = ("2b", "2b --compile off", "1b", "2b --recompute selective", "2b --recompute full")
+STEPS += ("2b --head_rows 512", "2b --head_rows 1024")
+STEPS += ("8b --lora_rank 16 --state_dtype bf16", "8b --state_dtype bf16")
+TILES = ("8192", "8191", "8192 tiles", "8191 dynamic")
 GOLDEN = ("internvl2-micro", "qwen3-micro", "qwen2-micro")
 PARTS = {  # in order of worth
-    "start": Part(start, ("", "--compile"), 90, 1),
+    "start": Part(start, ("--compile off", ""), 90, 1),
     "flex": Part(flex, LENGTHS, 90, 1),
     "golden": Part(golden, GOLDEN, 60, 1),
-    "steps": Part(steps, SWITCHES, 120, 2),
+    "steps": Part(steps, SWITCHES, 180, 2),
     "ids": Part(ids, ("1", "0"), 90, 1),
-    "resume": Part(resume, ("", "--async_save off"), 120, 1),
+    "resume": Part(resume, ("", "--async_save off"), 180, 1),
     "bench": Part(gpu_speed.one_pair, ("2b",), 180),
+    "tiles": Part(gpu_speed.flex_tiles, TILES, 60, 1),
     "mpo": Part(gpu_speed.mpo, STEPS, 180, 1),
     "sample": Part(gpu_speed.sample, ("8b 1", "8b 256", "8b 8", "8b 64"), 120, 1),
     "vit": Part(gpu_speed.vit, ("eager", "compiled"), 120, 1),
-    "peers": Part(gpu_speed.peers, ("8", "1", "64"), 120, 1),
+    "mmpr": Part(gpu_speed.mmpr, ("8b",), 240),
+    "peers": Part(gpu_speed.peers, ("8", "pair", "1", "64"), 120, 2),
     "loader": Part(gpu_speed.loader, ("one process",), 60),
 }
 
@@ -325,16 +318,6 @@ def output_of(*command: str) -> str:
     return ended.stdout.strip() if ended.returncode == 0 else ""
 
 
-def device_facts(folder: Path) -> None:
-    """Write what this machine is; in a process of its own, as CUDA must not start before a fork."""
-    on_gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    facts = {"device": name, "driver": driver, "torch": torch.__version__, "gpu": on_gpu}
-    facts |= {"cuda": torch.version.cuda, "commit": output_of("git", "rev-parse", "HEAD")}
-    write_atomic(folder / "facts.json", json.dumps(facts))
-
-
 def in_child(setting: Setting, check: Callable, case: str, log: Path) -> None:
     """One case: what it prints goes to the log, its rows to a file as they come."""
     os.setsid()  # the parent ends this whole group
@@ -342,7 +325,6 @@ def in_child(setting: Setting, check: Callable, case: str, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch._dynamo.config.disable = setting.toy and "compile" in case
     if setting.on_gpu:
         torch.cuda.set_device(setting.device)
     with open(setting.folder / "rows.jsonl", "w") as file:
@@ -395,16 +377,18 @@ def main() -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     log = cfg.out / "gpu.log"
     log.unlink(missing_ok=True)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA must not start before a fork
+    on_gpu = torch.cuda.is_available()
+    card = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    facts = {"device": card if on_gpu else f"CPU, {os.cpu_count()} cores"}
+    facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    facts |= {"commit": output_of("git", "rev-parse", "HEAD")}
+    facts |= {"command": " ".join(["python", *sys.argv])}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        child = multiprocessing.get_context("fork").Process(target=device_facts, args=(folder,))
-        child.start()
-        child.join()
-        facts = read_json(folder / "facts.json")
-        on_gpu = facts.pop("gpu")
         toy = not on_gpu if cfg.size == "auto" else cfg.size == "toy"
         setting = Setting(folder, torch.device("cuda", 0) if on_gpu else torch.device("cpu"), toy)
-        facts |= {"command": " ".join(["python", *sys.argv]), "size": "toy" if toy else "full"}
+        facts["size"] = "toy" if toy else "full"
         run_case(setting, make_world, str(cfg.world or ""), 120, log)
         parts = {name: PARTS[name] for name in PARTS if name in cfg.only or not cfg.only}
         for name, part in parts.items():

@@ -7,23 +7,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # noqa: E402
-from cache import Captured  # noqa: E402
-from config import InternVLConfig  # noqa: E402
-from generate import decode  # noqa: E402
-from images import load_image  # noqa: E402
-from losses import parse_objective  # noqa: E402
-from model import InternVL  # noqa: E402
-from runtime import parse_cli, start_process  # noqa: E402
-from tools import bench, plan, speed  # noqa: E402
-from tools.releases import named_config  # noqa: E402
-from vision import preprocess  # noqa: E402
+import model
+import train
+from cache import Captured
+from config import InternVLConfig
+from generate import Generator, Group, Prompt, Scheduler, decode
+from generate import Row as GeneratedRow
+from images import load_image
+from losses import parse_objective, token_logps
+from model import InternVL
+from runtime import parse_cli, start_process
+from tokenizer import load_tokenizer
+from tools import bench, plan, speed
+from tools.releases import named_config
+from vision import cut_tiles, pixels
 
 
 @dataclass(frozen=True)
@@ -78,37 +82,58 @@ def largest(difference: Tensor) -> float:
 
 def noise_model(setting: Setting, config: InternVLConfig) -> InternVL:
     """A model of random weights, for speed alone."""
-    model = plan.meta_model(config).to(setting.dtype).to_empty(device=setting.device).eval()
-    for p in model.parameters():
+    noise = plan.meta_model(config).to(setting.dtype).to_empty(device=setting.device).eval()
+    for p in noise.parameters():
         nn.init.normal_(p, std=0.02)
-    return model
+    return noise
 
 
 def one_pair(setting: Setting, case: str) -> Iterator[Row]:
     """train.py --bench: a pair's step with each idea switched on in turn."""
     cfg = train.with_recipe(train.TrainConfig(), setting.config(case), print)
-    model = train.prepare(noise_model(setting, setting.config(case)).train(), cfg)
-    tree = bench.paper_tree(model.config, 32 if setting.toy else 1)
-    for p in model.parameters():
+    policy = train.prepare(noise_model(setting, setting.config(case)).train(), cfg)
+    tree = bench.paper_tree(policy.config, 32 if setting.toy else 1)
+    for p in policy.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for mode in bench.MODES[3:4] if setting.toy else bench.MODES:
-        row = bench.measured_row(mode, cfg, model, tree, setting.device)
+        row = bench.measured_row(mode, cfg, policy, tree, setting.device)
         yield measured(f"{mode.name}: seconds", row["seconds"])
         yield measured(f"{mode.name}: peak GB", row["peak GB"])
 
 
+def flex_tiles(setting: Setting, case: str) -> Iterator[Row]:
+    """FlexAttention of the 8B's shape: other lengths, dynamic shapes, smaller backward tiles."""
+    length, *words = case.split()
+    if "dynamic" in words:
+        fast = torch.compile(model.flex_attention, dynamic=True)
+        model.compiled_flex_attention = lambda: fast
+    if "tiles" in words:
+        sides = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
+        model.FLEX_OPTIONS.update(sides)
+    token = torch.arange(256 if setting.toy else int(length), device=setting.device)
+    tree, branch = token * 3 // len(token), token * 9 // len(token) % 3
+    attend, options = model.TreeAttention(tree, branch, True), {"dtype": setting.dtype}
+    inputs = [torch.randn(1, len(token), h, 128, **options).to(token.device) for h in (32, 8, 8)]
+    forward = torch.no_grad()(lambda: attend(0, *inputs))
+    yield measured("forward, ms", 1e3 * speed.timed(forward, setting.device, 5))
+    if setting.on_gpu:
+        wanted = [x.requires_grad_() for x in inputs]
+        both = lambda: torch.autograd.grad(attend(0, *wanted).sum(), wanted)  # noqa: E731
+        yield measured("forward and backward, ms", 1e3 * speed.timed(both, setting.device, 5))
+
+
 def vit(setting: Setting, case: str) -> Iterator[Row]:
     """Tiles a second through the 300M encoder, eager and compiled, forward and with backward."""
-    model, count = noise_model(setting, setting.config("2b")), 2 if setting.toy else 64
-    size = model.config.tile_size
-    tiles = torch.randn(count, 3, size, size, device=setting.device, dtype=setting.dtype)
+    policy, count = noise_model(setting, setting.config("2b")), 2 if setting.toy else 64
+    size = policy.config.tile_size
+    tiles = torch.randint(0, 255, (count, 3, size, size), device=setting.device).byte()
     if case == "compiled":
-        for block in model.vision_model.encoder.layers:
+        for block in policy.vision_model.encoder.layers:
             block.compile()
-    forward = torch.no_grad()(lambda: model.image_features(tiles))
+    forward = torch.no_grad()(lambda: policy.image_features(tiles))
     rate = count / speed.timed(forward, setting.device, 5)
     yield at_least(setting, "tiles/s, forward", rate, 550)
-    both = lambda: model.image_features(tiles).float().sum().backward()  # noqa: E731
+    both = lambda: policy.image_features(tiles).float().sum().backward()  # noqa: E731
     yield measured("tiles/s, forward and backward", count / speed.timed(both, setting.device, 3))
 
 
@@ -118,6 +143,7 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
     config, device = setting.config(size), setting.device
     flags += ["--pack_tokens", "80"] * setting.toy
     cfg = train.with_recipe(parse_cli(train.TrainConfig, flags), config, print)
+    cfg = plan.settle(cfg, config, 1, device, print)
     planned = plan.plan_of(cfg, config, 1, device)
     memory = torch.cuda.mem_get_info(device)[1] if setting.on_gpu else 1e15
     if planned.needed > memory:
@@ -157,6 +183,7 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
     yield measured("pairs/s", step.pairs / seconds)
     yield at_least(setting, "MFU", mfu, 0.4) if size == "2b" else measured("MFU", mfu)
     yield measured("peak GB", peak / 1e9)
+    yield measured("blocks computed again", cfg.recompute_blocks)
     if setting.on_gpu:
         yield at_most("peak off the plan, share", abs(peak / planned.total - 1), 0.1)
     yield measured("graphs compiled in the first step", compiled)
@@ -169,22 +196,29 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
     yield measured("host syncs a step", sum("synchroniz" in str(w.message) for w in caught))
 
 
+def sampling_speed(
+    setting: Setting, policy: InternVL, length: int, rows: int, count: int
+) -> tuple[float, float, speed.Sampling]:
+    """(seconds of a prefill, of a decoding step, the sampling) of many rows of one prompt."""
+    step = Captured(decode) if setting.on_gpu else decode
+    sampling = speed.Sampling(policy, [3] * length, rows, count + 2, step)
+    prefill = speed.timed(sampling.prefill, setting.device, 2)
+    return prefill, speed.timed(sampling.step, setting.device, count), sampling
+
+
 @torch.inference_mode()
 def sample(setting: Setting, case: str) -> Iterator[Row]:
     """Prefill and captured decoding of the 8B in bfloat16, random weights."""
     size, rows = case.split()[0], int(case.split()[1])
-    model, length, count = noise_model(setting, setting.config(size)), 1024, 32
+    policy, length, count = noise_model(setting, setting.config(size)), 1024, 32
     if setting.toy:
         length, rows, count = 64, min(rows, 4), 2
-    step = Captured(decode) if setting.on_gpu else decode
-    sampling = speed.Sampling(model, [3] * length, rows, count + 2, step)
-    prefill_seconds = speed.timed(sampling.prefill, setting.device, 2)
-    seconds = speed.timed(sampling.step, setting.device, count)
-    yield measured("prefill tokens/s", length / prefill_seconds)
+    prefill, seconds, sampling = sampling_speed(setting, policy, length, rows, count)
+    yield measured("prefill tokens/s", length / prefill)
     aim = {"1": 180.0, "256": 8000.0}.get(case.split()[1], 0.0)
     yield at_least(setting, "decode tokens/s", rows / seconds, aim)
-    weights = sum(p.nbytes for p in model.language_model.parameters())
-    weights -= model.language_model.model.tok_embeddings.weight.nbytes  # one row of it is read
+    weights = sum(p.nbytes for p in policy.language_model.parameters())
+    weights -= policy.language_model.model.tok_embeddings.weight.nbytes  # one row of it is read
     moved = weights + sum(x.nbytes for pair in sampling.cache.memory for x in pair)
     yield measured(
         "share of copy bandwidth", moved / seconds / speed.copy_bandwidth(setting.device)
@@ -192,35 +226,81 @@ def sample(setting: Setting, case: str) -> Iterator[Row]:
     yield measured("peak GB", speed.peak_memory(setting.device) / 1e9)
 
 
-@torch.inference_mode()
+class KnownLengths(Generator):
+    """Answers end where `lengths` (question sample) says, whatever their tokens are."""
+
+    lengths: np.ndarray
+
+    def push(self, row: GeneratedRow, token: int, logp: float) -> None:
+        row.ids.append(token)
+        if len(row.ids) == self.lengths[int(row.group.prompt.id), row.sample]:
+            row.finish_reason = "stop"
+
+
+def mmpr(setting: Setting, case: str) -> Iterator[Row]:
+    """Sampling at MMPR's lengths, end to end: 300 tokens in the mean, one in a hundred 4,097."""
+    questions, samples, limit, prompt = (2, 3, 12, 40) if setting.toy else (16, 32, 4097, 1900)
+    settings = {"temperature": 1.0, "max_new_tokens": limit, "cache_tokens": 4096 * setting.toy}
+    tokenizer = load_tokenizer(setting.folder / "world" / "model")
+    generator = KnownLengths(noise_model(setting, setting.config(case)), tokenizer, **settings)
+    draw = np.random.default_rng(0)
+    lengths = draw.lognormal(np.log(190), 0.8, (questions, samples)).astype(int).clip(8, limit)
+    lengths[draw.random(lengths.shape) < 0.01] = limit
+    generator.lengths = lengths
+    groups = [
+        Group(Prompt(str(n), ""), [3] * prompt, [], 0, limit, list(range(samples)))
+        for n in range(questions)
+    ]
+    all_rows = lambda: list(Scheduler(generator, iter(groups)).run())  # noqa: E731
+    seconds = plan.seconds_of(all_rows, setting.device)
+    yield measured("tokens/s, end to end", lengths.sum() / seconds)
+    yield measured("peak GB", speed.peak_memory(setting.device) / 1e9)
+
+
 def peers(setting: Setting, case: str) -> Iterator[Row]:
-    """Greedy tokens a second beside transformers' generate: a Qwen2 of one shape, same prompt."""
+    """transformers on a Qwen2 of our shape: greedy tokens/s, or seconds of a text pair's step."""
     if not importlib.util.find_spec("transformers"):
         yield Row("transformers is not installed", None, "", "skipped")
         return
-    theirs = importlib.import_module("transformers")
-    config, rows = named_config("3-2b").llm, int(case)
+    theirs, config = importlib.import_module("transformers"), named_config("3-2b").llm
     if setting.toy:
         config = replace(config, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
         config = replace(config, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    length, count = (16, 4) if setting.toy else (512, 48)
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     shape = {name: getattr(config, name) for name in [*names.split(), "num_key_value_heads"]}
-    torch.set_default_dtype(setting.dtype)
     with setting.device:
-        other = theirs.Qwen2ForCausalLM(theirs.Qwen2Config(**shape)).eval()
-        prompt = torch.full((rows, length), 3)
+        other = theirs.Qwen2ForCausalLM(theirs.Qwen2Config(**shape)).to(setting.dtype).eval()
+    ours = noise_model(setting, replace(named_config("3-2b"), llm=config))
+    if case == "pair":
+        yield from two_passes(setting, other, ours)
+        return
+    rows, (length, count) = int(case), (16, 4) if setting.toy else (512, 48)
+    prompt = torch.full((rows, length), 3, device=setting.device)
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     generate = lambda: other.generate(prompt, pad_token_id=0, **options)  # noqa: E731
-    rate = rows * count / speed.timed(generate, setting.device, 1)
-    yield measured("transformers' generate, tokens/s", rate)
-    torch.set_default_dtype(torch.float32)
-    ours = noise_model(setting, replace(named_config("3-2b"), llm=config))
-    step = Captured(decode) if setting.on_gpu else decode
-    sampling = speed.Sampling(ours, [3] * length, rows, count + 2, step)
-    seconds = speed.timed(sampling.prefill, setting.device, 2)
-    seconds += (count - 1) * speed.timed(sampling.step, setting.device, count - 1)
-    yield measured("ours, tokens/s", rows * count / seconds)
+    with torch.inference_mode():
+        seconds = speed.timed(generate, setting.device, 1)
+        prefill, step, _ = sampling_speed(setting, ours, length, rows, count)
+    yield measured("transformers' generate, tokens/s", rows * count / seconds)
+    yield measured("ours, tokens/s", rows * count / (prefill + (count - 1) * step))
+
+
+def two_passes(setting: Setting, other: nn.Module, ours: InternVL) -> Iterator[Row]:
+    """The official step, each response with a prompt of its own, reference and policy; and ours."""
+    shorter = 32 if setting.toy else 1
+    tree = bench.example_tree(ours.config, 0, 1872 // shorter, (350 // shorter, 300 // shorter))
+    pack, cfg = bench.example_pack(ours.config, [tree]).to(setting.device), train.TrainConfig()
+    texts = [torch.tensor([tree.trunk + r], device=setting.device) for r in tree.responses]
+
+    def official() -> None:
+        for text in texts:
+            with torch.no_grad():
+                token_logps(other(text).logits, text)
+            token_logps(other(text).logits, text)[0, len(tree.trunk) - 1 :].sum().backward()
+
+    cached = lambda: train.score(ours, pack, cfg)[0].sum().backward()  # noqa: E731
+    for name, step in (("official two passes", official), ("ours, cached reference", cached)):
+        yield measured(f"{name}, seconds", speed.timed(step, setting.device, 2))
 
 
 def loader(setting: Setting, case: str) -> Iterator[Row]:
@@ -228,7 +308,7 @@ def loader(setting: Setting, case: str) -> Iterator[Row]:
     path, noise = setting.folder / "photo.jpg", torch.randint(0, 255, (84, 112, 3)).byte()
     Image.fromarray(noise.numpy()).resize((1344, 1008), Image.Resampling.BICUBIC).save(path)
     device, count = torch.device("cpu"), 2 if setting.toy else 20
-    tiles = len(preprocess(load_image(path), 12))
-    rate = 1 / speed.timed(lambda: preprocess(load_image(path), 12), device, count)
+    read = lambda: pixels(cut_tiles(load_image(path), 12))  # noqa: E731
+    rate = 1 / speed.timed(read, device, count)
     yield measured("images/s", rate)
-    yield measured("tiles/s", tiles * rate)
+    yield measured("tiles/s", len(read()) * rate)
