@@ -229,8 +229,8 @@ def _rope(llm: dict, name: str) -> tuple[object, object]:
         if scaling:
             unnamed = "?" if "factor" in scaling else "default"
             kind = scaling.get("rope_type", scaling.get("type", unnamed))
-            if kind not in ("dynamic", "default"):
-                raise InputError(f"{name}: {key} is of type {kind!r}; 'dynamic' is implemented")
+            if kind not in ("dynamic", "default") or scaling.get("partial_rotary_factor", 1) != 1:
+                raise InputError(f"{name}: {key} is of type {kind!r}, {scaling}; take 'dynamic'")
             factor = scaling.get("factor") if kind == "dynamic" else 0.0
             readings.append((scaling.get("rope_theta", theta), factor))
     readings = readings or [(theta, 0.0)]

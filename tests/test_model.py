@@ -311,6 +311,7 @@ def with_llm(**values):
         (with_llm(rope_scaling={"factor": 2}), "of type '\\?'"),
         (with_llm(rope_scaling={"type": "dynamic"}), "'rope_factor' must be float"),
         (with_llm(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling is of type 'yarn'"),
+        (with_llm(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
         (with_llm(rope_scaling=[2]), "rope_scaling is .*expected an object or null"),
         (with_llm(rope_parameters={"rope_theta": 5e5}), "disagree: .*500000.*1000000"),
         (with_llm(rope_parameters={"type": "dynamic", "factor": 3.0}), "rope_parameters disagree"),
