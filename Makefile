@@ -7,11 +7,14 @@ TOY := toy
 
 # a tiny world, MPO training on two processes, and a question to the trained model
 demo: .venv/installed
-	$(BIN)/python toy.py --out $(TOY)
+	$(BIN)/python toy.py --out $(TOY) --demo --pairs 512
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train.py --config $(TOY)/train.json
-	$(BIN)/python generate.py --model_dir $(TOY)/run/model --image $(TOY)/images/square-00000.png \
+	$(BIN)/python generate.py --model_dir $(TOY)/run/model --image $(TOY)/images/new-00000.png \
 	    --question "How many red objects are there? Answer the question using a single word or phrase." --max_new_tokens 40 --temperature 0
-	@echo "above: the answer of a model that has seen 240 pairs four times: a number, often wrong"
+	@echo "above: the model's answer about a picture that it never saw, with one red object in it."
+	@echo "Next: open docs/lecture.html, the way from a picture to one update;"
+	@echo "      .venv/bin/python plain.py --model_dir $(TOY)/model --meta $(TOY)/meta.json, the whole paper in one file;"
+	@echo "      make quick, the paper in miniature: SFT, DPO and MPO from one base, with a report."
 
 # the paper in miniature on one seed: a base model, then SFT, DPO and MPO, and a report
 quick: .venv/installed

@@ -16,7 +16,6 @@ shuffle exactly one image token looks at each cell: that makes counting learnabl
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -25,7 +24,7 @@ from typing import Literal
 
 import runtime
 
-if __name__ == "__main__" and "--story" not in sys.argv:
+if __name__ == "__main__":
     runtime.answer_early(__file__)
 
 import numpy as np
@@ -302,14 +301,26 @@ class World:
         }
 
 
-def write_world(out: Path, pairs: int, seed: int, llm: str = "internlm2") -> None:
-    """All files of the toy; see the module docstring."""
-    write_model(out / "model", seed, llm=llm)
+def write_world(
+    out: Path, pairs: int, seed: int, llm: str = "internlm2", demo: bool = False
+) -> None:
+    """All files of the toy; see the module docstring.
+
+    `demo`: a projector that can read the pictures already, and enough direct questions to learn
+    counting from in 500 steps.
+    """
+    teach = None
+    if demo:
+        from paper.stages import fit_projector  # noqa: PLC0415  (the second ring)
+
+        teach = lambda *model: fit_projector(*model, seed)  # noqa: E731
+    write_model(out / "model", seed, teach, llm)
     world = World(out, seed)
-    few = max(2, pairs // 8)
+    world.picture("new", 0)  # to ask about: in no pair
+    few, short = max(2, pairs // 8), 5 * pairs if demo else pairs // 2
     sets = {
         "toy_steps": [world.counting_pair("square", i, True) for i in range(pairs)],
-        "toy_direct": [world.counting_pair("square", pairs + i, False) for i in range(pairs // 2)],
+        "toy_direct": [world.counting_pair("square", pairs + i, False) for i in range(short)],
         "toy_wide": [world.counting_pair("wide", i, True) for i in range(few)],
         "toy_two_images": [world.two_image_pair(i) for i in range(few)],
         "toy_text": [world.text_pair(i) for i in range(few)],
@@ -320,6 +331,9 @@ def write_world(out: Path, pairs: int, seed: int, llm: str = "internlm2") -> Non
         "out_dir": str(out / "run"), "loss": "mpo", "lr": 2e-3, "batch_size": 32, "epochs": 4,
         "pack_tokens": 1024, "recompute": "off", "drop_path": 0.0, "save_every": 10, "seed": seed,
     }  # fmt: skip
+    if demo:
+        train |= {"lr": 4e-3, "lr_vision": 0.0, "lr_projector": 0.0, "epochs": 5}
+        train |= {"pack_tokens": 2560, "head_rows": 0, "save_every": 200}
     write_atomic(out / "train.json", json.dumps(train, indent=1) + "\n")
 
 
@@ -345,16 +359,12 @@ class ToyConfig:
     pairs: int = flag(128, "pairs of the largest data set; the others follow", low=8)
     seed: int = flag(0, "another seed, another world", low=0)
     llm: Literal["internlm2", "qwen2", "qwen3"] = flag("internlm2", "the model's language model")
+    demo: bool = flag(False, "a model that sees, and pairs enough to learn counting from")
 
 
 def main() -> None:
-    if "--story" in sys.argv:  # the paper in miniature, by its former name
-        from paper import story  # noqa: PLC0415  (the second ring)
-
-        sys.argv.remove("--story")
-        return story.main()
     cfg = parse_cli(ToyConfig)
-    write_world(cfg.out, cfg.pairs, cfg.seed, cfg.llm)
+    write_world(cfg.out, cfg.pairs, cfg.seed, cfg.llm, cfg.demo)
     print(f"wrote {cfg.out}; next: python train.py --config {cfg.out / 'train.json'}")
 
 

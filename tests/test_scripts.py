@@ -1,16 +1,19 @@
 """Every command of the README, run as it stands there on the toy world."""
 
+import ast
 import json
 import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT, start_forks
-from test_layout import ORDER
+from test_layout import FOLDERS, ORDER
 
 from losses import LOSSES
 
@@ -20,6 +23,7 @@ SHORTER = {
     "train.py": ["--max_steps", "2", "--batch_size", "16"],
     "train.py all": ["--max_steps", "8", "--batch_size", "8", "--lr", "4e-3", "--save_every", "9"],
     "toy.py": ["--pairs", "16"],
+    "toy.py --demo": ["--pairs", "8", "--out", "demo"],  # the other commands keep their world
     "paper.story": ["--tiny"],
     "sample": ["--prompts", "none", "--num_samples", "6", "--max_new_tokens", "48"],
     "dropout_ntp": ["--max_new_tokens", "48"],
@@ -193,9 +197,39 @@ def table_of_files():
     return "\n".join(header + rows)
 
 
+def test_an_installed_command_runs_the_script_of_its_name():
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert about["project"]["scripts"] == {"internvl-mpo": "internvl_mpo.tools.command:main"}
+    packages = ["internvl_mpo", *(f"internvl_mpo.{folder}" for folder in sorted(FOLDERS))]
+    assert about["tool"]["setuptools"]["packages"] == packages
+    start = "import sys; from tools.command import main; sys.argv[1:] = {}; main()"
+    for words, said in (
+        (["train", "--help"], "usage: train.py"),
+        (["trian"], "did you mean train"),
+    ):
+        command = [sys.executable, "-c", start.format(words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr
+
+
 def test_the_readme_tells_each_file_s_lines():
     """`PYTHONPATH=. python tests/test_scripts.py` writes the table anew."""
     assert table_of_files() in README
+
+
+def with_lines(text):
+    """Each [`file.name`](file.py#L1) with the line where that name is defined."""
+
+    def link(match):
+        tree = ast.parse((ROOT / f"{match[1]}.py").read_text())
+        line = next(n.lineno for n in tree.body if getattr(n, "name", "") == match[2])
+        return f"[`{match[1]}.{match[2]}`]({match[1]}.py#L{line})"
+
+    return re.sub(r"\[`(\w+)\.(\w+)`\]\(\w+\.py#L\d+\)", link, text)
+
+
+def test_the_readme_s_links_lead_to_the_lines_of_the_equations():
+    assert with_lines(README) == README and README.count(".py#L") >= 10
 
 
 def test_the_readme_is_short():
@@ -204,4 +238,5 @@ def test_the_readme_is_short():
 
 if __name__ == "__main__":
     table = re.compile(r"(\| file \| lines \| owns \|\n(\|.*\n)*|<!-- lines -->\n)")
-    (ROOT / "README.md").write_text(table.sub(lambda _: table_of_files() + "\n", README))
+    text = with_lines(table.sub(lambda _: table_of_files() + "\n", README))
+    (ROOT / "README.md").write_text(text)

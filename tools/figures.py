@@ -6,8 +6,10 @@ when something is drawn.
 
 import base64
 import html
+import importlib
 import io
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -163,6 +165,19 @@ def inline_image(data: bytes, kind: str = "png", alt: str = "") -> str:
     """An <img> that carries its bytes."""
     text = base64.b64encode(data).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{text}">'
+
+
+SHOWN = "\x1f"  # before a line of HTML on stdout: see `show`
+
+
+def show(content: bytes | str) -> None:
+    """A PNG or one line of HTML: displayed in a notebook; else printed, for tools/lecture.py."""
+    text = inline_image(content) if isinstance(content, bytes) else content
+    if "ipykernel" in sys.modules:
+        display = importlib.import_module("IPython.display")
+        display.display(display.HTML(text))
+    else:
+        print(SHOWN + text)
 
 
 def markdown_page(text: str, folder: Path) -> str:

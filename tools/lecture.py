@@ -1,0 +1,79 @@
+"""docs/lecture.html from docs/lecture.ipynb: its cells run in order, in a Python of their own.
+
+    python tools/lecture.py    less than a minute on a CPU; needs no jupyter
+
+The notebook holds no outputs; the page holds the code, what it printed and what it drew.
+"""
+
+import html
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime import Failure, flag, parse_cli, read_json, run, write_atomic  # noqa: E402
+from tools.figures import SHOWN, WIDE, markdown_html, page  # noqa: E402
+
+END = "\x1e"  # printed after each cell
+
+
+@dataclass(frozen=True)
+class LectureConfig:
+    """Run the lecture's cells and write them with their outputs as one page."""
+
+    notebook: Path = flag(ROOT / "docs/lecture.ipynb", "the cells")
+    out: Path = flag(ROOT / "docs/lecture.html", "the page")
+
+
+def read_cells(notebook: Path) -> list[tuple[str, str]]:
+    """(markdown or code, text) of each cell."""
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in read_json(notebook)["cells"]]
+
+
+def run_cells(codes: list[str]) -> list[str]:
+    """What each cell prints.  Failure with the traceback's end where one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "lecture.py"
+        script.write_text("\n".join(f"{code}\nprint({END!r})" for code in codes))
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"cell {done.stdout.count(END) + 1} of code failed:\n{done.stderr[-2000:]}")
+    return done.stdout.split(END + "\n")[:-1]
+
+
+def output_html(printed: str) -> str:
+    """Printed lines as one block each; what `figures.show` printed is HTML already."""
+    body, words = [], []
+    for line in [*printed.splitlines(), SHOWN]:
+        if not line.startswith(SHOWN):
+            words.append(line)
+            continue
+        if words:
+            body.append(f"<pre><b>{html.escape(chr(10).join(words))}</b></pre>")
+            words = []
+        body.append(f'<div class="wide">{line.removeprefix(SHOWN)}</div>')
+    return "\n".join(body[:-1])
+
+
+def main() -> None:
+    cfg = parse_cli(LectureConfig)
+    cells = read_cells(cfg.notebook)
+    outputs = iter(run_cells([text for kind, text in cells if kind == "code"]))
+    body = []
+    for kind, text in cells:
+        if kind == "markdown":
+            body.append(markdown_html(text))
+        else:
+            body += [f"<pre>{html.escape(text)}</pre>", output_html(next(outputs))]
+    title = cells[0][1].partition("\n")[0].lstrip("# ")
+    write_atomic(cfg.out, page(title, "\n".join(body), WIDE))
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    run(main)
