@@ -183,7 +183,9 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize(("file", "main", "words"), READERS, ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize(
+    ("file", "main", "words"), READERS, ids=lambda v: getattr(v, "__module__", str(v)[:24])
+)
 def test_a_damaged_file_ends_a_script_in_one_line_and_nothing_else_is_touched(
     world, monkeypatch, capsys, file, main, words, damage
 ):
