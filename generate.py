@@ -2,7 +2,6 @@
 
     python generate.py --model_dir weights/InternVL2-8B --image cat.jpg --question "What is this?"
     python generate.py --model_dir weights/InternVL2-8B --image cat.jpg          a chat, streaming
-    python generate.py --bench --size 2b                                         how fast is it here
 
 `prefill` reads a prompt into the KV cache, `decode` makes one step for all rows, `choose` picks
 their next tokens, the Scheduler keeps the rows busy: a finished row makes way for the next sample,
@@ -34,7 +33,7 @@ from typing import Literal
 
 import runtime
 
-if __name__ == "__main__" and "--bench" not in sys.argv:
+if __name__ == "__main__":
     runtime.answer_early(__file__)
 
 import numpy as np
@@ -192,14 +191,15 @@ def choose(
     if temperature == 0:
         return logits.argmax(-1)
     probs = filtered_probs(logits, temperature, top_k, top_p)
-    if missing := -probs.shape[1] % PART:
-        probs = F.pad(probs, (0, missing))
     # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
-    parts = probs.view(len(probs), -1, PART)
-    ends = parts.sum(-1).double().cumsum(-1)
+    vocab = probs.shape[1]
+    whole, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
+    sums = torch.cat([whole.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
+    ends = sums.double().cumsum(-1)
     part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
-    inside = parts[torch.arange(len(parts), device=parts.device), part].double().cumsum(-1)
-    return part * PART + find(inside, rest)[0]
+    ids = part[:, None] * PART + torch.arange(PART, device=probs.device)
+    inside = probs.gather(1, ids.clamp(max=vocab - 1)).masked_fill(ids >= vocab, 0)
+    return part * PART + find(inside.double().cumsum(-1), rest)[0]
 
 
 def find(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,7 +383,7 @@ class Generator:
         self.dtype = model.language_model.head.dtype
         self.stop_ids = {tokenizer.im_end_id}
         banned = tokenizer.banned_ids(model.config.llm.vocab_size)
-        self.banned = torch.tensor(banned, device=self.device)
+        self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)
         self.decode = torch.compile(decode, dynamic=False) if self.settings.compile else decode
 
     @classmethod
@@ -472,16 +472,18 @@ class Generator:
 
     # ----- one token
 
+    @torch.inference_mode()
     def choose(self, logits: Tensor, rows: list[Row]) -> list[tuple[int, float]]:
         """(token, its plain log-prob) of each row, from logits (row vocab)."""
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
-        allowed = F.pad(logits, (0, -logits.shape[1] % PART), value=-torch.inf)  # a copy
-        allowed.index_fill_(1, self.banned, -torch.inf)
+        plain = logits.index_select(1, self.banned)
+        logits.index_fill_(1, self.banned, -torch.inf)  # for a moment, which saves a copy
         sampling = (self.settings.temperature, self.settings.top_k, self.settings.top_p)
-        tokens = choose(allowed, torch.from_numpy(uniforms).to(self.device), *sampling)
+        tokens = choose(logits, torch.from_numpy(uniforms).to(self.device), *sampling)
         tokens.clamp_(max=logits.shape[1] - 1)  # of NaN any token; `push` refuses it
-        logps = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        logits.index_copy_(1, self.banned, plain)
+        logps = -F.cross_entropy(logits, tokens, reduction="none")
         return list(zip(tokens.tolist(), logps.tolist()))
 
     def push(self, row: Row, token: int, logp: float) -> None:
@@ -532,7 +534,6 @@ class GenerateConfig(Settings):
     marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
-    bench: bool = flag(False, "measure the speed on random weights, with tools/speed.py's flags")
 
 
 def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
@@ -576,10 +577,6 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
 
 
 def main() -> None:
-    if "--bench" in sys.argv[1:]:
-        from tools.speed import main as measure_speed  # noqa: PLC0415  (a tool)
-
-        return measure_speed()
     cfg = parse_cli(GenerateConfig)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
     history = read_history(cfg.history)

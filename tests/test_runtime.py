@@ -276,7 +276,7 @@ def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path)
 
 
 EARLY = "train generate pairs toy plain".split() + [
-    f"tools/{name}" for name in "look lab convert export doctor gpu_check rlaifv speed".split()
+    f"tools/{name}" for name in "look lab convert export doctor gpu_check rlaifv race".split()
 ]
 
 

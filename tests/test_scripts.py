@@ -29,7 +29,7 @@ SHORTER = {
     "dropout_ntp": ["--max_new_tokens", "48"],
     "eval.py generate": ["--max_new_tokens", "16"],
     "generate.py": ["--max_new_tokens", "16"],
-    "generate.py --bench": ["--bench_steps", "4"],
+    "tools/race.py": ["--tiny", "--rounds", "1"],
 }
 
 

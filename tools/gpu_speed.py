@@ -25,7 +25,7 @@ from losses import parse_objective, token_logps
 from model import InternVL
 from runtime import parse_cli, start_process
 from tokenizer import load_tokenizer
-from tools import bench, plan, speed
+from tools import bench, plan, race
 from tools.releases import named_config
 from vision import cut_tiles, pixels
 
@@ -115,11 +115,11 @@ def flex_tiles(setting: Setting, case: str) -> Iterator[Row]:
     attend, options = model.TreeAttention(tree, branch, True), {"dtype": setting.dtype}
     inputs = [torch.randn(1, len(token), h, 128, **options).to(token.device) for h in (32, 8, 8)]
     forward = torch.no_grad()(lambda: attend(0, *inputs))
-    yield measured("forward, ms", 1e3 * speed.timed(forward, setting.device, 5))
+    yield measured("forward, ms", 1e3 * race.timed(forward, setting.device, 5))
     if setting.on_gpu:
         wanted = [x.requires_grad_() for x in inputs]
         both = lambda: torch.autograd.grad(attend(0, *wanted).sum(), wanted)  # noqa: E731
-        yield measured("forward and backward, ms", 1e3 * speed.timed(both, setting.device, 5))
+        yield measured("forward and backward, ms", 1e3 * race.timed(both, setting.device, 5))
 
 
 def vit(setting: Setting, case: str) -> Iterator[Row]:
@@ -131,10 +131,10 @@ def vit(setting: Setting, case: str) -> Iterator[Row]:
         for block in policy.vision_model.encoder.layers:
             block.compile()
     forward = torch.no_grad()(lambda: policy.image_features(tiles))
-    rate = count / speed.timed(forward, setting.device, 5)
+    rate = count / race.timed(forward, setting.device, 5)
     yield at_least(setting, "tiles/s, forward", rate, 550)
     both = lambda: policy.image_features(tiles).float().sum().backward()  # noqa: E731
-    yield measured("tiles/s, forward and backward", count / speed.timed(both, setting.device, 3))
+    yield measured("tiles/s, forward and backward", count / race.timed(both, setting.device, 3))
 
 
 def mpo(setting: Setting, case: str) -> Iterator[Row]:
@@ -174,8 +174,8 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
 
     once()  # compiles
     compiled = graphs()
-    seconds = speed.timed(once, device, 1 if setting.toy else 2)
-    peak = speed.peak_memory(device)  # before a large product measures what the device can do
+    seconds = race.timed(once, device, 1 if setting.toy else 2)
+    peak = race.peak_memory(device)  # before a large product measures what the device can do
     load = plan.load_of(trees) + plan.load_of(trees)
     useful = plan.total_flops(plan.flops(config, load, cfg.trained_parts))
     mfu = useful / seconds / plan.device_peak(device, train.compute_dtype(cfg, device))[0]
@@ -198,12 +198,12 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
 
 def sampling_speed(
     setting: Setting, policy: InternVL, length: int, rows: int, count: int
-) -> tuple[float, float, speed.Sampling]:
+) -> tuple[float, float, race.Sampling]:
     """(seconds of a prefill, of a decoding step, the sampling) of many rows of one prompt."""
     step = Captured(decode) if setting.on_gpu else decode
-    sampling = speed.Sampling(policy, [3] * length, rows, count + 2, step)
-    prefill = speed.timed(sampling.prefill, setting.device, 2)
-    return prefill, speed.timed(sampling.step, setting.device, count), sampling
+    sampling = race.Sampling(policy, [3] * length, rows, count + 2, step)
+    prefill = race.timed(sampling.prefill, setting.device, 2)
+    return prefill, race.timed(sampling.step, setting.device, count), sampling
 
 
 @torch.inference_mode()
@@ -220,10 +220,8 @@ def sample(setting: Setting, case: str) -> Iterator[Row]:
     weights = sum(p.nbytes for p in policy.language_model.parameters())
     weights -= policy.language_model.model.tok_embeddings.weight.nbytes  # one row of it is read
     moved = weights + sum(x.nbytes for pair in sampling.cache.memory for x in pair)
-    yield measured(
-        "share of copy bandwidth", moved / seconds / speed.copy_bandwidth(setting.device)
-    )
-    yield measured("peak GB", speed.peak_memory(setting.device) / 1e9)
+    yield measured("share of copy bandwidth", moved / seconds / race.copy_bandwidth(setting.device))
+    yield measured("peak GB", race.peak_memory(setting.device) / 1e9)
 
 
 class KnownLengths(Generator):
@@ -254,7 +252,7 @@ def mmpr(setting: Setting, case: str) -> Iterator[Row]:
     all_rows = lambda: list(Scheduler(generator, iter(groups)).run())  # noqa: E731
     seconds = plan.seconds_of(all_rows, setting.device)
     yield measured("tokens/s, end to end", lengths.sum() / seconds)
-    yield measured("peak GB", speed.peak_memory(setting.device) / 1e9)
+    yield measured("peak GB", race.peak_memory(setting.device) / 1e9)
 
 
 def peers(setting: Setting, case: str) -> Iterator[Row]:
@@ -279,7 +277,7 @@ def peers(setting: Setting, case: str) -> Iterator[Row]:
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     generate = lambda: other.generate(prompt, pad_token_id=0, **options)  # noqa: E731
     with torch.inference_mode():
-        seconds = speed.timed(generate, setting.device, 1)
+        seconds = race.timed(generate, setting.device, 1)
         prefill, step, _ = sampling_speed(setting, ours, length, rows, count)
     yield measured("transformers' generate, tokens/s", rows * count / seconds)
     yield measured("ours, tokens/s", rows * count / (prefill + (count - 1) * step))
@@ -300,7 +298,7 @@ def two_passes(setting: Setting, other: nn.Module, ours: InternVL) -> Iterator[R
 
     cached = lambda: train.score(ours, pack, cfg)[0].sum().backward()  # noqa: E731
     for name, step in (("official two passes", official), ("ours, cached reference", cached)):
-        yield measured(f"{name}, seconds", speed.timed(step, setting.device, 2))
+        yield measured(f"{name}, seconds", race.timed(step, setting.device, 2))
 
 
 def loader(setting: Setting, case: str) -> Iterator[Row]:
@@ -309,6 +307,6 @@ def loader(setting: Setting, case: str) -> Iterator[Row]:
     Image.fromarray(noise.numpy()).resize((1344, 1008), Image.Resampling.BICUBIC).save(path)
     device, count = torch.device("cpu"), 2 if setting.toy else 20
     read = lambda: pixels(cut_tiles(load_image(path), 12))  # noqa: E731
-    rate = 1 / speed.timed(read, device, count)
+    rate = 1 / race.timed(read, device, count)
     yield measured("images/s", rate)
     yield measured("tiles/s", len(read()) * rate)
