@@ -21,7 +21,7 @@ def test_every_cell_runs_and_the_page_shows_what_it_prints(tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["lecture.py", "--out", str(out)])
     write_page()
     page = out.read_text()
-    assert page.count("data:image/png;base64,") == 4 and page.count("<h2>") == 13
+    assert page.count("data:image/png;base64,") == 4 and page.count("<h2>") == 12
     assert "dpo   by hand 0.693147   losses.py 0.693147" in page  # policy == reference
     losses = [float(x) for x in re.findall(r"step \d   loss (\S+)", page)]
     assert len(losses) == 8 and losses[-1] < losses[0] / 2
