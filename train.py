@@ -25,7 +25,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -185,13 +185,23 @@ FREE_FLAGS = set(
 
 @dataclass
 class Run:
-    """What every step needs."""
+    """What a step needs; `open_run` makes it, with what the loop needs besides."""
 
     cfg: TrainConfig
     process: Process
     terms: Terms
     policy: InternVL
     reference: "Reference | None" = None
+    hyper: dict[str, float] = field(default_factory=dict)  # of the objectives
+    data: PairData | None = None
+    heldout: PairData | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    shift: BcoShift = field(default_factory=BcoShift)
+    meter: Any = None  # tools.plan.Meter
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # what a checkpoint holds
+    total: int = 0  # steps
+    done: int = 0
+    start: list[float] = field(default_factory=list)  # sums of the start weights
 
 
 # --------------------------------------------------------------------------- the loop
@@ -199,56 +209,19 @@ class Run:
 
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
-    # what a run says about itself: its speed, its memory, its troubles
-    from tools.plan import Meter, settle  # noqa: PLC0415
-    from tools.track import Tracker  # noqa: PLC0415
-
     check_folders(cfg)
     with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
-        config = load_config(cfg.model_dir)
-        asked = cfg = with_recipe(cfg, config, process.say)
-        terms = parse_objective(cfg.loss)
-        smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
-        hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
-        data = open_data(cfg, terms, process)
-        heldout = open_data(cfg, terms, process, cfg.heldout) if cfg.heldout else None
-        cfg = settle(asked, config, process.world, process.device, process.say)
-        cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
-        total = data.steps_per_epoch * cfg.epochs
-        total = min(total, cfg.max_steps) if cfg.max_steps else total
-        meter = Meter(cfg, process)
+        run = open_run(cfg, process)
+        cfg, policy, reference, optimizer = run.cfg, run.policy, run.reference, run.optimizer
+        book = Book(run)
 
-        policy = sharded_model(cfg, process, cfg.drop_path)
-        start = weight_sums(policy)
-        optimizer, shift = make_optimizer(cfg, policy), BcoShift()
-        reference = make_reference(cfg, terms, policy, data, total, process)
-        if heldout and cfg.reference == "cached" and reference:
-            reference.fill(policy, heldout, heldout.steps_per_epoch, cfg)
-        run = Run(cfg, process, terms, policy, reference)
-        tensors = state_tensors(policy, optimizer, reference, cfg.reference_update_every > 0)
-        done = restore(cfg, tensors, optimizer, shift)
-        process.say(f"{done} of {total} steps are done" if done else f"{total} steps to do")
-        if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
-            process.say("warning: the learning rate is 0 at every step: nothing will be trained")
-        if process.is_main:
-            write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
-        background = switched_on(cfg.async_save, process.device)
-        writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
-        best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
-        log = runtime.MetricsLog(cfg.out_dir, process, total, done)
-        tracker = Tracker(cfg, log.rows, total, process)
-
-        for step in prefetch(lambda number: make_step(data, number, process), range(done, total)):
+        for step in steps_to_do(run):
             number = step.number + 1
-            for name in step.dropped:
-                process.say(f"dropped, longer than max_length {cfg.max_length}: {name}")
-            if not step.pairs:
-                process.say(f"step {number} is skipped: nothing is left of it")
-                continue
-            lr = lr_at(step.number, total, cfg)
+            lr = lr_at(step.number, run.total, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            hyper["bco_shift"] = shift.mean if cfg.bco_shift == "on" else 0.0
+            shift = run.shift.mean if cfg.bco_shift == "on" else 0.0
+            hyper = run.hyper | {"bco_shift": shift}
             if step.number == 0 and reference:
                 process.say(check_start(run, step, hyper))
             logps = step_gradient(run, step, hyper)
@@ -256,41 +229,67 @@ def train(cfg: TrainConfig, process: Process) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if reference:
-                shift.update(*losses.bco_rewards(logps, cfg.beta).tolist())
+                run.shift.update(*losses.bco_rewards(logps, cfg.beta).tolist())
             if cfg.reference_update_every and number % cfg.reference_update_every == 0:
                 reference.move(policy, cfg.reference_update_mix)
 
-            metrics = step_metrics(run, logps, step.sets, hyper) | meter(step, reference)
-            metrics |= {"bco_shift": hyper["bco_shift"], "lr": lr, "grad_norm": norm}
-            last, stop = number == total, asked_to_stop()
-            if heldout and (last or number % cfg.heldout_every == 0):
-                metrics |= score_heldout(run, heldout, hyper)
-                meter.began = time.perf_counter()  # no part of the next step
-            log(number, metrics, SHOWN)
-            tracker()
-            state = {"flags": run_flags(cfg), "bco_shift": shift.state_dict()}
-            if cfg.keep_best and best_row(log.rows) is log.rows[-1]:
-                best_writer.save(number, tensors, state)
-            if last or stop or number % cfg.save_every == 0:
-                writer.save(number, tensors, state)
-                tracker.draw(last or stop)
-            writer.settle()
-            if stop and not last:
-                writer.finish()
-                log.close()
+            metrics = step_metrics(run, logps, step.sets, hyper) | run.meter(step, reference)
+            metrics |= {"bco_shift": shift, "lr": lr, "grad_norm": norm}
+            if run.heldout and (number == run.total or number % cfg.heldout_every == 0):
+                metrics |= score_heldout(run, hyper)
+                run.meter.began = time.perf_counter()  # no part of the next step
+            stop = asked_to_stop()
+            book.keep(number, metrics, stop)
+            if stop and number < run.total:
+                book.close()
                 process.say(f"asked to stop: saved step {number}; the same command continues")
                 return
-        writer.finish()
-        log.close()
-        if best := best_row(log.rows):
-            process.say(f"best step by held-out pairs: {best['step']} of {total}")
+        book.close()
+        if best := best_row(book.log.rows):
+            process.say(f"best step by held-out pairs: {best['step']} of {run.total}")
         memory.merge_adapters(policy)
-        check_moved(start, policy)
+        check_moved(run.start, policy)
         weights.save_model(policy, cfg.out_dir / "model", like=cfg.model_dir)
         process.say(f"saved {cfg.out_dir / 'model'}: read back and equal to the trained policy")
 
 
 # --------------------------------------------------------------------------- before the loop
+
+
+def open_run(cfg: TrainConfig, process: Process) -> Run:
+    """Data, policy, optimizer and reference, as the last checkpoint left them."""
+    from tools.plan import Meter, settle  # noqa: PLC0415  (a run tells its memory and speed)
+
+    config = load_config(cfg.model_dir)
+    asked = cfg = with_recipe(cfg, config, process.say)
+    terms = parse_objective(cfg.loss)
+    smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
+    hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
+    data = open_data(cfg, terms, process)
+    heldout = open_data(cfg, terms, process, cfg.heldout) if cfg.heldout else None
+    cfg = settle(asked, config, process.world, process.device, process.say)
+    cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
+    total = data.steps_per_epoch * cfg.epochs
+    total = min(total, cfg.max_steps) if cfg.max_steps else total
+    meter = Meter(cfg, process)
+
+    policy = sharded_model(cfg, process, cfg.drop_path)
+    start = weight_sums(policy)
+    optimizer, shift = make_optimizer(cfg, policy), BcoShift()
+    reference = make_reference(cfg, terms, policy, data, total, process)
+    if heldout and cfg.reference == "cached" and reference:
+        reference.fill(policy, heldout, heldout.steps_per_epoch, cfg)
+    tensors = state_tensors(policy, optimizer, reference, cfg.reference_update_every > 0)
+    done = restore(cfg, tensors, optimizer, shift)
+    process.say(f"{done} of {total} steps are done" if done else f"{total} steps to do")
+    if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
+        process.say("warning: the learning rate is 0 at every step: nothing will be trained")
+    if process.is_main:
+        write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
+    return Run(
+        cfg, process, terms, policy, reference, hyper, data, heldout, optimizer, shift, meter,
+        tensors, total, done, start,
+    )  # fmt: skip
 
 
 def check_folders(cfg: TrainConfig) -> None:
@@ -636,6 +635,41 @@ def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
     }
 
 
+# --------------------------------------------------------------------------- what a run leaves
+
+
+class Book:
+    """Metrics, checkpoints and pictures of a run's folder, and a line a step on the terminal."""
+
+    def __init__(self, run: Run) -> None:
+        from tools.track import Tracker  # noqa: PLC0415  (a run tells its troubles)
+
+        cfg, self.run = run.cfg, run
+        self.state = {"flags": run_flags(cfg)}
+        background = switched_on(cfg.async_save, run.process.device)
+        self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
+        self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
+        self.log = runtime.MetricsLog(cfg.out_dir, run.process, run.total, run.done)
+        self.tracker = Tracker(cfg, self.log.rows, run.total, run.process)
+
+    def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
+        """Log step `number` (from 1); save it if it is the last, the best or its turn."""
+        cfg, last = self.run.cfg, stop or number == self.run.total
+        self.log(number, metrics, SHOWN)
+        self.tracker()
+        state = self.state | {"bco_shift": self.run.shift.state_dict()}
+        if cfg.keep_best and best_row(self.log.rows) is self.log.rows[-1]:
+            self.best_writer.save(number, self.run.tensors, state)
+        if last or number % cfg.save_every == 0:
+            self.writer.save(number, self.run.tensors, state)
+            self.tracker.draw(last)
+        self.writer.settle()
+
+    def close(self) -> None:
+        self.writer.finish()
+        self.log.close()
+
+
 # --------------------------------------------------------------------------- continuing a run
 
 
@@ -720,6 +754,17 @@ def blank_tree(trees: list[Tree]) -> list[Tree]:
     """A stand-in for a process that has fewer packs than others: same collectives, weight 0."""
     t = trees[0]
     return [Tree(t.trunk[:1], [[t.responses[0][-1]]], [0], [], [], [], [BLANK])]
+
+
+def steps_to_do(run: Run) -> Iterator["Step"]:
+    """The steps that are left, each made while the one before is computed."""
+    for step in prefetch(lambda n: make_step(run.data, n, run.process), range(run.done, run.total)):
+        for name in step.dropped:
+            run.process.say(f"dropped, longer than max_length {run.cfg.max_length}: {name}")
+        if step.pairs:
+            yield step
+        else:
+            run.process.say(f"step {step.number + 1} is skipped: nothing is left of it")
 
 
 def make_step(data: PairData, number: int, process: Process) -> Step:
@@ -924,9 +969,9 @@ def step_metrics(
     return metrics
 
 
-def score_heldout(run: Run, data: PairData, hyper: dict[str, float]) -> dict[str, float]:
-    """The metrics of all pairs of `data` under the policy as it stands; nothing is trained."""
-    scored, sets, dropped = [], [], 0
+def score_heldout(run: Run, hyper: dict[str, float]) -> dict[str, float]:
+    """The metrics of all held-out pairs under the policy as it stands; nothing is trained."""
+    data, scored, sets, dropped = run.heldout, [], [], 0
     for step in prefetch(lambda n: make_step(data, n, run.process), range(data.steps_per_epoch)):
         dropped += len(step.dropped)
         if step.pairs:
