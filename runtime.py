@@ -296,7 +296,6 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         return
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message, status = "", 1
     except (InputError, Failure) as error:
         message, status = str(error), 2 if isinstance(error, InputError) else 1
@@ -313,6 +312,11 @@ def run(main: Callable[[], None]) -> None:
         message, status = f"a file name holds a null character ({error})", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what it does not take would end Python in a traceback of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     message = printable(message)
     if message and first_to_tell(message):
         print(f"error: {message}" if status < 130 else message, file=sys.stderr, flush=True)
@@ -555,12 +559,12 @@ class AppendLog:
             self.sync()
 
     def sync(self) -> None:
-        os.fsync(self.file.fileno())
+        with named(self.file.name):
+            os.fsync(self.file.fileno())
         self.fsync_at = time.monotonic()
 
     def close(self) -> None:
         with contextlib.suppress(ValueError):
-            self.file.flush()
             self.sync()
             self.file.close()
 
@@ -617,8 +621,7 @@ def alone_in(folder: Path, process: Process, seconds: float, remedy: str) -> Ite
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
         began, warned = time.monotonic(), False
-        # one vote every few seconds: a rank that waits in a collective for longer than the group's
-        # timeout (30 minutes under NCCL) would be taken for dead
+        # a rank that waits in one collective for 30 minutes would be taken for dead by NCCL
         step = min(seconds, LOCK_VOTE_SECONDS)
         while not process.broadcast(process.is_main and try_lock(file, step)):
             if process.broadcast(time.monotonic() - began >= seconds):

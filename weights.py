@@ -16,7 +16,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -393,10 +392,9 @@ def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
 class CheckpointWriter:
     """Writes <folder>/step-<n>, complete or absent, and keeps the newest `keep` of them.
 
-    In the background a thread writes a copy in host memory while training goes on: worth it where
-    the copy is fast and the disk slow, as beside a GPU.  The checkpoint counts once every process
-    has written its shard and process 0 has renamed the folder; only the main thread talks to other
-    processes, in `save`, `settle` and `finish`.
+    In the background a thread writes a copy in host memory while training goes on, as beside a GPU.
+    The checkpoint counts once every process has written its shard and process 0 has renamed the
+    folder; only the main thread talks to other processes, in `save`, `settle` and `finish`.
     """
 
     def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
@@ -406,12 +404,13 @@ class CheckpointWriter:
 
     @torch.no_grad()
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
-        """Every process calls it with its own shards; `state` is plain JSON, "step" and "shapes"
-        are added.  OSError where the disk is full, in the background at the next call."""
+        """Each process gives its shards, `state` is JSON.  A full disk may be told a call later."""
         self.finish()
         partial = self.folder / f".step-{step:08d}.partial"
         number, count, ours = shard_place(tensors)
         if is_writer():
+            for stale in self.folder.glob(".step-????????.partial"):  # of a run that was killed
+                shutil.rmtree(stale, ignore_errors=True)
             empty_folder(partial)
         barrier()
         path = partial / f"shard-{number:03d}-of-{count:03d}.safetensors"
@@ -433,8 +432,7 @@ class CheckpointWriter:
         """Wait for the checkpoint under way and complete it."""
         if not self.pending:
             return
-        partial, state, writing = self.pending
-        self.pending = None
+        (partial, state, writing), self.pending = self.pending, None
         if writing:
             writing.result()
         barrier()
@@ -453,8 +451,7 @@ class CheckpointWriter:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """By step.  Copies and notes beside them have other names, half-written ones too."""
-    folders = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
-    return sorted(p for p in folders if (p / "state.json").is_file())
+    return sorted(p.parent for p in Path(folder).glob(f"step-{'[0-9]' * 8}/state.json"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

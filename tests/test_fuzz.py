@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 
@@ -142,6 +144,10 @@ def world(tmp_path_factory):
     (folder / "q.jsonl").write_text(json.dumps(question) + "\n")
     (folder / "samples/q/part-0-of-1.jsonl").write_text(json.dumps(sample) + "\n")
     (folder / "samples/q/info.json").write_text("{}")
+    (folder / "sums.jsonl").write_text(
+        json.dumps({"question": "1 + 2?", "answer": "#### 3"}) + "\n"
+    )
+    (folder / "replies.jsonl").write_text(json.dumps({"id": "0", "response": "3"}) + "\n")
     return folder
 
 
@@ -209,3 +215,67 @@ def test_a_damaged_file_ends_a_script_in_one_line_and_nothing_else_is_touched(
     assert after == before and status in (0, 1, 2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 0 or len(errors) == 1 or "bad: " in out, (status, out, err)
+
+
+# --------------------------------------------------------------------------- disks and pipes
+
+SCORE = "score --bench gsm8k --data sums.jsonl --answers replies.jsonl"
+WRITERS = [
+    (pairs.main, f"{SAMPLE} --max_new_tokens 2"),
+    CORRECTNESS,
+    (evaluation.main, f"{SCORE} --out out"),
+    (export.main, "--model_dir model --out out --hf"),
+    (convert.main, "--input meta.json --to trl --out out/pairs.jsonl"),
+    (look.main, "show meta.json --out out/page.html"),
+]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize(("main", "words"), WRITERS, ids=lambda v: getattr(v, "__module__", v))
+def test_a_full_disk_is_told_in_one_line_that_names_the_file(
+    world, monkeypatch, capsys, main, words, number
+):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+    before = files_of(world)
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    whole = [p for p in world.glob("out/**/*") if p.is_file() and p.name[0] != "."]
+    shutil.rmtree(world / "out", ignore_errors=True)
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert stop.value.code == 1 and len(errors) == 1
+    assert re.match(rf"error: {os.strerror(number)}: '[^']*\bout\b[^']*'$", errors[0]), errors
+    assert files_of(world) == before and whole == []
+
+
+TALKERS = [
+    GENERATE,
+    (generate.main, f"{GENERATE[1]} --json"),
+    (evaluation.main, SCORE),
+    (look.main, "show meta.json --model_dir model"),
+    (look.main, CHECK),
+    CORRECTNESS,
+]
+
+
+@pytest.mark.parametrize("buffering", [1, -1], ids=["by line", "at the end"])
+@pytest.mark.parametrize(("main", "words"), TALKERS, ids=lambda v: getattr(v, "__module__", v))
+def test_a_closed_pipe_ends_a_script_without_a_word(
+    world, monkeypatch, capsys, main, words, buffering
+):
+    """As under `| head`, whether the pipe is found closed by a line or by the last flush."""
+    end, pipe = os.pipe()
+    os.close(end)
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+    with open(pipe, "w", buffering) as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as stop:
+            run(main)
+    shutil.rmtree(world / "out", ignore_errors=True)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "Broken pipe" not in err and "Traceback" not in err

@@ -449,6 +449,20 @@ def test_only_checkpoints_of_our_own_are_pruned(tmp_path):
     assert names == sorted([*kept, "step-00000002"])
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_the_next_save_removes_what_a_killed_one_left_and_nothing_else(tmp_path, background):
+    kept = [".step-3.partial", ".step-00000001-keep.partial", "step-00000009.partial"]
+    for name in [*kept, ".step-00000004.partial", ".step-00000009.partial"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-000-of-001.safetensors").write_bytes(b"half")
+    writer = CheckpointWriter(tmp_path, 2, background)
+    for step in (4, 5):
+        writer.save(step, {"a": torch.zeros(3)}, {})
+    writer.finish()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted([*kept, "step-00000004", "step-00000005"])
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     CheckpointWriter(tmp_path, 1).save(1, {"a": torch.zeros(3)}, {})
     checkpoint = newest_checkpoint(tmp_path)
