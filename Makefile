@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TOY := toy
 
-.PHONY: demo test quick paper gpu clean
+.PHONY: demo test long quick paper gpu clean
 
 # a tiny world, MPO training on two processes, and a question to the trained model
 demo: .venv/installed
@@ -30,6 +30,10 @@ gpu: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the tests that take more than 20 seconds each: long commands of the README, the lecture
+long: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -126,7 +126,15 @@ def test_the_readme_has_commands():
     assert len(list(commands())) >= 20
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def long(command: str) -> bool:
+    """Whether it takes more than 20 seconds on two cores."""
+    return "--loss all" in command or "--quick" in command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.long] * long(c)) for c in dict.fromkeys(commands())],
+)
 def test_a_command_of_the_readme_runs(world, command):
     stdout, stderr = run(world, shlex.split(command))
     if "generate.py" in command and "--question" in command:
