@@ -205,6 +205,7 @@ class Parquet:
 def test_images_inside_a_parquet_file_are_written_once_by_what_they_hold(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(convert, "arrow", Parquet)
+    (folder / "rlaifv.parquet").touch()
     convert.convert(ConvertConfig(input=folder / "rlaifv.parquet", out=folder / "out"))
     [image] = (folder / "out/images").iterdir()
     assert image.suffix == ".png" and image.read_bytes() == (folder / "a.png").read_bytes()

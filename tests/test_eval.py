@@ -696,14 +696,36 @@ def test_two_models_of_one_shape_and_name_never_share_answers(world, monkeypatch
     assert all(f"{name} Direct" in capsys.readouterr().out for name in names[:1])
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"weights 2"),  # of equal size
+        ("model-2.safetensors", b"one more shard"),
+        ("tokenizer.json", b"{}"),
+        ("config.json", b"{ }"),
+    ],
+)
+def test_whatever_changes_answers_counts_as_other_weights(world, file, content):
+    evaluation.generate(asked(world, "one"))
+    (world / "model" / file).write_bytes(content)
+    with pytest.raises(InputError, match="weights .*use another --out"):
+        evaluation.generate(asked(world, "one"))
+
+
 def test_chain_of_thought_has_4096_new_tokens_and_in_mmhal_the_official_1024(world):
     row = {"question": "Q?", "gt_answer": "a", "image_content": [], "image": "data/1.jpg"}
     mmhal = (write_jsonl(world / "mmhal.jsonl", [row]),)
-    for bench, data, tokens in (("mmhal", mmhal, 1024), ("pope", (world / "data",), 4096)):
+    for bench, data, given, tokens in (
+        ("mmhal", mmhal, 0, 1024),
+        ("mmhal", mmhal, 77, 77),  # a flag goes before
+        ("pope", (world / "data",), 0, 4096),
+        ("pope", (world / "data",), 1024, 1024),
+    ):
+        out, model = world / f"{bench}-{given}", world / "model"
         evaluation.generate(
-            Generate(bench, data, cot=True, model_dir=world / "model", out=world / bench)
+            Generate(bench, data, cot=True, model_dir=model, out=out, max_new_tokens=given)
         )
-        assert json.loads((world / bench / "run.json").read_text())["max_new_tokens"] == tokens
+        assert json.loads((out / "run.json").read_text())["max_new_tokens"] == tokens
 
 
 def test_all_missing_images_are_listed_before_any_model_is_loaded(world, generator):

@@ -20,17 +20,17 @@ import generate
 import pairs
 import plain
 import toy
-from config import parse_config
+import train
+from config import load_config, parse_config
 from generate import GenerateConfig
 from paper.report import ReportConfig
 from paper.story import StoryConfig
 from records import read_meta
-from runtime import InputError, parse_cli, parse_json, read_jsonl, run
+from runtime import InputError, parse_cli, parse_json, read_jsonl, run, stop_process
 from tools import convert, doctor, export, lab, look, rlaifv
-from train import TrainConfig
 
 CONFIGS = [
-    TrainConfig,
+    train.TrainConfig,
     plain.PlainConfig,
     toy.ToyConfig,
     GenerateConfig,
@@ -162,6 +162,8 @@ READERS = [  # file, the script that reads it, its words
     ("model/config.json", export.main, "--model_dir model --out out --hf"),
     ("meta.json", look.main, CHECK),
     ("toy_steps.jsonl", look.main, CHECK),
+    ("meta.json", convert.main, "--input meta.json --to trl --out out/pairs.jsonl"),
+    ("toy_steps.jsonl", convert.main, "--input toy_steps.jsonl --root images --out out"),
     ("toy_steps.jsonl", look.main, "show meta.json --out out/page.html"),
     ("q.jsonl", pairs.main, SAMPLE),
     ("samples/q/info.json", *CORRECTNESS),
@@ -215,6 +217,33 @@ def test_a_damaged_file_ends_a_script_in_one_line_and_nothing_else_is_touched(
     assert after == before and status in (0, 1, 2)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 0 or len(errors) == 1 or "bad: " in out, (status, out, err)
+
+
+TRAIN = "--model_dir model --meta meta.json --out_dir out --batch_size 4 --max_steps 1"
+
+
+@pytest.mark.parametrize(
+    ("main", "words"), [GENERATE, (pairs.main, SAMPLE), (train.main, TRAIN), (look.main, CHECK)]
+)
+@pytest.mark.parametrize("more", [1, 1000])
+def test_ids_beyond_the_vocabulary_are_refused_before_a_run(
+    world, monkeypatch, capsys, main, words, more
+):
+    path = world / "model/tokenizer.json"
+    whole = path.read_text()
+    content, size = json.loads(whole), load_config(world / "model").llm.vocab_size
+    token = content["added_tokens"][-1] | {"id": size + more - 1, "special": False}
+    content["added_tokens"].append(token | {"content": "beyond"})
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    stop_process()  # what a group has told is not told again
+    path.write_text(whole)
+    shutil.rmtree(world / "out", ignore_errors=True)
+    assert stop.value.code == 2
+    assert f"tokens up to id {size + more - 1}, but" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- disks and pipes

@@ -86,10 +86,31 @@ def test_orientation_in_exif_is_not_applied_and_the_first_frame_counts(tmp_path)
     assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["EPS", "ICO", "JPEG2000", "DDS", "TGA", "PDF", "ICNS"])
+@pytest.mark.parametrize(
+    "kind", ["EPS", "ICO", "JPEG2000", "DDS", "TGA", "PDF", "ICNS", "PCX", "SGI", "IM"]
+)
 def test_other_formats_are_refused_whatever_the_file_is_called(tmp_path, kind):
     Image.new("RGB", (32, 32)).save(tmp_path / "a", format=kind)
     (tmp_path / "a").rename(tmp_path / "a.png")
+    with pytest.raises(InputError, match="a.png cannot be read: it is none of PNG, JPEG"):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(a) run\n",
+        b"\xc5\xd0\xd3\xc6" + bytes(26) + b"%!PS-Adobe-3.0 EPSF-3.0\n",  # with a DOS header
+        b"\xd7\xcd\xc6\x9a" + bytes(36),  # WMF
+        b"BLP2" + bytes(200),
+        b"SIMPLE  =                    T" + b" " * 2850,  # FITS
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    ],
+)
+def test_what_other_programs_would_draw_is_refused(tmp_path, monkeypatch, content):
+    for name in ("Popen", "call", "check_call", "run"):
+        monkeypatch.setattr(f"subprocess.{name}", lambda *a, **k: pytest.fail("started a program"))
+    (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match="a.png cannot be read: it is none of PNG, JPEG"):
         load_image(tmp_path / "a.png")
 

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     runtime.answer_early(__file__)
 
 from records import JsonLines, PairRecord, check_pair, read_meta
-from runtime import InputError, flag, need, parse_cli, parse_json, run, write_atomic
+from runtime import InputError, flag, need, parse_cli, parse_json, read_json, run, write_atomic
 from tokenizer import IMAGE
 from tools.figures import text_table
 
@@ -141,7 +141,7 @@ def mmpr_line(raw: dict, root: Path, saved: Path, flatten: bool) -> tuple[dict, 
     line |= {"system_prompt": system} if system else {}
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
     if isinstance(images, str) and images.startswith("["):  # several in a cell of a CSV
-        images = parse_list(images, "image")
+        images = parse_json(images, "image", list)
     images = images if isinstance(images, list) else [images]
     if any(isinstance(image, dict) and image.get("bytes") for image in images):
         root = saved
@@ -198,10 +198,6 @@ def arrow() -> Any:
     return pyarrow
 
 
-def parse_list(text: str, name: object) -> list:
-    return parse_json(f'{{"list": {text}}}', name)["list"]
-
-
 def read_file(path: Path) -> Iterator[tuple[str, dict]]:
     """("file line N", record) of each record."""
     if path.suffix == ".jsonl":
@@ -218,7 +214,7 @@ def read_file(path: Path) -> Iterator[tuple[str, dict]]:
             except csv.Error as error:
                 raise InputError(f"{path} line {rows.line_num}: {error}") from None
     elif path.suffix == ".json":
-        rows = parse_list(path.read_text("utf-8-sig"), path)
+        rows = read_json(path, list)
         if not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{path}: expected a list of objects")
         yield from ((f"{path} record {n}", row) for n, row in enumerate(rows, 1))
@@ -252,6 +248,7 @@ def write_file(path: Path, rows: list[dict]) -> None:
 
 def sources(cfg: ConvertConfig) -> Iterator[tuple[str, Path, dict]]:
     """(record name, folder of its images, record) of the input."""
+    runtime.open_file(cfg.input).close()  # refused where it is none, or a pipe
     if cfg.input.suffix == ".json" and cfg.input.read_text("utf-8-sig").lstrip()[:1] == "{":
         for data_set in read_meta(cfg.input, 12):
             yield from ((name, data_set.root, raw) for name, raw in data_set.lines)

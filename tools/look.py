@@ -87,6 +87,7 @@ class StatsConfig:
 def check(cfg: CheckConfig) -> None:
     """Verify all records; print tables of tiles and tokens, the bad records and the odd ones."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
+    tokenizer.check_vocabulary(config.llm.vocab_size)
     max_length = min(cfg.max_length, config.llm.max_position_embeddings)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
     bad, odd, lengths = [], [], []
