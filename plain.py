@@ -100,7 +100,7 @@ def pair_loss(
     r = beta * (rejected_logp - reference_rejected)
 
     preference = -F.logsigmoid(c - r)  # eq. 4 (DPO): which of the two is better
-    quality = -F.logsigmoid(c - shift) - F.logsigmoid(-(r - shift))  # eq. 5-7 (BCO): each good?
+    quality = -F.logsigmoid(c - shift) - F.logsigmoid(-(r - shift))  # eq. 5 = eq. 6 + eq. 7 (BCO)
     generation = -chosen_logp / len(chosen)  # eq. 8 (SFT): still able to write it
     loss = 0.8 * preference + 0.2 * quality + 1.0 * generation  # eq. 3 (MPO)
     return loss, [c.item(), r.item()]

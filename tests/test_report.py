@@ -149,7 +149,7 @@ def test_markdown_and_page_hold_the_same_and_what_is_missing_shows(story):
     assert "| DPO | 55.0 | 45.0 | -10.0 |" in markdown  # one seed: no spread
     assert "2026-01-02, a laptop, torch 2, commit abc, seeds 1, 2." in markdown
     assert "<td>66.0 ± 0.0<td>65.0 ± 2.8<td>-1.0" in page
-    assert "<td>&lt;= -5<td>" in page and "<pre>L = 0.8 L_dpo" in page
+    assert "<td>&lt;= -5<td>" in page and "<td><code>L = 0.8 L_dpo" in page
     assert page.count("data:image/png;base64,") == 3  # the world, the rows, the curves
     assert "http" not in page and "<script" not in page
     results = json.loads((story / "results.json").read_text())

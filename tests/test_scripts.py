@@ -205,6 +205,77 @@ def table_of_files():
     return "\n".join(header + rows)
 
 
+PROGRAMS = "python3?|torchrun|srun|make|pip|internvl-mpo|lm_eval"
+# Every command of README or docs that is not run above as it stands -> the test that runs it.
+RUN_BY = {
+    "make demo": ".ci/run: make demo",
+    "make test": ".ci/run: make test",
+    "make quick": ".ci/run: make quick",
+    "make paper": "test_story.py: test_a_story_has_every_row_of_the_paper",  # hours: its plan
+    "make gpu": "test_gpu_check.py: test_every_part_runs_at_toy_size",
+    "tools/gpu_check.py": "test_gpu_check.py: test_every_part_runs_at_toy_size",
+    "python3 -m venv": ".ci/run: make .venv/installed",
+    "pip install": "test_scripts.py: test_an_installed_command_runs_the_script_of_its_name",
+    "internvl-mpo": "test_scripts.py: test_an_installed_command_runs_the_script_of_its_name",
+    "tools/lecture.py": "test_lecture.py: test_every_cell_runs_and_the_page_shows",
+    "eval.py judge": "test_eval.py: test_judging_goes_through_files",
+    "lm_eval": "test_export.py: test_transformers_loads_the_language_model_alone",
+    "tools/look.py check": "test_look.py: test_check_passes_a_good_set",
+    "train.py --bench": "test_plan.py: test_the_bench_prints_both_tables",
+    "train.py --nnodes": "test_strength.py: test_replicas_train_as_one_process",
+    "train.py --help": "test_runtime.py: test_help_has_a_line_a_flag_under_headings",
+    "train.py --heldout": "test_heldout.py: test_heldout_metrics_are_those_of_the_plain_way",
+    "train.py --tensorboard": "test_sweep.py: test_each_row_goes_to_tensorboard_and_wandb",
+    "train.py": "test_train.py: test_the_exported_model_is_the_trained_one",
+    "tools/race.py": "test_scripts.py: test_a_command_of_the_readme_runs",
+    "pairs.py correctness": "test_scripts.py: test_a_command_of_the_readme_runs",
+    "tools/convert.py": "test_convert.py: test_every_program_s_record_becomes_the_same_pair",
+    "tools/convert.py --to": "test_convert.py: test_mmpr_goes_out_and_comes_back",
+    "tools/sweep.py": "test_sweep.py: test_a_sweep_shares_one_cache",
+    "tests/load_memory.py": "test_strength.py: test_loading_holds_one_tensor",  # the same, small
+    "tests/kill_test.py": "test_heldout.py: test_ctrl_c_saves",  # one kill; twenty are by hand
+    "pytest": ".ci/run: make test",
+}
+
+
+def test_every_command_of_readme_and_docs_is_run_by_a_test():
+    run_here, missing, used = set(commands()), [], set()
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for command in written_commands(path.read_text()):
+            words = set(command.split())
+            keys = [key for key in RUN_BY if set(key.split()) <= words]
+            used |= set(keys)
+            if not keys and command.removeprefix(".venv/bin/") not in run_here:
+                missing.append(f"{path.name}: {command}")
+    assert missing == [] and used == set(RUN_BY)
+    for test in RUN_BY.values():
+        file, name = test.split(": ")
+        path = ROOT / file if file.startswith(".") else ROOT / "tests" / file
+        assert name in path.read_text(), test
+
+
+def test_every_flag_in_the_docs_is_one_of_the_scripts():
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("tests/*.py")]
+    known = set(re.findall(r"^    (\w+): ", "\n".join(p.read_text() for p in sources), re.M))
+    known |= {"help", *re.findall(r'"--(\w+)"', (ROOT / "tests/kill_test.py").read_text())}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for command in written_commands(path.read_text()):
+            flags = re.findall(
+                r" --(\w+)", re.split(r"\w\.py |paper\.story |$", command, maxsplit=1)[1]
+            )
+            assert set(flags) <= known, f"{path.name}: {command}"
+
+
+def written_commands(text):
+    """Indented lines and `code` that start a program with at least one word after it."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for line in text.replace("\\\n", "").splitlines():
+        for code in [line.strip()] if line.startswith("    ") else re.findall("`([^`]+)`", line):
+            for command in code.split("   #")[0].split(";"):
+                if re.match(rf"(\.venv/bin/)?({PROGRAMS}|[\w/]+\.py) ", command.strip()):
+                    yield command.strip()
+
+
 def test_an_installed_command_runs_the_script_of_its_name():
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert about["project"]["scripts"] == {"internvl-mpo": "internvl_mpo.tools.command:main"}

@@ -1,7 +1,6 @@
 """Every plot and every table: one way to make a PNG, one to print rows, one to write a page.
 
-Imports no other file of this repository, so that anyone may import it.  matplotlib is imported
-when something is drawn.
+Imports no other file of this repository; matplotlib is imported when something is drawn.
 """
 
 import base64
@@ -38,7 +37,7 @@ def png(figure: Any, dpi: int = 110) -> bytes:
 
 
 def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> None:
-    """Bars from 0, one of each series beside the other for every name, their values on top.
+    """Bars from 0, one of each series beside the other for every name, their values at the foot.
 
     series: label -> (values, half widths of their error bars or None); a value None has no bar.
     """
@@ -47,9 +46,9 @@ def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> N
         known = [i for i, value in enumerate(values) if value is not None]
         places = [i + (k - (len(series) - 1) / 2) * width for i in known]
         error = [errors[i] or 0 for i in known] if errors else None
-        bars = axes.bar(places, [values[i] for i in known], width, yerr=error, label=label)
-        texts = [f"{values[i]:.0f}" for i in known]
-        axes.bar_label(bars, texts, label_type="center", fontsize=7, rotation=90)
+        axes.bar(places, [values[i] for i in known], width, yerr=error, label=label)
+        for i, place in zip(known, places):  # at the foot no error bar runs through the number
+            axes.text(place, 0, f" {values[i]:.0f}", ha="center", va="bottom", rotation=90)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
@@ -148,8 +147,9 @@ td, th { border-bottom: 1px solid #ccc; padding: .2rem .6rem; text-align: left }
 pre { white-space: pre-wrap }"""
 # of pages with drawings: on a phone one scrolls them and the code sideways, and they stay readable
 WIDE = """ .wide { overflow-x: auto } .wide img { min-width: 44rem; image-rendering: auto }
-pre { white-space: pre; overflow-x: auto; background: #f4f4f4; padding: .5rem }
-code { background: #f4f4f4 }  td { vertical-align: top; overflow-wrap: normal }"""
+pre { white-space: pre; overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .85rem }
+pre b { white-space: pre-wrap }  code { background: #f4f4f4 }
+td, th { overflow-wrap: normal; vertical-align: top; font-size: .9rem; padding: .2rem .4rem }"""
 
 
 def page(title: str, body: str, style: str = "") -> str:
