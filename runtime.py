@@ -513,6 +513,8 @@ def from_json(cls: type, record: dict, name: object) -> Any:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside `path`, fsync, rename: a reader sees the old file or the whole new one."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # the rename would put a file in a device's place
+        raise InputError(f"{path} is no file that can be replaced; pass another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

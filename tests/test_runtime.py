@@ -127,6 +127,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_only_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(InputError, match=f"{name} is no file that can be replaced"):
+            write_atomic(tmp_path / name, "new")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
+
+
 def test_a_torn_last_line_is_cut_and_a_broken_middle_line_is_an_error(tmp_path):
     path = tmp_path / "part.jsonl"
     log = AppendLog(path)

@@ -36,6 +36,7 @@ from runtime import InputError, flag, need, parse_cli, parse_json, read_json, ru
 from tokenizer import IMAGE
 from tools.figures import text_table
 
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")  # of files that are written
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 REFUSED = ("history", "videos", "video", "audios", "audio", "tools", "objects", "rejected_images")
 # a key that tells a format -> the keys of its conversation and its answers; no key of chosen: it is
@@ -239,8 +240,6 @@ def write_file(path: Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(path, text.getvalue())
-    else:
-        raise InputError(f"{path}: expected a name with .jsonl, .json, .csv or .parquet")
 
 
 # --------------------------------------------------------------------------- all pairs of a file
@@ -260,6 +259,8 @@ def sources(cfg: ConvertConfig) -> Iterator[tuple[str, Path, dict]]:
 def convert(cfg: ConvertConfig) -> dict:
     """Write what can be converted; the report: pairs kept, and of the others reasons and names."""
     folder = cfg.out if cfg.to == "mmpr" else cfg.out.parent
+    if cfg.to != "mmpr" and cfg.out.suffix not in ENDINGS:  # before anything is written
+        raise InputError(f"{cfg.out}: expected a name with {', '.join(ENDINGS)}")
     saved, dropped = folder / "images", defaultdict(list)
     lines: dict[Path, list[dict]] = defaultdict(list)  # one data set a folder of images
     for name, root, raw in sources(cfg):
