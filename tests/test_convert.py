@@ -246,6 +246,31 @@ def test_a_file_that_cannot_be_read_ends_in_one_line(name, content, message, tmp
     assert status == 2 and message in text and text.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("present", "flags"),
+    [
+        ("own.jsonl", "--out=."),  # the input itself
+        ("set/meta.json", "--out=set"),
+        ("set/report.json", "--out=set"),
+        ("own.jsonl", "--out=own.jsonl --to=trl"),
+        ("theirs.json", "--out=theirs.json --to=ms-swift"),
+        ("theirs.report.json", "--out=theirs.json --to=plain"),
+    ],
+)
+def test_nothing_that_is_there_is_written_over(present, flags, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    pair = {"question": "q", "chosen": "a", "rejected": "b"}
+    Path("own.jsonl").write_text(json.dumps(pair) + "\n")
+    Path("set").mkdir()
+    if present != "own.jsonl":
+        Path(present).write_text("a thesis")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    status, text = status_of(capsys, Path("own.jsonl"), *flags.split())
+    assert status == 2 and f"{present} is there already" in text, text
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
 def test_a_converted_csv_trains(tmp_path, capsys):
     write_world(tmp_path, 8, 0)
     lines = (tmp_path / "toy_steps.jsonl").read_text().splitlines()

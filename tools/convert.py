@@ -7,7 +7,8 @@ Reads TRL (`prompt`, `chosen`, `rejected` as texts or messages), ms-swift (`mess
 `rejected_response`), LLaMA-Factory (`conversations` of ShareGPT, or `instruction`), and plain keys
 (`question`, `chosen`, `rejected`, `image`: RLAIF-V, CSV, MMPR itself), told apart by their keys,
 from .jsonl, .json, .csv and .parquet.  What cannot be a pair is left out, counted by reason and
-listed in `report.json`.  Earlier turns are refused, or written into the question by --flatten.
+listed in `report.json` (of a file NAME.json: NAME.report.json).  Earlier turns are refused, or
+written into the question by --flatten.  Nothing that is there already is written over.
 """
 
 import csv
@@ -231,7 +232,9 @@ def write_file(path: Path, rows: list[dict]) -> None:
     elif path.suffix == ".json":
         write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n")
     elif path.suffix == ".parquet":
-        arrow().parquet.write_table(arrow().Table.from_pylist(rows), path)
+        buffer = io.BytesIO()
+        arrow().parquet.write_table(arrow().Table.from_pylist(rows), buffer)
+        write_atomic(path, buffer.getvalue())
     elif path.suffix == ".csv":
         if not all(isinstance(value, str) for value in rows[0].values()):
             raise InputError(f"{path}: messages do not fit into a CSV; pass --to plain")
@@ -258,9 +261,15 @@ def sources(cfg: ConvertConfig) -> Iterator[tuple[str, Path, dict]]:
 
 def convert(cfg: ConvertConfig) -> dict:
     """Write what can be converted; the report: pairs kept, and of the others reasons and names."""
-    folder = cfg.out if cfg.to == "mmpr" else cfg.out.parent
-    if cfg.to != "mmpr" and cfg.out.suffix not in ENDINGS:  # before anything is written
-        raise InputError(f"{cfg.out}: expected a name with {', '.join(ENDINGS)}")
+    folder, report_file = cfg.out, cfg.out / "report.json"
+    taken = sorted(folder.glob("*.json*"))  # also the input, if it lies there
+    if cfg.to != "mmpr":
+        if cfg.out.suffix not in ENDINGS:
+            raise InputError(f"{cfg.out}: expected a name with {', '.join(ENDINGS)}")
+        folder, report_file = cfg.out.parent, cfg.out.with_suffix(".report.json")
+        taken = [path for path in (cfg.out, report_file) if path.exists()]
+    if taken:
+        raise InputError(f"{taken[0]} is there already; pass another --out, or remove it")
     saved, dropped = folder / "images", defaultdict(list)
     lines: dict[Path, list[dict]] = defaultdict(list)  # one data set a folder of images
     for name, root, raw in sources(cfg):
@@ -277,9 +286,9 @@ def convert(cfg: ConvertConfig) -> dict:
         lines[place].append(line if cfg.to == "mmpr" else written(record, cfg.to))
     kept = sum(map(len, lines.values()))
     report = {"kept": kept, "dropped": {why: len(names) for why, names in dropped.items()}}
-    write_atomic(folder / "report.json", json.dumps(report | {"records": dropped}, indent=1) + "\n")
+    write_atomic(report_file, json.dumps(report | {"records": dropped}, indent=1) + "\n")
     if not kept:
-        raise InputError(f"{cfg.input}: no pair can be kept; {folder / 'report.json'} says why")
+        raise InputError(f"{cfg.input}: no pair can be kept; {report_file} says why")
     if cfg.to != "mmpr":
         write_file(cfg.out, [line for rows in lines.values() for line in rows])
         return report
