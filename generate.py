@@ -31,10 +31,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import runtime
+from runtime import InputError, Settings, fits, flag, named, parse_cli, read_json, run
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Settings):
+    """Ask an InternVL2 model.  The answer alone goes to stdout; without a question, a chat."""
+
+    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
+    image: tuple[Path, ...] = flag((), "an image; may be repeated")
+    question: str = flag("", "the question; empty = an interactive chat")
+    history: Path | None = flag(None, "JSON file: a list of [question, answer] of earlier turns")
+    prefix: str = flag("", "beginning of the answer, to be continued")
+    max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0, 128)
+    num_samples: int = flag(1, "answers to the question", 1)
+    marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
+    json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(GenerateConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import numpy as np
 import torch
@@ -44,7 +61,6 @@ from torch import Tensor
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
 from model import Attend, InternVL, causal_attention
-from runtime import InputError, check_ranges, fits, flag, named, parse_cli, read_json, run
 from tokenizer import (
     IMAGE,
     StreamDecoder,
@@ -94,25 +110,6 @@ class Sample:
     logp: float  # sum over sampled tokens, under the model's plain distribution (temperature 1)
     ids: tuple[int, ...] = ()  # sampled, likewise
     token_logps: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How answers are drawn: keywords of a Generator, flags of the command line."""
-
-    max_new_tokens: int = flag(1024, "tokens of an answer, at most", 1)
-    temperature: float = flag(0.0, "0 = greedy", 0)
-    top_k: int = flag(0, "sample from the k most probable tokens; 0 = off", 0)
-    top_p: float = flag(1.0, "sample from the smallest set with this probability; 1 = off", 1e-6, 1)
-    seed: int = flag(0, "with the prompt and the sample's number it decides the text")
-    stop: tuple[str, ...] = flag((), "text that ends an answer; may be repeated")
-    marks: bool = flag(True, "show grounding marks: <ref>, <box>, <quad> and their ends")
-    cache_tokens: int = flag(0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", 0)
-    exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
-    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
-
-    def __post_init__(self) -> None:
-        check_ranges(type(self), vars(self))
 
 
 # --------------------------------------------------------------------------- prefill and decode
@@ -518,22 +515,6 @@ class Generator:
 
 
 # --------------------------------------------------------------------------- command line
-
-
-@dataclass(frozen=True)
-class GenerateConfig(Settings):
-    """Ask an InternVL2 model.  The answer alone goes to stdout; without a question, a chat."""
-
-    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
-    image: tuple[Path, ...] = flag((), "an image; may be repeated")
-    question: str = flag("", "the question; empty = an interactive chat")
-    history: Path | None = flag(None, "JSON file: a list of [question, answer] of earlier turns")
-    prefix: str = flag("", "beginning of the answer, to be continued")
-    max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0, 128)
-    num_samples: int = flag(1, "answers to the question", 1)
-    marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
-    json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
 
 
 def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:

@@ -30,29 +30,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import runtime
-
-if __name__ == "__main__":
-    runtime.answer_early(__file__)
-
-import torch
-
-from benchmarks.answers import (
-    MODES,
-    PROMPTS,
-    check_gold,
-    fix_answer,
-    get_mode,
-    judge,
-    split_prefix,
-    strip_instruction,
-)
-from generate import Generator, Prompt, Sample, Settings
-from images import check_images, image_names, image_paths
-from records import Group, alone_writing, grouped, in_order, new_file, part_files, read_parts
 from runtime import (
     AppendLog,
+    EngineConfig,
     InputError,
+    Settings,
     bar,
     claim,
     fingerprint,
@@ -66,6 +48,87 @@ from runtime import (
     run,
     write_atomic,
 )
+
+
+@dataclass(frozen=True)
+class SampleConfig(EngineConfig):
+    """Sample responses to questions, resumable, over any number of processes."""
+
+    questions: Path = flag(Path("questions.jsonl"), 'jsonl of {"image", "question", "answer"}')
+    root: Path = flag(Path("."), "folder of the images")
+    out_dir: Path = flag(Path("samples"), "responses go to out_dir/<name>/part-<r>-of-<R>.jsonl")
+    name: str = flag("", "name of the data set, empty = name of the question file")
+    domain: Literal["general", "science", "chart", "math", "ocr", "document"] = flag(
+        "science", "decides the default prompts and tile limit"
+    )
+    prompts: str = flag("", "prompt versions with commas, empty = by domain; none = as it is")
+    num_samples: int = flag(32, "responses a question, shared among the prompt versions", 1, 1e5)
+    max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
+    max_questions: int = flag(
+        0, "questions of the file at most, chosen evenly; 0 = all (the authors: 20,000)", low=0
+    )
+    modes: str = flag("", "matching modes with commas, kept for judging; empty = by name")
+
+
+@dataclass(frozen=True)
+class CorrectnessConfig:
+    """Pair responses with right answers against wrong ones and format failures."""
+
+    samples: Path = flag(Path("samples"), "folder of `sample`, or a jsonl file of responses")
+    out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
+    root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
+    modes: str = flag("", "matching modes with commas; empty = as given to `sample`, else by name")
+    pairs_per_query: int = flag(
+        15, "pairs a question at most, over both kinds and all prompt versions", low=1
+    )
+    official_caps: bool = flag(False, "the cap for each kind, and 3 above 500,000 responses")
+    gold_rationales: Literal["off", "unsolved", "all"] = flag(
+        "off", "let gold rationales join the right responses"
+    )
+    clean: bool = flag(True, "drop markdown marks around the answer line")
+    max_format_share: float = flag(0.5, "fail above this share of format failures", low=0)
+    workers: int = flag(0, "processes that judge, 0 = one a core; the output is the same", low=0)
+    seed: int = flag(0, "decides which pairs the cap keeps")
+
+
+@dataclass(frozen=True)
+class DropoutConfig(EngineConfig):
+    """DropoutNTP: keep the start of a response, continue it without the image.
+
+    Responses with a chain of thought serve as well: after an opening that says what the picture
+    shows, a blind continuation makes up more (section 4.2 of the paper).
+    """
+
+    samples: Path = flag(Path("samples"), "folder of `sample`, best with --prompts none")
+    out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
+    root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
+    keep_ratio: float = flag(
+        0.5, "share of the response that is kept (paper: 0.25, 0.5, 0.75)", low=0, high=0.99
+    )
+    max_new_tokens: int = flag(2048, "longest continuation", low=1)
+    max_responses: int = flag(500_000, "responses of a data set at most, 0 = all", low=0)
+
+
+VERBS = {"sample": SampleConfig, "correctness": CorrectnessConfig, "dropout_ntp": DropoutConfig}
+
+if __name__ == "__main__":
+    parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
+
+import torch
+
+from benchmarks.answers import (
+    MODES,
+    PROMPTS,
+    check_gold,
+    fix_answer,
+    get_mode,
+    judge,
+    split_prefix,
+    strip_instruction,
+)
+from generate import Generator, Prompt, Sample
+from images import check_images, image_names, image_paths
+from records import Group, alone_writing, grouped, in_order, new_file, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
@@ -266,17 +329,6 @@ def find_sets(path: Path) -> list[SampleSet]:
 # --------------------------------------------------------------------------- sampling
 
 
-@dataclass(frozen=True)
-class EngineConfig(Settings):
-    """How responses are generated; shared by the verbs that need the model."""
-
-    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and weights")
-    temperature: float = flag(1.0, "sampling temperature", low=1e-3)
-    top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all", low=0)
-    max_new_tokens: int = flag(4096, "longest response", low=1)
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
-
-
 def settings_of(cfg: EngineConfig) -> dict:
     """The generator's settings."""
     return {f.name: getattr(cfg, f.name) for f in fields(Settings)}
@@ -317,26 +369,6 @@ def sample_cost(sample: Sample) -> dict:
     """What a part file keeps of a sample beside its text."""
     cost = {"finish_reason": sample.finish_reason, "tokens": sample.num_tokens}
     return cost | {"prompt_tokens": sample.prompt_tokens, "image_tokens": sample.image_tokens}
-
-
-@dataclass(frozen=True)
-class SampleConfig(EngineConfig):
-    """Sample responses to questions, resumable, over any number of processes."""
-
-    questions: Path = flag(Path("questions.jsonl"), 'jsonl of {"image", "question", "answer"}')
-    root: Path = flag(Path("."), "folder of the images")
-    out_dir: Path = flag(Path("samples"), "responses go to out_dir/<name>/part-<r>-of-<R>.jsonl")
-    name: str = flag("", "name of the data set, empty = name of the question file")
-    domain: Literal["general", "science", "chart", "math", "ocr", "document"] = flag(
-        "science", "decides the default prompts and tile limit"
-    )
-    prompts: str = flag("", "prompt versions with commas, empty = by domain; none = as it is")
-    num_samples: int = flag(32, "responses a question, shared among the prompt versions", 1, 1e5)
-    max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
-    max_questions: int = flag(
-        0, "questions of the file at most, chosen evenly; 0 = all (the authors: 20,000)", low=0
-    )
-    modes: str = flag("", "matching modes with commas, kept for judging; empty = by name")
 
 
 def sample(cfg: SampleConfig) -> None:
@@ -466,27 +498,6 @@ def draw_pairs(
         drawn[kind] = choose(possible_pairs(judged, kind), left, kind, seed, key)
         left -= 0 if official_caps else len(drawn[kind])
     return drawn
-
-
-@dataclass(frozen=True)
-class CorrectnessConfig:
-    """Pair responses with right answers against wrong ones and format failures."""
-
-    samples: Path = flag(Path("samples"), "folder of `sample`, or a jsonl file of responses")
-    out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
-    root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
-    modes: str = flag("", "matching modes with commas; empty = as given to `sample`, else by name")
-    pairs_per_query: int = flag(
-        15, "pairs a question at most, over both kinds and all prompt versions", low=1
-    )
-    official_caps: bool = flag(False, "the cap for each kind, and 3 above 500,000 responses")
-    gold_rationales: Literal["off", "unsolved", "all"] = flag(
-        "off", "let gold rationales join the right responses"
-    )
-    clean: bool = flag(True, "drop markdown marks around the answer line")
-    max_format_share: float = flag(0.5, "fail above this share of format failures", low=0)
-    workers: int = flag(0, "processes that judge, 0 = one a core; the output is the same", low=0)
-    seed: int = flag(0, "decides which pairs the cap keeps")
 
 
 def response_key(record: dict, name: str) -> str:
@@ -684,24 +695,6 @@ def pair_with_model(
 MAX_DRAWS = 4  # a continuation and up to three redraws
 
 
-@dataclass(frozen=True)
-class DropoutConfig(EngineConfig):
-    """DropoutNTP: keep the start of a response, continue it without the image.
-
-    Responses with a chain of thought serve as well: after an opening that says what the picture
-    shows, a blind continuation makes up more (section 4.2 of the paper).
-    """
-
-    samples: Path = flag(Path("samples"), "folder of `sample`, best with --prompts none")
-    out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
-    root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
-    keep_ratio: float = flag(
-        0.5, "share of the response that is kept (paper: 0.25, 0.5, 0.75)", low=0, high=0.99
-    )
-    max_new_tokens: int = flag(2048, "longest continuation", low=1)
-    max_responses: int = flag(500_000, "responses of a data set at most, 0 = all", low=0)
-
-
 def without_image(question: str) -> str:
     """The question without placeholders; wordings such as "Image 1:" keep their text."""
     return re.sub(rf"(?m)^{IMAGE}\n", "", question).replace(IMAGE, "").strip()
@@ -823,16 +816,9 @@ def dropout_ntp(cfg: DropoutConfig) -> None:
     pair_with_model(cfg, f"dropout_ntp {ratio}", names, facts, steps)
 
 
-COMMANDS = {
-    "sample": (SampleConfig, sample),
-    "correctness": (CorrectnessConfig, correctness),
-    "dropout_ntp": (DropoutConfig, dropout_ntp),
-}
-
-
 def main() -> None:
-    verb, cfg = parse_command({name: config for name, (config, _) in COMMANDS.items()})
-    COMMANDS[verb][1](cfg)
+    verb, cfg = parse_command(VERBS)
+    {"sample": sample, "correctness": correctness, "dropout_ntp": dropout_ntp}[verb](cfg)
 
 
 if __name__ == "__main__":

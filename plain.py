@@ -13,23 +13,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import runtime
-
-if __name__ == "__main__":
-    runtime.answer_early(__file__)
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from data import epoch_order
-from images import load_image
-from model import InternVL
-from records import PairRecord, read_meta
 from runtime import InputError, flag, parse_cli, run
-from tokenizer import Tokenizer, encode_chat, encode_response, load_tokenizer, training_text
-from vision import preprocess
-from weights import load_model
 
 
 @dataclass(frozen=True)
@@ -47,6 +31,21 @@ class PlainConfig:
     max_grad_norm: float = flag(1.0, "clip the gradient's norm", low=0)
     seed: int = flag(42, "order of the pairs")
 
+
+if __name__ == "__main__":
+    parse_cli(PlainConfig)  # --help and wrong flags need no torch, which takes seconds
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import epoch_order
+from images import load_image
+from model import InternVL
+from records import PairRecord, read_meta
+from tokenizer import Tokenizer, encode_chat, encode_response, load_tokenizer, training_text
+from vision import preprocess
+from weights import load_model
 
 # --------------------------------------------------------------------------- one pair
 

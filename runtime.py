@@ -3,7 +3,7 @@
 A closed list, never "utils": a thing enters here when two rooms need it.
 
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
-    answer_early                     --help and wrong flags, before a script imports torch
+    Settings, EngineConfig           flags that several scripts have
     InputError, Failure, run         what people must know ends in one line
     start_process, Process           the process group: always one, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
@@ -16,8 +16,6 @@ torch is imported only where a process group is made, so that flags are read wit
 """
 
 import argparse
-import ast
-import builtins
 import contextlib
 import dataclasses
 import difflib
@@ -220,60 +218,34 @@ def parse_command(commands: dict[str, type], argv: list[str] | None = None) -> t
     return argv[0], parse_cli(commands[argv[0]], argv[1:], prog=f"{script} {argv[0]}")
 
 
-@functools.cache
-def source_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How answers are drawn: flags of generate.py and pairs.py, keywords of a Generator."""
+
+    max_new_tokens: int = flag(1024, "tokens of an answer, at most", 1)
+    temperature: float = flag(0.0, "0 = greedy", 0)
+    top_k: int = flag(0, "sample from the k most probable tokens; 0 = off", 0)
+    top_p: float = flag(1.0, "sample from the smallest set with this probability; 1 = off", 1e-6, 1)
+    seed: int = flag(0, "with the prompt and the sample's number it decides the text")
+    stop: tuple[str, ...] = flag((), "text that ends an answer; may be repeated")
+    marks: bool = flag(True, "show grounding marks: <ref>, <box>, <quad> and their ends")
+    cache_tokens: int = flag(0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", 0)
+    exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
+    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self))
 
 
-def answer_early(script: str) -> None:
-    """Answer --help and wrong flags of a script before it imports torch, which takes seconds.
+@dataclasses.dataclass(frozen=True)
+class EngineConfig(Settings):
+    """How responses are generated; shared by the verbs of pairs.py that need the model."""
 
-    Its source alone says which dataclass it gives to `parse_cli`, or which ones are its COMMANDS.
-    """
-    path = Path(script)
-    for node in ast.walk(source_of(path)):
-        match node:
-            case ast.Assign([ast.Name("COMMANDS")], ast.Dict(verbs, values)):
-                classes = [getattr(value, "elts", [value])[0] for value in values]
-                parse_command({v.value: flags_in(path, c.id) for v, c in zip(verbs, classes)})
-            case ast.Call(ast.Name("parse_cli") | ast.Attribute(_, "parse_cli"), [ast.Name(name)]):
-                parse_cli(flags_in(path, name))
-
-
-def flags_in(path: Path, name: str) -> type:
-    """The dataclass `name` of a Python file with its flags, read without running the file."""
-    for node in source_of(path).body:
-        match node:
-            case ast.ClassDef() if node.name == name:
-                flags, attributes = [], {"__doc__": ast.get_docstring(node, clean=False)}
-                for line in node.body:
-                    match line:
-                        case ast.AnnAssign(ast.Name(field), hint, default):
-                            flags.append((field, value_of(hint), value_of(default)))
-                        case ast.Assign([ast.Name(attribute)], value):
-                            attributes[attribute] = value_of(value)
-                bases = tuple(flags_in(path, base.id) for base in node.bases)
-                return dataclasses.make_dataclass(name, flags, bases=bases, namespace=attributes)
-            case ast.ImportFrom(module, names) if name in [alias.name for alias in names]:
-                return flags_in(Path(importlib.util.find_spec(module).origin), name)
-    raise LookupError(f"{path} has no {name}")
-
-
-def value_of(node: ast.expr) -> Any:
-    """What an expression in a dataclass of flags stands for: a constant, a type, flag(...)."""
-    match node:
-        case ast.Name(name):
-            return (vars(builtins) | {"flag": flag, "Path": Path, "Literal": Literal})[name]
-        case ast.Call(function, arguments, keywords):
-            named = {keyword.arg: value_of(keyword.value) for keyword in keywords}
-            return value_of(function)(*map(value_of, arguments), **named)
-        case ast.Subscript(kind, inner):
-            return value_of(kind)[value_of(inner)]
-        case ast.BinOp(left, ast.BitOr(), right):
-            return value_of(left) | value_of(right)
-        case ast.Tuple(items):
-            return tuple(map(value_of, items))
-    return ast.literal_eval(node)
+    model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and weights")
+    temperature: float = flag(1.0, "sampling temperature", low=1e-3)
+    top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all", low=0)
+    max_new_tokens: int = flag(4096, "longest response", low=1)
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
 
 
 def config_json(cfg: Any) -> str:

@@ -22,10 +22,22 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-import runtime
+from runtime import flag, parse_cli, run, write_atomic
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Write a tiny world in the real formats: model, images, preference pairs, training flags."""
+
+    out: Path = flag(Path("toy"), "folder to write")
+    pairs: int = flag(128, "pairs of the largest data set; the others follow", low=8)
+    seed: int = flag(0, "another seed, another world", low=0)
+    llm: Literal["internlm2", "qwen2", "qwen3"] = flag("internlm2", "the model's language model")
+    demo: bool = flag(False, "a model that sees, and pairs enough to learn counting from")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(ToyConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import numpy as np
 import torch
@@ -38,7 +50,6 @@ from config import parse_config
 from data import seeded
 from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
 from model import InternVL
-from runtime import flag, parse_cli, run, write_atomic
 from weights import INDEX, write_tensors
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
@@ -349,17 +360,6 @@ def write_sets(folder: Path, meta_name: str, sets: dict[str, list[dict]]) -> Non
 
 def write_lines(path: Path, records: list[dict]) -> None:
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-@dataclass(frozen=True)
-class ToyConfig:
-    """Write a tiny world in the real formats: model, images, preference pairs, training flags."""
-
-    out: Path = flag(Path("toy"), "folder to write")
-    pairs: int = flag(128, "pairs of the largest data set; the others follow", low=8)
-    seed: int = flag(0, "another seed, another world", low=0)
-    llm: Literal["internlm2", "qwen2", "qwen3"] = flag("internlm2", "the model's language model")
-    demo: bool = flag(False, "a model that sees, and pairs enough to learn counting from")
 
 
 def main() -> None:

@@ -31,33 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import runtime
-
-if __name__ == "__main__":
-    runtime.answer_early(__file__)
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-
-import losses
-import memory
-import weights
-from config import InternVLConfig, load_config, recipe
-from data import TILES_AT_ONCE, Pack, PairData, Tree, prefetch, response_keys, seeded
-from losses import BcoShift, PairLogps, Terms, objective, parse_objective
-from model import InternVL, TreeAttention
-from records import read_meta
 from runtime import Failure, InputError, Process, flag, write_atomic
-from tokenizer import load_tokenizer
-from weights import local, named_tensors
-
-LOCK_SECONDS = 20
-SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
-PARTS = ("vision_model", "projector", "language_model")
-SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
 
 @dataclass(frozen=True)
@@ -173,6 +147,33 @@ class TrainConfig:
     def trained_parts(self) -> set[str]:
         """Parts whose own weights are trained."""
         return {part for part, rate in self.rates.items() if rate > 0 and not self.lora_rank}
+
+
+if __name__ == "__main__":
+    runtime.parse_cli(TrainConfig)  # --help and wrong flags need no torch, which takes seconds
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import losses
+import memory
+import weights
+from config import InternVLConfig, load_config, recipe
+from data import TILES_AT_ONCE, Pack, PairData, Tree, prefetch, response_keys, seeded
+from losses import BcoShift, PairLogps, Terms, objective, parse_objective
+from model import InternVL, TreeAttention
+from records import read_meta
+from tokenizer import load_tokenizer
+from weights import local, named_tensors
+
+LOCK_SECONDS = 20
+SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
+PARTS = ("vision_model", "projector", "language_model")
+SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
 
 # flags that may differ between a run and its continuation

@@ -1,7 +1,5 @@
 """Flags, crash-safe files, metrics."""
 
-import dataclasses
-import importlib
 import json
 import os
 import re
@@ -15,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import runtime
 from runtime import (
     AppendLog,
     InputError,
@@ -287,23 +284,6 @@ def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path)
 EARLY = "train generate pairs toy plain".split() + [
     f"tools/{name}" for name in "look lab convert export doctor gpu_check rlaifv race".split()
 ]
-
-
-@pytest.mark.parametrize("name", EARLY)
-def test_flags_read_from_a_source_are_those_of_its_classes(name):
-    """So that --help may be answered before torch is imported."""
-    module = importlib.import_module(name.replace("/", "."))
-    classes = [c for c in vars(module).values() if dataclasses.is_dataclass(c)]
-    for cls in classes:
-        if cls.__module__ != module.__name__ or not any(
-            f.metadata for f in dataclasses.fields(cls)
-        ):
-            continue
-        early, hints = runtime.flags_in(ROOT / f"{name}.py", cls.__name__), runtime.type_hints(cls)
-        described = lambda c: [(f.name, f.default, dict(f.metadata)) for f in dataclasses.fields(c)]  # noqa: E731
-        assert described(early) == described(cls)
-        assert (runtime.type_hints(early), early.__doc__) == (hints, cls.__doc__)
-        assert getattr(early, "FIRST", None) == getattr(cls, "FIRST", None)
 
 
 @pytest.mark.parametrize("name", [*EARLY, "eval"])

@@ -28,12 +28,27 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
+from runtime import InputError, flag, need, parse_cli, parse_json, read_json, run, write_atomic
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert pairs of TRL, ms-swift, LLaMA-Factory, RLAIF-V or CSV to MMPR's layout, and back."""
+
+    FIRST = "input"  # may stand without its flag
+    input: Path = flag(Path("pairs.jsonl"), ".jsonl, .json, .csv or .parquet; or a meta.json")
+    out: Path = flag(Path("converted"), "a folder for mmpr, else a file with one of these endings")
+    to: Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"] = flag(
+        "mmpr", "what is written; plain = question, chosen, rejected, image"
+    )
+    root: Path | None = flag(None, "folder of the images; default: that of the input")
+    flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(ConvertConfig)  # --help and wrong flags need no torch, which takes seconds
 
 from records import JsonLines, PairRecord, check_pair, read_meta
-from runtime import InputError, flag, need, parse_cli, parse_json, read_json, run, write_atomic
 from tokenizer import IMAGE
 from tools.figures import text_table
 
@@ -51,20 +66,6 @@ FORMATS = {
     "chosen": ("prompt", "chosen", "rejected"),
 }
 Turns = list[tuple[str, str]]  # (user, assistant or system, text)
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Convert pairs of TRL, ms-swift, LLaMA-Factory, RLAIF-V or CSV to MMPR's layout, and back."""
-
-    FIRST = "input"  # may stand without its flag
-    input: Path = flag(Path("pairs.jsonl"), ".jsonl, .json, .csv or .parquet; or a meta.json")
-    out: Path = flag(Path("converted"), "a folder for mmpr, else a file with one of these endings")
-    to: Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"] = flag(
-        "mmpr", "what is written; plain = question, chosen, rejected, image"
-    )
-    root: Path | None = flag(None, "folder of the images; default: that of the input")
-    flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
 
 
 # --------------------------------------------------------------------------- a format to MMPR

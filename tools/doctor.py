@@ -25,14 +25,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
+from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Name what is wrong with a preference run."""
+
+    FIRST = "run_dir"  # may stand without its flag
+    run_dir: Path = flag(Path("runs/mpo"), "folder of the run, or its metrics file")
+    meta: Path | None = flag(None, "meta.json of its pairs; default: the one of its config.json")
+    json: bool = flag(False, "print JSON")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(DoctorConfig)  # --help and wrong flags need no torch, which takes seconds
 
 from config import InternVLConfig, load_config, recipe
 from records import PairRecord, read_meta
-from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
 from weights import open_weights
 
 PAIRS_READ = 20_000
@@ -342,16 +352,6 @@ def read_case(path: Path, meta: Path | None) -> Case:
         sorted(start.glob("*.safetensors")),
         list(islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)),
     )
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Name what is wrong with a preference run."""
-
-    FIRST = "run_dir"  # may stand without its flag
-    run_dir: Path = flag(Path("runs/mpo"), "folder of the run, or its metrics file")
-    meta: Path | None = flag(None, "meta.json of its pairs; default: the one of its config.json")
-    json: bool = flag(False, "print JSON")
 
 
 def main() -> None:

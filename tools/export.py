@@ -26,10 +26,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
+from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model as other programs load it."""
+
+    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model")
+    out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
+    hf: bool = flag(False, "the whole model in transformers' own layout")
+    llm_only: bool = flag(False, "the language model alone under its own names")
+    llama: bool = flag(False, "an InternLM2 alone, as a Llama: loads without remote code")
+
+    def __post_init__(self) -> None:
+        if self.hf + self.llm_only + self.llama != 1:
+            raise InputError("choose one layout: --hf, --llm_only or --llama")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(ExportConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import tokenizers
 from torch import Tensor
@@ -37,7 +53,6 @@ from torch import Tensor
 from config import InternVLConfig
 from layouts import HF, OFFICIAL_INTERNLM2, split_stored, stored_pieces
 from model import InternVL
-from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 from tokenizer import Tokenizer, find_template, load_tokenizer
 from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import (
@@ -66,21 +81,6 @@ IMAGE_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a trained model as other programs load it."""
-
-    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model")
-    out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
-    hf: bool = flag(False, "the whole model in transformers' own layout")
-    llm_only: bool = flag(False, "the language model alone under its own names")
-    llama: bool = flag(False, "an InternLM2 alone, as a Llama: loads without remote code")
-
-    def __post_init__(self) -> None:
-        if self.hf + self.llm_only + self.llama != 1:
-            raise InputError("choose one layout: --hf, --llm_only or --llama")
 
 
 def export(cfg: ExportConfig) -> None:

@@ -27,9 +27,22 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
+from runtime import flag, read_json, read_jsonl, write_atomic
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check this code on one GPU; without a GPU, at toy size on the CPU."""
+
+    out: Path = flag(Path("gpu"), "folder of gpu.json, gpu.md and gpu.log")
+    only: tuple[str, ...] = flag((), "name of a part to run; may be repeated")
+    seconds: int = flag(1500, "time for everything; cases that would begin later are skipped", 1)
+    size: Literal["auto", "toy", "full"] = flag("auto", "auto = full on a GPU, else toy")
+    world: Path | None = flag(None, "folder that toy.py wrote; default: a new one")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    runtime.parse_cli(CheckConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,7 +55,6 @@ from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_piec
 from losses import token_logps
 from model import InternVL, TreeAttention
 from records import read_meta
-from runtime import flag, read_json, read_jsonl, write_atomic
 from tokenizer import load_tokenizer
 from tools import gpu_speed
 from tools.figures import markdown_table
@@ -51,17 +63,6 @@ from tools.releases import named_config
 from weights import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    """Check this code on one GPU; without a GPU, at toy size on the CPU."""
-
-    out: Path = flag(Path("gpu"), "folder of gpu.json, gpu.md and gpu.log")
-    only: tuple[str, ...] = flag((), "name of a part to run; may be repeated")
-    seconds: int = flag(1500, "time for everything; cases that would begin later are skipped", 1)
-    size: Literal["auto", "toy", "full"] = flag("auto", "auto = full on a GPU, else toy")
-    world: Path | None = flag(None, "folder that toy.py wrote; default: a new one")
 
 
 DTYPES = (torch.float32, torch.bfloat16)

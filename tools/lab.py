@@ -8,7 +8,6 @@ invariances hold.  The checks: one float32 value per pair, gradients equal to fi
 everything finite at extremes.  A check that fails is named and ends in status 1.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,10 +15,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
+from runtime import flag, parse_cli, run, write_atomic
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """Draw every objective over the (chosen, rejected) log-ratio plane, tabulate and check it."""
+
+    out: Path = flag(Path("losses.png"), "the drawing")
+    mine: tuple[Path, ...] = flag((), "a .py file with objectives of your own; may be repeated")
+    beta: float = flag(0.1, "strength of the pull to the reference")
+    label_smoothing: float = flag(0.1, "chance that a label is wrong: cdpo, robust")
+    bco_shift: float = flag(0.0, "mean reward so far: bco")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(LabConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 from torch import Tensor
@@ -36,27 +47,10 @@ from losses import (
     parse_objective,
     whole_step,
 )
-from runtime import InputError, flag, parse_cli, run, write_atomic
 from tools.figures import new_figure, png, text_table
 from tools.mine import example_pairs, make_pairs, register_file, split_pairs
 
 GRID, REACH, TOKENS, START = 41, 20.0, 20.0, -30.0  # points a side, nats, tokens, log-prob of both
-
-
-@dataclass(frozen=True)
-class LabConfig:
-    """Draw every objective over the (chosen, rejected) log-ratio plane, tabulate and check it."""
-
-    out: Path = flag(Path("losses.png"), "the drawing")
-    mine: tuple[Path, ...] = flag((), "a .py file with objectives of your own; may be repeated")
-    beta: float = flag(0.1, "strength of the pull to the reference")
-    label_smoothing: float = flag(0.1, "chance that a label is wrong: cdpo, robust")
-    bco_shift: float = flag(0.0, "mean reward so far: bco")
-
-    def __post_init__(self) -> None:
-        check_hyperparameters(parse_objective("cdpo"), self.beta, self.label_smoothing)
-        if not math.isfinite(self.bco_shift):
-            raise InputError(f"bco_shift must be finite, got {self.bco_shift}")
 
 
 def as_loss(text: str, cfg: LabConfig) -> Loss:
@@ -236,6 +230,7 @@ def table_row(name: str, loss: Loss, axis: Tensor, grid: Tensor) -> list[str]:
 
 def main() -> None:
     cfg = parse_cli(LabConfig)
+    check_hyperparameters(parse_objective("cdpo"), cfg.beta, cfg.label_smoothing)
     for path in cfg.mine:
         print(f"{path}: {', '.join(register_file(path))}")
     losses = {name: as_loss(name, cfg) for name in [*LOSSES, "mpo"]}

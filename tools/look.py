@@ -24,24 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
-
-if __name__ == "__main__":
-    runtime.answer_early(__file__)
-
-from PIL import ImageDraw
-
-from config import load_config
-from data import encode_tree, epoch_order, fit_tree, seeded
-from images import is_flat, load_image
-from records import DataSet, PairRecord, in_order, read_meta
 from runtime import InputError, flag, named, parse_command, printable, run, write_atomic
-from tokenizer import IMAGE, Tokenizer, load_tokenizer
-from tools.figures import inline_image, new_figure, page, png, text_table
-
-PARTS = ("question", "chosen", "rejected")
-# <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
-BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
 
 
 @dataclass(frozen=True)
@@ -79,6 +62,25 @@ class StatsConfig:
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
     out_dir: Path | None = flag(None, "for stats.json and stats.png; empty = beside meta.json")
     workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
+
+
+VERBS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
+
+if __name__ == "__main__":
+    parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
+
+from PIL import ImageDraw
+
+from config import load_config
+from data import encode_tree, epoch_order, fit_tree, seeded
+from images import is_flat, load_image
+from records import DataSet, PairRecord, in_order, read_meta
+from tokenizer import IMAGE, Tokenizer, load_tokenizer
+from tools.figures import inline_image, new_figure, page, png, text_table
+
+PARTS = ("question", "chosen", "rejected")
+# <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
+BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
 
 
 # --------------------------------------------------------------------------- check
@@ -456,11 +458,8 @@ def plot_stats(kinds: dict[str, Group], unit: str) -> bytes:
     return png(figure, dpi=80)
 
 
-COMMANDS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
-
-
 def main() -> None:
-    verb, cfg = parse_command(COMMANDS)
+    verb, cfg = parse_command(VERBS)
     show = write_page if verb == "show" and cfg.out else print_records
     {"check": check, "show": show, "stats": stats}[verb](cfg)
 

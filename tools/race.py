@@ -22,10 +22,20 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
+from runtime import flag, parse_cli, run
+
+
+@dataclass(frozen=True)
+class RaceConfig:
+    """Do the same work as the peers, in turns, and print the tables of docs/speed.md."""
+
+    only: tuple[str, ...] = flag((), "training or generation; may be repeated; default both")
+    rounds: int = flag(5, "turns of each contestant; medians are shown", 1)
+    tiny: bool = flag(False, "short lengths and a smaller model: does it run?")
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(RaceConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +46,6 @@ from config import InternVLConfig
 from data import Tree
 from generate import Generator, Group, Prompt, Scheduler, prefill
 from model import InternVL
-from runtime import flag, parse_cli, run
 from tools.bench import MODES, Mode, example_pack, example_tree, measured_peak, run_mode
 from tools.figures import markdown_table
 from tools.releases import named_config
@@ -44,15 +53,6 @@ from train import TrainConfig, prepare
 
 Contestants = dict[str, Callable[[], object]]  # the first one is what the others are held against
 IMAGE_ID = 1  # as in example_tree
-
-
-@dataclass(frozen=True)
-class RaceConfig:
-    """Do the same work as the peers, in turns, and print the tables of docs/speed.md."""
-
-    only: tuple[str, ...] = flag((), "training or generation; may be repeated; default both")
-    rounds: int = flag(5, "turns of each contestant; medians are shown", 1)
-    tiny: bool = flag(False, "short lengths and a smaller model: does it run?")
 
 
 def shapes(tiny: bool) -> InternVLConfig:

@@ -19,15 +19,31 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
+from runtime import EngineConfig, InputError, flag, from_json, parse_cli, run
+
+
+@dataclass(frozen=True)
+class DivideConfig(EngineConfig):
+    """The RLAIF-V baseline, small: the same model splits answers into claims and checks them."""
+
+    samples: Path = flag(
+        Path("samples"),
+        "folder of `sample --prompts none --num_samples 10 --temperature 0.7 --max_new_tokens 512`",
+    )
+    out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
+    root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
+    split: Literal["model", "rule"] = flag("model", "who finds claims; rule: one a sentence")
+    temperature: float = flag(0.2, "sampling temperature of claims and questions", low=1e-3)
+    max_new_tokens: int = flag(256, "longest list of claims or questions", low=1)
+    pairs_per_query: int = flag(2, "pairs a question at most", low=1)
+
 
 if __name__ == "__main__":
-    runtime.answer_early(__file__)
+    parse_cli(DivideConfig)  # --help and wrong flags need no torch, which takes seconds
 
 from generate import Generator, Prompt
 from images import check_images, image_names, image_paths
 from pairs import (
-    EngineConfig,
     SampledLine,
     SampleSet,
     annotation_file,
@@ -45,7 +61,6 @@ from pairs import (
     without_image,
 )
 from records import grouped, new_file, part_files, read_parts
-from runtime import InputError, flag, from_json, parse_cli, run
 from tokenizer import IMAGE
 
 CHUNK = 256  # candidates that go through the steps together
@@ -60,22 +75,6 @@ AS_QUESTIONS = (
 )
 BY_RULE = 'Is this statement about the picture true? "{claim}"'
 YES_NO = "{question} Please answer yes or no."
-
-
-@dataclass(frozen=True)
-class DivideConfig(EngineConfig):
-    """The RLAIF-V baseline, small: the same model splits answers into claims and checks them."""
-
-    samples: Path = flag(
-        Path("samples"),
-        "folder of `sample --prompts none --num_samples 10 --temperature 0.7 --max_new_tokens 512`",
-    )
-    out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
-    root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
-    split: Literal["model", "rule"] = flag("model", "who finds claims; rule: one a sentence")
-    temperature: float = flag(0.2, "sampling temperature of claims and questions", low=1e-3)
-    max_new_tokens: int = flag(256, "longest list of claims or questions", low=1)
-    pairs_per_query: int = flag(2, "pairs a question at most", low=1)
 
 
 def fill(form: str, **texts: str) -> str:
