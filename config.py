@@ -30,7 +30,7 @@ class LLMConfig:
     num_hidden_layers: int = count(1000)
     num_attention_heads: int = count()
     num_key_value_heads: int = count()
-    head_dim: int = count()  # heads * head_dim need not be hidden_size
+    head_dim: int | None = None  # None in the file: hidden_size / heads
     max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
     rope_factor: float = 0.0  # dynamic NTK; 0 = none
@@ -67,29 +67,18 @@ class InternVLConfig:
         return (self.tile_size // self.vision.patch_size // 2) ** 2
 
 
-# part of config.json -> its keys that have one value here: another one is refused by name
+# key of config.json or its llm_config -> the one value that is implemented here
 IMPLEMENTED = {
-    "": {
-        "ps_version": "v2",
-        "downsample_ratio": 0.5,
-        "min_dynamic_patch": 1,
-        "use_thumbnail": True,
-        **dict.fromkeys(("pad2square", "use_llm_lora", "use_backbone_lora"), False),
-        "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "default",
-    },
-    "vision_config": {
-        "hidden_act": "gelu",
-        **dict.fromkeys(("use_absolute_position_embeddings", "use_mean_pooling"), True),
-    },
-    "llm_config": {
-        "hidden_act": "silu",
-        **dict.fromkeys(("bias", "attention_bias", "mlp_bias", "use_sliding_window"), False),
-    },
+    "ps_version": "v2",
+    "downsample_ratio": 0.5,
+    "min_dynamic_patch": 1,
+    "use_thumbnail": True,
+    "pad2square": False,
+    "use_sliding_window": False,
 }
 # language models of the family -> what the official class assumes where a key is absent
 CLASS_DEFAULTS = {
-    "internlm2": {"max_position_embeddings": 2048, "pad_token_id": 2, "bias": True},
+    "internlm2": {"max_position_embeddings": 2048, "pad_token_id": 2},
     "llama": {"max_position_embeddings": 2048},
     "qwen2": {},
     "qwen3": {"head_dim": 128},
@@ -111,8 +100,7 @@ def load_config(model_dir: Path) -> InternVLConfig:
         raise InputError(f"no config.json in {model_dir}; pass the folder of an InternVL model")
     raw = read_json(path)
     if "text_config" in raw and images.is_file():
-        tiles = {"min_patches": "min_dynamic_patch", "max_patches": "max_dynamic_patch"}
-        raw = {tiles[k]: value for k, value in read_json(images).items() if k in tiles} | raw
+        raw = {"max_dynamic_patch": read_json(images).get("max_patches", 12)} | raw
     return parse_config(raw, str(path))
 
 
@@ -123,17 +111,19 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
     implemented, and for options this code lacks.
     """
     is_hf = "text_config" in raw
-    llm_name = "text_config" if is_hf else "llm_config"
-    for key in (llm_name, "vision_config"):
-        if not isinstance(raw.get(key), dict):
-            raise InputError(f"{file}: no {key!r}; expected the config.json of an InternVL model")
+    llm_name = f"{file}: {'text' if is_hf else 'llm'}_config"
+    for name in ("text_config" if is_hf else "llm_config", "vision_config"):
+        if not isinstance(raw.get(name), dict):
+            raise InputError(f"{file}: no {name!r}; expected the config.json of an InternVL model")
     raw = _official_keys(raw) if is_hf else raw
     raw = {"ps_version": "v1", "use_thumbnail": False, "max_dynamic_patch": 6} | raw
     if not raw.get("dynamic_image_size"):
         raw |= {"max_dynamic_patch": 1, "use_thumbnail": True}  # one tile has no thumbnail
-    llm = _llm_config(raw, f"{file}: {llm_name}", is_hf)
-    _check_implemented("vision_config", raw["vision_config"], f"{file}: vision_config")
-    _check_implemented("", raw, file)
+    for part, name in ((raw["llm_config"], llm_name), (raw, file)):
+        for key, value in IMPLEMENTED.items():
+            if part.get(key, value) != value:
+                raise InputError(f"{name}: {key} is {part[key]!r}; this code implements {value!r}")
+    llm = _llm_config(raw, llm_name, is_hf)
     vision = from_json(VisionConfig, raw["vision_config"], f"{file}: vision_config")
     values = raw | {
         "vision": vision,
@@ -141,15 +131,7 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
         "force_image_size": raw.get("force_image_size") or vision.image_size,
         "generation": raw.get("internvl_generation") or _generation(raw, llm.architecture, is_hf),
     }
-    config, layers = from_json(InternVLConfig, values, file), vision.num_hidden_layers
-    if (
-        not -layers - 1 <= config.select_layer <= layers
-        or vision.hidden_size % vision.num_attention_heads
-    ):
-        raise InputError(
-            f"{file}: select_layer {config.select_layer} of {layers} layers, width "
-            f"{vision.hidden_size} of {vision.num_attention_heads} heads: no such layer or head"
-        )
+    config = from_json(InternVLConfig, values, file)
     if config.tile_size % (2 * vision.patch_size):
         raise InputError(
             f"{file}: a tile of {config.tile_size} pixels is no even grid of patches of "
@@ -195,24 +177,15 @@ def _llm_config(raw: dict, name: str, is_hf: bool) -> LLMConfig:
             f"{name}: the language model is {given} ({releases}); InternLM2, Qwen2 and Qwen3 are "
             f"implemented, as in {instead}"
         )
-    llm = CLASS_DEFAULTS[architecture] | llm
-    _check_implemented("llm_config", llm, name)
     if "sliding" in str(llm.get("layer_types")):
         raise InputError(f"{name}: layer_types has sliding windows; full attention is implemented")
     theta, factor = _rope(llm, name)
-    sizes = [llm.get("hidden_size"), llm.get("num_attention_heads")]
-    if not llm.get("head_dim") and all(isinstance(n, int) and n > 0 for n in sizes):
-        llm["head_dim"] = sizes[0] // sizes[1]
     tied = True in (raw.get("tie_word_embeddings"), llm.get("tie_word_embeddings"))
     values = {"architecture": architecture, "rope_theta": theta, "rope_factor": factor}
-    config = from_json(LLMConfig, llm | values | {"tied": tied}, name)
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise InputError(
-            f"{name}: {config.num_attention_heads} heads of {config.head_dim} channels with "
-            f"{config.num_key_value_heads} key/value heads; whole groups and even heads are needed"
-        )
-    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
-        raise InputError(f"{name}: pad_token_id {config.pad_token_id} is not in the vocabulary")
+    llm = CLASS_DEFAULTS[architecture] | llm | values | {"tied": tied}
+    config = from_json(LLMConfig, llm, name)
+    if config.head_dim is None:
+        config = replace(config, head_dim=config.hidden_size // config.num_attention_heads)
     return config
 
 
@@ -223,24 +196,17 @@ def _rope(llm: dict, name: str) -> tuple[object, object]:
     """
     theta, readings = llm.get("rope_theta", 10000.0), []
     for key in ("rope_parameters", "rope_scaling"):
-        scaling = llm.get(key)
-        if not isinstance(scaling, dict | None):
-            raise InputError(f"{name}: {key} is {scaling!r:.60}; expected an object or null")
-        if scaling:
-            unnamed = "?" if "factor" in scaling else "default"
-            kind = scaling.get("rope_type", scaling.get("type", unnamed))
-            if kind not in ("dynamic", "default") or scaling.get("partial_rotary_factor", 1) != 1:
-                raise InputError(f"{name}: {key} is of type {kind!r}, {scaling}; take 'dynamic'")
-            factor = scaling.get("factor") if kind == "dynamic" else 0.0
-            readings.append((scaling.get("rope_theta", theta), factor))
-    readings = readings or [(theta, 0.0)]
-    if "rope_theta" in llm:
-        readings.append((theta, readings[0][1]))
-    if any(reading != readings[0] for reading in readings):
-        raise InputError(
-            f"{name}: rope_theta, rope_scaling and rope_parameters disagree: {readings}"
-        )
-    return readings[0]
+        if not (rope := llm.get(key)):
+            continue
+        kind = isinstance(rope, dict) and rope.get("rope_type", rope.get("type"))
+        if kind not in ("dynamic", "default") or rope.get("partial_rotary_factor", 1) != 1:
+            raise InputError(f"{name}: {key} is {rope!r:.99}; 'dynamic' and 'default' can be read")
+        factor = rope.get("factor") if kind == "dynamic" else 0.0
+        readings.append((rope.get("rope_theta", theta), factor))
+    base, factor = readings[0] if readings else (theta, 0.0)
+    if llm.get("rope_theta", base) != base or any(r != (base, factor) for r in readings):
+        raise InputError(f"{name}: rope_theta {theta}, rope_parameters and rope_scaling disagree")
+    return base, factor
 
 
 def _generation(raw: dict, architecture: str, is_hf: bool) -> str:
@@ -255,13 +221,6 @@ def _generation(raw: dict, architecture: str, is_hf: bool) -> str:
         ends_turn = raw["llm_config"].get("eos_token_id") == 151645
         return "2.5" if ends_turn and "system_message" not in raw and not is_hf else "3"
     return "3.5" if architecture == "qwen3" else "2.5"
-
-
-def _check_implemented(part: str, raw: dict, name: str) -> None:
-    """Each key of the part is absent or has the one value that this code implements."""
-    for key, value in IMPLEMENTED[part].items():
-        if raw.get(key, value) != value:
-            raise InputError(f"{name}: {key} is {raw[key]!r}; this code implements {value!r}")
 
 
 # --------------------------------------------------------------------------- recipes
