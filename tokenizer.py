@@ -44,6 +44,7 @@ from runtime import InputError, read_json
 from vocabulary import BLANK, from_sentencepiece, from_vocab_and_merges
 
 IMAGE = "<image>"  # the placeholder in texts; not a token
+TOKENIZERS = ("tokenizer.model", "vocab.json", "tokenizer.json")  # a folder has one of them
 MARKS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 # PreTrainedTokenizerBase.clean_up_tokenization, in its order; InternLM2Tokenizer always calls it
@@ -67,40 +68,33 @@ class Tokenizer:
             tokens = [t | {"special": t["special"] and n not in MARKS} for n, t in added.items()]
             text = json.dumps(data | {"added_tokens": tokens})
             self.backend = tokenizers.Tokenizer.from_str(text)
-            front = json.dumps([data["normalizer"], data["pre_tokenizer"]])
             decoder, model = json.dumps(data["decoder"]), data["model"]
         except Exception as error:  # what `tokenizers` raises has no narrower type
             raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
-        prefix = r'"Prepend"|"prepend_scheme": "(always|first)"|"add_prefix_space": true'
-        if re.search(prefix, front):
-            raise InputError(
-                f"{source}: puts a blank before every text, as no InternVL does, so prompts could "
-                "not be built of segments; turn add_prefix_space (prepend_scheme) off"
-            )
         self.backend.encode_special_tokens = True  # that is: as plain text
         self.backend.no_truncation()
         self.backend.no_padding()
         self.marks = {name: id for name, id in flagged.items() if name in MARKS}
         self.special = {name: id for name, id in flagged.items() if name not in MARKS}
         self.special_ids = frozenset(self.special.values())
-        self._never_plain = self.special_ids - {self.special.get("<unk>")}  # words stay unknown
         names = sorted(flagged, key=len, reverse=True)  # at one place the longest name wins
         self._split_special = re.compile("(" + "|".join(map(re.escape, names)) + ")").split
 
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        self.is_sentencepiece = bool(model.get("byte_fallback"))
+        self.is_sentencepiece, as_bytes = bool(model.get("byte_fallback")), str.encode
         if self.is_sentencepiece:
             as_bytes = sentencepiece_bytes
         elif "ByteLevel" in decoder:
             as_bytes = byte_level_bytes
-        elif '"Fuse"' in decoder:
-            as_bytes = str.encode
-        else:
-            raise InputError(f"{source}: its decoder, {decoder:.60}, is not implemented")
         self.pieces = {id: as_bytes(piece) for piece, id in vocab.items()}
         self.vocab_size = 1 + max(self.pieces)
         if not self.is_sentencepiece:
             self.pieces |= {token["id"]: name.encode() for name, token in added.items()}
+        if self.decode(self.encode_plain("a"))[:1] == " ":
+            raise InputError(
+                f"{source}: puts a blank before every text, as no InternVL does, so prompts could "
+                "not be built of segments; turn add_prefix_space (prepend_scheme) off"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, the names of special tokens in it recognised.  For trusted text only."""
@@ -115,16 +109,9 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"text has half a character at {error.start} (lone surrogate "
-                f"{text[error.start]!a}): repair the file it comes from"
+                f"text has half a character at {error.start} (a lone surrogate)"
             ) from None
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        if not self._never_plain.isdisjoint(ids):
-            raise InputError(
-                f"{self.source}: its model makes a special token out of plain text {text[:40]!r}; "
-                "let its pre_tokenizer split the names of special tokens"
-            )
-        return ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], marks: bool = False) -> str:
         """Text of `ids` without special tokens, nothing stripped; `marks`: with grounding marks.
@@ -246,21 +233,17 @@ class StreamDecoder:
 
 def load_tokenizer(model_dir: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder: InternLM2's files, Qwen's, or else tokenizer.json."""
-    model, vocab, merges, data = (
-        Path(model_dir) / name
-        for name in ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer.json")
-    )
+    model, vocab, data = (Path(model_dir) / name for name in TOKENIZERS)
+    merges = vocab.with_name("merges.txt")
     if model.is_file():
         return Tokenizer(from_sentencepiece(model), model)
-    if vocab.is_file() and merges.is_file():
+    if merges.is_file() or (vocab.is_file() and not data.is_file()):
         return Tokenizer(from_vocab_and_merges(vocab, merges), vocab)
     if data.is_file():
         return Tokenizer(read_json(data), data)
-    if vocab.is_file():
-        raise InputError(f"{vocab} without merges.txt; copy merges.txt from the checkpoint")
     raise InputError(
         f"no tokenizer.model, vocab.json or tokenizer.json in {model_dir}: copy the tokenizer's "
-        "files from the released checkpoint, with added_tokens.json and tokenizer_config.json"
+        "files from the released checkpoint, with merges.txt and tokenizer_config.json"
     )
 
 

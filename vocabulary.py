@@ -3,9 +3,9 @@
     from_sentencepiece      tokenizer.model of InternLM2: SentencePiece BPE with byte fallback
     from_vocab_and_merges   vocab.json and merges.txt of Qwen2 and Qwen3: byte-level BPE
 
-Each with the names in tokenizer_config.json (added_tokens_decoder) and added_tokens.json; the
-package `tokenizers` runs the result.  sentencepiece and protobuf are not needed: the file is read
-by hand, after sentencepiece_model.proto and sentencepiece's bpe_model.cc.
+The names of special tokens are in tokenizer_config.json beside them.  The package `tokenizers` runs
+the result.  sentencepiece and protobuf are not needed: the file is read by hand, after
+sentencepiece_model.proto and sentencepiece's bpe_model.cc.
 """
 
 import struct
@@ -13,63 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime import InputError, read_json
+from runtime import InputError, open_file, read_json
 
 BLANK = "\u2581"  # stands for a space inside SentencePiece's pieces
-LARGEST_ID = 1 << 20  # no vocabulary of the family is as large
-# names in Qwen's added_tokens.json, which has no flags, that tokenizer_config.json flags as text
-NOT_SPECIAL = (
-    "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think> <|fim_prefix|> "
-    "<|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split()
-)
-
 Added = dict[int, tuple[str, bool]]  # id -> (name, special)
 
 
-def added_tokens(folder: Path, known: dict[int, str]) -> Added:
-    """The tokens that tokenizer_config.json and added_tokens.json name, at least one of them there.
-
-    Neither may give another name to one of the `known` pieces.
-    """
-    config, names = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    flagged, unflagged = (read_json(file) if file.is_file() else {} for file in (config, names))
+def added_tokens(folder: Path) -> Added:
+    """The tokens that added_tokens_decoder in tokenizer_config.json names."""
+    path = folder / "tokenizer_config.json"
+    tokens = read_json(path).get("added_tokens_decoder")
     try:
-        tokens = [(int(id), name, name not in NOT_SPECIAL) for name, id in unflagged.items()]
-        for id, token in flagged.get("added_tokens_decoder", {}).items():
-            tokens.append((int(id), token["content"], token["special"]))
+        return {int(id): (token["content"], token["special"]) for id, token in tokens.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{folder}: expected added_tokens_decoder {{id: {{content, special}}}} in "
-            f"{config.name} and {{name: id}} in {names.name}, got {error!r}; copy both from the "
-            "checkpoint"
+            f"{path}: expected added_tokens_decoder {{id: {{content, special}}}}, which names the "
+            f"special tokens ({error!r}); copy the file from the checkpoint"
         ) from None
-    added, known = {}, dict(known)
-    for id, name, special in tokens:
-        if known.setdefault(id, name) != name:
-            raise InputError(
-                f"{folder}: token {id} is {name!r} in one tokenizer file and {known[id]!r} in "
-                "another; copy all of them from one checkpoint"
-            )
-        if not 0 <= id < LARGEST_ID:
-            raise InputError(f"{folder}: {name!r} has the id {id}; no vocabulary is as large")
-        added[id] = (name, special)
-    if not added:
-        raise InputError(
-            f"{folder}: neither {names.name} nor added_tokens_decoder in {config.name}, so nothing "
-            "names the special tokens; copy both from the checkpoint"
-        )
-    return added
 
 
-def bpe_data(
-    folder: Path, pieces: dict[int, str], merges: list, added: Added, **parts: Any
-) -> dict:
+def bpe_data(pieces: dict[int, str], merges: list, added: Added, **parts: Any) -> dict:
     """The content of a tokenizer.json for a BPE; `parts`: its model's and its other settings."""
     names = pieces | {id: name for id, (name, _) in added.items()}
-    vocab = {name: id for id, name in names.items()}
-    if len(vocab) < len(names):
-        twice = next(name for id, name in names.items() if vocab[name] != id)
-        raise InputError(f"{folder}: two ids are called {twice!r}; compare added_tokens.json")
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
@@ -79,7 +44,12 @@ def bpe_data(
         ],
         "post_processor": None,
         **parts,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, **parts["model"]},
+        "model": {
+            "type": "BPE",
+            "vocab": {name: id for id, name in names.items()},
+            "merges": merges,
+            **parts["model"],
+        },
     }
 
 
@@ -91,12 +61,10 @@ def from_sentencepiece(path: Path) -> dict:
         for id, piece in enumerate(pieces)
         if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
     }
-    known = {id: p.text for id, p in enumerate(pieces) if p.kind in (NORMAL, BYTE)}
     return bpe_data(
-        path.parent,
         {id: piece.text for id, piece in enumerate(pieces)},
         bpe_merges(pieces),
-        verbatim | added_tokens(path.parent, known),
+        verbatim | added_tokens(path.parent),
         model={"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True},
         normalizer={"type": "Replace", "pattern": {"String": " "}, "content": BLANK},
         pre_tokenizer=None,
@@ -120,19 +88,15 @@ QWEN_SPLIT = (
 
 def from_vocab_and_merges(vocab: Path, merges: Path) -> dict:
     """Qwen's byte-level BPE."""
-    ids = read_json(vocab)
-    pieces = {id: piece for piece, id in ids.items() if type(id) is int and 0 <= id < LARGEST_ID}
-    if len(pieces) < len(ids):
-        raise InputError(f"{vocab}: expected {{piece: id}}, ids from 0, each once; copy it again")
-    lines = merges.read_text(encoding="utf-8").split("\n")
+    with open_file(merges) as file:
+        lines = file.read().decode().split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated"}
     return bpe_data(
-        vocab.parent,
-        pieces,
+        {id: piece for piece, id in read_json(vocab).items()},
         pairs,
-        added_tokens(vocab.parent, pieces),
+        added_tokens(vocab.parent),
         model={},
         normalizer={"type": "NFC"},
         pre_tokenizer={
@@ -146,7 +110,7 @@ def from_vocab_and_merges(vocab: Path, merges: Path) -> dict:
 # --------------------------------------------------------------------------- tokenizer.model
 
 # sentencepiece_model.proto: ModelProto.SentencePiece.Type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)
 
 
 class Piece(NamedTuple):
@@ -156,43 +120,21 @@ class Piece(NamedTuple):
 
 
 def read_pieces(path: Path) -> list[Piece]:
-    """The pieces of a tokenizer.model by id; an error if it needs more than this file does."""
-    pieces, trainer, normalizer = [], None, None
+    """The pieces of a tokenizer.model by id."""
+    pieces, number = [], 0
     try:
         for number, value in _fields(path.read_bytes()):
             if number == 1:
                 piece = dict(_fields(value))
                 (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
                 pieces.append(Piece(piece[1].decode(), score, piece.get(3, NORMAL)))
-            elif number == 2:
-                trainer = dict(_fields(value))
-            elif number == 3:
-                normalizer = dict(_fields(value))
+        if number < 3:  # settings of trainer (2) and normalizer (3) follow the pieces
+            raise ValueError(f"it ends after {len(pieces)} pieces")
     except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error) as error:
         raise InputError(
             f"{path}: no SentencePiece model, or a part of one ({error}); copy the file again "
             "(a few lines of text are a Git LFS pointer: git lfs pull)"
         ) from None
-    if trainer is None or normalizer is None:  # these follow the pieces
-        raise InputError(
-            f"{path}: ends after {len(pieces)} pieces, without the trainer and normalizer settings "
-            "behind them; copy the file again"
-        )
-    settings = {  # name: (value or the proto's default, what InternLM2 has)
-        "model_type": (trainer.get(3, 1), 2),  # BPE
-        "byte_fallback": (trainer.get(35, 0), 1),
-        "precompiled_charsmap": (normalizer.get(2, b""), b""),
-        "add_dummy_prefix": (normalizer.get(3, 1), 0),
-        "remove_extra_whitespaces": (normalizer.get(4, 1), 0),
-        "escape_whitespaces": (normalizer.get(5, 1), 1),
-        "pieces of type UNUSED": (sum(piece.kind == UNUSED for piece in pieces), 0),
-    }
-    for name, (value, needed) in settings.items():
-        if value != needed:
-            raise InputError(
-                f"{path}: {name} is {value!r:.40}, InternLM2 has {needed!r}; only SentencePiece "
-                "models with InternLM2's settings are read here"
-            )
     return pieces
 
 
