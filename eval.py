@@ -60,6 +60,7 @@ TABLE = (
     object_halbench.BENCHMARK, own_rules.TEXT_MC, own_rules.TEXT_EM, own_rules.OWN, own_rules.GSM8K,
 )  # fmt: skip
 BENCHMARKS = {b.name: b for b in TABLE}
+TEMPLATES = Path(__file__).parent / "benchmarks/templates"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Ask:
         return BENCHMARKS[self.bench]
 
     def items(self) -> list[Item]:
-        return files.load_items(self.benchmark, self.data, self.ids, TABLE)
+        return files.load_items(self.benchmark, self.data, self.ids)
 
 
 def setting(cot: bool) -> str:
@@ -390,7 +391,7 @@ def judge(cfg: Judge) -> list[str]:
     items = cfg.items()
     replies = files.load_replies(bench, items, cfg.answers)
     items = [item for item in items if not item.get("_left_out")]
-    template = (cfg.judge_template or bench.judge.template).read_text()
+    template = (cfg.judge_template or TEMPLATES / f"{bench.name}.txt").read_text()
     requests = []
     for item in items:
         text = replies[item["id"]]["reply"]
@@ -432,7 +433,7 @@ class Report:
 def report(cfg: Report) -> str:
     """The verb: report.txt, report.json and report.png in `out`; returns the text."""
     scores = tables.load_scores(cfg.dir)
-    text = tables.report_text(scores, BENCHMARKS)
+    text = tables.report_text(scores)
     write_atomic(cfg.out / "report.txt", text)
     write_atomic(cfg.out / "report.json", json.dumps(tables.report_json(scores), indent=1) + "\n")
     write_atomic(cfg.out / "report.png", tables.report_figure(scores))

@@ -9,10 +9,10 @@ OpenGVLab/InternVL, internvl_chat/eval @2410d1db.
 import math
 import re
 import statistics
+import string
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.answers import PROMPTS as COT_PROMPTS
@@ -22,10 +22,18 @@ PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark do
 COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 PHRASE_SUFFIX = COT_PROMPTS["direct"].removeprefix("{question}")
-TEMPLATES = Path(__file__).parent / "templates"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Item = dict[str, Any]  # a row of the official file, with our "id" (text, unique)
+
+
+def lettered(choices: list) -> dict[str, Any]:
+    """Letter -> choice; more than 26 have no letter."""
+    return dict(zip(string.ascii_uppercase, choices))
+
+
+def option_lines(choices: list) -> str:
+    return "".join(f"\n{letter}. {choice}" for letter, choice in lettered(choices).items())
+
 
 # --------------------------------------------------------------------------- replies
 
@@ -62,7 +70,6 @@ class Reading:
 
 Readings = list[tuple[Item, Reading]]
 
-_MINUS = str.maketrans("−–‒﹣－", "-----")  # noqa: RUF001
 _GROUPING = re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _NUMBER = re.compile(
     r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
@@ -72,7 +79,7 @@ _NUMBER = re.compile(
 
 def plain_minus(text: str) -> str:
     """The dashes that stand for a minus as a hyphen."""
-    return text.translate(_MINUS)
+    return re.sub("[−–‒﹣－]", "-", text)  # noqa: RUF001
 
 
 def last_number(text: str) -> str:
@@ -121,12 +128,11 @@ def mean(values: list[float]) -> dict:
 class Judge:
     """How a judge is asked; what it said is read by `Benchmark.read` in this mode.
 
-    Templates are our own words: for figures that compare with published ones pass the official
-    template with --judge_template.
+    templates/NAME.txt is in our own words: for figures that compare with published ones pass the
+    official template with --judge_template.
     """
 
     messages: Callable[[Item, Reply, str], list[dict]]  # the template is the last argument
-    template: Path
     max_tokens: int
     temperature: float = 0.0
     mode: str = "judge"

@@ -47,8 +47,6 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
         content = json.loads(path.read_bytes()) if path.suffix == ".json" else None
     except ValueError:
         content = None
-    if isinstance(content, dict) and isinstance(content.get("imgToEval"), dict):
-        content = list(content["imgToEval"].values())  # CHAIR's caption files
     if isinstance(content, dict) and all(isinstance(v, dict | str) for v in content.values()):
         named = [(f"key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
                  for k, v in content.items()]  # fmt: skip
@@ -73,15 +71,10 @@ def raw_id(row: dict) -> Any:
 # --------------------------------------------------------------------------- questions
 
 
-def load_items(
-    bench: Benchmark, given: tuple[Path, ...], ids: Path | None, table: Iterable[Benchmark] = ()
-) -> list[Item]:
-    """The items in file order, ids unique; those that `ids` leaves out are marked "_left_out".
-
-    `table`: the benchmarks that a row of the wrong one is compared with, for the error.
-    """
+def load_items(bench: Benchmark, given: tuple[Path, ...], ids: Path | None = None) -> list[Item]:
+    """The items in file order, ids unique; those that `ids` leaves out are marked "_left_out"."""
     items = [
-        read_item(bench, row, index, table)
+        read_item(bench, row, index)
         for path in find_data(bench, given)
         for index, row in enumerate(read_rows(path, bench.categories))
     ]
@@ -113,13 +106,10 @@ def find_data(bench: Benchmark, given: tuple[Path, ...]) -> list[Path]:
     return files
 
 
-def read_item(bench: Benchmark, row: dict, index: int, table: Iterable[Benchmark]) -> Item:
+def read_item(bench: Benchmark, row: dict, index: int) -> Item:
     """A row of an official file, checked and completed in place."""
     if problem := wrong_field(bench.fields, row):
-        like = [b for b in table if not wrong_field(b.fields, row)]
-        best = max(like, key=lambda b: len(b.fields), default=None)
-        hint = f"; it looks like {best.name}" if best else ""
-        raise InputError(f"{row['_source']}: {problem}: not a file of {bench.name}{hint}")
+        raise InputError(f"{row['_source']}: {problem}: not a file of {bench.name}")
     row |= {"_index": index, "_aliases": [], "_left_out": False}
     row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
     try:

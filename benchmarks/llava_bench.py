@@ -2,18 +2,8 @@
 
 import statistics
 
-from benchmarks.common import (
-    TEMPLATES,
-    Benchmark,
-    Item,
-    Judge,
-    Reading,
-    Readings,
-    Reply,
-    in_range,
-    mean,
-)
-from benchmarks.files import raw_id, read_rows, wrong_field
+from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
+from benchmarks.files import raw_id, read_rows
 from runtime import InputError, parse_json
 
 
@@ -54,15 +44,14 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     if context is None or reference is None:
         raise InputError(f"{item['id']}: not in context.jsonl and answers_gpt4.jsonl of {folder}")
     context = "\n".join(context) if isinstance(context, list) else context
-    role = "Assistant"
     if template.lstrip().startswith("{"):  # LLaVA's rule.json
-        rule = parse_json(template, "--judge_template").get(f"llava_bench_{category}", {})
-        if problem := wrong_field({"prompt": str, "role": str}, rule):
-            raise InputError(f"--judge_template, llava_bench_{category}: {problem}")
-        template, role = rule["prompt"], rule["role"]
+        rules = parse_json(template, "--judge_template")
+        if not isinstance(rule := rules.get(f"llava_bench_{category}"), dict):
+            raise InputError(f"--judge_template: no rule llava_bench_{category}")
+        template = rule["prompt"]
     text = f"[Context]\n{context}\n\n[Question]\n{item['text']}\n\n"
-    for number, answer in ((1, reference), (2, reply.text)):
-        text += f"[{role} {number}]\n{answer}\n\n[End of {role} {number}]\n\n"
+    for role, answer in (("Assistant 1", reference), ("Assistant 2", reply.text)):
+        text += f"[{role}]\n{answer}\n\n[End of {role}]\n\n"
     system = "You are a helpful and precise assistant for checking the quality of the answer."
     return [{"role": "system", "content": system},
             {"role": "user", "content": f"{text}[System]\n{template}\n\n"}]  # fmt: skip
@@ -73,7 +62,7 @@ BENCHMARK = Benchmark(
     fields={"question_id": int | str, "image": str, "text": str, "category": str},
     question=lambda item: item["text"], suffix=" Please give a detailed answer.",
     new_tokens=1000, cot_tokens=0, read=read, modes=("judge",),
-    judge=Judge(messages, TEMPLATES / "llava_bench.txt", max_tokens=1024, temperature=0.2),
+    judge=Judge(messages, max_tokens=1024, temperature=0.2),
     judgements_suffice=True, metric="relative score", n_expected=60, split="in the wild",
     groups=("category",), summary=ratio,
 )  # fmt: skip

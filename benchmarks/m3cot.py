@@ -2,28 +2,27 @@
 
 import re
 
-from benchmarks.common import LETTER_SUFFIX, LETTERS, Benchmark, Item, Reading, Reply
+from benchmarks.common import LETTER_SUFFIX, Benchmark, Item, Reading, Reply, lettered, option_lines
 
 
 def item(row: Item) -> None:
     """InternVL's or the Hugging Face layout: the gold answer, an index or a letter, as a letter."""
     row["choices"] = [str(choice) for choice in row["choices"]]
-    answer, letters = row["answer"], LETTERS[: len(row["choices"])]
-    row["gold"] = answer.strip().upper() if isinstance(answer, str) else LETTERS[answer]
-    if len(row["gold"]) != 1 or row["gold"] not in letters:
+    answer, letters = row["answer"], [*lettered(row["choices"])]
+    row["gold"] = dict(enumerate(letters)).get(answer, str(answer).strip().upper())
+    if row["gold"] not in letters:
         raise ValueError(f"answer {answer!r} is none of the {len(letters)} choices")
     row["_aliases"] = [row["image"]] if row.get("image") else []
 
 
 def question(item: Item) -> str:
-    hint = item.get("hint") or item.get("context")
-    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item["choices"])]
-    return "\n".join([*([str(hint)] if hint else []), item["question"], *lines]).lstrip()
+    hint = item.get("hint") or item.get("context") or ""
+    return f"{hint}\n{item['question']}".lstrip() + option_lines(item["choices"])
 
 
 def internvl_letter(reply: str, choices: list[str]) -> str:
     """InternVL's post_process: case-sensitive, and "A dog ..." is read as A."""
-    reply, options = reply.strip(), dict(zip(LETTERS, choices))
+    reply, options = reply.strip(), lettered(choices)
     if len(reply) > 1:
         if reply[0] in options:
             return reply[0]
@@ -43,7 +42,7 @@ def m3cot_letter(reply: str, choices: list[str]) -> str:
         reply = reply.split("[Answer]")[-1].split("[Rationale]")[0].split("[Context]")[0]
     if bracketed := re.findall(r"\(([A-Za-z])\)", reply):
         return bracketed[-1].upper()
-    options = dict(zip(LETTERS, choices))
+    options = lettered(choices)
     if named := [k for k, choice in options.items() if choice.lower() in reply.lower()]:
         return named[-1]
     words = re.sub(r"[\n.,!?]", " ", reply).split(" ")
@@ -58,7 +57,7 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
         letter = m3cot_letter(reply.text, item["choices"])
     else:
         letter = internvl_letter(reply.final, item["choices"])
-    return Reading(letter, letter == item["gold"], letter in list(LETTERS[: len(item["choices"])]))
+    return Reading(letter, letter == item["gold"], letter in lettered(item["choices"]))
 
 
 BENCHMARK = Benchmark(

@@ -7,15 +7,14 @@ symbolic mathematics and without evaluating what a model wrote.
 import re
 from dataclasses import replace
 
-from benchmarks.common import LETTERS, Benchmark, Item, Reading, Reply
+from benchmarks.common import Benchmark, Item, Reading, Reply, lettered, option_lines
 from benchmarks.quantities import MAX_EXPRESSION, parse_expression
 
 
 def question(item: Item) -> str:
     text = re.sub(r"<image\d+>", "", item["question"]).strip()
-    if item["options"] and item["options"] != list("ABCDE"):  # A..E: drawn in the picture
-        text += "".join(f"\n{k}. {option}" for k, option in zip(LETTERS, item["options"]))
-    return text
+    drawn = item["options"] == list("ABCDE")  # in the picture
+    return text if drawn else text + option_lines(item["options"])
 
 
 _ANSWER_PHRASES = tuple(
@@ -151,10 +150,8 @@ def tuple_values(text: str) -> list | None:
 
 def read(item: Item, reply: Reply, mode: str) -> Reading:
     answer = clean_answer(reply.final)
-    golds = [str(item["answer"])]
-    place = LETTERS.find(golds[0]) if len(golds[0]) == 1 else -1
-    if 0 <= place < len(item["options"]):
-        golds.append(str(item["options"][place]))
+    gold = str(item["answer"])
+    golds = {gold, str(lettered(item["options"]).get(gold, gold))}  # the letter, or its option
     return Reading(answer, any(equal(answer, gold) for gold in golds), answer != "")
 
 

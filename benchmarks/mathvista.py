@@ -10,19 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answers import MAX_ANSWER, Options, edit_distance, plain_text, read_options
-from benchmarks.common import (
-    LETTERS,
-    TEMPLATES,
-    Benchmark,
-    Item,
-    Judge,
-    Reading,
-    Reply,
-    final_answer,
-    last_number,
-    plain_minus,
-)
+from benchmarks import common
+from benchmarks.answers import MAX_ANSWER, edit_distance, plain_text, read_options
+from benchmarks.common import Benchmark, Item, Judge, Reading, Reply, final_answer
 from runtime import InputError
 
 
@@ -62,19 +52,19 @@ def read_exactly(item: Item, reply: str) -> str | None:
 
 def read_offline(item: Item, reply: str) -> str:
     """Better than the rule, without a judge: the last number, letter or option named."""
-    text = final_answer(reply)
+    text = common.plain_minus(final_answer(reply))
     if item["question_type"] == "multi_choice":
-        if letters := re.findall(r"\(([A-Za-z])\)", text):
-            return f"({letters[-1]})"
-        letters = read_options(plain_text(text[-MAX_ANSWER:])) or Options(frozenset())
-        if len(letters.letters) == 1 and letters.letters <= set(LETTERS[: len(item["choices"])]):
-            return f"({min(letters.letters)})"
-        places = [plain_minus(text).rfind(plain_minus(choice)) for choice in item["choices"]]
-        last = max(zip(places, map(len, item["choices"]), item["choices"]))
+        if bracketed := re.findall(r"\(([A-Za-z])\)", text):
+            return f"({bracketed[-1]})"
+        named = read_options(plain_text(text[-MAX_ANSWER:]))
+        letters = sorted(named.letters) if named else []
+        if len(letters) == 1 and letters[0] in common.lettered(item["choices"]):
+            return f"({letters[0]})"
+        last = max((text.rfind(common.plain_minus(c)), len(c), c) for c in item["choices"])
         return last[2] if last[0] >= 0 else text
     if item["answer_type"] == "list":
-        return (re.findall(r"\[[^\[\]]*\]", plain_minus(text)) or [text])[-1]
-    return last_number(text) or text
+        return (re.findall(r"\[[^\[\]]*\]", text) or [text])[-1]
+    return common.last_number(text) or text
 
 
 def normalise(item: Item, extraction: Any) -> Reading:
@@ -84,8 +74,8 @@ def normalise(item: Item, extraction: Any) -> Reading:
         text = prediction.strip()
         if letters := re.findall(r"\(([a-zA-Z])\)", text):
             text = letters[0].upper()
-        if text in (options := list(LETTERS[: len(item["choices"])])):
-            prediction = item["choices"][options.index(text)]
+        if text in (options := common.lettered(item["choices"])):
+            prediction = options[text]
         else:  # a choice is ALWAYS picked, also for an empty reply: the nearest, first on ties
             prediction = min(item["choices"], key=lambda choice: edit_distance(text, choice))
             parsed = prediction == text
@@ -124,8 +114,7 @@ BENCHMARK = Benchmark(
             "choices": list[str] | None, "answer": Any, "query": str | None},
     item=item, question=question, new_tokens=4096, read=read, modes=("rule", "offline", "judge"),
     judge=Judge(
-        messages, TEMPLATES / "mathvista.txt", max_tokens=256,
-        settled=lambda item, reply: read_exactly(item, reply) is not None,
+        messages, max_tokens=256, settled=lambda item, reply: read_exactly(item, reply) is not None
     ),
     n_expected=1000, split="testmini", groups=("task", "answer_type"), notes=notes,
 )  # fmt: skip

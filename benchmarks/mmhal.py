@@ -3,17 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.common import (
-    TEMPLATES,
-    Benchmark,
-    Item,
-    Judge,
-    Reading,
-    Readings,
-    Reply,
-    in_range,
-    mean,
-)
+from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, in_range, mean
 from runtime import InputError
 
 COT = (
@@ -50,8 +40,8 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     if len(parts) != 5:
         raise InputError("MMHal's template needs four {}: contents, question, answer, response")
     answer = reply.text.split("Answer:")[-1].strip() if reply.cot else reply.text
-    values = (", ".join(item["image_content"]), item["question"], item["gt_answer"], answer)
-    text = parts[0] + "".join(value + part for value, part in zip(values, parts[1:]))
+    values = (", ".join(item["image_content"]), item["question"], item["gt_answer"], answer, "")
+    text = "".join(part + value for part, value in zip(parts, values))
     return [{"role": "user", "content": text}]
 
 
@@ -61,6 +51,6 @@ BENCHMARK = Benchmark(
             "image": str | None, "image_src": str | None, "image_id": str | None},
     ordered=True, item=item, question=lambda item: item["question"],
     cot=lambda question: f"{question}\n\n{COT}".strip(), new_tokens=1024, cot_tokens=1024,
-    read=read, modes=("judge",), judge=Judge(messages, TEMPLATES / "mmhal.txt", max_tokens=1024),
+    read=read, modes=("judge",), judge=Judge(messages, max_tokens=1024),
     metric="mean rating, 0 to 6", n_expected=96, groups=("question_type",), summary=summary,
 )  # fmt: skip

@@ -3,17 +3,7 @@
 import math
 import statistics
 
-from benchmarks.common import (
-    TEMPLATES,
-    Benchmark,
-    Item,
-    Judge,
-    Reading,
-    Readings,
-    Reply,
-    in_range,
-    mean,
-)
+from benchmarks.common import Benchmark, Item, Judge, Reading, Reply, in_range, mean
 from runtime import InputError
 
 # nothing is extracted from a CoT reply: the judge reads it all
@@ -46,15 +36,12 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     return [{"role": "user", "content": f"{template}\n{row}"}]
 
 
-def summary(readings: Readings) -> dict:
-    return mean([100 * r.prediction for _, r in readings])
-
-
 BENCHMARK = Benchmark(
     name="mmvet", files=("mm-vet*.json", "llava-mm-vet.jsonl"),
     fields={"question|text": str, "capability|question_id": list | str | int, "answer": str | None},
     item=item, question=lambda item: item["question"], suffix=" ",
     cot=lambda question: COT + question, new_tokens=1000, read=read, modes=("judge",),
-    judge=Judge(messages, TEMPLATES / "mmvet.txt", max_tokens=3),
-    metric="mean judged correctness", n_expected=218, groups=("capability",), summary=summary,
+    judge=Judge(messages, max_tokens=3),
+    metric="mean judged correctness", n_expected=218, groups=("capability",),
+    summary=lambda readings: mean([100 * r.prediction for _, r in readings]),
 )  # fmt: skip

@@ -11,16 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
-    TEMPLATES,
-    Benchmark,
-    Item,
-    Judge,
-    Reading,
-    Readings,
-    Reply,
-    proportion,
-)
+from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, proportion
 from benchmarks.files import near
 from runtime import InputError
 
@@ -145,10 +136,10 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
 
 def chair(readings: Readings) -> dict:
     """CHAIR x100, lower is better; the response level divides by replies that name an object."""
-    counts = [(len(r.prediction["objects"]), len(r.prediction["hallucinated"]))
-              for _, r in readings]  # fmt: skip
-    mentions, invented = (sum(column) for column in zip(*counts))
-    bad, naming = sum(b > 0 for _, b in counts), sum(a > 0 for a, _ in counts)
+    mentions = sum(len(r.prediction["objects"]) for _, r in readings)
+    invented = sum(len(r.prediction["hallucinated"]) for _, r in readings)
+    bad = sum(not r.correct for _, r in readings)
+    naming = sum(r.prediction["objects"] != [] for _, r in readings)
     response = proportion(bad, naming)
     return {"score": response["score"], "standard_error": response["standard_error"],
             "n": len(readings), "response_level": response["score"],
@@ -168,7 +159,7 @@ BENCHMARK = Benchmark(
             "gt_captions": list[str] | None},
     item=item, question=lambda item: item["question"], new_tokens=1024, cot_tokens=0,
     read=read, modes=("chair-rule", "chair-llm"),
-    judge=Judge(messages, TEMPLATES / "object_halbench.txt", max_tokens=512, mode="chair-llm"),
+    judge=Judge(messages, max_tokens=512, mode="chair-llm"),
     metric="replies with an object that is not there (lower is better)", n_expected=300,
     split="COCO 2014", summary=chair,
     notes=lambda items, mode, cot: ["chair-rule matches words and is not the paper's number"],

@@ -8,17 +8,7 @@ import re
 
 from benchmarks import m3cot
 from benchmarks.answers import get_mode, is_correct, parse_answer
-from benchmarks.common import (
-    LETTER_SUFFIX,
-    LETTERS,
-    PHRASE_SUFFIX,
-    Benchmark,
-    Item,
-    Reading,
-    Reply,
-    last_number,
-    plain_minus,
-)
+from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Reply, last_number, lettered
 
 OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
 
@@ -29,7 +19,7 @@ def item_golds(row: Item) -> None:
 
 
 def item_gsm8k(row: Item) -> None:
-    row["gold"] = plain_minus(str(row["answer"]).split("####")[-1].strip().replace(",", ""))
+    row["gold"] = last_number(str(row["answer"]).split("####")[-1])
     float(row["gold"])
 
 
@@ -39,7 +29,7 @@ def question(item: Item) -> str:
 
 def read_choice(item: Item, reply: Reply, mode: str) -> Reading:
     """The first option letter that stands alone."""
-    letters = LETTERS[: len(item["choices"])]
+    letters = "".join(lettered(item["choices"]))
     match = re.search(rf"(?<![^\W_])[{letters}](?![^\W_])", reply.final)
     return Reading(match and match[0], bool(match) and match[0] == item["gold"], bool(match))
 
@@ -74,7 +64,7 @@ def read_gsm8k(item: Item, reply: Reply, mode: str) -> Reading:
 TEXT_MC = Benchmark(
     name="text_mc", files=("*.jsonl",), image=False,
     fields={"question": str, "choices": list, "answer": str | int},
-    item=m3cot.item, question=m3cot.question, suffix=LETTER_SUFFIX, new_tokens=100,
+    item=m3cot.item, question=m3cot.question, suffix=m3cot.LETTER_SUFFIX, new_tokens=100,
     read=read_choice, groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
 )  # fmt: skip
 TEXT_EM = Benchmark(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,24 +14,21 @@ TABLE2 = {
     "m3cot": "M3CoT", "mathvista": "MathVista", "mathvision_mini": "MathVision", "mmvet": "MM-Vet",
     "llava_bench": "LLaVA-B", "pope": "POPE", "crpe": "CRPE", "mmhal": "MMHal",
 }  # fmt: skip
-TABLE3 = ("m3cot", "mathvista", "mmvet", "pope")
-TABLE4 = {  # title -> (benchmark, key of score.json, factor)
-    "ObjHal resp.": ("object_halbench", "response_level", 1),
-    "ObjHal ment.": ("object_halbench", "mention_level", 1),
-    "MMHal score": ("mmhal", "score", 1),
-    "MMHal hall.": ("mmhal", "hallucination_rate", 100),
+TABLE4 = {  # title -> (benchmark, key of score.json)
+    "ObjHal resp.": ("object_halbench", "response_level"),
+    "ObjHal ment.": ("object_halbench", "mention_level"),
+    "MMHal score": ("mmhal", "score"),
+    "MMHal hall.": ("mmhal", "hallucination_rate"),
 }
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())  # table 3: [Direct, CoT]
 SETTINGS = ("Direct", "CoT")
-SCORE_FIELDS = {  # what a report needs of a score.json
-    "benchmark": str, "model": str, "setting": Literal["Direct", "CoT"],
-    "status": Literal["complete", "incomplete"], "score": float | None,
-    "standard_error": float | None, "n": int, "metric": str, "split": str, "extraction": str,
-    "prompts": str, "unparsed": int, "missing_judgements": list[str], "notes": list[str],
-    "judge": str | None, "judge_date": str | None, "weights": str | None,
-    "response_level": float | None, "mention_level": float | None,
-    "hallucination_rate": float | None,
-}  # fmt: skip
+# what a report needs of a score.json
+SCORE_FIELDS = dict.fromkeys("benchmark model metric split extraction prompts".split(), str)
+SCORE_FIELDS |= dict.fromkeys("judge judge_date weights".split(), str | None)
+SCORE_FIELDS |= dict.fromkeys("score standard_error".split(), float | None)
+SCORE_FIELDS |= dict.fromkeys([key for _, key in TABLE4.values()], float | None)
+SCORE_FIELDS |= {"setting": Literal[SETTINGS], "status": Literal["complete", "incomplete"]}
+SCORE_FIELDS |= {"n": int, "unparsed": int, "missing_judgements": list[str], "notes": list[str]}
 
 Scores = dict[tuple[str, str, str], dict[str, Any]]  # (model, benchmark, setting) -> score.json
 
@@ -62,11 +60,12 @@ def load_scores(folders: Iterable[Path]) -> Scores:
     return scores
 
 
-def figure_of(score: dict | None, key: str = "score", factor: float = 1) -> float | str | None:
+def figure_of(scores: Scores, model: str, bench: str, setting: str, key: str) -> float | str | None:
     """A figure of a score, "incomplete" where judgements are missing, None without a score."""
+    score = scores.get((model, bench, setting))
     if score is None or score["status"] == "incomplete":
         return score and "incomplete"
-    return None if score.get(key) is None else factor * score[key]
+    return 100 * score[key] if key == "hallucination_rate" else score.get(key)
 
 
 def cell(x: float | str | None) -> str:
@@ -75,43 +74,41 @@ def cell(x: float | str | None) -> str:
     return f"{x + 1e-9:.1f}"  # 31.25 is printed as 31.3, as in the paper
 
 
-def with_gap(direct: float | str | None, cot: float | str | None) -> list[str]:
-    """Cells: Direct, CoT and their difference."""
-    numbers = all(isinstance(x, float | int) for x in (direct, cot))
-    return [cell(direct), cell(cot), f"{cot - direct:+.1f}" if numbers else "-"]
+def setting_rows(name: str, columns: list[list[float | str | None]]) -> list[list[str]]:
+    """Rows of Direct, CoT and their difference; a column holds the first two of a benchmark."""
+    numbers = [all(isinstance(x, float | int) for x in pair) for pair in columns]
+    gaps = [f"{b - a:+.1f}" if known else "-" for known, (a, b) in zip(numbers, columns)]
+    rows = [*([cell(x) for x in row] for row in zip(*columns)), gaps]
+    return [[f"{name} {label}", *row] for label, row in zip((*SETTINGS, "CoT - Direct"), rows)]
 
 
-def report_text(scores: Scores, benchmarks: Iterable[str]) -> str:
+def report_text(scores: Scores) -> str:
     """The tables, and what each of our figures stands on."""
+    models = dict.fromkeys(model for model, _, _ in scores)
+
+    def ours(benchmarks: Iterable[str]) -> list[list[str]]:
+        figures = {m: [[figure_of(scores, m, b, s, "score") for s in SETTINGS] for b in benchmarks]
+                   for m in models}  # fmt: skip
+        return [row for model, columns in figures.items() for row in setting_rows(model, columns)]
+
     table2, table4 = (
         [[f"paper {name}", *map(cell, row.values())] for name, row in PAPER[table].items()]
         for table in ("table2", "table4")
     )
-    table3 = [[f"paper {name}", *(c for pair in row.values() for c in with_gap(*pair))]
-              for name, row in PAPER["table3"].items()]  # fmt: skip
-    others = []
-    for model in dict.fromkeys(model for model, _, _ in scores):
-        ours = {b: with_gap(*(figure_of(scores.get((model, b, s))) for s in SETTINGS))
-                for b in benchmarks}  # fmt: skip
-        for i, column in enumerate((*SETTINGS, "CoT - Direct")):
-            table2.append([f"{model} {column}", *(ours[b][i] for b in TABLE2)])
-        table3.append([model, *(c for b in TABLE3 for c in ours[b])])
-        for setting in SETTINGS:
-            row = [cell(figure_of(scores.get((model, b, setting)), key, factor))
-                   for b, key, factor in TABLE4.values()]  # fmt: skip
-            if set(row) != {"-"}:
-                table4.append([f"{model} {setting}", *row])
-        others += [[f"{model} {b}", *row] for b, row in ours.items()
-                   if b not in (*TABLE2, "object_halbench") and set(row) != {"-"}]  # fmt: skip
-    columns = (*SETTINGS, "diff")
+    for name, pairs in PAPER["table3"].items():
+        table2 += setting_rows(f"paper {name}", [pairs.get(b, [None, None]) for b in TABLE2])
+    for model, setting in product(models, SETTINGS):
+        figures = [figure_of(scores, model, b, setting, key) for b, key in TABLE4.values()]
+        if any(figure is not None for figure in figures):
+            table4.append([f"{model} {setting}", *map(cell, figures)])
+    others = sorted({b for _, b, _ in scores} - {*TABLE2, "object_halbench"})
     parts = {
-        "Table 2 (the paper's MPO row is CoT and its InternVL2-8B row Direct wherever Table 3 has "
-        "both)": text_table(["", *TABLE2.values()], table2),
-        "Table 3": text_table(["", *(f"{TABLE2[b]} {c}" for b in TABLE3 for c in columns)], table3),
+        "Tables 2 and 3 (a row without a setting is the paper's Table 2: its MPO row is CoT, its "
+        "InternVL2-8B row Direct)": text_table(["", *TABLE2.values()], table2 + ours(TABLE2)),
         "Table 4 (hallucination; lower is better but for the MMHal score)":
             text_table(["", *TABLE4], table4),
         "Not in the paper's tables (text-only: own baseline only, not Table 5)":
-            text_table(["", *columns], others) if others else "",
+            text_table(["", *others], ours(others)) if others else "",
         "What our figures stand on": "\n".join(map(footnote, scores.values())),
     }  # fmt: skip
     return "\n".join(f"{title}\n{body}\n" for title, body in parts.items() if body)
@@ -129,7 +126,7 @@ def footnote(s: dict[str, Any]) -> str:
         f"prompts {s['prompts']}", *s["notes"],
     ]  # fmt: skip
     if s["judge"]:
-        words.append(f"judge {s['judge']} {s['judge_date'] or ''}".rstrip())
+        words.append(f"judge {s['judge']} {s['judge_date'] or 'without a date'}")
     return "; ".join(words)
 
 
