@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from model import InternVL
-from runtime import InputError
 
 # In-memory name -> stored name, replaced in this order; a * stands for q, k and v, into which a
 # packed projection is split.  First what transformers calls the parts of InternLM2's decoder:
@@ -57,6 +56,7 @@ HF_CONVERTED = HF | {  # ... and as the official conversion script writes it
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
 }
+LAYOUTS = (OFFICIAL_INTERNLM2, OFFICIAL_QWEN, HF, HF_CONVERTED)
 
 
 class Piece(NamedTuple):
@@ -96,25 +96,6 @@ def stored_pieces(model: InternVL, names: dict[str, str]) -> dict[str, list[Piec
             for part, count in rows.items()
         ]
     return pieces
-
-
-def folder_pieces(
-    model: InternVL, stored: set[str], architecture: str, is_hf: bool, folder: Path
-) -> dict[str, list[Piece]]:
-    """stored_pieces in the layout of a folder whose files hold the tensors `stored`.
-
-    Raises InputError where names of two layouts stand side by side.
-    """
-    official = OFFICIAL_INTERNLM2 if architecture == "internlm2" else OFFICIAL_QWEN
-    layouts = [stored_pieces(model, names) for names in (official, HF, HF_CONVERTED)]
-    names = [{piece.name for parts in pieces.values() for piece in parts} for pieces in layouts]
-    best = max((1, 2) if is_hf else (0,), key=lambda n: len(names[n] & stored))
-    if strange := sorted(stored & set().union(*names) - names[best]):
-        raise InputError(
-            f"{folder}: config.json says {architecture} in the {'-hf' if is_hf else 'official'} "
-            f"layout, but {strange[0]} is a name of another one; keep one release's files together"
-        )
-    return layouts[best]
 
 
 def split_stored(tensor: Tensor, pieces: list[Piece]) -> dict[str, Tensor]:

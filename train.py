@@ -680,7 +680,6 @@ def state_tensors(
     """All tensors of a run by name; AdamW's moments are made where there are none yet."""
     tensors = {}
     for name, p in policy.named_parameters():
-        name = weights.official_name(name)
         if p.requires_grad or not memory.adapters(policy):
             tensors[f"model/{name}"] = p
         if not p.requires_grad:

@@ -30,43 +30,34 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from config import load_config
-from layouts import Piece, folder_pieces, split_stored
+from layouts import LAYOUTS, Piece, split_stored, stored_pieces
 from model import InternVL
 from runtime import Failure, InputError, fingerprint, read_json, sync_folder, write_atomic
-from tokenizer import load_tokenizer
+from tokenizer import TOKENIZERS, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 EXPORT_MARK = "export.json"  # lists what an export wrote; only such a folder is ever replaced
-TOKENIZERS = ("tokenizer.model", "vocab.json", "tokenizer.json")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # --------------------------------------------------------------------------- reading
 
 
 def weight_files(model_dir: Path) -> dict[str, Path]:
-    """Stored tensor name -> the safetensors file that holds it; one file or index + shards."""
+    """Stored tensor name -> the safetensors file that holds it."""
     model_dir = Path(model_dir)
-    index = model_dir / INDEX
-    paths = sorted(path for path in model_dir.glob("*.safetensors") if path.is_file())
-    if not index.is_file():
-        if len(paths) > 1:
-            raise InputError(f"{len(paths)} *.safetensors in {model_dir} but no {INDEX}; fetch it")
-        if not paths:
-            raise InputError(f"no *.safetensors in {model_dir}; pass the folder of a model")
-        with open_weights(paths[0]) as f:
-            return dict.fromkeys(f.keys(), paths[0])
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise InputError(f"{index}: no 'weight_map' of tensor names to file names; fetch it again")
-    files = {name: model_dir / file for name, file in weight_map.items()}
-    for path in sorted(set(files.values())):
-        if path.parent != model_dir:
-            raise InputError(f"{index}: shard {path} lies outside {model_dir}")
+    index, files = model_dir / INDEX, {}
+    listed = read_json(index).get("weight_map") if index.is_file() else None
+    shards = {model_dir / str(name) for name in listed.values()} if listed else set()
+    for path in sorted(shards or model_dir.glob("*.safetensors")):
         if not path.is_file():
-            raise InputError(f"missing shard {path}, named in {index.name}; fetch it again")
+            raise InputError(f"missing shard {path}, named in {INDEX}; fetch it again")
         with open_weights(path) as f:
-            listed = {name for name, file in files.items() if file == path}
-            _compare_keys(f"{path} and {index.name}", listed, set(f.keys()))
+            for name in f.keys():  # noqa: SIM118  (it is no dict)
+                if name in files:
+                    raise InputError(f"{path} and {files[name].name} both hold {name}; keep one")
+                files[name] = path
+    if not files:
+        raise InputError(f"no *.safetensors in {model_dir}; pass the folder of a model")
     return files
 
 
@@ -87,15 +78,9 @@ def _compare_keys(pair: str, expected: set[str], present: set[str]) -> None:
         )
 
 
-def official_name(name: str) -> str:
-    """Our parameter name -> its name in released InternLM2 files and in checkpoints."""
-    return name.replace("projector.", "mlp1.", 1) if name.startswith("projector.") else name
-
-
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Official name -> parameter (a DTensor where the model is sharded); adapters have none."""
-    named = model.named_parameters()
-    return {official_name(name): p for name, p in named if ".lora_" not in name}
+    """Name -> parameter (a DTensor where the model is sharded), without adapters."""
+    return {name: p for name, p in model.named_parameters() if ".lora_" not in name}
 
 
 def local_rows(p: Tensor) -> slice:
@@ -118,29 +103,28 @@ def local(p: Tensor) -> Tensor:
 
 
 def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
-    """In-memory name -> the rows of a folder's files that make up the parameter, in its layout.
+    """Our parameter name -> the rows of a folder's files that make up the parameter.
 
-    Raises InputError unless the folder holds exactly the model's tensors.
+    Of the layouts that which fits best; InputError unless the files hold exactly its tensors.
     """
-    files, architecture = weight_files(model_dir), load_config(model_dir).llm.architecture
-    is_hf = "text_config" in read_json(Path(model_dir) / "config.json")
-    pieces = folder_pieces(model, set(files), architecture, is_hf, model_dir)
-    expected = {piece.name for parts in pieces.values() for piece in parts}
+    files = weight_files(model_dir)
+    layouts = []
+    for names in LAYOUTS:
+        pieces = stored_pieces(model, names)
+        layouts.append((pieces, {piece.name for parts in pieces.values() for piece in parts}))
+    pieces, expected = max(layouts, key=lambda layout: len(layout[1] & files.keys()))
     _compare_keys(f"weights in {model_dir} and config.json", expected, set(files))
-    for name, parts in pieces.items():
-        pieces[name] = [piece._replace(file=files[piece.name]) for piece in parts]
-    return pieces
+    return {
+        name: [piece._replace(file=files[piece.name]) for piece in parts]
+        for name, parts in pieces.items()
+    }
 
 
 def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(in-memory name, parameter, this process's rows of it in the files), one tensor at a time.
-
-    Raises InputError unless the files hold exactly the model's tensors in the model's shapes.
-    """
+    """(our name, parameter, this process's rows of it in the files), one tensor at a time."""
     pieces = pieces_of(model, model_dir)
-    for name, p in model.named_parameters():
-        if name in pieces:
-            yield name, p, read_rows(pieces[name], p)
+    for name, p in named_tensors(model).items():
+        yield name, p, read_rows(pieces[name], p)
 
 
 def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
@@ -256,18 +240,14 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
 
 def write_weights(model: InternVL, like: Path, partial: Path) -> None:
     """The model's parameters in the shards of `like`."""
-    files, pieces = weight_files(like), pieces_of(model, like)
-    parameters = {
-        piece.name: (name, p)
-        for name, p in model.named_parameters()
-        for piece in pieces.get(name, ())
-    }
-    for path in sorted(set(files.values())):
+    pieces, parameters = pieces_of(model, like), dict(model.named_parameters())
+    owner = {piece.name: name for name, parts in pieces.items() for piece in parts}
+    for path in sorted(set(weight_files(like).values())):
         shard = {}
         with open_weights(path) as f:
-            for stored in (n for n, file in files.items() if file == path):
-                name, p = parameters[stored]
-                full = whole(p)  # every process takes part
+            for stored in f.keys():  # noqa: SIM118  (it is no dict)
+                name = owner[stored]
+                full = whole(parameters[name])  # every process takes part
                 if not is_finite(full):
                     raise Failure(f"{name} holds NaN or infinity, so the model is not written")
                 if is_writer():
@@ -287,14 +267,15 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
     for folder in (Path(path).resolve() for path in inputs):
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise InputError(f"{out_dir} and the input {folder} overlap; name another folder")
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise InputError(f"{out_dir} is a file; name another folder")
     mark = out / EXPORT_MARK
-    written = read_json(mark).get("files") if mark.is_file() else []
-    written = {mark.name, *written} if isinstance(written, list) else set()
-    if strange := sorted({path.name for path in out.glob("*")} - written):
+    written = read_json(mark).get("files") if mark.is_file() else None
+    strange = {path.name for path in out.glob("*")} - {mark.name, *(written or [])}
+    if strange or (mark.is_file() and not written):
+        name = min(strange, default=mark.name)
         raise InputError(
-            f"{out_dir} holds {strange[0]}, which no export of this program wrote there; "
+            f"{out_dir} holds {name}, which no export of this program wrote there; "
             "move it away or name another folder"
         )
     return out

@@ -108,6 +108,11 @@ def rewrite(folder, change):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def copy_shard(folder):
+    (folder / INDEX).unlink()
+    shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / "copy.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -115,7 +120,7 @@ def rewrite(folder, change):
         (lambda f: cut(sorted(f.glob("*.safetensors"))[1]), "00002-of-00002.*no whole"),
         (lambda f: rewrite(f, lambda t: t.popitem()), "disagree: 1 missing"),
         (lambda f: rewrite(f, lambda t: t.update(x=torch.ones(2))), r"1 unexpected \(x\)"),
-        (lambda f: (f / INDEX).unlink(), "2 \\*.safetensors in .* but no model.safetensors.index"),
+        (copy_shard, "00001-of-00002.safetensors and copy.safetensors both hold"),
         (lambda f: (f / "config.json").unlink(), "no config.json in"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda f: [p.unlink() for p in f.glob("*.s*")], "missing shard|no .*safetensors"),
@@ -171,9 +176,6 @@ def rename(folder, change):
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-INTERNLM2 = {"architectures": ["InternLM2ForCausalLM"], "bias": False}
-
-
 def without_head(name):
     return None if "lm_head" in name else name
 
@@ -208,15 +210,15 @@ def test_without_a_head_in_the_files_the_flag_makes_the_embedding_the_head(qwen,
     ("change", "message"),
     [
         (lambda f: rename(f, lambda n: n.replace("mlp1.0.", "multi_modal_projector.layer_norm.")),
-         "says qwen3 in the official layout, but multi_modal_projector.layer_norm.bias"),
+         r"2 missing \(mlp1.0.bias, .*2 unexpected \(multi_modal_projector.layer_norm.bias"),
         (lambda f: rename(f, lambda n: n.replace(".self_attn.q_norm.", ".self_attn.norm_q.")),
          r"2 missing \(language_model.model.layers.0.self_attn.q_norm"),
         (lambda f: rename(f, lambda n: n.replace(".self_attn.o_proj.", ".attention.wo.")),
          r"2 unexpected \(language_model.model.layers.0.attention.wo"),
         (lambda f: change_config(f, llm_config={"architectures": ["Qwen2ForCausalLM"]}),
          r"missing \(language_model.model.layers.0.self_attn.k_proj.bias"),
-        (lambda f: change_config(f, llm_config=INTERNLM2),
-         "says internlm2 in the official layout, but language_model.lm_head.weight is a name"),
+        (lambda f: change_config(f, llm_config={"architectures": ["InternLM2ForCausalLM"]}),
+         r"4 unexpected \(language_model.model.layers.0.self_attn.k_norm.weight"),
         (lambda f: change_config(f, llm_config={"architectures": ["Phi3ForCausalLM"]}),
          "Phi3ForCausalLM.*InternVL2_5-4B"),
         (lambda f: change_config(f, llm_config={"head_dim": 4}), r"has shape \[.*needs \["),
@@ -263,15 +265,6 @@ def test_a_model_after_a_step_of_mpo_comes_back_as_it_was_trained(tmp_path, name
         assert torch.equal(tensor, trained[parameter]), parameter
     changed = [n for n in trained if not torch.equal(before[n], trained[n])]
     assert any("wqkv.weight" in n for n in changed) and any("output.weight" in n for n in changed)
-
-
-def test_an_index_cannot_point_out_of_its_folder(folder):
-    index = json.loads((folder / INDEX).read_text())
-    name = next(iter(index["weight_map"]))
-    index["weight_map"][name] = "../evil.safetensors"
-    (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(InputError, match="outside"):
-        load_model(folder)
 
 
 def test_only_an_earlier_export_is_replaced_and_it_is_replaced_whole(folder, tmp_path):

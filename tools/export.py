@@ -53,11 +53,10 @@ from torch import Tensor
 from config import InternVLConfig
 from layouts import HF, OFFICIAL_INTERNLM2, split_stored, stored_pieces
 from model import InternVL
-from tokenizer import Tokenizer, find_template, load_tokenizer
+from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
 from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import (
     INDEX,
-    TOKENIZERS,
     empty_model,
     export_folder,
     new_export,
