@@ -9,6 +9,7 @@ record that is too long is dropped by name unless --overlong cut asks for the of
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -46,11 +47,13 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     rows = []
     for i, data_set in enumerate(sets):
         whole, part = divmod(data_set.repeat_time, 1)
-        n = len(data_set)
-        drawn = seeded(seed, data_set.name, epoch).permutation(n)[: int(part * n)]
-        records = np.concatenate([np.tile(np.arange(n), int(whole)), np.sort(drawn)])
-        rows.append(np.stack([np.full(len(records), i), records], axis=1))
-    rows = np.concatenate(rows).astype(np.int64)
+        records = np.tile(np.arange(len(data_set), dtype=np.int32), int(whole))
+        if part:
+            drawn = seeded(seed, data_set.name, epoch).permutation(len(data_set))
+            drawn = np.sort(drawn[: int(part * len(data_set))])
+            records = np.concatenate([records, drawn.astype(np.int32)])
+        rows.append(np.stack([np.full_like(records, i), records], axis=1))
+    rows = np.concatenate(rows)
     return rows[seeded(seed, "order", epoch).permutation(len(rows))]
 
 
@@ -67,10 +70,11 @@ class Tree:
     trunk: list[int]  # <s> system, image, question, <|im_start|>assistant\n
     responses: list[list[int]]  # each with its closing <|im_end|>
     chosen: list[int]  # (pair) index into responses
-    rejected: list[int]  # (pair) index into responses; empty: no rejected ones
+    rejected: list[int]  # (pair) likewise; the chosen one where no loss looks at it
     images: list[tuple[Path, int, bool]]  # (file, tile limit, JPEG augmentation)
     tiles: list[int]  # (image) tile counts, thumbnails included
     names: list[str]  # (pair)
+    sets: list[str] = field(default_factory=list)  # (pair) data sets
 
     @property
     def size(self) -> int:
@@ -116,14 +120,15 @@ def encode_tree(
         trunk,
         responses,
         [0],
-        [] if only_chosen else [1],
+        [len(responses) - 1],
         [(path, limit, record.augment) for path in record.images],
         tiles,
         [record.name],
+        [record.data_set],
     )
 
 
-Overlong = Literal["drop", "cut", "fewer_tiles", "error"]
+Overlong = Literal["drop", "cut", "fewer_tiles"]
 
 
 def fit_tree(
@@ -149,12 +154,7 @@ def fit_tree(
     if overlong == "cut" and (room := max_length - len(tree.trunk)) > 0:
         cut = [response[:room] for response in tree.responses]
         return None if len(cut) == 2 and cut[0] == cut[1] else replace(tree, responses=cut)
-    if overlong in ("drop", "cut"):
-        return None
-    raise InputError(
-        f"{record.name}: {tree.longest} tokens, more than max_length {max_length}; "
-        "shorten it, lower the tile limit, or pass --overlong drop, cut or fewer_tiles"
-    )
+    return None
 
 
 def merge(a: Tree, b: Tree) -> Tree:
@@ -173,6 +173,7 @@ def merge(a: Tree, b: Tree) -> Tree:
         a.images,
         a.tiles,
         a.names + b.names,
+        a.sets + b.sets,
     )
 
 
@@ -182,26 +183,22 @@ def grow_bushes(trees: list[Tree], pairs: int, budget: int) -> list[Tree]:
     for tree in trees:
         last = bushes[-1] if bushes else None
         same = last and (last.trunk, last.images) == (tree.trunk, tree.images)
-        if same and len(last.names) < pairs:
-            merged = merge(last, tree)
-            if merged.size <= budget:
-                bushes[-1] = merged
-                continue
-        bushes.append(tree)
+        merged = merge(last, tree) if same and len(last.names) < pairs else None
+        if merged and merged.size <= budget:
+            bushes[-1] = merged
+        else:
+            bushes.append(tree)
     return bushes
 
 
 def gather_questions(rows: np.ndarray, questions: list[object], pairs: int) -> np.ndarray:
     """`rows` (n 2) reordered: up to `pairs` rows of a question stand where its first one stood."""
-    groups: list[list[int]] = []
-    open_group: dict[object, list[int]] = {}
+    count: Counter = Counter()
+    groups: dict[tuple, list[int]] = {}
     for n, question in enumerate(questions):
-        group = open_group.get(question)
-        if group is None or len(group) == pairs:
-            group = open_group[question] = []
-            groups.append(group)
-        group.append(n)
-    return rows[[n for group in groups for n in group]]
+        groups.setdefault((question, count[question] // pairs), []).append(n)
+        count[question] += 1
+    return rows[[n for group in groups.values() for n in group]]
 
 
 # --------------------------------------------------------------------------- packs
@@ -223,7 +220,7 @@ class Pack:
     target: Tensor  # (token) ... this id ...
     response: Tensor  # (token) ... of this response
     chosen: Tensor  # (pair) response index
-    rejected: Tensor  # (pair) response index; empty without rejected responses
+    rejected: Tensor  # (pair) response index
     num_responses: int
     tiles: Tensor | None = None  # (tile 3 h w) uint8, distinct images, once each
     tile_order: Tensor | None = None  # (slot group) index into tiles
@@ -418,23 +415,24 @@ class PairData:
             order = epoch_order(self.sets, self.seed, epoch)
             order = order[: self.limit] if self.limit else order
             if self.pairs_per_prompt > 1:  # reads every record once an epoch
-                found = [self.sets[i][int(n)] for i, n in order]
-                questions = [(r.images, r.question, r.max_tiles, r.augment) for r in found]
+                records = (self.sets[i][int(n)] for i, n in order)
+                questions = [(r.images, r.question, r.max_tiles, r.augment) for r in records]
                 order = gather_questions(order, questions, self.pairs_per_prompt)
             self.orders = {epoch: order}
         return self.orders[epoch]
 
     def digest(self, steps: int) -> str:
-        """Of all that decides which responses the first `steps` steps hold, but for image files."""
-        digest = hashlib.blake2b(digest_size=16)
-        facts = (steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong)
-        digest.update(repr((*facts, self.pairs_per_prompt, self.config)).encode())
+        """Of all that decides which responses the first `steps` steps hold, but for image files.
+
+        Files of pairs go in by path, size and time: to read millions of lines takes too long.
+        """
+        facts = [steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong]
+        facts += [self.pairs_per_prompt, self.config]
         for of in self.sets:
-            facts = (of.name, of.root, of.repeat_time, of.max_tiles, of.augment)
-            digest.update(repr(facts).encode())
-            with open(of.lines.path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return digest.hexdigest()
+            file = of.lines.path.stat()
+            facts += [of.name, of.root, of.repeat_time, of.max_tiles, of.augment]
+            facts += [of.lines.path.resolve(), file.st_size, file.st_mtime_ns]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     def records(self, step: int) -> list[PairRecord]:
         """The records of step 0, 1, 2, ...; the last step of an epoch may have fewer."""

@@ -40,6 +40,7 @@ from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
 from runtime import (
     AppendLog,
     InputError,
+    alone_in,
     bar,
     claim,
     fingerprint,
@@ -50,7 +51,6 @@ from runtime import (
     read_json,
     read_whole_lines,
     run,
-    try_lock,
     write_atomic,
 )
 
@@ -132,9 +132,8 @@ def generate(cfg: Generate) -> Path:
         "temperature": 0.0,
     }
     claim(out, facts, "use another --out")
-    with open(out / f".lock-{rank}", "wb") as lock:  # each process of one start has its own
-        if not try_lock(lock, seconds=0):
-            raise InputError(f"{out}: another run works there; wait for it, or use another --out")
+    # each process of one start has its own lock
+    with alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
         done = answered(out)
         left = [k for k in range(rank, len(items), world) if items[k]["id"] not in done]
         if left:

@@ -4,9 +4,10 @@
     open_image, load_image     size without decoding; RGB pixels
 
 As the official code (`Image.open(path).convert("RGB")`): the first frame of an animation, and EXIF
-orientation is not applied.  Differs: gray levels of 16 and 32 bits and of floats are scaled (there
-they end at 255, nearly all white), transparent places are white (there whatever lies below, mostly
-black), and formats outside the list are refused: some of their decoders start other programs.
+orientation is not applied.  Differs: gray levels of 16 bits are scaled (there they end at 255,
+nearly all white), those of 32 bits are refused, transparent places are white (there whatever lies
+below, mostly black), and formats outside the list are refused: some of their decoders start other
+programs.
 """
 
 import io
@@ -131,23 +132,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:  # (row col) uint8
-    """Gray levels scaled to 0..255 from the format's range.
-
-    That is 0..65535 for 16 bits.  32 bits and floats carry smaller images as well: theirs is the
-    smallest of the usual ranges that holds all levels.
-    """
+    """Gray levels of 16 bits scaled to 0..255."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise InputError("gray levels of 32 bits have no known range; save it as 8 or 16 bits")
     levels = np.asarray(image).astype(np.float64)
-    sixteen = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    ranges = {"F": (1, 2**8 - 1, 2**16 - 1), "I": (2**8 - 1, 2**16 - 1, 2**31 - 1)}
-    usual = (2**16 - 1,) if sixteen and image.mode != "F" else ranges[image.mode]
-    low, high = levels.min(), levels.max()
-    top = next((top for top in usual if 0 <= low and high <= top), None)
-    if top is None:  # also levels that are no numbers
-        raise InputError(
-            f"gray levels from {low:g} to {high:g}, expected 0 to {usual[-1]:g}; save it as 8 bits"
-        )
     transparent = levels == image.info.get("transparency", -1)
-    return np.where(transparent, 255, np.rint(levels * (255 / top))).astype(np.uint8)
+    return np.where(transparent, 255, np.rint(levels / 257)).astype(np.uint8)
 
 
 def is_flat(image: Image.Image) -> bool:

@@ -109,8 +109,6 @@ def row_logps(hidden: Tensor, head_weight: Tensor, target: Tensor, chunk: int = 
     The products run in the dtype of `hidden`; a float32 head under bfloat16 hidden states gets its
     gradient in float32, unrounded.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
     return ChunkedHead.apply(hidden, head_weight, target, chunk)
 
 
@@ -189,7 +187,7 @@ def dpo(logps: PairLogps, beta: float = 0.1) -> Tensor:  # (pair)
     """-log s(beta (c - r)).
 
     The preference loss of MPO, weight 0.8 (paper, eq. 3 and section 7).  TR-DPO is this with a
-    reference that moves, see `blend`.
+    reference that moves (train.py).
     """
     return -F.logsigmoid(beta * (logps.chosen_logratio - logps.rejected_logratio))
 
@@ -457,40 +455,17 @@ def coefficients(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor
 class BcoShift:
     """The mean reward of all earlier steps, "moving average of previous rewards" (paper, eq. 6-7).
 
-    Every response of every rank weighs the same.  Updated once a step, after use, so that all
-    micro-batches of a step see one number; 0 at the first step.
+    Every response weighs the same.  Updated once a step, after use, so that all micro-batches of a
+    step see one number; 0 at the first step.
     """
 
     mean: float = 0.0
-    count: float = 0.0  # responses so far
+    count: int = 0  # responses so far
 
-    def update(self, reward_sum: float, count: float) -> None:
-        """Add a step's rewards: `bco_rewards`, summed over all micro-batches and ranks."""
-        if count:
-            self.count += count
-            self.mean += (reward_sum - count * self.mean) / self.count
-
-    def state_dict(self) -> dict[str, float]:
-        return {"mean": self.mean, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.mean, self.count = float(state["mean"]), float(state["count"])
-
-
-@torch.no_grad()
-def bco_rewards(logps: PairLogps, beta: float = 0.1) -> Tensor:  # (2)
-    """(sum of rewards, responses) in float64: to be added over ranks, then given to BcoShift."""
-    rewards = beta * torch.cat([logps.chosen_logratio, logps.rejected_logratio]).double()
-    return torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))])
-
-
-@torch.no_grad()
-def blend(reference: Tensor, policy: Tensor, mix: float) -> Tensor:
-    """TR-DPO's update (arXiv:2404.09656), in place: reference <- mix policy + (1 - mix) reference.
-
-    mix 1 is the hard update.  Keep the reference in float32: bfloat16 would round a small mix away.
-    """
-    return reference.lerp_(policy.to(reference.dtype), mix)
+    def update(self, rewards: Tensor) -> None:  # (response)
+        """Add the rewards of a whole step: beta times the log-ratios of both responses."""
+        self.count += len(rewards)
+        self.mean += (rewards.double().sum().item() - len(rewards) * self.mean) / self.count
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from runtime import (
     EngineConfig,
     InputError,
     Settings,
+    alone_in,
     bar,
     claim,
     fingerprint,
@@ -128,7 +129,7 @@ from benchmarks.answers import (
 )
 from generate import Generator, Prompt, Sample
 from images import check_images, image_names, image_paths
-from records import Group, alone_writing, grouped, in_order, new_file, part_files, read_parts
+from records import Group, grouped, in_order, new_lines, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
@@ -514,7 +515,7 @@ def response_key(record: dict, name: str) -> str:
 
 def correctness(cfg: CorrectnessConfig) -> None:
     entries, reports, bad = {}, {}, []
-    with alone_writing(cfg.out_dir):
+    with alone_in(cfg.out_dir, math.inf, "end it"):
         for data_set in find_sets(cfg.samples):
             name, info = data_set.name, data_set.info
             modes = split_names(cfg.modes) or info.modes or get_mode(name)
@@ -541,7 +542,7 @@ def pair_set(
     with contextlib.ExitStack() as stack:
         paths = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
         paths["all wrong"] = cfg.out_dir / "all_wrong" / f"{data_set.name}.jsonl"
-        write = {kind: stack.enter_context(new_file(path)) for kind, path in paths.items()}
+        write = {kind: stack.enter_context(new_lines(path)) for kind, path in paths.items()}
         work = functools.partial(pair_groups, cfg, data_set.name, modes, cap)
         for lines, *counters in in_order(work, groups, 50, cfg.workers, data_set.name):
             for kind, line in lines:
@@ -682,11 +683,11 @@ def pair_with_model(
         if owed := work(cfg, data_set, cfg.out_dir / folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
             continue
-        with alone_writing(cfg.out_dir):
+        with alone_in(cfg.out_dir, math.inf, "end it"):
             report, entry = pair(cfg, data_set, cfg.out_dir / folder, stem)
         reports[data_set.name], entries[stem] = report, entry
     if reports:
-        with alone_writing(cfg.out_dir):
+        with alone_in(cfg.out_dir, math.inf, "end it"):
             finish_verb(cfg, verb, entries, reports)
 
 
@@ -784,7 +785,7 @@ def pair_continuations(
     """Pairs from complete continuations; report and entry for meta.json."""
     counts, cost, written = Counter(), Counter(), 0
     responses = sum(1 for _ in cut_responses(data_set, cfg, counts))
-    with new_file(annotation_file(cfg, stem)) as write:
+    with new_lines(annotation_file(cfg, stem)) as write:
         for group in grouped(part_files(folder), lambda record, _: record["rid"]):
             draws = {row["draw"]: row for row in group.records()}
             spend(cost, source := next(iter(draws.values()))["source"])

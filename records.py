@@ -10,9 +10,7 @@ key that changes what a record means is obeyed or refused by name.
 """
 
 import contextlib
-import functools
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -26,21 +24,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from images import image_names, image_paths
 from runtime import (
     InputError,
+    bar,
     flag,
     from_json,
     named,
+    new_file,
     open_file,
     parse_json_line,
     rank_and_world,
     read_json,
     start_worker,
-    sync_folder,
-    try_lock,
 )
 from tokenizer import with_image_placeholders
 
@@ -51,22 +48,26 @@ class JsonLines:
     def __init__(self, path: Path, part: bool = False) -> None:
         """part: written by a process that may be killed; a torn last line is left out."""
         self.path, self.file = Path(path), open_file(path)  # read from at any time
-        starts, numbers, position = [], [], 0
-        for number, line in enumerate(self.file, 1):
-            if part and not line.endswith(b"\n"):
-                break
-            if line.strip():
-                starts.append(position)
-                numbers.append(number)
-            position += len(line)
-        self.starts, self.numbers = np.array([*starts, position]), np.array(numbers)
+        size, ends = 0, [np.zeros(1, int)]
+        while block := self.file.read(1 << 22):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
+            size += len(block)
+        bounds = np.concatenate(ends)  # a line stands between two of them
+        if bounds[-1] < size and not part:
+            bounds = np.append(bounds, size)
+        short = np.flatnonzero(np.diff(bounds) < 64)  # no record fits there, only blanks
+        empty = [n for n in short if not self.read(bounds[n], bounds[n + 1]).strip()]
+        self.starts, self.ends = np.delete(bounds[:-1], empty), np.delete(bounds[1:], empty)
+        self.numbers = np.delete(np.arange(1, len(bounds)), empty)
+
+    def read(self, start: int, end: int) -> bytes:
+        return os.pread(self.file.fileno(), int(end - start), int(start))  # threads share the file
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, n: int) -> dict:
-        start, end = int(self.starts[n]), int(self.starts[n + 1])
-        line = os.pread(self.file.fileno(), end - start, start)  # threads share the file
+        line = self.read(self.starts[n], self.ends[n])
         return parse_json_line(self.path, int(self.numbers[n]), line)
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
@@ -124,13 +125,13 @@ def in_order(work: Callable, items: Sequence, size: int, workers: int, label: st
     starts = range(0, len(items), size)
     workers = min(workers or len(os.sched_getaffinity(0)), len(starts))
     _WORK[:] = [lambda start: work(items[start : start + size])]
-    bar = functools.partial(tqdm, desc=label, total=len(starts), unit_scale=size, delay=2)
+    shown = {"desc": label, "total": len(starts), "unit_scale": size, "delay": 2}
     if workers <= 1:
-        yield from bar(map(_WORK[0], starts))
+        yield from bar(map(_WORK[0], starts), **shown)
         return
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, start_worker) as pool:
-        yield from bar(pool.map(call_work, starts))
+        yield from bar(pool.map(call_work, starts), **shown)
 
 
 def call_work(start: int) -> Any:
@@ -138,31 +139,12 @@ def call_work(start: int) -> Any:
 
 
 @contextlib.contextmanager
-def alone_writing(out_dir: Path) -> Iterator[None]:
-    """One process writes in `out_dir` at a time; what a killed one left half written goes first."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / ".lock", "wb") as lock:
-        try_lock(lock, math.inf)
-        for partial in (*out_dir.glob(".*.json.*.partial"), *out_dir.glob("*/.*.jsonl.partial")):
-            partial.unlink()
-        yield
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Callable[[dict], int]]:
+def new_lines(path: Path) -> Iterator[Callable[[dict], int]]:
     """Gives a function that writes a line; the file appears complete or not at all, never empty."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with named(path), open(partial, "wb") as file:
+    with new_file(path) as file:
         yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if partial.stat().st_size:
-        partial.replace(path)
-    else:
-        partial.unlink()
-        path.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if not path.stat().st_size:
+        path.unlink()
 
 
 # --------------------------------------------------------------------------- pairs
@@ -190,6 +172,7 @@ class PairRecord:
     max_tiles: int
     augment: bool
     system_prompt: str | None = None
+    data_set: str = ""  # its name
 
 
 @dataclass(frozen=True)
@@ -209,11 +192,17 @@ class DataSet:
     def __getitem__(self, number: int) -> PairRecord:
         """Read and check one record.  Raises InputError naming set, file, line and key."""
         name = f"{self.name}, {self.lines.name(number)}"
-        return check_pair(self.lines[number], name, self.root, self.max_tiles, self.augment)
+        raw, limit = self.lines[number], self.max_tiles
+        return check_pair(raw, name, self.root, limit, self.augment, self.name)
 
 
 def check_pair(
-    raw: dict, name: str, root: Path, max_tiles: int = 12, augment: bool = False
+    raw: dict,
+    name: str,
+    root: Path,
+    max_tiles: int = 12,
+    augment: bool = False,
+    data_set: str = "",
 ) -> PairRecord:
     """A record as it stands in a file, checked; `name` is for errors."""
     line, names = from_json(PairLine, raw, name), image_names(raw, name)
@@ -233,6 +222,7 @@ def check_pair(
         max(1, max_tiles // max(1, len(names))),
         augment,
         line.system_prompt,
+        data_set,
     )
 
 
@@ -267,8 +257,7 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
         raise InputError(f"{path}: expected one object of data set name -> entry")
     sets = [_data_set(path, name, entry, max_tiles, notes) for name, entry in meta.items()]
     if notes and rank_and_world()[0] == 0:
-        more = f" (and {len(notes) - 3} more)" if len(notes) > 3 else ""
-        print("\n".join(notes[:3]) + more, file=sys.stderr)
+        print(*notes[:3], *["..."] * (len(notes) > 3), sep="\n", file=sys.stderr)
     return sets
 
 

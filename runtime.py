@@ -7,10 +7,10 @@ A closed list, never "utils": a thing enters here when two rooms need it.
     InputError, Failure, run         what people must know ends in one line
     start_process, Process           the process group: always one, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
-    write_atomic, AppendLog          whole files or none; whole lines or none
+    new_file, write_atomic           whole files or none
+    AppendLog, read_whole_lines      whole lines or none
     fingerprint, claim, alone_in     which weights; one run a folder; one run at a time
     bar                              how far a long pass is
-    MetricsLog                       one JSON line a step in out_dir/metrics.jsonl, one for the eye
 
 torch is imported only where a process group is made, so that flags are read without it.
 """
@@ -42,9 +42,6 @@ from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
-LOCK_VOTE_SECONDS = 5
-COLUMNS = 80  # of a terminal
-PLAIN_BAR = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 # what other training programs call a flag -> what it is called here
 OTHER_NAMES = {
     "learning_rate": "lr", "warmup_ratio": "warmup", "num_train_epochs": "epochs",
@@ -276,12 +273,6 @@ def run(main: Callable[[], None]) -> None:
         status = 2 if error.errno in NAMED_WRONGLY else 1
     except UnicodeError as error:
         message, status = f"a text or file name is not valid UTF-8: {error}", 2
-    except RecursionError:
-        message, status = "an input is nested too deeply", 2
-    except ValueError as error:
-        if "null" not in str(error):
-            raise
-        message, status = f"a file name holds a null character ({error})", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     finally:
@@ -333,6 +324,8 @@ class Process:
 
     def broadcast(self, number: int) -> int:
         """Rank 0's number, on every rank; all of them wait for each other here."""
+        if self.world == 1:
+            return number
         import torch  # noqa: PLC0415  (see the module docstring)
         import torch.distributed as dist  # noqa: PLC0415
 
@@ -346,23 +339,24 @@ class Process:
             print(*words, file=sys.stderr, flush=True)
 
 
+ALONE = Process(0, 1, None)  # in no group
+
+
 def start_process(seed: int) -> Process:
     """Join the process group (a group of one without torchrun), pick the device, seed torch."""
     import torch  # noqa: PLC0415  (see the module docstring)
     import torch.distributed as dist  # noqa: PLC0415
 
     rank, world = rank_and_world()
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
-        if world == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend)
+        alone = world == 1 and "MASTER_ADDR" not in os.environ
+        place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(backend, **place)
     torch.manual_seed(seed)
     return Process(rank, world, device)
 
@@ -452,13 +446,6 @@ def fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, typing.get_origin(hint) or hint)
 
 
-@functools.cache
-def certain_types(hint: Any) -> set[type]:
-    """Types whose every value fits: most values need no closer look."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]
-    return {str, bool, types.NoneType}.intersection(kinds)
-
-
 def from_json(cls: type, record: dict, name: object) -> Any:
     """Build dataclass `cls` from a JSON object: type, default and range of each field.
 
@@ -469,7 +456,7 @@ def from_json(cls: type, record: dict, name: object) -> Any:
         key, hint = keys.get(f.name, f.name), hints[f.name]
         if key in record:
             values[f.name] = value = record[key]
-            if type(value) not in certain_types(hint) and not fits(value, hint):
+            if not (type(value) is hint is str or fits(value, hint)):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint)
                 wanted = wanted.removeprefix("typing.")
                 raise InputError(f"{name}: {key!r} must be {wanted}, got {value!r:.80}")
@@ -482,22 +469,28 @@ def from_json(cls: type, record: dict, name: object) -> Any:
 # --------------------------------------------------------------------------- files
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, fsync, rename: a reader sees the old file or the whole new one."""
-    path = Path(path)
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written: readers of `path` see the old one until the new one is whole."""
     if path.exists() and not path.is_file():  # the rename would put a file in a device's place
         raise InputError(f"{path} is no file that can be replaced; pass another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with named(path), open(partial, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
+        with named(path), open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file or none, see `new_file`."""
+    with new_file(Path(path)) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
@@ -519,28 +512,19 @@ class AppendLog:
     def __init__(self, path: Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.records, good = read_whole_lines(path)
+        self.records, whole_bytes = read_whole_lines(path)
         self.file = open(path, "ab")  # noqa: SIM115  (lives as long as the log)
-        if self.file.tell() != good:
-            self.file.truncate(good)
-        self.fsync_at = time.monotonic()
+        if self.file.tell() != whole_bytes:
+            self.file.truncate(whole_bytes)
 
     def append(self, record: dict) -> None:
         with named(self.file.name):
             self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self.file.flush()
-        if time.monotonic() - self.fsync_at > 1:  # at most a second of work on a power cut
-            self.sync()
-
-    def sync(self) -> None:
-        with named(self.file.name):
-            os.fsync(self.file.fileno())
-        self.fsync_at = time.monotonic()
 
     def close(self) -> None:
-        with contextlib.suppress(ValueError):
-            self.sync()
-            self.file.close()
+        with named(self.file.name), self.file:
+            os.fsync(self.file.fileno())
 
 
 def read_whole_lines(path: Path) -> tuple[list[dict], int]:
@@ -587,36 +571,34 @@ def claim(folder: Path, facts: dict[str, Any], remedy: str, name: str = "run.jso
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, process: Process, seconds: float, remedy: str) -> Iterator[None]:
+def alone_in(
+    folder: Path, seconds: float, remedy: str, process: Process = ALONE, name: str = ".lock"
+) -> Iterator[None]:
     """One run at a time: wait `seconds` for another one that works in `folder`, then refuse.
 
-    The kernel lifts the lock when its process ends, however it ends.
+    The kernel lifts the lock when its process ends, however it ends.  All ranks vote again and
+    again: one that waited in a single collective would be taken for dead by NCCL.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
-        began, warned = time.monotonic(), False
-        # a rank that waits in one collective for 30 minutes would be taken for dead by NCCL
-        step = min(seconds, LOCK_VOTE_SECONDS)
-        while not process.broadcast(process.is_main and try_lock(file, step)):
-            if process.broadcast(time.monotonic() - began >= seconds):
+    with open(folder / name, "wb") as file:
+        end, waiting = time.monotonic() + seconds, False
+        while not process.broadcast(process.is_main and lock(file)):
+            if process.broadcast(time.monotonic() >= end):
                 raise InputError(f"{folder}: another run works there; wait for it, or {remedy}")
-            if not warned:
+            if not waiting:
                 process.say(f"{folder}: waiting for another run that works there")
-            warned = True
+            waiting = True
+            time.sleep(0.1)
         yield
 
 
-def try_lock(file: BinaryIO, seconds: float) -> bool:
-    """Take the file's lock, trying for `seconds`."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.1)
+def lock(file: BinaryIO) -> bool:
+    """Take the file's lock, unless another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------- metrics
@@ -628,52 +610,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-class PlainLines:
-    """A stderr that is no terminal: what a bar draws over and over becomes lines of their own."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
 def bar(items: Iterable | None = None, **options: Any) -> tqdm:
-    """A bar of tqdm on rank 0; in a file or a pipe a plain line, at most one in ten seconds."""
-    options |= {"disable": rank_and_world()[0] != 0, "ncols": COLUMNS}
-    if not sys.stderr.isatty():
-        options |= {"file": PlainLines(), "mininterval": 10, "bar_format": PLAIN_BAR}
-    return tqdm(items, **options)
-
-
-class MetricsLog:
-    """One JSON object a step in out_dir/metrics.jsonl, one short line on stderr; silent off rank 0.
-
-    A resumed run drops the lines past its checkpoint, so each step stands in the file once.
-    """
-
-    def __init__(self, out_dir: Path, process: Process, total_steps: int, done: int = 0) -> None:
-        self.process, self.total, self.done, self.start = process, total_steps, done, time.time()
-        path = Path(out_dir) / "metrics.jsonl"
-        self.rows = [r for r in read_whole_lines(path)[0] if r["step"] <= done]
-        if process.is_main:
-            write_atomic(path, "".join(json.dumps(r) + "\n" for r in self.rows))
-            self.log = AppendLog(path)
-
-    def __call__(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
-        """Log `metrics` of `step` (1..total); of those in `shown` the line has as many as fit."""
-        self.rows.append({"step": step, **metrics})
-        if self.process.is_main:
-            self.log.append(self.rows[-1])
-        left = (time.time() - self.start) / (step - self.done) * (self.total - step)
-        line, end = f"step {step}/{self.total}", f"  left {clock(left)}"
-        for name in shown:
-            word = f"  {name.split('/')[-1]} {metrics.get(name, math.nan):.4g}"
-            if name in metrics and len(line + word + end) <= COLUMNS:
-                line += word
-        self.process.say(line + end)
-
-    def close(self) -> None:
-        if self.process.is_main:
-            self.log.close()
+    """A bar of tqdm on rank 0; in a file or a pipe it is drawn every ten seconds."""
+    quiet = rank_and_world()[0] != 0
+    return tqdm(items, disable=quiet, mininterval=0.1 if sys.stderr.isatty() else 10, **options)

@@ -19,7 +19,6 @@ why); weight decay spares vectors.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import signal
@@ -53,14 +52,13 @@ class TrainConfig:
         "mpo", "weighted sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows"
     )
     mine: Path | None = flag(None, "Python file with objectives of your own")
-    beta: float = flag(0.1, "KL coefficient")
+    beta: float = flag(0.1, "KL coefficient", low=1e-9)
     label_smoothing: float = flag(-1.0, "for cdpo and robust; -1 = the objective's default")
-    bco_shift: Literal["on", "off"] = flag("on", "off: the shift stays 0, as in TRL 1.16")
     reference: Literal["cached", "online"] = flag("cached", "scored once, or a second model")
     reference_cache: Path | None = flag(None, "folder to share; default out_dir/reference")
     reference_update_every: int = flag(0, "TR-DPO: steps between updates; 0 = off", low=0)
     reference_update_mix: float = flag(0.9, "TR-DPO: the policy's share of an update", 0, 1)
-    lr: float | None = flag(None, "peak learning rate; default: the generation's (8B of 2: 5e-6)")
+    lr: float | None = flag(None, "peak learning rate; default: the generation's", low=1e-12)
     lr_vision: float = flag(1.0, "times lr for the ViT; 0 = frozen", low=0)
     lr_projector: float = flag(1.0, "times lr for the projector; 0 = frozen", low=0)
     lr_language: float = flag(1.0, "times lr for the language model; 0 = frozen", low=0)
@@ -72,13 +70,13 @@ class TrainConfig:
     epochs: int = flag(1, "passes over the data", low=1)
     max_steps: int = flag(0, "stop the schedule here; 0 = all epochs", low=0)
     limit: int = flag(0, "use only this many pairs of the epoch's order; 0 = all", low=0)
-    drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", low=0)
+    drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", 0, 0.99)
     pack_tokens: int | None = flag(
         None, "tokens of one forward pass; default 8192, or max_length if that is more", low=1
     )
     max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", 0, 128)
-    overlong: Literal["drop", "cut", "fewer_tiles", "error"] = flag(
+    overlong: Literal["drop", "cut", "fewer_tiles"] = flag(
         "drop", "what becomes of a too long record; cut = the official way"
     )
     pairs_per_prompt: int = flag(1, "pairs of one question trained as one tree, at most", low=1)
@@ -122,17 +120,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         runtime.check_ranges(type(self), vars(self))
-        if self.beta <= 0 or (self.lr is not None and self.lr <= 0):
-            raise ValueError("lr and beta must be > 0")
-        if self.drop_path is not None and self.drop_path >= 1:
-            raise ValueError("drop_path must be below 1")
         for name in ("tensorboard", "wandb"):
             if getattr(self, name):
                 runtime.need(name, f"--{name}")
         if self.keep_best and not self.heldout:
             raise ValueError("keep_best needs --heldout, pairs to choose the step by")
-        if self.state_dtype == "bf16" and self.dtype == "fp32":
-            raise ValueError("state_dtype bf16 computes in bf16; dtype fp32 needs fp32 weights")
 
     @property
     def cache_folder(self) -> Path:
@@ -152,12 +144,11 @@ class TrainConfig:
 if __name__ == "__main__":
     runtime.parse_cli(TrainConfig)  # --help and wrong flags need no torch, which takes seconds
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 import losses
 import memory
@@ -167,7 +158,7 @@ from data import TILES_AT_ONCE, Pack, PairData, Tree, prefetch, response_keys, s
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from weights import local, named_tensors
 
 LOCK_SECONDS = 20
@@ -202,7 +193,6 @@ class Run:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # what a checkpoint holds
     total: int = 0  # steps
     done: int = 0
-    start: list[float] = field(default_factory=list)  # sums of the start weights
 
 
 # --------------------------------------------------------------------------- the loop
@@ -211,7 +201,7 @@ class Run:
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
     check_folders(cfg)
-    with runtime.alone_in(cfg.out_dir, process, LOCK_SECONDS, "end it, or pass another --out_dir"):
+    with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir", process):
         run = open_run(cfg, process)
         cfg, policy, reference, optimizer = run.cfg, run.policy, run.reference, run.optimizer
         book = Book(run)
@@ -221,21 +211,22 @@ def train(cfg: TrainConfig, process: Process) -> None:
             lr = lr_at(step.number, run.total, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            shift = run.shift.mean if cfg.bco_shift == "on" else 0.0
-            hyper = run.hyper | {"bco_shift": shift}
+            hyper = run.hyper | {"bco_shift": run.shift.mean}
             if step.number == 0 and reference:
                 process.say(check_start(run, step, hyper))
             logps = step_gradient(run, step, hyper)
-            norm = clip_gradient(run, step)
+            norm = clip_gradient(run)
+            check_finite(run, step, logps, hyper, norm)
             optimizer.step()
             optimizer.zero_grad()
             if reference:
-                run.shift.update(*losses.bco_rewards(logps, cfg.beta).tolist())
+                ratios = torch.cat([logps.chosen_logratio, logps.rejected_logratio])
+                run.shift.update(cfg.beta * ratios.double())
             if cfg.reference_update_every and number % cfg.reference_update_every == 0:
                 reference.move(policy, cfg.reference_update_mix)
 
             metrics = step_metrics(run, logps, step.sets, hyper) | run.meter(step, reference)
-            metrics |= {"bco_shift": shift, "lr": lr, "grad_norm": norm}
+            metrics |= {"bco_shift": hyper["bco_shift"], "lr": lr, "grad_norm": norm}
             if run.heldout and (number == run.total or number % cfg.heldout_every == 0):
                 metrics |= score_heldout(run, hyper)
                 run.meter.began = time.perf_counter()  # no part of the next step
@@ -246,10 +237,9 @@ def train(cfg: TrainConfig, process: Process) -> None:
                 process.say(f"asked to stop: saved step {number}; the same command continues")
                 return
         book.close()
-        if best := best_row(book.log.rows):
+        if best := best_row(book.rows):
             process.say(f"best step by held-out pairs: {best['step']} of {run.total}")
         memory.merge_adapters(policy)
-        check_moved(run.start, policy)
         weights.save_model(policy, cfg.out_dir / "model", like=cfg.model_dir)
         process.say(f"saved {cfg.out_dir / 'model'}: read back and equal to the trained policy")
 
@@ -266,16 +256,22 @@ def open_run(cfg: TrainConfig, process: Process) -> Run:
     terms = parse_objective(cfg.loss)
     smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
     hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
-    data = open_data(cfg, terms, process)
-    heldout = open_data(cfg, terms, process, cfg.heldout) if cfg.heldout else None
+    data, heldout = open_data(cfg, terms, process), None
+    if cfg.heldout:
+        watched = replace(cfg, meta=cfg.heldout, limit=0)
+        heldout = open_data(watched, terms, process, data.tokenizer)
     cfg = settle(asked, config, process.world, process.device, process.say)
     cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
     total = data.steps_per_epoch * cfg.epochs
-    total = min(total, cfg.max_steps) if cfg.max_steps else total
+    total = min(total, cfg.max_steps or total)
+    if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
+        raise InputError(
+            f"the learning rate is 0 at every one of {total} steps, so no weight would change: "
+            "warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
+        )
     meter = Meter(cfg, process)
 
     policy = sharded_model(cfg, process, cfg.drop_path)
-    start = weight_sums(policy)
     optimizer, shift = make_optimizer(cfg, policy), BcoShift()
     reference = make_reference(cfg, terms, policy, data, total, process)
     if heldout and cfg.reference == "cached" and reference:
@@ -283,13 +279,11 @@ def open_run(cfg: TrainConfig, process: Process) -> Run:
     tensors = state_tensors(policy, optimizer, reference, cfg.reference_update_every > 0)
     done = restore(cfg, tensors, optimizer, shift)
     process.say(f"{done} of {total} steps are done" if done else f"{total} steps to do")
-    if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
-        process.say("warning: the learning rate is 0 at every step: nothing will be trained")
     if process.is_main:
         write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
     return Run(
         cfg, process, terms, policy, reference, hyper, data, heldout, optimizer, shift, meter,
-        tensors, total, done, start,
+        tensors, total, done,
     )  # fmt: skip
 
 
@@ -314,12 +308,10 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
 
 
 def open_data(
-    cfg: TrainConfig, terms: Terms, process: Process, heldout: Path | None = None
+    cfg: TrainConfig, terms: Terms, process: Process, tokenizer: Tokenizer | None = None
 ) -> PairData:
-    """The pairs of cfg.meta, or instead all those of `heldout`."""
+    """The pairs of cfg.meta; `tokenizer`: the model's, where it is loaded already."""
     config = load_config(cfg.model_dir)
-    if heldout:
-        cfg = replace(cfg, meta=heldout, limit=0)
     if cfg.batch_size % process.world:
         raise InputError(
             f"batch_size {cfg.batch_size} does not divide by {process.world} processes; "
@@ -329,16 +321,15 @@ def open_data(
         raise InputError(
             f"{process.world} processes do not divide into --replicate {cfg.replicate} groups"
         )
-    tokenizer = load_tokenizer(cfg.model_dir)
+    tokenizer = tokenizer or load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
     shared = {f.name for f in fields(PairData)} & vars(cfg).keys()  # flags that it has as fields
     flags = {name: getattr(cfg, name) for name in shared}
     data = PairData(sets, tokenizer, config, only_chosen=trains_only_chosen(terms), **flags)
-    use = "held out" if heldout else "data"
-    for number, data_set in enumerate(data.sets):
-        drawn = int((data.order(0)[:, 0] == number).sum())
-        process.say(f"{use}: {data_set.name}: {len(data_set)} records, {drawn} an epoch")
+    drawn = np.bincount(data.order(0)[:, 0], minlength=len(sets))
+    for data_set, count in zip(sets, drawn):
+        process.say(f"{cfg.meta}: {data_set.name}: {len(data_set)} records, {count} an epoch")
     return data
 
 
@@ -404,12 +395,15 @@ def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
 
     One process alone needs it only to compute in another dtype than that of the weights.
     """
-    options, dtype = {"mesh": make_mesh(cfg, process)}, compute_dtype(cfg, process.device)
+    dtype = compute_dtype(cfg, process.device)
     if switched_on(cfg.compile, process.device):
         for block in units_of(model):
             block.compile()
     if process.world == 1 and dtype is next(model.parameters()).dtype:
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415 (a second)
+
+    options: dict[str, Any] = {"mesh": make_mesh(cfg, process)}
     if dtype is torch.bfloat16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         options["mp_policy"] = policy
@@ -427,9 +421,9 @@ def scoring(model: InternVL) -> Iterator[None]:
     with torch.no_grad():
         yield
     model.train(training)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if weights.is_sharded(model):
+        for unit in [*units_of(model), model]:
+            unit.reshard()
 
 
 def reduce_gradients(run: "Run", now: bool) -> None:
@@ -438,7 +432,7 @@ def reduce_gradients(run: "Run", now: bool) -> None:
     With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
     copies of the model that waits.
     """
-    if not isinstance(run.policy, FSDPModule):
+    if not weights.is_sharded(run.policy):
         return
     if run.cfg.sync == "step":
         run.policy.set_requires_gradient_sync(now)
@@ -453,20 +447,6 @@ def make_mesh(cfg: TrainConfig, process: Process) -> DeviceMesh:
         return init_device_mesh(process.device.type, (process.world,))
     shape = (cfg.replicate, process.world // cfg.replicate)
     return init_device_mesh(process.device.type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def weight_sums(policy: InternVL) -> list[float]:
-    """A sum a tensor of this process's share of the weights: tells whether any has moved."""
-    return [local(p).double().sum().item() for p in named_tensors(policy).values()]
-
-
-def check_moved(before: list[float], policy: InternVL) -> None:
-    """A run that changed no weight must not end as if it had."""
-    if weights.all_of(before == weight_sums(policy)):
-        raise Failure(
-            "no weight has changed, so nothing is saved: the rate was 0 at every step (warm-up "
-            "starts at 0: pass --epochs 2 or --warmup 0), or all gradients were 0"
-        )
 
 
 def make_optimizer(cfg: TrainConfig, policy: InternVL) -> torch.optim.AdamW:
@@ -495,23 +475,15 @@ def make_reference(
     cfg: TrainConfig, terms: Terms, policy: InternVL, data: PairData, total: int, process: Process
 ) -> "Reference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
-    moving = cfg.reference_update_every > 0
-    if moving and not losses.needs_reference(terms):
-        raise InputError(f"reference_update_every is set but {cfg.loss} uses no reference")
-    if moving and cfg.reference != "online":
+    needed, every = losses.needs_reference(terms), cfg.reference_update_every
+    if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > total):
         raise InputError(
-            "a moving reference (--reference_update_every) cannot use cached log-probs: they are "
-            "those of the start weights; pass --reference online"
+            f"--reference_update_every {every} moves a second model: it needs an objective with a "
+            f"reference, --reference online, no --lora_rank, and a run of {every} steps (this: "
+            f"{total})"
         )
-    if cfg.reference_update_every > total:
-        raise InputError(
-            f"reference_update_every {cfg.reference_update_every} exceeds the run's {total} steps: "
-            "the reference would never move"
-        )
-    if not losses.needs_reference(terms):
+    if not needed:
         return None
-    if moving and cfg.lora_rank:
-        raise InputError("a moving reference cannot be the policy without adapters: no --lora_rank")
     if cfg.reference == "online":
         model = policy if cfg.lora_rank else sharded_model(cfg, process, 0.0, trained=False)
         return OnlineReference(model)
@@ -532,16 +504,13 @@ class OnlineReference:
 
     @torch.no_grad()
     def move(self, policy: InternVL, mix: float) -> None:
-        """TR-DPO: reference <- mix * policy + (1 - mix) * reference, on each process's own rows."""
+        """TR-DPO (arXiv:2404.09656): reference <- mix * policy + (1 - mix) * reference.
+
+        mix 1 is the hard update.  The reference is float32: bfloat16 would lose a small mix.
+        """
         for reference_row, policy_row in zip(self.model.parameters(), policy.parameters()):
-            losses.blend(local(reference_row), local(policy_row), mix)
-
-
-def with_checksum(record: dict) -> dict:
-    """The record and a checksum of its other values."""
-    values = {key: value for key, value in record.items() if key != "checksum"}
-    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4)
-    return values | {"checksum": digest.hexdigest()}
+            own = local(reference_row)
+            own.lerp_(local(policy_row).to(own.dtype), mix)
 
 
 class CachedReference:
@@ -554,53 +523,50 @@ class CachedReference:
 
     def __init__(self, cfg: TrainConfig, process: Process) -> None:
         self.folder, self.process = cfg.cache_folder, process
+        self.logps: dict[str, float] = {}
         if process.is_main:
             facts = cache_facts(cfg, process.device)
             runtime.claim(self.folder, facts, "pass another --reference_cache")
         dist.barrier()
-        self.logps: dict[str, float] = {}
 
-    def fill(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
+    def fill(self, policy: InternVL, data: PairData, steps: int, cfg: TrainConfig) -> None:
         """Score what is missing, with the policy before its first step: it is the reference."""
-        self.mark = self.folder / f"covers-{data.digest(total)}.json"
-        with runtime.alone_in(self.folder, self.process, math.inf, "end it"):
+        mark = self.folder / f"covers-{data.digest(steps)}.json"
+        with runtime.alone_in(self.folder, math.inf, "end it", self.process):
             self.read()  # another run may have scored them meanwhile
-            marked = runtime.read_json(self.mark)["responses"] if self.mark.exists() else math.inf
-            if self.process.broadcast(marked > len(self.logps)):
+            if not self.process.broadcast(mark.exists()):
                 with scoring(policy):
-                    self.score_missing(policy, data, total, cfg)
+                    self.score_missing(policy, data, steps, cfg)
                 self.read()
                 if self.process.is_main:
-                    write_atomic(self.mark, json.dumps({"responses": len(self.logps)}) + "\n")
+                    write_atomic(mark, json.dumps({"meta": str(cfg.meta), "steps": steps}) + "\n")
 
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
-            for number, record in enumerate(runtime.read_whole_lines(part)[0], 1):
-                if record != with_checksum(record):
-                    raise InputError(f"{part} line {number}: not as it was written; delete {part}")
-                self.logps[record["key"]] = record["logp"]
+            rows = runtime.read_whole_lines(part)[0]
+            self.logps |= {row["key"]: row["logp"] for row in rows}
         dist.barrier()  # nobody appends before everybody has read
 
-    def score_missing(self, policy: InternVL, data: PairData, total: int, cfg: TrainConfig) -> None:
+    def score_missing(self, policy: InternVL, data: PairData, steps: int, cfg: TrainConfig) -> None:
         """Plan a step, score its missing packs in rounds of one a process, forget it."""
         process = self.process
         part = runtime.AppendLog(
             self.folder / f"part-{process.rank:03d}-of-{process.world:03d}.jsonl"
         )
         seen, queue = set(self.logps), []
-        for step in runtime.bar(range(total), desc="reference", unit="step"):
+        for step in runtime.bar(range(steps), desc="reference", unit="step"):
             for trees in data.plan(step)[0]:
                 keys = {key for tree in trees for key in response_keys(tree)}
                 if not keys <= seen:
                     queue.append(trees)
                     seen |= keys
-            while len(queue) >= process.world or (queue and step + 1 == total):
+            while len(queue) >= process.world or (queue and step + 1 == steps):
                 own = process.rank < len(queue)  # or a stand-in where there are too few
                 trees = queue[process.rank] if own else blank_tree(queue[0])
                 pack, queue = data.build(trees).to(process.device), queue[process.world :]
                 sums, lengths = score(policy, pack, cfg)
                 for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if own else ():
-                    part.append(with_checksum(dict(zip(("key", "logp", "length"), row))))
+                    part.append(dict(zip(("key", "logp", "length"), row)))
             if asked_to_stop():
                 part.close()
                 process.say("asked to stop: what is scored is kept; the same command continues")
@@ -614,7 +580,7 @@ class CachedReference:
         if not self.logps.keys() >= set(pack.keys):
             raise InputError(
                 f"{self.folder} lacks log-probs of responses in {', '.join(pack.names)}: an image "
-                f"has changed since they were scored; delete {self.mark} and start again"
+                "has changed since they were scored; delete covers-*.json there and start again"
             )
         return torch.tensor([self.logps[key] for key in pack.keys], device=self.process.device)
 
@@ -640,35 +606,48 @@ def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
 
 
 class Book:
-    """Metrics, checkpoints and pictures of a run's folder, and a line a step on the terminal."""
+    """Metrics, checkpoints and pictures of a run's folder, and a line a step on the terminal.
+
+    metrics.jsonl has one JSON object a step; a resumed run drops those past its checkpoint.
+    """
 
     def __init__(self, run: Run) -> None:
         from tools.track import Tracker  # noqa: PLC0415  (a run tells its troubles)
 
-        cfg, self.run = run.cfg, run
+        cfg, process, self.run, self.began = run.cfg, run.process, run, time.time()
         self.state = {"flags": run_flags(cfg)}
-        background = switched_on(cfg.async_save, run.process.device)
+        background = switched_on(cfg.async_save, process.device)
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
-        self.log = runtime.MetricsLog(cfg.out_dir, run.process, run.total, run.done)
-        self.tracker = Tracker(cfg, self.log.rows, run.total, run.process)
+        path = cfg.out_dir / "metrics.jsonl"
+        self.rows = [r for r in runtime.read_whole_lines(path)[0] if r["step"] <= run.done]
+        if process.is_main:
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.log = runtime.AppendLog(path)
+        self.tracker = Tracker(cfg, self.rows, run.total, process)
 
     def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
         """Log step `number` (from 1); save it if it is the last, the best or its turn."""
-        cfg, last = self.run.cfg, stop or number == self.run.total
-        self.log(number, metrics, SHOWN)
+        run, cfg, last = self.run, self.run.cfg, stop or number == self.run.total
+        self.rows.append({"step": number, **metrics})
+        if run.process.is_main:
+            self.log.append(self.rows[-1])
+        words = [f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in SHOWN if key in metrics]
+        left = (time.time() - self.began) / (number - run.done) * (run.total - number)
+        run.process.say(f"step {number}/{run.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
-        state = self.state | {"bco_shift": self.run.shift.state_dict()}
-        if cfg.keep_best and best_row(self.log.rows) is self.log.rows[-1]:
-            self.best_writer.save(number, self.run.tensors, state)
+        state = self.state | {"bco_shift": vars(run.shift)}
+        if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
+            self.best_writer.save(number, run.tensors, state)
         if last or number % cfg.save_every == 0:
-            self.writer.save(number, self.run.tensors, state)
+            self.writer.save(number, run.tensors, state)
             self.tracker.draw(last)
         self.writer.settle()
 
     def close(self) -> None:
         self.writer.finish()
-        self.log.close()
+        if self.run.process.is_main:
+            self.log.close()
 
 
 # --------------------------------------------------------------------------- continuing a run
@@ -725,7 +704,7 @@ def restore(
             + "; pass those flags, or another --out_dir"
         )
     state = weights.load_checkpoint(checkpoint, tensors)
-    shift.load_state_dict(state["bco_shift"])
+    vars(shift).update(state["bco_shift"])
     for p in optimizer.state:
         optimizer.state[p]["step"].fill_(state["step"])
     return state["step"]
@@ -753,7 +732,7 @@ BLANK = "blank"
 def blank_tree(trees: list[Tree]) -> list[Tree]:
     """A stand-in for a process that has fewer packs than others: same collectives, weight 0."""
     t = trees[0]
-    return [Tree(t.trunk[:1], [[t.responses[0][-1]]], [0], [], [], [], [BLANK])]
+    return [Tree(t.trunk[:1], [[t.responses[0][-1]]], [0], [0], [], [], [BLANK])]
 
 
 def steps_to_do(run: Run) -> Iterator["Step"]:
@@ -770,16 +749,15 @@ def steps_to_do(run: Run) -> Iterator["Step"]:
 def make_step(data: PairData, number: int, process: Process) -> Step:
     """Plan the whole step, then build every world-th pack of it."""
     planned, dropped = data.plan(number)
-    names = [[name for tree in trees for name in tree.names] for trees in planned]
-    firsts = [0, *accumulate(map(len, names))]
+    firsts = [0, *accumulate(sum(len(tree.names) for tree in trees) for trees in planned)]
     packs = []
     for n in range(process.rank, -(-len(planned) // process.world) * process.world, process.world):
         real = n < len(planned)
         trees = planned[n] if real else blank_tree(planned[0])
         packs.append((data.build(trees), n, firsts[n] if real else -1))
-    records = sum(names, [])
-    files = {f"{s.name}, {s.lines.path} line": s.name for s in data.sets}  # as records are named
-    sets = [files[name.rpartition(" ")[0]] for name in records]
+    every = [tree for trees in planned for tree in trees]
+    records = [name for tree in every for name in tree.names]
+    sets = [name for tree in every for name in tree.sets]
     return Step(number, packs, firsts[-1], planned, dropped, records, sets)
 
 
@@ -807,7 +785,6 @@ def step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLogps:
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
             loss = objective(run.terms, logps, **hyper)[0].sum() / step.pairs  # eq. 3 (losses.py)
-        stop_unless_finite(run, step, loss, pack.names)
         (loss * run.process.world).backward()
         scored.append((first, logps))
     return gather(run, step, scored)
@@ -830,26 +807,13 @@ def seed_pack(run: Run, step: Step, number: int) -> None:
 
 
 def forward_pack(run: Run, pack: Pack) -> PairLogps:
-    """Log-probs of the pack's pairs, with gradient where it is enabled.
-
-    Without rejected responses (SFT) their fields are 0.
-    """
+    """Log-probs of the pack's pairs, with gradient where it is enabled."""
     pack = pack.to(run.process.device)
     fixed = run.reference(pack, run.cfg) if run.reference else None
     sums, lengths = score(run.policy, pack, run.cfg)
-    zeros = torch.zeros(len(pack.chosen), device=sums.device)
-
-    def of(values: Tensor, responses: Tensor) -> Tensor:  # (response) -> (pair)
-        return values[responses] if len(responses) else zeros
-
-    return PairLogps(
-        of(sums, pack.chosen),
-        of(sums, pack.rejected),
-        None if fixed is None else of(fixed, pack.chosen),
-        None if fixed is None else of(fixed, pack.rejected),
-        of(lengths, pack.chosen),
-        lengths[pack.rejected] if len(pack.rejected) else zeros + 1,
-    )
+    references = (None, None) if fixed is None else (fixed[pack.chosen], fixed[pack.rejected])
+    ends = lengths[pack.chosen], lengths[pack.rejected]
+    return PairLogps(sums[pack.chosen], sums[pack.rejected], *references, *ends)
 
 
 def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -891,19 +855,15 @@ def gather(run: Run, step: Step, scored: list[tuple[int, PairLogps]]) -> PairLog
     Each writes its own columns into zeros; adding zeros is exact, so the result does not depend on
     the number of processes.
     """
-    names = [f.name for f in fields(PairLogps)]
-    columns = dict(zip(names, torch.zeros(len(names), step.pairs, device=run.process.device)))
-    if not run.reference:
-        columns |= {"reference_chosen": None, "reference_rejected": None}
+    names = [f.name for f in fields(PairLogps) if run.reference or "reference" not in f.name]
+    table = torch.zeros(len(names), step.pairs, device=run.process.device)
     for first, logps in scored:
-        for name, column in columns.items():
-            if column is not None and first >= 0:
-                own = getattr(logps, name).detach()
-                column[first : first + len(own)] = own
-    for column in columns.values():
-        if column is not None:
-            dist.all_reduce(column)
-    return PairLogps(**columns)
+        if first >= 0:
+            own = torch.stack([getattr(logps, name).detach() for name in names])
+            table[:, first : first + own.shape[1]] = own
+    dist.all_reduce(table)
+    without = {"reference_chosen": None, "reference_rejected": None}
+    return PairLogps(**without | dict(zip(names, table)))
 
 
 # --------------------------------------------------------------------------- one step: its update
@@ -919,27 +879,28 @@ def lr_at(step: int, total: int, cfg: TrainConfig) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def clip_gradient(run: Run, step: Step) -> float:
+def clip_gradient(run: Run) -> float:
     """Scale the gradient down to max_grad_norm (0 = leave it); returns its norm before."""
     for p in run.policy.parameters():  # of the ViT, in a step without an image
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
     limit = run.cfg.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), limit)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    stop_unless_finite(run, step, norm, step.records, "gradient norm")
-    return norm.item()
+    return weights.whole(norm).item()
 
 
-def stop_unless_finite(
-    run: Run, step: Step, value: Tensor, records: list[str], name: str = "loss"
+def check_finite(
+    run: Run, step: Step, logps: PairLogps, hyper: dict[str, float], norm: float
 ) -> None:
     """Non-finite numbers are never trained on: name the step and its records, and stop."""
-    if torch.isfinite(value):
+    loss, number = objective(run.terms, logps, **hyper)[0], step.number + 1
+    bad = [name for name, finite in zip(step.records, loss.isfinite().tolist()) if not finite]
+    if not bad and math.isfinite(norm):
         return
-    problem, number = f"{name} is {value.item()}", step.number + 1
-    path = run.cfg.out_dir / f"failed-step-{number}-rank-{run.process.rank}.json"
-    write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
+    problem = f"loss is {loss.mean().item()}" if bad else f"gradient norm is {norm}"
+    path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or step.records
+    if run.process.is_main:
+        write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
     raise Failure(
         f"{problem} at step {number}; records: {'; '.join(records[:4])} ... all in {path}"
     )
@@ -1005,8 +966,9 @@ def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:
     seen = objective(run.terms, logps, **hyper)[0].mean()
     total, parts = objective(run.terms, replace(logps, **same), **hyper)
     words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
-    expected = f"the expected first loss is {total.mean():.4f} = {words}"
-    return f"start check: rewards are 0, so {expected}; seen {seen:.4f}"
+    return (
+        f"start check: rewards are 0; first loss {seen:.4f}, expected {total.mean():.4f} = {words}"
+    )
 
 
 def compare_start(logps: PairLogps, bfloat16: bool) -> None:

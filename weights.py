@@ -27,7 +27,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
@@ -83,13 +82,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if ".lora_" not in name}
 
 
+def is_sharded(x: Tensor | torch.nn.Module) -> bool:
+    """Whether FSDP has split it; asked without DTensor's import, which takes a second."""
+    return hasattr(x, "device_mesh") or hasattr(x, "reshard")
+
+
 def local_rows(p: Tensor) -> slice:
     """The rows of the whole tensor that this process holds of parameter `p`."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return slice(0, p.shape[0])
     rows = slice(0, p.shape[0])
     for dim, placement in enumerate(p.placements):
-        if isinstance(placement, Shard):
+        if placement.is_shard():
             assert placement.dim == 0, placement
             size, rank = p.device_mesh.size(dim), p.device_mesh.get_local_rank(dim)
             chunk = -(-p.shape[0] // size)
@@ -99,7 +103,7 @@ def local_rows(p: Tensor) -> slice:
 
 def local(p: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    return p.to_local() if isinstance(p, DTensor) else p
+    return p.to_local() if is_sharded(p) else p
 
 
 def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
@@ -218,7 +222,7 @@ def barrier() -> None:
 
 def whole(p: Tensor) -> Tensor:
     """The whole tensor; a collective where it is sharded."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
+    return p.full_tensor() if is_sharded(p) else p
 
 
 @torch.no_grad()
@@ -357,7 +361,7 @@ def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
 
     With replicated groups (a mesh of two dimensions) only the first group writes.
     """
-    meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
+    meshes = [t.device_mesh for t in tensors.values() if is_sharded(t)]
     if not meshes:
         return 0, 1, is_writer()
     *replica, number = meshes[0].get_coordinate()

@@ -20,13 +20,12 @@ from pathlib import Path
 
 from paper.report import PAPER, SETTINGS, WITH_NTP, write_report
 from runtime import (
-    InputError,
+    alone_in,
     claim,
     flag,
     parse_cli,
     read_json,
     run,
-    try_lock,
     write_atomic,
 )
 from tools.workers import Task, run_tasks
@@ -267,10 +266,7 @@ def main() -> None:
     default = (TUNING_SEED,) if cfg.tune else (1,) if cfg.few else (1, 2, 3)
     cfg = replace(cfg, out=cfg.out / "story", seeds=cfg.seeds or default)
     tasks = [task for seed in cfg.seeds for task in tasks_of(cfg, seed)]  # --mine is read
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    with open(cfg.out / ".lock", "wb") as lock:
-        if not try_lock(lock, 5):
-            raise InputError(f"{cfg.out}: another story works there; wait for it, or pass --out")
+    with alone_in(cfg.out, 5, "pass --out"):
         about = begin(cfg)
         run_tasks(tasks, cfg.jobs)
         kind = "ablations" if cfg.ablate else "rows"

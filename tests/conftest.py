@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from runtime import read_jsonl, start_process, stop_process
 from toy import write_world
@@ -41,21 +42,24 @@ def trained(tmp_path_factory) -> Path:
     """A toy world of 48 pairs and in base/model a model that has learned the form of an answer."""
     folder = tmp_path_factory.mktemp("trained")
     write_world(folder, 48, 0)
-    cfg = TrainConfig(
-        model_dir=folder / "model",
-        meta=folder / "meta.json",
-        out_dir=folder / "base",
-        loss="sft",
-        lr=5e-3,
-        batch_size=16,
-        epochs=12,
-        pack_tokens=2000,
-        drop_path=0.0,
-        recompute="off",
-        save_every=10_000,
-    )
+    flags = {"loss": "sft", "lr": 5e-3, "batch_size": 16, "epochs": 12, "pack_tokens": 2000}
+    flags |= {"recompute": "off", "save_every": 10_000, "out_dir": folder / "base"}
+    cfg = short_run(folder, **flags)
     assert train_in_process(cfg)[-1]["nll"] < 1
     return folder
+
+
+def short_run(folder: Path, **flags: object) -> TrainConfig:
+    """Flags of a run of a few steps of 8 pairs, in several packs a step, on the world there."""
+    usual = {"lr": 1e-3, "batch_size": 8, "pack_tokens": 400, "drop_path": 0.0, "save_every": 2}
+    return TrainConfig(folder / "model", folder / "meta.json", **(usual | flags))
+
+
+def exact_weights(model_dir: Path) -> None:
+    """Weights kept in float32: what is saved of them keeps every bit."""
+    for path in model_dir.glob("*.safetensors"):
+        weights = {name: w.float() for name, w in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def train_in_process(cfg: TrainConfig) -> list[dict]:

@@ -23,8 +23,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from conftest import start_forks  # noqa: E402
-from test_train import train_here  # noqa: E402
+from conftest import start_forks, train_in_process  # noqa: E402
 
 from toy import write_world  # noqa: E402
 from train import TrainConfig, ask_to_stop  # noqa: E402
@@ -33,7 +32,7 @@ from train import TrainConfig, ask_to_stop  # noqa: E402
 def train_until_asked(cfg: TrainConfig) -> None:
     """As the command line does: Ctrl-C saves after the step and ends."""
     signal.signal(signal.SIGINT, ask_to_stop)
-    train_here(cfg)
+    train_in_process(cfg)
 
 
 def contents(out_dir: Path) -> dict[str, bytes]:
@@ -53,7 +52,7 @@ def stage_of(out_dir: Path, since: int) -> str:
 
 def finish(cfg: TrainConfig) -> float:
     """Run to the end; seconds from the first file to the last."""
-    forks, began = start_forks(2, train_here, cfg), 0.0
+    forks, began = start_forks(2, train_in_process, cfg), 0.0
     while any(fork.is_alive() for fork in forks):
         if not began and cfg.out_dir.exists():
             began = time.time()

@@ -1,6 +1,7 @@
 """Scores equal the published ones; runs resume to identical files; bad input is named."""
 
 import base64
+import fcntl
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal,
 from benchmarks import object_halbench as halbench
 from benchmarks.common import Reading, Reply, final_answer
 from eval import BENCHMARKS, Generate, Judge, Report, Score
-from runtime import InputError, run, try_lock
+from runtime import InputError, run
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -659,7 +660,7 @@ def test_a_stopped_run_resumes_with_any_number_of_processes(world, monkeypatch, 
 def test_two_runs_never_write_one_folder_at_a_time(world):
     (world / "one").mkdir()
     with open(world / "one/.lock-0", "wb") as lock:
-        assert try_lock(lock, 0)  # as the other run holds it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the other run holds it
         with pytest.raises(InputError, match="another run works there"):
             evaluation.generate(asked(world, "one"))
     assert evaluation.generate(asked(world, "one")) == world / "one"

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_forks, train_in_process
-from safetensors.torch import load_file, save_file
+from conftest import exact_weights, run_forks, short_run, train_in_process
 
 import plain
 import train as train_module
 from records import read_meta
-from runtime import InputError, read_jsonl, start_process, stop_process
+from runtime import InputError, read_jsonl
 from tokenizer import load_tokenizer
 from toy import write_world
 from train import TrainConfig, train
@@ -28,9 +27,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heldout")
     write_world(folder, 16, 0)
     write_world(folder / "other", 8, 1)
-    for path in (folder / "model").glob("*.safetensors"):  # saved weights then keep every bit
-        weights = {name: w.float() for name, w in load_file(path).items()}
-        save_file(weights, path, metadata={"format": "pt"})
+    exact_weights(folder / "model")
     meta = json.loads((folder / "other/meta.json").read_text())
     (folder / "other/heldout.json").write_text(json.dumps({name: meta[name] for name in SETS}))
     return folder
@@ -38,21 +35,9 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(toy):
-    return TrainConfig(
-        model_dir=toy / "model",
-        meta=toy / "meta.json",
-        lr=1e-3,
-        batch_size=8,
-        max_steps=3,
-        pack_tokens=400,
-        drop_path=0.2,
-        save_every=2,
-        warmup=0.0,
-        recompute="off",
-        heldout=toy / "other/heldout.json",
-        heldout_every=1,
-        keep_best=True,
-    )
+    flags = {"max_steps": 3, "drop_path": 0.2, "warmup": 0.0, "recompute": "off"}
+    heldout = {"heldout": toy / "other/heldout.json", "heldout_every": 1, "keep_best": True}
+    return short_run(toy, **flags, **heldout)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +45,6 @@ def watched(base, toy):
     """A run with held-out pairs: its flags and metrics."""
     cfg = replace(base, out_dir=toy / "watched")
     return cfg, train_in_process(cfg)
-
-
-def run_group(cfg):
-    train(cfg, start_process(cfg.seed))
-    stop_process()
 
 
 def without(rows, prefix):
@@ -105,7 +85,7 @@ def test_training_is_bit_equal_with_and_without_heldout_pairs(watched, base, toy
 
 def test_two_processes_score_heldout_pairs_as_one_does(watched, base, toy):
     cfg = replace(base, out_dir=toy / "two", reference="online")
-    run_forks(2, run_group, cfg)
+    run_forks(2, train_in_process, cfg)
     rows = [row for _, row in read_jsonl(cfg.out_dir / "metrics.jsonl")]
     for row, expected in zip(rows, watched[1], strict=True):
         names = [name for name in expected if name.startswith("heldout/")]

@@ -17,15 +17,10 @@ GRAY = np.linspace(0, 65535, 1024).reshape(32, 32)
         ("16.png", GRAY.astype(np.uint16)),
         ("16.tif", GRAY.astype(np.uint16)),
         ("16.pgm", GRAY.astype(np.uint16)),
-        ("16-in-32.tif", GRAY.astype(np.int32)),
-        ("32.tif", (GRAY / 65535 * (2**31 - 1)).astype(np.int32)),
-        ("8-in-32.tif", (GRAY / 257).round().astype(np.int32)),
-        ("float-1.tif", (GRAY / 65535).astype(np.float32)),
-        ("float-255.tif", (GRAY / 257).astype(np.float32)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_gray_levels_are_scaled_from_the_formats_range(tmp_path, name, levels):
+def test_gray_levels_are_scaled_from_16_bits(tmp_path, name, levels):
     Image.fromarray(levels).save(tmp_path / name)
     pixels = np.asarray(load_image(tmp_path / name)).astype(float)
     np.testing.assert_allclose(pixels, np.repeat(GRAY[..., None] / 257, 3, -1), atol=0.51)
@@ -37,10 +32,10 @@ def test_a_dark_16_bit_image_stays_dark(tmp_path):
         assert np.asarray(load_image(tmp_path / name)).max() == 1
 
 
-@pytest.mark.parametrize("low_high", [(-1, 1), (0, 1e9), (0, np.nan), (0, np.inf)])
-def test_levels_without_a_range_are_refused(tmp_path, low_high):
-    Image.fromarray(np.array([low_high], dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(InputError, match="a.tif: gray levels from .* save it as 8 bits"):
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_gray_levels_of_32_bits_are_refused(tmp_path, kind):
+    Image.fromarray(GRAY.astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif: gray levels of 32 bits .* save it as 8"):
         load_image(tmp_path / "a.tif")
 
 

@@ -85,7 +85,7 @@ def test_check_names_flat_images_and_counts_what_each_choice_does_with_long_reco
         "--overlong drop: be dropped: 3",
         "--overlong cut: be trained on: 1",
         "--overlong fewer_tiles: be trained on: 1",
-        "--overlong fewer_tiles: stop the run: 2",
+        "--overlong fewer_tiles: be dropped: 2",
     ):
         assert line in out, out
 

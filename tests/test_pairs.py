@@ -525,15 +525,6 @@ def test_groups_come_in_the_order_of_their_keys_and_leave_nothing_behind(world):
     assert [len(group.records()) for group in groups] == [8] * 6
 
 
-def test_what_a_killed_run_left_half_written_goes_with_the_next_run(world):
-    pairs.sample(sampling())
-    (world / "pairs/annotations").mkdir(parents=True)
-    (world / "pairs/annotations/.toys_pairs_vqa_format_rules.jsonl.partial").write_text("{")
-    pairs.correctness(pairs.CorrectnessConfig())
-    left = {path.name for path in Path("pairs").rglob(".*")}
-    assert left == {".lock"}
-
-
 # --------------------------------------------------------------------------- DropoutNTP
 
 

@@ -5,24 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_forks, train_in_process
-from safetensors.torch import load_file, save_file
+from conftest import exact_weights, run_forks, short_run, train_in_process
 
 import plain
 from generate import Generator, Prompt
 from records import read_meta
-from runtime import read_jsonl, start_process, stop_process
+from runtime import read_jsonl
 from tokenizer import load_tokenizer
 from toy import write_world
-from train import TrainConfig, train
 from weights import load_model
 
 
 def write_toy(folder, llm="internlm2"):
     write_world(folder, 32, 0, llm)
-    for path in (folder / "model").glob("*.safetensors"):  # saved weights then keep every bit
-        weights = {name: w.float() for name, w in load_file(path).items()}
-        save_file(weights, path, metadata={"format": "pt"})
+    exact_weights(folder / "model")
     return folder
 
 
@@ -42,21 +38,8 @@ def oracle(toy):
 @pytest.fixture(scope="module")
 def fast(toy):
     """The same eight steps for train.py."""
-    return TrainConfig(
-        model_dir=toy / "model",
-        meta=toy / "meta.json",
-        lr=1e-3,
-        batch_size=8,
-        max_steps=8,
-        drop_path=0.0,
-        pack_tokens=900,
-        reference_cache=toy / "reference",
-    )
-
-
-def run_group(cfg):
-    train(cfg, start_process(cfg.seed))
-    stop_process()
+    flags = {"max_steps": 8, "pack_tokens": 900, "save_every": 200}
+    return short_run(toy, reference_cache=toy / "reference", **flags)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +59,7 @@ def test_eight_steps_end_where_the_plain_way_ends(oracle, fast, tmp_path, proces
     if processes == 1:
         train_in_process(cfg)
     else:
-        run_forks(processes, run_group, cfg)
+        run_forks(processes, train_in_process, cfg)
     same_losses(cfg, losses)
     same_weights(cfg, weights)
 
@@ -108,7 +91,7 @@ def test_every_decoder_trains_as_in_the_plain_way_and_resumes(fast, tmp_path, ll
     shutil.rmtree(alone.out_dir / "checkpoints/step-00000004")
     train_in_process(alone)  # goes on after step 2
     pair = replace(cfg, out_dir=toy / "pair")
-    run_forks(2, run_group, pair)
+    run_forks(2, train_in_process, pair)
     for run in (alone, pair):
         same_losses(run, losses)
         same_weights(run, dict(policy.named_parameters()))

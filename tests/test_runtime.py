@@ -1,6 +1,5 @@
 """Flags, crash-safe files, metrics."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,14 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch
 from conftest import ROOT
 
 from runtime import (
     AppendLog,
     InputError,
-    MetricsLog,
-    Process,
     claim,
     clock,
     config_json,
@@ -158,21 +154,6 @@ def test_a_line_that_is_no_object_is_named(tmp_path):
         list(read_jsonl(path))
 
 
-def test_resumed_metrics_hold_each_step_once(tmp_path, capsys):
-    process = Process(0, 1, torch.device("cpu"))
-    log = MetricsLog(tmp_path, process, 4)
-    for step in (1, 2, 3):
-        log(step, {"loss": step / 2}, ["loss"])
-    log.close()
-    log = MetricsLog(tmp_path, process, 4, done=2)
-    assert [r["step"] for r in log.rows] == [1, 2]
-    log(3, {"loss": 9.0}, ["loss"])
-    log.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["loss"]) for r in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
-    assert "step 3/4  loss 9" in capsys.readouterr().err
-
-
 def test_the_clock_reads_as_hours_minutes_seconds():
     assert clock(3723.9) == "1:02:03"
 
@@ -234,10 +215,8 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         (lambda: open("/"), 2, "Is a directory: '/'"),
         (lambda: open("/dev/null/x"), 2, "Not a directory: '/dev/null/x'"),
         (lambda: open("a" * 300), 2, "File name too long"),
-        (lambda: open("a\0b"), 2, "a file name holds a null character"),
         (lambda: b"\xff".decode(), 2, "not valid UTF-8"),
         (lambda: open("/dev/full", "w", 1).write("x\n"), 1, "No space left on device"),
-        (lambda: exec_recursion(), 2, "an input is nested too deeply"),
         (
             lambda: AppendLog(Path("/dev/full")).append({}),
             1,
@@ -260,10 +239,6 @@ def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, caps
 
 def refuse(text):
     raise InputError(text)
-
-
-def exec_recursion():
-    return exec_recursion()
 
 
 def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):

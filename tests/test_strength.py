@@ -26,7 +26,7 @@ from test_train import (
     run_here,
     run_there,
     toy,
-    train_here,
+    train_in_process,
     weights,
 )
 from torch import nn
@@ -190,7 +190,7 @@ def count_traffic(cfg, out):
 
     counted(collectives.DefaultAllGather)
     counted(collectives.DefaultReduceScatter)
-    train_here(cfg)
+    train_in_process(cfg)
     out.write_text(json.dumps(traffic))
 
 
@@ -297,7 +297,7 @@ def train_until(cfg, last):
         return real()
 
     train_module.asked_to_stop = stop
-    train_here(cfg)
+    train_in_process(cfg)
 
 
 # --------------------------------------------------------------------------- adapters

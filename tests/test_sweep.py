@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 import train
-from runtime import InputError, MetricsLog, Process, bar, need, read_jsonl, run
+from runtime import InputError, Process, need, read_jsonl, run
 from tools import sweep, track
 from toy import write_world
 
@@ -97,18 +97,3 @@ def test_curves_are_drawn_at_the_end_and_not_of_a_handful_of_steps(tmp_path):
     assert not list(tmp_path.iterdir())
     track.Tracker(cfg, rows, 29, Process(0, 1, None)).draw(last=True)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_step_is_one_line_of_eighty_columns(tmp_path, capsys):
-    metrics = dict.fromkeys([*train.SHOWN, "other"], -0.00012345678)
-    MetricsLog(tmp_path, Process(0, 1, None), 156_300, 0)(156_299, metrics, train.SHOWN)
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("step 156299/156300  loss -0.0001235  margin -0.0001235")
-    assert len(line) <= 80 and line.endswith("left 0:00:00")
-
-
-def test_a_bar_in_a_pipe_is_plain_lines(capsys):
-    assert list(bar(range(3), desc="reference", unit="step")) == [0, 1, 2]
-    text = capsys.readouterr().err
-    assert "\r" not in text and text.splitlines()[-1].startswith("reference: 3 of 3 [")
-    assert len(text.splitlines()) <= 3

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port, run_forks, start_forks
+from conftest import ROOT, free_port, run_forks, short_run, start_forks, train_in_process
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -25,7 +25,7 @@ from losses import PairLogps
 from runtime import Failure, InputError, read_json, run, start_process, stop_process
 from tools.doctor import diagnose
 from toy import write_world
-from train import TrainConfig, compare_start, lr_at, main, state_tensors, train
+from train import TrainConfig, compare_start, lr_at, main, state_tensors
 from weights import load_model
 
 TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
@@ -41,23 +41,12 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(toy):
     """Flags of a short run: 4 steps of 8 pairs, in several packs a step."""
-    return TrainConfig(
-        model_dir=toy / "model",
-        meta=toy / "meta.json",
-        lr=1e-3,
-        batch_size=8,
-        max_steps=4,
-        pack_tokens=400,
-        drop_path=0.0,
-        save_every=2,
-        warmup=0.25,
-        reference_cache=toy / "reference",
-    )
+    return short_run(toy, max_steps=4, warmup=0.25, reference_cache=toy / "reference")
 
 
 def run_here(cfg):
     """Train in this process; returns the metrics of all steps."""
-    train_here(cfg)
+    train_in_process(cfg)
     return read_metrics(cfg.out_dir)
 
 
@@ -74,16 +63,9 @@ def command(cfg, processes=1):
     return [*(start if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *flags]
 
 
-def train_here(cfg):
-    try:
-        train(cfg, start_process(cfg.seed))
-    finally:
-        stop_process()
-
-
 def run_there(cfg, processes):
     """Train in processes of their own."""
-    run_forks(processes, train_here, cfg)
+    run_forks(processes, train_in_process, cfg)
     return read_metrics(cfg.out_dir)
 
 
@@ -191,7 +173,7 @@ def test_recomputing_blocks_in_backward_changes_nothing(straight, base, toy):
 
 def kill_after(cfg, processes, lines):
     """Start a run, kill -9 its processes once metrics.jsonl has `lines` lines."""
-    forks = start_forks(processes, train_here, cfg)
+    forks = start_forks(processes, train_in_process, cfg)
     wait_for_steps(cfg, forks, lines)
     for fork in forks:
         fork.kill()
@@ -224,7 +206,7 @@ def run_node(cfg, port):
     node = LaunchConfig(2, 2, 1, run_id="mpo", rdzv_backend="c10d", start_method="fork")
     node.rdzv_endpoint, node.local_addr = f"127.0.0.1:{port}", "127.0.0.1"
     node.max_restarts, node.monitor_interval = 0, 0.05
-    elastic_launch(node, train_here)(cfg)
+    elastic_launch(node, train_in_process)(cfg)
 
 
 def test_a_run_of_two_nodes_loses_one_and_continues_bit_for_bit(base, toy):
@@ -259,8 +241,8 @@ def test_two_runs_do_not_write_one_folder(base, toy, monkeypatch):
     with open(cfg.out_dir / ".lock", "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="taken: another run works there; wait"):
-            train_here(cfg)
-    train_here(replace(cfg, max_steps=1, warmup=0.0))
+            train_in_process(cfg)
+    train_in_process(replace(cfg, max_steps=1, warmup=0.0))
 
 
 def test_sigterm_saves_and_ends_cleanly(base, toy, straight):
@@ -288,11 +270,10 @@ def test_ctrl_c_and_sigterm_both_ask_for_a_checkpoint(monkeypatch):
 @pytest.mark.parametrize(
     "change", [{"max_steps": 1}, {"limit": 8, "max_steps": 0}, {"limit": 3, "max_steps": 0}]
 )
-def test_a_run_in_which_no_weight_moved_fails_and_saves_no_model(base, toy, tmp_path, change):
+def test_a_run_in_which_no_weight_would_move_is_refused(base, toy, tmp_path, change):
     cfg = replace(base, out_dir=tmp_path / "run", reference_cache=toy / "reference", **change)
-    with pytest.raises(Failure, match="no weight has changed, so nothing is saved"):
+    with pytest.raises(InputError, match="the learning rate is 0 at every one of 1 steps"):
         run_here(cfg)
-    assert not (cfg.out_dir / "model").exists()
 
 
 def test_a_checkpoint_of_other_flags_is_refused(straight):
@@ -306,17 +287,6 @@ def test_a_reference_cache_of_other_weights_is_refused(base, toy, straight):
     write_world(other, 8, 5)
     cfg = replace(base, model_dir=other / "model", out_dir=toy / "foreign")
     with pytest.raises(InputError, match="made with another weights"):
-        run_here(cfg)
-
-
-def test_a_changed_digit_in_the_reference_cache_is_refused_by_file_and_line(base, toy, straight):
-    cache = shutil.copytree(toy / "reference", toy / "changed-reference")
-    part = sorted(cache.glob("part-*.jsonl"))[0]
-    lines = part.read_text().splitlines(keepends=True)
-    lines[1] = lines[1].replace('"logp": -', '"logp": -1')
-    part.write_text("".join(lines))
-    cfg = replace(base, reference_cache=cache, out_dir=toy / "changed")
-    with pytest.raises(InputError, match=rf"{part.name} line 2: not as it was written"):
         run_here(cfg)
 
 
@@ -356,7 +326,7 @@ def test_only_the_first_run_on_some_pairs_looks_them_through_for_the_reference(
     assert steps_planned("other order") == [0, 0, 1, 1]
     for image in (tmp_path / "images").glob("*.png"):
         image.write_bytes(image.read_bytes() + b" ")
-    with pytest.raises(InputError, match=r"toy_steps.jsonl line .*delete .*covers-\w+.json"):
+    with pytest.raises(InputError, match=r"toy_steps.jsonl line .*delete covers-\*.json"):
         steps_planned("changed images")
 
 
@@ -422,9 +392,9 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"loss": "dop"}, "unknown objective 'dop'; did you mean dpo"),
         ({"loss": "dpo", "label_smoothing": 0.1}, "does not use it"),
         ({"loss": "cdpo", "label_smoothing": 0.5}, "below 0.5"),
-        ({"reference_update_every": 2}, "cannot use cached log-probs"),
-        ({"reference_update_every": 9, "reference": "online"}, "exceeds the run's 4 steps"),
-        ({"loss": "sft", "reference_update_every": 2}, "uses no reference"),
+        ({"reference_update_every": 2}, "needs .*--reference online"),
+        ({"reference_update_every": 9, "reference": "online"}, r"a run of 9 steps \(this: 4\)"),
+        ({"loss": "sft", "reference_update_every": 2}, "needs an objective with a reference"),
         ({"lr_vision": 0.0, "lr_projector": 0.0, "lr_language": 0.0}, "nothing to train"),
         ({"meta": Path("nowhere.json")}, "no nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
@@ -448,7 +418,7 @@ def test_a_batch_that_does_not_divide_is_refused(base, tmp_path):
 
 def refused_here(cfg, said):
     try:
-        train_here(cfg)
+        train_in_process(cfg)
     except InputError as error:
         said.write_text(str(error))
 
@@ -475,7 +445,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_records(base, tmp_path, t
     cfg = replace(base, out_dir=tmp_path / "run", loss="sft")
     with pytest.raises(Failure, match="loss is nan at step 1; records: toy_"):
         run_here(cfg)
-    dumped = json.loads((tmp_path / "run" / "failed-step-1-rank-0.json").read_text())
+    dumped = json.loads((tmp_path / "run" / "failed-step-1.json").read_text())
     assert dumped["records"]
 
 
@@ -556,19 +526,18 @@ def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
     cfg = replace(
         base, dtype="bf16", max_steps=1, warmup=0.0, reference_cache=tmp_path / "reference"
     )
-    train_here(replace(cfg, out_dir=tmp_path / "first"))
+    train_in_process(replace(cfg, out_dir=tmp_path / "first"))
     with pytest.raises(InputError, match="was made with another packing"):
-        train_here(replace(cfg, out_dir=tmp_path / "second", pack_tokens=cfg.pack_tokens + 1))
+        train_in_process(replace(cfg, out_dir=tmp_path / "second", pack_tokens=cfg.pack_tokens + 1))
 
 
 def two_wait_for_a_lock(folder):
     """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
-    runtime.LOCK_VOTE_SECONDS = 0.2
     process = start_process(0)
     votes = []
     broadcast = runtime.Process.broadcast
     runtime.Process.broadcast = lambda self, vote: votes.append(1) or broadcast(self, vote)
-    with runtime.alone_in(folder, process, 30, "end it"):
+    with runtime.alone_in(folder, 30, "end it", process):
         assert len(votes) >= 5, votes
     stop_process()
 

@@ -217,7 +217,7 @@ def repeated_pairs(case: Case) -> str | None:
 
 def shift_drifts(case: Case) -> str | None:
     """All rewards move one way: BCO compares them with a mean that runs after them.
-    Try: +sft, a lower rate, or --bco_shift off.
+    Try: +sft, or a lower rate.
     Source: MPO paper, eq. 6 and 7; arXiv:2404.04656."""
     shifts, (first, last) = case.column("bco_shift"), case.ends("nll")
     late = shifts[len(shifts) // 2 :]

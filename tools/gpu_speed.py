@@ -168,7 +168,7 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
 
     def once() -> None:
         train.step_gradient(state, step, hyper)
-        train.clip_gradient(state, step)
+        train.clip_gradient(state)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -60,7 +60,7 @@ from pairs import (
     spend,
     without_image,
 )
-from records import grouped, new_file, part_files, read_parts
+from records import grouped, new_lines, part_files, read_parts
 from tokenizer import IMAGE
 
 CHUNK = 256  # candidates that go through the steps together
@@ -210,7 +210,7 @@ def pair_candidates(
     limit = length_threshold(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
-    with new_file(annotation_file(cfg, stem)) as write:
+    with new_lines(annotation_file(cfg, stem)) as write:
         for chosen, rejected in kept:
             names = ("image", "system_prompt", "question")
             record = {n: chosen[n] for n in names if chosen.get(n)}
