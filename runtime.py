@@ -273,6 +273,12 @@ def run(main: Callable[[], None]) -> None:
         status = 2 if error.errno in NAMED_WRONGLY else 1
     except UnicodeError as error:
         message, status = f"a text or file name is not valid UTF-8: {error}", 2
+    except RecursionError:
+        message, status = "an input is nested too deeply", 2
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        message, status = f"a file name holds a null character ({error})", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     finally:

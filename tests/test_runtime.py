@@ -215,8 +215,10 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         (lambda: open("/"), 2, "Is a directory: '/'"),
         (lambda: open("/dev/null/x"), 2, "Not a directory: '/dev/null/x'"),
         (lambda: open("a" * 300), 2, "File name too long"),
+        (lambda: open("a\0b"), 2, "a file name holds a null character"),
         (lambda: b"\xff".decode(), 2, "not valid UTF-8"),
         (lambda: open("/dev/full", "w", 1).write("x\n"), 1, "No space left on device"),
+        (lambda: exec_recursion(), 2, "an input is nested too deeply"),
         (
             lambda: AppendLog(Path("/dev/full")).append({}),
             1,
@@ -239,6 +241,10 @@ def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, caps
 
 def refuse(text):
     raise InputError(text)
+
+
+def exec_recursion():
+    return exec_recursion()
 
 
 def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):
