@@ -2,9 +2,8 @@
 
     python -m paper.report --story toy/story    results.json, report.md, report.html and PNGs there
 
-results.json is computed from the files of a story: result.json of every model, metrics.jsonl of
-every run.  The report says only what results.json holds.  In a folder
-that has that file alone, as paper/ has, the report is written again from it.
+results.json is computed from the result.json of every model, and the report says only what it
+holds: in a folder that has that file alone, as paper/ has, the report is written again from it.
 """
 
 import json
@@ -12,11 +11,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from runtime import InputError, flag, parse_cli, read_json, read_whole_lines, run, write_atomic
+from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 from tools import figures
 
 PAPER = {  # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7 of 2411.10442
@@ -26,60 +24,37 @@ PAPER = {  # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7
     "DPO+": (76.4, 78.9), "cDPO+": (71.6, 74.2), "RobustDPO+": (76.5, 78.0), "BCO+": (77.4, 78.4),
     "AOT+": (76.3, 78.0), "MPO": (77.7, 79.1),
 }  # fmt: skip
-KEEP_RATIO = {0.25: (9.3, 4.8), 0.5: (7.6, 4.1), 0.75: (11.6, 6.2)}  # Table 9: responses, mentions
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
-BOTH = {"Direct": "direct", "CoT": "cot"}
-MADE_UP = ("responses", "mentions")  # share of them that name what is not there, %
-DRAWN = ("SFT", "DPO", "BCO", "DPO+", "MPO")
-CURVES = ("rewards/chosen", "rewards/margin", "nll", "bco_shift")
 COMMITTED = Path(__file__).parent / "results.json"
-
-
-# --------------------------------------------------------------------------- reading
 
 
 @dataclass
 class Collected:
     """A story as its files tell it."""
 
-    folder: Path
     about: dict
     rows: dict[str, dict[int, dict]]  # row -> seed -> result.json; in the paper's order
-    ablations: list[dict]
     pairs: dict[int, dict]  # seed -> pairs.json
 
 
 def collect(folder: Path) -> Collected:
-    """Every result of the story in `folder`.  InputError where there is none or one is broken."""
-    about = read_checked(folder / "story.json", "settings seeds date machine commit torch")
-    results, pairs = [], {}
+    """Every result of the story in `folder`; InputError where no base model is finished."""
+    path, pairs = folder / "story.json", {}
+    about = read_json(path) if path.exists() else {"seeds": ()}
+    rows: dict[str, dict] = {}
     for seed in about["seeds"]:
         start = folder / f"seed-{seed}"
-        for pattern in ("result.json", "rows/*/result.json", "ablate/*/result.json"):
-            for path in sorted(start.glob(pattern)):
-                results.append(read_checked(path, "row seed study value measures questions"))
+        for path in (start / "base/result.json", *sorted(start.glob("rows/*/result.json"))):
+            if path.exists():
+                result = read_json(path)
+                rows.setdefault(result["row"], {})[seed] = result
         if (start / "pairs.json").exists():
             pairs[seed] = read_json(start / "pairs.json")
-    rows: dict[str, dict] = {}
-    for result in results:
-        if not result["study"]:
-            rows.setdefault(result["row"], {})[result["seed"]] = result
     if "base" not in rows:
         raise InputError(f"{folder}: no finished base model; run `python -m paper.story` first")
-    order = [*PAPER, WITH_NTP, *sorted(rows)]
-    rows = {name: rows[name] for name in sorted(rows, key=order.index)}
-    return Collected(folder, about, rows, [r for r in results if r["study"]], pairs)
-
-
-def read_checked(path: Path, keys: str) -> dict:
-    if not path.exists():
-        raise InputError(f"no {path}; run `python -m paper.story` first")
-    record = read_json(path)
-    for key in keys.split():
-        if key not in record:
-            raise InputError(f"{path}: no {key!r}; delete it and run the story again")
-    return record
+    order = [*PAPER, WITH_NTP, *rows]
+    return Collected(about, {name: rows[name] for name in sorted(rows, key=order.index)}, pairs)
 
 
 # --------------------------------------------------------------------------- claims
@@ -96,7 +71,6 @@ class Claim:
     open: bool = False  # not expected of a toy: an open question
 
 
-TWICE = "DropoutNTP: rejected answers make up twice what chosen ones do"
 LOWER = "DropoutNTP pairs lower hallucination (made-up mentions, %, MPO+NTP - "
 CLAIMS = (
     Claim("The base answers worse with a chain of thought than directly (CoT - Direct)",
@@ -111,15 +85,14 @@ CLAIMS = (
           ("MPO", "malformed"), None, "<= +2"),
     Claim("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
           ("DPO", "chosen_shift"), ("MPO", "chosen_shift"), "<= +0"),
-    Claim(f"{TWICE} (mentions, %, rejected - 2 x chosen)", ("pairs", "mentions"), None, ">= +0"),
-    Claim(f"{TWICE} (responses, %, rejected - 2 x chosen)", ("pairs", "responses"), None, ">= +0"),
+    Claim("DropoutNTP: rejected answers make up twice what chosen ones do (mentions, %, rejected "
+          "- 2 x chosen)", ("pairs", "mentions"), None, ">= +0"),
     Claim("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
           ("MPO", "cot"), ("MPO", "direct"), ">= +0", open=True),
     Claim(f"{LOWER}MPO)", (WITH_NTP, "mentions"), ("MPO", "mentions"), "<= +0", open=True),
     Claim(f"{LOWER}base)", (WITH_NTP, "mentions"), ("base", "mentions"), "<= +0", open=True),
 )  # fmt: skip
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-       2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def half_width(values: list[float]) -> float | None:
@@ -127,18 +100,26 @@ def half_width(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
     freedom = len(values) - 1
-    t = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.5 / freedom
+    t = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.6 / freedom
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_half(values: dict[int, tuple]) -> tuple[float | None, float | None]:
+    """Mean over seeds and half of its 95 % interval: over seeds, of one seed over its questions."""
+    if len(values) == 1:
+        return next(iter(values.values()))
+    numbers = [value for value, _ in values.values()]
+    return statistics.fmean(numbers) if numbers else None, half_width(numbers)
 
 
 def measured(c: Collected, row: str, key: str, seed: int) -> tuple[float | None, dict]:
     """A measure of a row, and the values of its test questions that it is the mean of.
 
-    The row "pairs": rejected - 2 x chosen, at the worst dropout ratio.
+    The row "pairs": of DropoutNTP's answers, % made up, rejected - 2 x chosen.
     """
     if row == "pairs":
-        ratios = c.pairs.get(seed, {}).get("dropout", {}).values()
-        return min((r["rejected"][key] - 2 * r["chosen"][key] for r in ratios), default=None), {}
+        rates = c.pairs[seed]["dropout"] if seed in c.pairs else {}
+        return rates["rejected"] - 2 * rates["chosen"] if rates else None, {}
     result = c.rows.get(row, {}).get(seed, {"measures": {}, "questions": {}})
     return result["measures"].get(key), result["questions"].get(key, {})
 
@@ -157,18 +138,15 @@ def paired(c: Collected, one: tuple, other: tuple | None) -> dict[int, tuple]:
 
 def judge(claim: Claim, values: dict[int, tuple]) -> dict:
     """The claim's line of results.json.  It is decided where the whole interval is on one side."""
-    numbers = [value for value, _ in values.values()]
     bound, sign = float(claim.needed[2:]), 1 if claim.needed.startswith(">=") else -1
     line = {"claim": claim.text, "needed": claim.needed, "bound": bound, "open": claim.open}
     line["values"] = {seed: value for seed, (value, _) in values.items()}
     line["questions"] = {seed: half for seed, (_, half) in values.items()}
-    line["number"] = statistics.fmean(numbers) if numbers else None
-    line["half"], line["holds"] = half_width(numbers), None
-    if line["half"] is not None:
-        margin = sign * (line["number"] - bound)
-        line["holds"] = None if abs(margin) <= line["half"] else margin > 0
-    undecided = "undecided" if numbers else "not run"
-    line["verdict"] = {True: "agrees", False: "disagrees", None: undecided}[line["holds"]]
+    line["number"], line["half"] = mean_half(values)
+    line["holds"], line["verdict"] = None, "undecided"
+    margin = sign * (line["number"] - bound) if len(values) > 1 else 0.0
+    if abs(margin) > (line["half"] or 0.0):
+        line["holds"], line["verdict"] = margin > 0, "agrees" if margin > 0 else "disagrees"
     return line
 
 
@@ -180,6 +158,8 @@ def holds_on(line: dict) -> str:
 
 def among(value: float, seeds: list[float]) -> str:
     """Where a number of this story falls among the committed seeds."""
+    if not seeds:
+        return "-"
     if min(seeds) <= value <= max(seeds):
         return f"within the {len(seeds)} seeds"
     return f"{'below' if value < min(seeds) else 'above'} all {len(seeds)} seeds"
@@ -195,40 +175,30 @@ def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None
     return mean, statistics.stdev(known) if len(known) > 1 else None
 
 
-def row_lines(c: Collected) -> list[dict]:
-    """A line a row: means and standard deviations over seeds, paired differences, the paper's."""
-    lines = []
-    for row, results in c.rows.items():
-        line: dict[str, Any] = {"row": row, "seeds": sorted(results)}
-        for key in (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift"):
-            line[key], line[f"{key}_std"] = mean_std(
-                r["measures"].get(key) for r in results.values()
-            )
-        gaps = [value for value, _ in paired(c, (row, "cot"), (row, "direct")).values()]
-        line["gap"], line["gap_std"] = mean_std(gaps)
-        for other in ("base", "SFT"):
-            values = [v for v, _ in paired(c, (row, "cot"), (other, "cot")).values()]
-            line[f"cot_minus_{other}"], std = mean_std(values)
-            line[f"cot_minus_{other}_se"] = std and std / math.sqrt(len(values))
-            line[f"cot_minus_{other}_half"] = half_width(values)
-        line["flags"] = next(iter(results.values())).get("flags", {})
-        lines.append(line | {"paper": PAPER.get(row)})
-    return lines
+def row_line(c: Collected, row: str) -> dict:
+    """A row over its seeds: means and standard deviations, paired differences, the paper's."""
+    results = c.rows[row]
+    line: dict[str, Any] = {"row": row, "seeds": sorted(results)}
+    for key in (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift"):
+        line[key], line[f"{key}_std"] = mean_std(r["measures"].get(key) for r in results.values())
+    gaps = paired(c, (row, "cot"), (row, "direct"))
+    line["gap"], line["gap_std"] = mean_std(value for value, _ in gaps.values())
+    for other in ("base", "SFT", "MPO"):
+        values, name = paired(c, (row, "cot"), (other, "cot")), f"cot_minus_{other}"
+        line[name], line[f"{name}_half"] = mean_half(values)
+        std = mean_std(value for value, _ in values.values())[1]
+        line[f"{name}_se"] = std and std / math.sqrt(len(values))
+    flags = next(iter(results.values()))["flags"]
+    return line | {"flags": flags, "paper": PAPER.get(row)}
 
 
 def orderings(lines: list[dict]) -> dict:
-    """Pairs of rows that the paper sets more than a point of CoT apart: how many agree."""
+    """Do the rows stand in the paper's order?  Spearman's rank correlation of their CoT."""
     known = [(line["cot"], line["paper"][1]) for line in lines if line["paper"]]
-    agree = [
-        (a[0] - b[0]) * (a[1] - b[1]) > 0
-        for i, a in enumerate(known)
-        for b in known[:i]
-        if abs(a[1] - b[1]) > 1
-    ]
     ours, papers = (ranked([scores[side] for scores in known]) for side in (0, 1))
     differ = len(known) > 2 and len(set(ours)) > 1
     spearman = statistics.correlation(ours, papers) if differ else None
-    return {"agree": sum(agree), "of": len(agree), "spearman": spearman, "rows": len(known)}
+    return {"spearman": spearman, "rows": len(known)}
 
 
 def ranked(values: list[float]) -> list[float]:
@@ -236,27 +206,30 @@ def ranked(values: list[float]) -> list[float]:
     return [sum(w < v for w in values) + sum(w <= v for w in values) for v in values]
 
 
-def ablation_lines(c: Collected) -> list[dict]:
-    """A line a value of a study, the plain run (MPO, or MPO+NTP) in its place: mean over seeds."""
-    settings, results = c.about["settings"], list(c.ablations)
-    usual = {"data scale": 1.0, "learning rate": settings.get("rates", {}).get("MPO"), "w_g": 1.0,
-             "w_p : w_q": "4:1", "keep ratio": settings.get("keep_ratio")}  # fmt: skip
-    for study, seed in {(result["study"], result["seed"]) for result in c.ablations}:
-        plain = c.rows.get(WITH_NTP if study == "keep ratio" else "MPO", {}).get(seed)
-        if plain and usual[study]:
-            results.append(plain | {"study": study, "value": str(usual[study])})
-    groups: dict[tuple, list[dict]] = {}
-    for result in results:
-        over, _, under = result["value"].partition(":")
-        groups.setdefault((result["study"], float(over) / float(under or 1)), []).append(result)
-    lines = []
-    for (study, value), group in sorted(groups.items()):
-        seeds = sorted(result["seed"] for result in group)
-        line: dict[str, Any] = {"study": study, "value": group[0]["value"], "seeds": seeds}
-        for key in (*SETTINGS, *MADE_UP):
-            line[key], line[f"{key}_std"] = mean_std(r["measures"].get(key) for r in group)
-        lines.append(line | {"paper": KEEP_RATIO.get(value) if study == "keep ratio" else None})
-    return lines
+def results_of(c: Collected) -> dict:
+    """results.json: everything that the report says.  An ablated row is named study=value."""
+    lines = [row_line(c, row) for row in c.rows if "=" not in row]
+    ablations = []
+    for row in c.rows:
+        study, equals, value = row.partition("=")
+        if equals:
+            ablations.append(row_line(c, row) | {"study": study, "value": value})
+    claims = [judge(claim, paired(c, claim.one, claim.other)) for claim in CLAIMS]
+    claims = [line for line in claims if line["values"]]
+    if len(c.about["seeds"]) == 1:
+        committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
+        for line in claims:
+            line["committed"] = sorted(committed.get(line["claim"], {}).values())
+    return {
+        "about": c.about,
+        "headline": headline(lines, claims),
+        "rows": lines,
+        "claims": claims,
+        "orderings": orderings(lines),
+        "pairs": c.pairs,
+        "ablations": ablations,
+        "samples": [],  # of earlier reports; readers of results.json expect the key
+    }
 
 
 # --------------------------------------------------------------------------- pictures
@@ -280,50 +253,37 @@ def draw_world(count: int = 4) -> bytes:
     return figures.png(drawn)
 
 
+def draw_claims(lines: list[dict]) -> bytes:
+    """A claim a line: every seed, the mean with its interval, what is needed, committed seeds."""
+    drawn, axes = figures.new_figure(len(lines), 1, width=9, height=0.8, squeeze=False)
+    for axis, line in zip(axes[:, 0], lines):
+        for values, colour, label in (
+            (line.get("committed", ()), "0.7", "committed seeds"),
+            (line["values"].values(), "C0", "seeds of this story"),
+        ):
+            if values:
+                axis.plot(list(values), [0] * len(values), "o", color=colour, label=label)
+        error = {"fmt": "_", "color": "C1", "capsize": 4, "label": "mean, 95 % interval"}
+        axis.errorbar([line["number"]], [0], xerr=[line["half"] or 0], **error)
+        axis.axvline(line["bound"], color="k", linestyle=":", label="needed")
+        axis.set_title(f"{line['claim']}: {line['needed']}", fontsize=8, loc="left")
+        axis.set_yticks([])
+    axes[0, 0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 2.2), ncols=4)
+    return figures.png(drawn)
+
+
 def draw_rows(lines: list[dict]) -> bytes:
     """Direct and CoT of every row, the paper's beside ours."""
     drawn, axes = figures.new_figure(2, 1, width=11, height=3.4, squeeze=False)
     names = [line["row"] for line in lines]
-    for side, (axis, (title, key)) in enumerate(zip(axes[:, 0], BOTH.items())):
+    for side, (axis, title) in enumerate(zip(axes[:, 0], ("Direct", "CoT"))):
+        key = SETTINGS[side]
         ours = [line[key] for line in lines], [line[f"{key}_std"] for line in lines]
         paper = [line["paper"] and line["paper"][side] for line in lines]
         series = {"ours (± standard deviation over seeds)": ours, "paper, M3CoT": (paper, None)}
         figures.grouped_bars(axis, names, series)
         axis.set_ylabel(f"{title} accuracy, %")
     return figures.png(drawn)
-
-
-def draw_curves(c: Collected) -> bytes:
-    """Rewards, margin, NLL and BCO's shift of a few rows: mean over seeds, each seed thin."""
-    panels: dict[str, dict] = {}
-    for row, metric in product(DRAWN, CURVES):
-        runs = []
-        for seed in c.rows.get(row, {}):
-            steps = read_whole_lines(c.folder / f"seed-{seed}/rows/{row}/metrics.jsonl")[0]
-            known = {s["step"]: s[metric] for s in steps if s.get(metric) is not None}
-            if known and not (row == "SFT" and metric != "nll"):
-                runs.append(smooth(known))
-        panels.setdefault(metric, {})[row] = runs
-    return figures.png(figures.curve_panels(panels, cols=2, x_label="step"))
-
-
-def smooth(curve: dict[int, float], width: int = 9) -> dict[int, float]:
-    """Mean over the last `width` steps."""
-    values = list(curve.values())
-    means = [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-    return dict(zip(curve, means))
-
-
-def draw_ablations(lines: list[dict]) -> bytes:
-    """The paper's Figure 4 and Table 9: accuracy, or what is made up, against each setting."""
-    panels: dict[str, dict] = {}
-    for line in lines:
-        keys = {"made-up mentions": "mentions"} if line["study"] == "keep ratio" else BOTH
-        for label, key in keys.items():
-            curve = panels.setdefault(line["study"], {}).setdefault(label, [{}])[0]
-            if line[key] is not None:
-                curve[line["value"]] = line[key]
-    return figures.png(figures.curve_panels(panels, cols=min(3, len(panels)), y_label="%"))
 
 
 # --------------------------------------------------------------------------- text
@@ -342,44 +302,31 @@ def column(key: str, spread: str = "", form: str = ".1f") -> Callable[[dict], st
 
 # tables: header -> the cell of a line of results.json
 ROW_TABLE: dict[str, Callable[[dict], object]] = {
-    "row": lambda line: line["row"],
+    "row": lambda line: line.get("row") or f"{line['study']}={line['value']}",
     "Direct": column("direct", "direct_std"),
     "CoT": column("cot", "cot_std"),
     "gap": column("gap", form="+.1f"),
     "CoT - base": column("cot_minus_base", "cot_minus_base_half", "+.1f"),
     "CoT - SFT": column("cot_minus_SFT", "cot_minus_SFT_half", "+.1f"),
+    "CoT - MPO": column("cot_minus_MPO", "cot_minus_MPO_half", "+.1f"),
     "malformed": column("malformed"),
     "made up": column("mentions"),
     "chosen shift": column("chosen_shift", form="+.2f"),
-    "lr": lambda line: line["flags"].get("lr", "-"),
+    "lr": lambda line: line.get("flags", {}).get("lr", "-"),
     "seeds": lambda line: len(line["seeds"]),
     "paper Direct": lambda line: show(line["paper"] and line["paper"][0]),
     "paper CoT": lambda line: show(line["paper"] and line["paper"][1]),
-    "paper gap": lambda line: show(line["paper"] and line["paper"][1] - line["paper"][0],
-                                   form="+.1f"),
-}  # fmt: skip
+}
 CLAIM_TABLE: dict[str, Callable[[dict], object]] = {
     "claim": lambda line: f"{'open question: ' if line['open'] else ''}{line['claim']}",
     "needed": lambda line: line["needed"],
     "mean": column("number", "half", "+.1f"),
-    "each seed": lambda line: ", ".join(
-        show(value, line["questions"].get(seed), "+.1f") for seed, value in line["values"].items()
-    ) or "-",
+    "each seed": lambda line: ", ".join(f"{value:+.1f}" for value in line["values"].values()),
     "holds on": holds_on,
     "verdict": lambda line: line["verdict"],
-}  # fmt: skip
-COMMITTED_COLUMN: dict[str, Callable[[dict], object]] = {
-    "beside the committed seeds": lambda line: (
-        among(line["number"], line["committed"]) if "committed" in line else "-"
-    )
 }
-ABLATION_TABLE: dict[str, Callable[[dict], object]] = {
-    "study": lambda line: line["study"],
-    "value": lambda line: line["value"],
-    "seeds": lambda line: len(line["seeds"]),
-    **{title: column(key, f"{key}_std") for title, key in BOTH.items()},
-    **{key: column(key, f"{key}_std") for key in MADE_UP},
-    "Table 9": lambda line: "ObjHal {} / {}".format(*line["paper"]) if line["paper"] else "-",
+COMMITTED_COLUMN = {
+    "beside the committed seeds": lambda line: among(line["number"], line["committed"])
 }
 
 
@@ -402,79 +349,37 @@ def headline(lines: list[dict], claims: list[dict]) -> str:
     )
 
 
-def other_settings(settings: dict) -> str:
-    """How the recipe differs from that of the committed seeds."""
-    committed = read_json(COMMITTED)["about"]["settings"]
-    other = [
-        f"{name} {settings.get(name)} instead of {committed[name]}"
-        for name in ("pictures", "questions", "steps", "test")
-        if settings.get(name) != committed[name]
-    ]
-    return f" Beside the committed seeds a shift is expected: {', '.join(other)}." if other else ""
-
-
-def report_of(results: dict, folder: Path) -> str:
+def report_of(results: dict) -> str:
     """The report as Markdown: page.md with its blanks filled in."""
-    about, orderings, others = results["about"], results["orderings"], []
-    took = [f"{what} {s / 60:.0f} minutes" for what, s in about.get("seconds", {}).items()]
+    about, ablations = results["about"], ""
     one_seed = len(about["seeds"]) == 1
-    if (folder / "curves.png").exists():
-        others.append("## Training curves\n\n![curves](curves.png)")
+    took = [f"{what} {s / 60:.0f} minutes" for what, s in about.get("seconds", {}).items()]
     if results["ablations"]:
-        ablations = table(ABLATION_TABLE, results["ablations"])
-        others.append("## Ablations (Figure 4, Table 9)\n\n![ablations](ablations.png)")
-        others.append(ablations)
-    text = (
-        (Path(__file__).parent / "page.md")
-        .read_text()
-        .format(
-            about=about,
-            headline=results["headline"],
-            took=", ".join(["seeds " + ", ".join(map(str, about["seeds"])), *took]),
-            claims=table(CLAIM_TABLE | (COMMITTED_COLUMN if one_seed else {}), results["claims"]),
-            recipe=other_settings(about["settings"]) if one_seed else "",
-            orderings=orderings,
-            spearman=show(orderings["spearman"], form=".2f"),
-            rows=table(ROW_TABLE, results["rows"]),
-            others="\n\n".join(others),
-        )
+        ablations = "## Ablations (Figure 4)\n\n" + table(ROW_TABLE, results["ablations"])
+    text = (Path(__file__).parent / "page.md").read_text()
+    text = text.format(
+        about=about,
+        headline=results["headline"],
+        took=", ".join(["seeds " + ", ".join(map(str, about["seeds"])), *took]),
+        claims=table(CLAIM_TABLE | (COMMITTED_COLUMN if one_seed else {}), results["claims"]),
+        orderings=results["orderings"],
+        spearman=show(results["orderings"]["spearman"], form=".2f"),
+        rows=table(ROW_TABLE, results["rows"]),
+        ablations=ablations,
     )
     return text.rstrip() + "\n"
-
-
-def results_of(c: Collected) -> dict:
-    """results.json: everything that the report says."""
-    lines = row_lines(c)
-    claims = [judge(claim, paired(c, claim.one, claim.other)) for claim in CLAIMS]
-    if len(c.about["seeds"]) == 1:
-        committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
-        for line in claims:
-            if line["values"]:
-                line["committed"] = sorted(committed[line["claim"]].values())
-    return {
-        "about": c.about,
-        "headline": headline(lines, claims),
-        "rows": lines,
-        "claims": claims,
-        "orderings": orderings(lines),
-        "pairs": c.pairs,
-        "ablations": ablation_lines(c),
-        "samples": [],  # of earlier reports; readers of results.json expect the key
-    }
 
 
 def write_report(folder: Path) -> str:
     """results.json, PNGs, report.md and report.html of the story in `folder`; the Markdown."""
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
-        c = collect(folder)
-        write_atomic(folder / "results.json", json.dumps(results_of(c), indent=1) + "\n")
-        write_atomic(folder / "curves.png", draw_curves(c))
+        text = json.dumps(results_of(collect(folder)), indent=1) + "\n"
+        write_atomic(folder / "results.json", text)
     results = read_json(folder / "results.json")
     write_atomic(folder / "world.png", draw_world())
+    write_atomic(folder / "claims.png", draw_claims(results["claims"]))
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))
-    if results["ablations"]:
-        write_atomic(folder / "ablations.png", draw_ablations(results["ablations"]))
-    markdown = report_of(results, folder)
+    markdown = report_of(results)
     write_atomic(folder / "report.md", markdown)
     write_atomic(folder / "report.html", figures.markdown_page(markdown, folder))
     return markdown
@@ -487,10 +392,5 @@ class ReportConfig:
     story: Path = flag(Path("toy/story"), "folder that paper.story wrote")
 
 
-def main() -> None:
-    cfg = parse_cli(ReportConfig)
-    print(write_report(cfg.story))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(lambda: print(write_report(parse_cli(ReportConfig).story)))

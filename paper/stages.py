@@ -6,7 +6,6 @@ written in the official formats by the ordinary code.
 """
 
 import json
-import os
 import re
 import sys
 from itertools import product
@@ -25,7 +24,7 @@ import toy
 from data import seeded
 from model import InternVL
 from paper.report import SETTINGS, WITH_NTP
-from paper.story import BETA, QUICK_ROWS, SPEED, Recipe, StoryConfig, chosen_rates
+from paper.story import BETA, SPEED, Recipe, StoryConfig, chosen_rates
 from runtime import read_json, read_whole_lines, start_process, stop_process, write_atomic
 from tools.mine import register_file
 from tools.sweep import ROWS
@@ -34,7 +33,7 @@ from train import TrainConfig, train
 from vision import preprocess
 
 DESCRIBE = "Describe the image."
-DESCRIBED = ("base", *QUICK_ROWS, WITH_NTP)  # rows whose descriptions are measured, too
+GREEDY = {"prompts": "none", "top_k": 1, "num_samples": 1}  # descriptions
 
 # --------------------------------------------------------------------------- lessons
 
@@ -94,30 +93,29 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
         truth[name] = [thing.words for thing in things]
         return name, things, rng
 
-    def lesson(name: str | None, prompt: str, right: str, wrong: str) -> dict:
-        image = {"image": name} if name else {}
-        start = "<image>\n" if name else ""
+    def lesson(prompt: str, right: str, wrong: str) -> dict:
         # lessons are for SFT, which reads no rejected response; a pair still needs two
         other = wrong if wrong != right else f"not {right}"
-        return image | {"question": start + prompt, "chosen": right, "rejected": other}
+        return {"question": prompt, "chosen": right, "rejected": other}
 
-    prompts = {"direct": (toy.DIRECT, toy.direct), "steps": (toy.STEPS, toy.chain_of_thought)}
+    says = {"direct": (toy.DIRECT, toy.direct), "steps": (toy.STEPS, toy.chain_of_thought)}
     sets: dict[str, list[dict]] = {"direct": [], "steps": [], "describe": [], "blind": []}
     for number in range(recipe.pictures):
         name, things, rng = scene("lesson", number)
-        others = random_things(rng)
+        others, shown = random_things(rng), {"image": name}
         for kind in ("direct", "direct", "steps"):
-            question, (prompt, say) = toy.random_question(rng), prompts[kind]
-            right, wrong = say(question.matches(things)), say(question.matches(others))
-            text = prompt.replace("{question}", question.text)
-            sets[kind].append(lesson(name, text, right, wrong))
-        sets["describe"].append(lesson(name, DESCRIBE, describe(things), describe(others)))
+            question, (prompt, say) = toy.random_question(rng), says[kind]
+            answers = say(question.matches(things)), say(question.matches(others))
+            prompt = "<image>\n" + prompt.replace("{question}", question.text)
+            sets[kind].append(shown | lesson(prompt, *answers))
+        answers = describe(things), describe(others)
+        sets["describe"].append(shown | lesson(f"<image>\n{DESCRIBE}", *answers))
         if number % 20 == 0:  # what it says of a picture that it cannot see
-            sets["blind"].append(lesson(None, DESCRIBE, describe(things), describe(others)))
+            sets["blind"].append(lesson(DESCRIBE, *answers))
     toy.write_sets(folder, "lessons.json", sets)
 
-    counts = {"dev": recipe.dev, "tune": 5 * recipe.dev, "test": recipe.test}
-    for split, count in (counts | {"new": recipe.questions}).items():
+    counts = {"dev": recipe.dev, "test": recipe.test, "new": recipe.questions}
+    for split, count in counts.items():
         rows = []
         for number in range(count):
             name, things, rng = scene(split, number)
@@ -129,8 +127,7 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
         if split == "new":
             write_lines(folder / "new_direct.jsonl", rows[: recipe.direct_questions])
     for split, count in (("new", recipe.described), ("test", recipe.dev)):
-        names = [name for name in truth if name.startswith(split)][:count]
-        rows = [{"image": name, "question": DESCRIBE} for name in names]
+        rows = [{"image": f"{split}-{n:05d}.png", "question": DESCRIBE} for n in range(count)]
         write_lines(folder / f"describe_{split}.jsonl", rows)
     write_atomic(folder / "truth.json", json.dumps(truth) + "\n")  # last: all files are there
 
@@ -138,21 +135,16 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
 MENTION = re.compile(rf"[a-f][1-3] (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})")
 
 
-def hallucination(cfg: StoryConfig, seed: int, rows: list[dict], key: str) -> dict:
-    """Of the descriptions row[key]: % with an object that is not there, and % of such mentions.
+def made_up(cfg: StoryConfig, seed: int, rows: list[dict], key: str) -> float:
+    """Of all objects that the descriptions row[key] mention, % that are not there.
 
-    The two rates of Object HalBench, whose objects here are exactly known.
+    The rate of Object HalBench, whose objects here are exactly known.
     """
     truth = read_json(cfg.folder(seed) / "truth.json")
-    made_up = [
-        [words not in truth[row["image"]] for words in MENTION.findall(row[key])] for row in rows
+    wrong = [
+        words not in truth[row["image"]] for row in rows for words in MENTION.findall(row[key])
     ]
-    responses, mentions = [any(wrong) for wrong in made_up], sum(made_up, [])
-    return {
-        "responses": 100 * sum(responses) / max(1, len(responses)),
-        "mentions": 100 * sum(mentions) / max(1, len(mentions)),
-        "n": len(responses),
-    }
+    return 100 * sum(wrong) / max(1, len(wrong))
 
 
 # --------------------------------------------------------------------------- base
@@ -201,49 +193,41 @@ def answer(
     """The split's questions as eval.py reads the model's answers: id, prediction, correct."""
     out, cot, data = folder / f"{split}-{setting}", setting == "cot", f"{split}.jsonl"
     own = {"bench": "own", "data": (cfg.folder(seed) / data,), "cot": cot}
-    evaluation.generate(
-        evaluation.Generate(
-            **own, model_dir=model, out=out, max_tiles=2, images=cfg.folder(seed) / "images",
-            max_new_tokens=64 if cot else 8,
-        )
+    asking = evaluation.Generate(
+        **own, model_dir=model, out=out, max_tiles=2, images=cfg.folder(seed) / "images",
+        max_new_tokens=64 if cot else 8,
     )  # fmt: skip
+    evaluation.generate(asking)
     evaluation.score(evaluation.Score(**own, answers=(out,)))
     return read_whole_lines(out / "items.jsonl")[0]
 
 
-def write_result(
-    cfg: StoryConfig, seed: int, row: str, folder: Path, model: Path, about: dict
-) -> str:
-    """Measure a model on the test questions and write result.json, its stage's last file.
+def measure(cfg: StoryConfig, seed: int, row: str, folder: str, flags: dict) -> str:
+    """Measure a trained model on the test questions and write result.json, its stage's last file.
 
     measures: name -> number.  questions: name -> question -> the value, 0 or 100, that the number
     is the mean of; of malformed answers those of the setting that has more of them.
     """
-    questions, malformed = {}, []
+    out, questions, malformed = cfg.folder(seed) / folder, {}, []
     for setting in SETTINGS:
-        items = answer(cfg, model, folder, seed, cfg.split, setting)
+        items = answer(cfg, out / "model", out, seed, "test", setting)
         questions[setting] = {item["id"]: 100.0 * item["correct"] for item in items}
         malformed.append(
             {item["id"]: 100.0 * (not str(item["prediction"]).isdigit()) for item in items}
         )
     questions["malformed"] = max(malformed, key=lambda values: sum(values.values()))
     measures = {name: fmean(values.values()) for name, values in questions.items()}
-    if row in DESCRIBED and not cfg.tune:
-        rows = describe_pictures(cfg, seed, "describe_test", model, folder / "descriptions")
-        measures |= hallucination(cfg, seed, rows, "response")
-    curve = read_whole_lines(folder / "metrics.jsonl")[0][-10:]
+    if not cfg.quick:
+        described = out / "model", out / "descriptions"
+        rows = sample(cfg, seed, "describe_test", *described, **GREEDY)
+        measures["mentions"] = made_up(cfg, seed, rows, "response")
+    curve = read_whole_lines(out / "metrics.jsonl")[0][-10:]
     for side in ("chosen", "rejected"):
         rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
         measures[f"{side}_shift"] = fmean(rewards) / BETA if rewards else None
-    record = {"row": row, "seed": seed, "study": None, "value": None, "flags": {}} | about
-    record |= {"measures": measures, "questions": questions}
-    write_atomic(folder / "result.json", json.dumps(record) + "\n")
+    record = {"row": row, "flags": flags, "measures": measures, "questions": questions}
+    write_atomic(out / "result.json", json.dumps(record) + "\n")
     return f"Direct {measures['direct']:.1f}, CoT {measures['cot']:.1f}"
-
-
-def measure_base(cfg: StoryConfig, seed: int) -> str:
-    folder = cfg.folder(seed)
-    return write_result(cfg, seed, "base", folder, folder / "base/model", {})
 
 
 # --------------------------------------------------------------------------- answers and pairs
@@ -263,37 +247,29 @@ def sample(
     return [row for part in parts for row in read_whole_lines(part)[0]]
 
 
-def describe_pictures(cfg: StoryConfig, seed: int, questions: str, model: Path, out: Path) -> list:
-    """Greedy descriptions."""
-    return sample(cfg, seed, questions, model, out, prompts="none", top_k=1, num_samples=1)
-
-
 def sample_answers(cfg: StoryConfig, seed: int, questions: str, prompts: str) -> str:
     """The base's own answers to new questions (section 3 of the paper)."""
     model, out = cfg.folder(seed) / "base/model", cfg.folder(seed) / "samples"
-    count = cfg.recipe.samples
-    rows = sample(cfg, seed, questions, model, out, prompts=prompts, num_samples=count)
-    return f"{len(rows)} samples"
+    settings = {"prompts": prompts, "num_samples": cfg.recipe.samples}
+    return f"{len(sample(cfg, seed, questions, model, out, **settings))} samples"
 
 
-def drop_image(cfg: StoryConfig, seed: int, ratios: tuple[float, ...]) -> str:
-    """DropoutNTP: descriptions, cut and continued without the picture, once for each ratio."""
+def drop_image(cfg: StoryConfig, seed: int) -> str:
+    """DropoutNTP: descriptions, cut in the middle and continued without the picture."""
     folder = cfg.folder(seed)
     model, described = folder / "base/model", folder / "described"
-    if ratios:
-        describe_pictures(cfg, seed, "describe_new", model, described)
-    for ratio in ratios:
-        cutting = pairs.DropoutConfig(
-            samples=described, out_dir=folder / f"dropout-{ratio}", keep_ratio=ratio,
-            model_dir=model, max_new_tokens=64, seed=seed,
-        )  # fmt: skip
-        pairs.dropout_ntp(cutting)
-    return f"kept {', '.join(map(str, ratios)) or 'none'}"
+    rows = sample(cfg, seed, "describe_new", model, described, **GREEDY)
+    cutting = pairs.DropoutConfig(
+        samples=described, out_dir=folder / "dropout", keep_ratio=cfg.recipe.keep_ratio,
+        model_dir=model, max_new_tokens=64, seed=seed,
+    )  # fmt: skip
+    pairs.dropout_ntp(cutting)
+    return f"{len(rows)} descriptions"
 
 
-def make_pairs(cfg: StoryConfig, seed: int, ratios: tuple[float, ...]) -> str:
-    """Right against wrong answers; beside each dropout ratio one meta.json of both kinds."""
-    folder, summary = cfg.folder(seed), {}
+def make_pairs(cfg: StoryConfig, seed: int) -> str:
+    """Right against wrong answers; dropout/both.json lists them and DropoutNTP's pairs."""
+    folder, summary, both, dropped = cfg.folder(seed), {}, {}, []
     pairing = pairs.CorrectnessConfig(
         samples=folder / "samples", out_dir=folder / "pairs",
         pairs_per_query=cfg.recipe.pairs_per_query, seed=seed,
@@ -303,48 +279,35 @@ def make_pairs(cfg: StoryConfig, seed: int, ratios: tuple[float, ...]) -> str:
     for name, report in (("correctness", sets["new"]), ("direct", sets["new_direct"])):
         right = 100 * report["counts"].get("correct responses", 0) / report["responses"]
         summary[name] = {"pairs": sum(report["pairs"].values()), "right": right}
-    of_ratio = {str(ratio): dropout_pairs(cfg, seed, ratio) for ratio in ratios}
-    text = json.dumps(summary | {"dropout": of_ratio}, indent=1) + "\n"
-    write_atomic(folder / "pairs.json", text)
+    for source in ("dropout", "pairs"):
+        for name, entry in read_json(folder / source / "meta.json").items():
+            both[name] = entry | {"annotation": f"../{source}/{entry['annotation']}"}
+            if source == "dropout":
+                dropped += read_whole_lines(folder / source / entry["annotation"])[0]
+    write_atomic(folder / "dropout/both.json", json.dumps(both, indent=1) + "\n")
+    rates = {side: made_up(cfg, seed, dropped, side) for side in ("chosen", "rejected")}
+    summary["dropout"] = {"pairs": len(dropped)} | rates
+    write_atomic(folder / "pairs.json", json.dumps(summary, indent=1) + "\n")
     counts = f"{summary['correctness']['pairs']} CoT and {summary['direct']['pairs']} Direct pairs"
     return f"{counts}, {summary['correctness']['right']:.0f} % of CoT samples right"
-
-
-def dropout_pairs(cfg: StoryConfig, seed: int, ratio: float) -> dict:
-    """What DropoutNTP's answers make up; writes both.json, which lists both kinds of pairs."""
-    folder = cfg.folder(seed)
-    out, both, rows = folder / f"dropout-{ratio}", {}, []
-    for source in (out, folder / "pairs"):
-        for name, entry in read_json(source / "meta.json").items():
-            path = source / entry["annotation"]
-            both[name] = entry | {"annotation": os.path.relpath(path, out)}
-            rows += read_whole_lines(path)[0] if source == out else []
-    write_atomic(out / "both.json", json.dumps(both, indent=1) + "\n")
-    rates = {side: hallucination(cfg, seed, rows, side) for side in ("chosen", "rejected")}
-    return {"pairs": len(rows)} | rates
 
 
 # --------------------------------------------------------------------------- rows
 
 
-def train_row(cfg: StoryConfig, seed: int, row: str, folder: str, flags: dict, about: dict) -> str:
-    """Train one objective from the base and measure it."""
+def train_row(cfg: StoryConfig, seed: int, row: str, name: str, flags: dict) -> str:
+    """Train a row's objective from the base and measure it; `flags` are other than the row's."""
     start, r = cfg.folder(seed), cfg.recipe
-    out = start / folder
     if cfg.mine:
         register_file(cfg.mine)
     of_paper = "MPO" if row == WITH_NTP else row
     flags = {**ROWS.get(of_paper, {"loss": row}), "lr": chosen_rates().get(of_paper, 1e-3), **flags}
-    ratio = flags.pop("keep_ratio", r.keep_ratio)
     meta, cache = start / "pairs/meta.json", start / "reference"
     if row == WITH_NTP:
-        meta, cache = start / f"dropout-{ratio}/both.json", start / f"dropout-{ratio}/cache"
-    if "limit" in flags:
-        flags["limit"] = max(1, round(flags["limit"] * r.steps * r.batch_size))
-    if "reference_update_every" in flags:
-        flags["reference_update_every"] = min(64, max(1, r.steps // 4))
+        meta, cache = start / "dropout/both.json", start / "dropout/reference"
     train_model(
-        model_dir=start / "base/model", meta=meta, out_dir=out, reference_cache=cache,
-        epochs=100, batch_size=r.batch_size, max_steps=r.steps, beta=BETA, seed=seed, **flags,
+        model_dir=start / "base/model", meta=meta, reference_cache=cache,
+        out_dir=start / "rows" / name, epochs=100, batch_size=r.batch_size, max_steps=r.steps,
+        beta=BETA, seed=seed, **flags,
     )  # fmt: skip
-    return write_result(cfg, seed, row, out, out / "model", {"flags": flags} | about)
+    return measure(cfg, seed, name, f"rows/{name}", flags)
