@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 from test_pairs import read_lines, sampling
 from test_pairs import world as world
 
@@ -43,10 +42,9 @@ def test_the_length_limit_brings_the_means_together():
     assert len(kept) == 10 and sum(c - r for c, r in kept) == 0
 
 
-@pytest.mark.parametrize("split", ["model", "rule"])
-def test_divide_and_conquer_runs_from_samples_to_pairs(world, split):
+def test_divide_and_conquer_runs_from_samples_to_pairs(world):
     pairs.sample(sampling(prompts="none", num_samples=6))
-    cfg = rlaifv.DivideConfig(model_dir=Path("model"), out_dir=Path("out"), split=split)
+    cfg = rlaifv.DivideConfig(model_dir=Path("model"), out_dir=Path("out"))
     rlaifv.divide_and_conquer(cfg)
     rows = read_lines("out/annotations/toys_pairs_divide_and_conquer.jsonl")
     assert 0 < len(rows) <= 12
@@ -56,7 +54,7 @@ def test_divide_and_conquer_runs_from_samples_to_pairs(world, split):
     spent = report["toys"]["tokens"]["spent"]["generated"]
     part = read_lines("out/divide/toys/part-0-of-1.jsonl")
     judged = sum(len(row["yes_no"]) for row in part)
-    assert spent == 36 * 7 * (3 if split == "model" else 1) + judged  # answers, claims, questions
+    assert spent == 36 * 7 * 3 + judged  # answers, claims, questions
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
     rlaifv.divide_and_conquer(cfg)
     assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}

@@ -83,14 +83,11 @@ class Case:
 
 def loss_is_0(case: Case) -> str | None:
     """No response token is scored, or the weights are NaN and the framework prints 0.
-    Try: look at a pair's labels (tools/look.py show): another chat template, or prompts that fill
-    the length limit, leave none; train in bf16.
+    Try: look at a pair's labels (tools/look.py show): is the prompt too long?  Train in bf16.
     Source: OpenGVLab/InternVL issues 889 (MPO) and 802 (after a NaN gradient)."""
     zeros = [n for n, loss in enumerate(case.column("loss"), 1) if loss == 0]
     if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
-        return (
-            f"the loss is exactly 0 at {len(zeros)} of {len(case.rows)} steps, first at {zeros[0]}"
-        )
+        return f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]}"
 
 
 def stuck(case: Case) -> str | None:
@@ -155,8 +152,7 @@ def forgetting(case: Case) -> str | None:
 
 def too_easy(case: Case) -> str | None:
     """Chosen and rejected may differ by a surface mark, which is learned instead of the answer.
-    Try: tools/doctor.py RUN tests length, first words and final answer's form on the pairs; look at
-    some (tools/look.py show); sample both sides from one model with one prompt.
+    Try: look at some (tools/look.py show); sample both sides from one model with one prompt.
     Source: hiyouga/LlamaFactory issue 5321; OpenGVLab/InternVL issue 1217."""
     accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
     for n in range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0):
@@ -189,9 +185,7 @@ def always_clipped(case: Case) -> str | None:
     Source: arXiv:1211.5063."""
     limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
     if limit and len(norms) >= 10 and min(norms) > limit and median(norms) > 10 * limit:
-        return (
-            f"gradient norms are above {limit:g} at every step, {median(norms):.3g} at the median"
-        )
+        return f"every gradient norm is above {limit:g}, their median is {median(norms):.3g}"
 
 
 def length_bias(case: Case) -> str | None:
@@ -225,9 +219,7 @@ def shift_drifts(case: Case) -> str | None:
     # rewards rise with all likelihoods where the model learns to write such answers
     healthy = one_way and late[-1] > 0 and last < first - 0.1
     if one_way and not healthy and abs(late[-1]) >= max(1, 1.2 * abs(late[0])):
-        return (
-            f"the shift goes {late[0]:+.2f} -> {late[-1]:+.2f} over the last half, always one way"
-        )
+        return f"over the last half the shift goes only one way, {late[0]:+.2f} -> {late[-1]:+.2f}"
 
 
 def learning_rate(case: Case) -> str | None:
@@ -254,9 +246,9 @@ def examine(case: Case) -> list[dict[str, str]]:
     findings = []
     for rule in ILLNESSES:
         if seen := rule(case):
-            means, remedy, source = re.split(" Try: | Source: ", " ".join(rule.__doc__.split()))
-            card = {"name": rule.__name__.replace("_", " "), "seen": seen, "means": means}
-            findings.append(card | {"try": remedy, "source": source})
+            meaning = re.split(" Try: | Source: ", " ".join(rule.__doc__.split()))
+            words = [rule.__name__.replace("_", " "), seen, *meaning]
+            findings.append(dict(zip(("name", "seen", "means", "try", "source"), words)))
     return findings
 
 
@@ -317,14 +309,10 @@ def read_rows(path: Path) -> Rows:
     rows = read_whole_lines(path)[0] if logged else read_json(path).get("log_history")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: 'log_history' is no list of objects; expected TRL's state")
-    named = []
-    for row in rows:
-        step = str(row.get("global_step/max_steps", "")).split("/")[0]  # ms-swift
-        row = ({"step": int(step)} if step.isdigit() else {}) | row
-        named.append({RENAMED.get(k, k): v for k, v in row.items() if type(v) in (int, float)})
-    if not any("loss" in row for row in named):
+    numbers = [{k: v for k, v in row.items() if type(v) in (int, float)} for row in rows]
+    if not any("loss" in row for row in numbers):
         raise InputError(f"{path}: no row has a 'loss'; expected the metrics of a training run")
-    return [row for row in named if "loss" in row]
+    return [{RENAMED.get(k, k): v for k, v in row.items()} for row in numbers if "loss" in row]
 
 
 def read_case(path: Path, meta: Path | None) -> Case:
@@ -332,26 +320,16 @@ def read_case(path: Path, meta: Path | None) -> Case:
     folder, flags = path.parent, {"max_grad_norm": 1.0}  # what TRL and ms-swift clip to
     if path.name == "metrics.jsonl" and (folder / "config.json").is_file():
         flags = read_json(folder / "config.json")
-    elif (folder / "args.json").is_file():  # ms-swift
-        args = read_json(folder / "args.json")
-        flags |= {"lr": args.get("learning_rate"), "model_dir": args.get("model")}
-        flags |= {"lora_rank": args.get("train_type") == "lora"}
-    start = Path(flags.get("model_dir") or folder / "not said")
+    start = Path(flags.get("model_dir", folder / "of TRL nobody knows"))
     trained = folder / "model" if (folder / "model").is_dir() else folder
-    configs = [place / "config.json" for place in (trained, start)]
-    configs = [file for file in configs if file.is_file() and "vision_config" in read_json(file)]
-    pairs = meta or Path(flags.get("meta") or folder / "not said")
+    shapes = [place for place in (trained, start) if (place / "config.json").is_file()]
+    shapes = [place for place in shapes if "vision_config" in read_json(place / "config.json")]
+    pairs = meta or Path(flags.get("meta", folder / "meta.json"))
     sets = read_meta(pairs, 12) if meta or pairs.is_file() else []
-    rows = read_rows(path)
-    return Case(
-        rows,
-        len(rows),
-        flags,
-        load_config(configs[0].parent) if configs else None,
-        sorted(trained.glob("*.safetensors")),
-        sorted(start.glob("*.safetensors")),
-        list(islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)),
-    )
+    records = islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)
+    weights, begun = (sorted(place.glob("*.safetensors")) for place in (trained, start))
+    model, rows = load_config(shapes[0]) if shapes else None, read_rows(path)
+    return Case(rows, len(rows), flags, model, weights, begun, list(records))
 
 
 def main() -> None:

@@ -3,13 +3,12 @@
     python tools/lab.py --out losses.png --mine my_loss.py
 
 The drawing has a panel an objective: the loss in colour, arrows where gradient descent pushes a
-pair.  The table says where each objective starts, where it is lowest, what it needs and which
-invariances hold.  The checks: one float32 value per pair, gradients equal to finite differences,
-everything finite at extremes.  A check that fails is named and ends in status 1.
+pair.  The table says where each objective starts, where it is lowest and what it needs.  Checked
+are: one float32 value per pair, gradients equal to finite differences, everything finite at
+extremes.  A check that fails is named and ends in status 1.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,18 +34,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from losses import (
-    HYPER,
-    LOSSES,
-    PRESETS,
-    Loss,
-    PairLogps,
-    check_hyperparameters,
-    needs_reference,
-    objective,
-    parse_objective,
-    whole_step,
-)
+import losses
+from losses import Loss, PairLogps
 from tools.figures import new_figure, png, text_table
 from tools.mine import example_pairs, make_pairs, register_file, split_pairs
 
@@ -55,47 +44,9 @@ GRID, REACH, TOKENS, START = 41, 20.0, 20.0, -30.0  # points a side, nats, token
 
 def as_loss(text: str, cfg: LabConfig) -> Loss:
     """An objective or preset as a function of PairLogps alone, at the lab's hyper-parameters."""
-    terms = parse_objective(text)
-    hyper = {name: getattr(cfg, name) for name in HYPER}
-    return lambda logps: objective(terms, logps, **hyper)[0]
-
-
-# --------------------------------------------------------------------------- invariances
-
-
-def add(x: PairLogps, **amounts: float) -> PairLogps:
-    """x with amounts added to some of its fields."""
-    return replace(x, **{name: getattr(x, name) + amount for name, amount in amounts.items()})
-
-
-def swap(x: PairLogps) -> PairLogps:
-    """Chosen and rejected exchanged: fields come in pairs, the chosen response's first."""
-    columns = list(vars(x).values())
-    return PairLogps(*(columns[n ^ 1] for n in range(len(columns))))
-
-
-# policy and reference move together, each response by an amount of its own
-MOVES = {"policy_chosen": 3, "reference_chosen": 3, "policy_rejected": -2, "reference_rejected": -2}
-# Each: (loss, pairs) -> by how much the invariance is broken, 0 where it holds.
-INVARIANCES: dict[str, Callable[[Loss, PairLogps], Tensor]] = {
-    # only log-ratios matter
-    "shift": lambda f, x: f(x) - f(add(x, **MOVES)),
-    # only the margin matters, so nothing stops chosen and rejected from falling together
-    "margin": lambda f, x: f(x) - f(add(x, policy_chosen=-3, policy_rejected=-3)),
-    # swapping the responses gives the other probability
-    "swap": lambda f, x: (-f(x)).exp() + (-f(swap(x))).exp() - 1,
-    # lengths do not enter
-    "length": lambda f, x: f(x) - f(add(x, chosen_length=7, rejected_length=2)),
-    # only means over tokens enter
-    "per_token": lambda f, x: f(x) - f(PairLogps(*(2 * column for column in vars(x).values()))),
-    "nonnegative": lambda f, x: f(x).clamp(max=0),
-}
-
-
-def holding(loss: Loss) -> list[str]:
-    """The invariances that a loss has, on the example pairs in float64."""
-    broken = {name: measure(loss, example_pairs()) for name, measure in INVARIANCES.items()}
-    return [name for name, amount in broken.items() if amount.abs().max().item() < 1e-9]
+    terms = losses.parse_objective(text)
+    hyper = {name: getattr(cfg, name) for name in losses.HYPER}
+    return lambda logps: losses.objective(terms, logps, **hyper)[0]
 
 
 # --------------------------------------------------------------------------- checks
@@ -152,25 +103,14 @@ def loss_and_gradient(loss: Loss, x: PairLogps) -> tuple[Tensor, Tensor, Tensor]
 def plane(loss: Loss, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(axis, loss, d/d chosen, d/d rejected) over the plane: (GRID), then (rejected chosen).
 
-    Both responses have 20 tokens, and log-prob -30 under the reference.  An objective that looks at
-    the whole step sees each point together with three other pairs that stay as they are, and
-    its loss is the sum over the four.
+    Both responses have 20 tokens, and log-prob -30 under the reference.  `together`: the objective
+    looks at a whole step, so that each point is a step of its own.
     """
     axis = torch.linspace(-REACH, REACH, GRID, dtype=torch.float64)
     rows = [(START + x, START + y, START, START, TOKENS, TOKENS) for y in axis for x in axis]
-    values = loss_and_gradient(among_others(loss) if together else loss, make_pairs(rows))
+    apart = lambda x: torch.cat([loss(pair) for pair in split_pairs(x)])  # noqa: E731
+    values = loss_and_gradient(apart if together else loss, make_pairs(rows))
     return axis, *(v.reshape(GRID, GRID) for v in values)
-
-
-def among_others(loss: Loss) -> Loss:
-    """Each pair in a step of its own, with three fixed others: the sum over the four."""
-    others = [(-38, -22, -30, -18, 20, 20), (-25, -34, -30, -30, 20, 20)]
-    others = vars(make_pairs([*others, (-19, -37, -30, -42, 20, 20)])).values()
-
-    def step_of(pair: PairLogps) -> PairLogps:
-        return PairLogps(*(torch.cat(columns) for columns in zip(vars(pair).values(), others)))
-
-    return lambda x: torch.stack([loss(step_of(pair)).sum() for pair in split_pairs(x)])
 
 
 def draw(planes: dict[str, tuple[Tensor, ...]], notes: dict[str, str]) -> bytes:
@@ -189,14 +129,10 @@ def draw(planes: dict[str, tuple[Tensor, ...]], notes: dict[str, str]) -> bytes:
         arrows = {"scale": max(longest, 1e-30) / 3.7, "color": "#c2255c", "width": 0.006}
         panel.quiver(axis[some], axis[some], u, v, angles="xy", scale_units="xy", **arrows)
         panel.plot(0, 0, marker="o", ms=5, color="white", markeredgecolor="black")
-        panel.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=18)
         note = f"largest gradient {longest:.3g}" + (f"; {notes[name]}" if name in notes else "")
-        panel.text(0, 1.02, note, transform=panel.transAxes, fontsize=8, color="#495057")
-        ends = {"xlim": (-REACH, REACH), "ylim": (-REACH, REACH), "aspect": "equal"}
-        panel.set(xticks=[-REACH, 0, REACH], yticks=[-REACH, 0, REACH], **ends)
-        panel.tick_params(labelsize=8)
-        panel.set_xlabel("chosen log-ratio", fontsize=9, labelpad=1)
-        panel.set_ylabel("rejected log-ratio", fontsize=9, labelpad=-3)
+        panel.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=18)
+        panel.text(0, 1.02, note, transform=panel.transAxes, fontsize=8)
+        panel.set(xlabel="chosen log-ratio", ylabel="rejected log-ratio", aspect="equal")
     figure.suptitle(
         "Loss (colour) and -gradient (arrows) of one pair; "
         "right: chosen likelier than under the reference, down: rejected less likely; "
@@ -207,7 +143,7 @@ def draw(planes: dict[str, tuple[Tensor, ...]], notes: dict[str, str]) -> bytes:
 
 
 HEADER = ["objective", "at start", "d/d chosen", "d/d rejected"]
-HEADER += ["lowest here (c, r)", "reference", "looks at", "invariances that hold"]
+HEADER += ["lowest here (c, r)", "reference", "looks at"]
 
 
 def table_row(name: str, loss: Loss, axis: Tensor, grid: Tensor) -> list[str]:
@@ -215,36 +151,35 @@ def table_row(name: str, loss: Loss, axis: Tensor, grid: Tensor) -> list[str]:
     start = make_pairs([(START, START, START, START, TOKENS, TOKENS)])
     value, chosen, rejected = (x.item() for x in loss_and_gradient(loss, start))
     r, c = divmod(int(grid.argmin()), GRID)
-    terms = parse_objective(name)
+    terms = losses.parse_objective(name)
     return [
         name,
         f"{value:.4g}",
         f"{chosen:+.4g}",
         f"{rejected:+.4g}",
         f"{grid.min().item():.3g} at ({axis[c]:+.0f}, {axis[r]:+.0f})",
-        "yes" if needs_reference(terms) else "no",
-        "step" if whole_step(terms) else "pair",
-        " ".join(holding(loss)),
+        "yes" if losses.needs_reference(terms) else "no",
+        "step" if losses.whole_step(terms) else "pair",
     ]
 
 
 def main() -> None:
     cfg = parse_cli(LabConfig)
-    check_hyperparameters(parse_objective("cdpo"), cfg.beta, cfg.label_smoothing)
+    losses.check_hyperparameters(losses.parse_objective("cdpo"), cfg.beta, cfg.label_smoothing)
     for path in cfg.mine:
         print(f"{path}: {', '.join(register_file(path))}")
-    losses = {name: as_loss(name, cfg) for name in [*LOSSES, "mpo"]}
-    together = {name: whole_step(parse_objective(name)) for name in losses}
-    planes = {name: plane(loss, together[name]) for name, loss in losses.items()}
-    notes = {name: "sum with three fixed pairs" for name in losses if together[name]}
+    objectives = {name: as_loss(name, cfg) for name in [*losses.LOSSES, "mpo"]}
+    together = {name: losses.whole_step(losses.parse_objective(name)) for name in objectives}
+    planes = {name: plane(loss, together[name]) for name, loss in objectives.items()}
+    notes = {name: "a step of this pair alone" for name in objectives if together[name]}
     notes["ipo"] = f"flat only {1 / (2 * cfg.beta):.3g} nats per token apart"
-    notes["mpo"] = PRESETS["mpo"]
-    rows = [table_row(name, loss, *planes[name][:2]) for name, loss in losses.items()]
+    notes["mpo"] = losses.PRESETS["mpo"]
+    rows = [table_row(name, loss, *planes[name][:2]) for name, loss in objectives.items()]
     print(text_table(HEADER, rows))
     write_atomic(cfg.out, draw(planes, notes))
     print(f"\n{cfg.out} drawn; beta {cfg.beta}, label smoothing {cfg.label_smoothing}")
     failed = []
-    for name, loss in losses.items():
+    for name, loss in objectives.items():
         checks = check_loss(loss)
         failed += [f"{name}: {check}" for check, passed in checks.items() if not passed]
         verdicts = [f"{check} {'ok' if passed else 'FAILED'}" for check, passed in checks.items()]
@@ -252,7 +187,7 @@ def main() -> None:
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
-    print(f"{len(losses)} objectives, every check passed")
+    print(f"{len(objectives)} objectives, every check passed")
 
 
 if __name__ == "__main__":

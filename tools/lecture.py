@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,16 +49,12 @@ def run_cells(codes: list[str]) -> list[str]:
 
 def output_html(printed: str) -> str:
     """Printed lines as one block each; what `figures.show` printed is HTML already."""
-    body, words = [], []
-    for line in [*printed.splitlines(), SHOWN]:
-        if not line.startswith(SHOWN):
-            words.append(line)
-            continue
-        if words:
-            body.append(f"<pre><b>{html.escape(chr(10).join(words))}</b></pre>")
-            words = []
-        body.append(f'<div class="wide">{line.removeprefix(SHOWN)}</div>')
-    return "\n".join(body[:-1])
+    body = []
+    for shown, lines in groupby(printed.splitlines(), key=lambda line: line.startswith(SHOWN)):
+        text = "\n".join(lines)
+        drawn = f'<div class="wide">{text.replace(SHOWN, "")}</div>'
+        body.append(drawn if shown else f"<pre><b>{html.escape(text)}</b></pre>")
+    return "\n".join(body)
 
 
 def main() -> None:

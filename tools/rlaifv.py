@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +32,6 @@ class DivideConfig(EngineConfig):
     )
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
-    split: Literal["model", "rule"] = flag("model", "who finds claims; rule: one a sentence")
     temperature: float = flag(0.2, "sampling temperature of claims and questions", low=1e-3)
     max_new_tokens: int = flag(256, "longest list of claims or questions", low=1)
     pairs_per_query: int = flag(2, "pairs a question at most", low=1)
@@ -41,25 +40,9 @@ class DivideConfig(EngineConfig):
 if __name__ == "__main__":
     parse_cli(DivideConfig)  # --help and wrong flags need no torch, which takes seconds
 
+import pairs
 from generate import Generator, Prompt
 from images import check_images, image_names, image_paths
-from pairs import (
-    SampledLine,
-    SampleSet,
-    annotation_file,
-    choose,
-    digest,
-    drop_repeats,
-    is_mine,
-    load_generator,
-    meta_entry,
-    open_part,
-    pair_with_model,
-    report_of,
-    sample_cost,
-    spend,
-    without_image,
-)
 from records import grouped, new_lines, part_files, read_parts
 from tokenizer import IMAGE
 
@@ -73,7 +56,6 @@ AS_QUESTIONS = (
     "Turn each claim into a yes/no question. Keep negations, add nothing. One question a line, "
     'each line starting with "- ".\n\n{claims}'
 )
-BY_RULE = 'Is this statement about the picture true? "{claim}"'
 YES_NO = "{question} Please answer yes or no."
 
 
@@ -96,14 +78,9 @@ def bullets(text: str) -> list[str]:
 
 def score_pairs(rows: list[dict], count: int, *key: Any) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of candidates whose scores differ, at most `count`, texts different."""
-    scored = [row for row in rows if row["score"] is not None]
-    possible = [
-        (a, b)
-        for a in scored
-        for b in scored
-        if a["score"] - b["score"] >= 1 and a["response"] != b["response"]
-    ]
-    return choose(possible, count, *key)
+    scored = product([row for row in rows if row["score"] is not None], repeat=2)
+    better = [(a, b) for a, b in scored if a["score"] > b["score"]]
+    return pairs.choose([(a, b) for a, b in better if a["response"] != b["response"]], count, *key)
 
 
 def length_threshold(lengths: list[tuple[int, int]]) -> float:
@@ -118,12 +95,12 @@ def length_threshold(lengths: list[tuple[int, int]]) -> float:
     return best
 
 
-def candidate_rows(data_set: SampleSet) -> Iterator[dict]:
+def candidate_rows(data_set: pairs.SampleSet) -> Iterator[dict]:
     """The sampled responses, each with its rid."""
     for name, row in read_parts(data_set.files):
-        if not from_json(SampledLine, row, name).qid:
+        if not from_json(pairs.SampledLine, row, name).qid:
             raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
-        yield row | {"rid": digest(row["qid"], row["k"])}
+        yield row | {"rid": pairs.digest(row["qid"], row["k"])}
 
 
 def add_claims(rows: list[dict], generator: Generator) -> None:
@@ -133,11 +110,11 @@ def add_claims(rows: list[dict], generator: Generator) -> None:
         prompts = [Prompt(f"{step} {row['rid']}", text_of(row)) for row in rows]
         samples = {s.prompt_id: s for s in generator.run(prompts)}
         for row, prompt in zip(rows, prompts):
-            row.setdefault("split_cost", []).append(sample_cost(samples[prompt.id]))
+            row.setdefault("split_cost", []).append(pairs.sample_cost(samples[prompt.id]))
         return [samples[prompt.id].text for prompt in prompts]
 
     def split(row: dict) -> str:
-        return fill(CLAIMS, question=without_image(row["question"]), answer=row["response"])
+        return fill(CLAIMS, question=pairs.without_image(row["question"]), answer=row["response"])
 
     def turn(row: dict) -> str:
         return fill(AS_QUESTIONS, claims="\n".join(f"- {claim}" for claim in row["claims"]))
@@ -155,13 +132,13 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
     """
     prompts, owners = [], []
     for row in rows:
-        row["yes_no"], images = [], image_names(row, row["rid"])
-        paths = image_paths(root, images, row["question"][:60])
-        check_images(paths, row["question"][:60])
-        each = max(1, max_tiles // max(1, len(images)))
+        row["yes_no"], name = [], row["question"][:60]
+        paths = image_paths(root, image_names(row, row["rid"]), name)
+        check_images(paths, name)
+        each = max(1, max_tiles // max(1, len(paths)))
         matched = len(row["questions"]) == len(row["claims"])
         for i, question in enumerate(row["questions"] if matched else ()):
-            text = f"{IMAGE}\n" * len(images) + fill(YES_NO, question=question)
+            text = f"{IMAGE}\n" * len(paths) + fill(YES_NO, question=question)
             prompts.append(Prompt(f"judge {row['rid']} {i}", text, paths, max_tiles=each))
             owners.append(row)
     probs = generator.first_token_probs(prompts, ["Yes", "yes", "No", "no"]) if prompts else []
@@ -172,19 +149,14 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
         row["score"] = -denied if row["yes_no"] else None
 
 
-def check_candidates(cfg: DivideConfig, data_set: SampleSet, folder: Path) -> int:
+def check_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> int:
     """Score this process's candidates, a chunk at a time; the number that others still owe."""
     done = {record["rid"] for _, record in read_parts(part_files(folder))}
-    todo = (r for r in candidate_rows(data_set) if r["rid"] not in done and is_mine(r["rid"]))
+    todo = (r for r in candidate_rows(data_set) if r["rid"] not in done and pairs.is_mine(r["rid"]))
     while chunk := list(islice(todo, CHUNK)):
-        log, generator = open_part(folder), load_generator(cfg)
-        if cfg.split == "model":
-            add_claims(chunk, generator)
-        for row in chunk if cfg.split == "rule" else ():
-            row["claims"] = split_sentences(row["response"])
-            row["questions"] = [fill(BY_RULE, claim=claim) for claim in row["claims"]]
-        root, tiles = data_set.root(cfg.root), data_set.info.max_tiles
-        judge_claims(chunk, generator, root, tiles)
+        log, generator = pairs.open_part(folder), pairs.load_generator(cfg)
+        add_claims(chunk, generator)
+        judge_claims(chunk, generator, data_set.root(cfg.root), data_set.info.max_tiles)
         for row in chunk:
             log.append(row)
         log.close()
@@ -193,15 +165,15 @@ def check_candidates(cfg: DivideConfig, data_set: SampleSet, folder: Path) -> in
 
 
 def pair_candidates(
-    cfg: DivideConfig, data_set: SampleSet, folder: Path, stem: str
+    cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path, stem: str
 ) -> tuple[dict, dict | None]:
     """Pairs by score, then without those that would teach length; report and meta entry."""
     counts, cost, drawn = Counter(), Counter(), []
-    for group in grouped(part_files(folder), lambda record, _: digest(record["qid"])):
-        rows = drop_repeats(group.records(), data_set.name)
+    for group in grouped(part_files(folder), lambda record, _: pairs.digest(record["qid"])):
+        rows = pairs.drop_repeats(group.records(), data_set.name)
         for row in rows:
             for spent in (row, *row.get("split_cost", ())):
-                spend(cost, spent)
+                pairs.spend(cost, spent)
             cost["generated"] += len(row["yes_no"])
             counts["candidates"] += 1
             counts["claims and questions do not match"] += row["score"] is None
@@ -210,7 +182,7 @@ def pair_candidates(
     limit = length_threshold(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
-    with new_lines(annotation_file(cfg, stem)) as write:
+    with new_lines(pairs.annotation_file(cfg, stem)) as write:
         for chosen, rejected in kept:
             names = ("image", "system_prompt", "question")
             record = {n: chosen[n] for n in names if chosen.get(n)}
@@ -220,18 +192,17 @@ def pair_candidates(
                 record[side] = {n: row[n] for n in names if n in row}
             write(record)
     report = {"responses": counts["candidates"], "length_limit": limit}
-    report |= report_of({"divide_and_conquer": len(kept)}, counts, cost)
-    return report, meta_entry(cfg, data_set, stem, len(kept))
-
-
-def divide_and_conquer(cfg: DivideConfig) -> None:
-    names = ("divide/{}", "{}_pairs_divide_and_conquer")
-    steps = (check_candidates, pair_candidates)
-    pair_with_model(cfg, "divide_and_conquer", names, {"split": cfg.split}, steps)
+    report |= pairs.report_of({"divide_and_conquer": len(kept)}, counts, cost)
+    return report, pairs.meta_entry(cfg, data_set, stem, len(kept))
 
 
 def main() -> None:
     divide_and_conquer(parse_cli(DivideConfig))
+
+
+def divide_and_conquer(cfg: DivideConfig) -> None:
+    names = ("divide/{}", "{}_pairs_divide_and_conquer")
+    pairs.pair_with_model(cfg, "divide_and_conquer", names, {}, (check_candidates, pair_candidates))
 
 
 if __name__ == "__main__":
