@@ -10,8 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import lay_out
 from model import InternVL, TreeAttention
 from runtime import InputError, start_process, stop_process
-from tools.bench import MODES, example_pack, example_tree, measured_peak, paper_tree, run_bench
-from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, settle, total_flops
+from tools.bench import (
+    MODES,
+    example_pack,
+    example_tree,
+    formula_row,
+    measured_peak,
+    modes_of,
+    paper_tree,
+    run_bench,
+)  # fmt: skip
+from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, settle
 from tools.releases import named_config
 from train import TrainConfig, prepare, score, shard, units_of
 
@@ -167,7 +176,7 @@ def test_useful_flops_are_those_that_torch_counts(config, frozen):
     pairs = sum(n * (n if mask is None else mask.shape[1]) for n, _, mask in segments)
     load = replace(load, pairs=pairs)  # masked ones too
     trained = set(PARTS) - {f"{frozen}_model"}
-    assert total_flops(flops(config, load, trained)) == counted.get_total_flops()
+    assert sum(flops(config, load, trained)) == counted.get_total_flops()
 
 
 def test_visible_pairs_are_those_of_the_mask():
@@ -181,20 +190,22 @@ def test_visible_pairs_are_those_of_the_mask():
 
 def test_a_pair_of_the_8b_shape_costs_what_is_promised():
     config, cfg = named_config("8b"), TrainConfig()
-    tree = paper_tree(config)
-    tflop = [mode.flops(config, tree) / 1e12 for mode in MODES]
+    modes = modes_of(replace(cfg, compile="on"), CPU)
+    rows = [formula_row(mode, config, paper_tree(config), 2) for _, mode in modes]
+    tflop = [row["tflop"] for row in rows]
     assert tflop == pytest.approx([310.3, 289.5, 175.6, 170.0, 127.5, 127.5], rel=1e-3)
-    head = [mode.room(cfg, config, tree, 2).logits / GB for mode in MODES]
-    assert head[:4] == pytest.approx([2.468, 4.880, 2.801, 0.200], rel=1e-2)
+    head = [row["head GB"] for row in rows[:4]]
+    assert head == pytest.approx([2.468, 4.880, 2.801, 0.200], rel=1e-2)
+    assert [name for name, _ in modes_of(cfg, CPU)] == list(MODES)[:5]
 
 
 def test_the_bench_prints_both_tables(capsys, monkeypatch):
-    modes = (MODES[0], MODES[4], MODES[5])
-    monkeypatch.setattr("tools.bench.MODES", modes)
+    few = {name: MODES[name] for name in list(MODES)[::4]}
+    monkeypatch.setattr("tools.bench.MODES", few | {"+ compile": {}})
     monkeypatch.setattr("tools.bench.paper_tree", lambda c, _=1: example_tree(c, 1, 8, (3, 4)))
     run_bench(TrainConfig(), named_config("8b"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("8.08 B parameters, 1 tiles, 264 prompt tokens, answers of [3, 4]")
-    assert [line[:20].strip() for line in lines[1:3]] == [mode.name for mode in modes[:2]]
+    assert [line[:20].strip() for line in lines[1:3]] == list(few)
     assert "that is too large" in lines[3] and "cpu, torch.float32; a pair:" in lines[4]
     assert len(lines) == 7 and all("seconds" in line for line in lines[5:])

@@ -9,8 +9,8 @@ scores and shards is train.py's own, so what is measured is what trains.
 """
 
 import gc
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,68 +22,40 @@ from torch.profiler import ProfilerActivity, profile
 from config import InternVLConfig
 from data import Pack, Tree, lay_out
 from model import InternVL
-from tools.plan import (
-    GB,
-    Activations,
-    Load,
-    activations_of,
-    count,
-    flops,
-    load_of,
-    meta_model,
-    seconds_of,
-    total_flops,
-)
+from tools import plan
 from tools.releases import named_config
 from train import PARTS, TrainConfig, compute_dtype, prepare, score, switched_on, units_of
 
 Row = dict[str, float]  # a table's column -> its value
+# a mode's name -> the flags that it changes; each goes on from the one before
+MODES: dict[str, dict[str, Any]] = {
+    "plain, two passes": {
+        "share_images": False, "share_prefix": False, "head_rows": 0,
+        "reference": "online", "compile": "off",
+    },
+    "+ image once": {"share_images": True},
+    "+ prompt once": {"share_prefix": True},
+    "+ head by chunks": {"head_rows": 128},
+    "+ cached reference": {"reference": "cached"},
+    "+ compile": {"compile": "on"},
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A way to do one pair's step."""
-
-    name: str
-    share_images: bool = True
-    share_prefix: bool = True
-    chunked: bool = True
-    cached: bool = False
-    compile: bool = False
-
-    def packs(self, tree: Tree) -> list[list[Tree]]:
-        """The plain way takes each (prompt, response) alone."""
-        if self.share_images:
-            return [[tree]]
-        return [[replace(tree, responses=[r], chosen=[0], rejected=[])] for r in tree.responses]
-
-    def loads(self, tree: Tree) -> list[Load]:
-        """Of each pack; the plain head meets the vocabulary at every token."""
-        loads = [load_of(pack, self.share_prefix) for pack in self.packs(tree)]
-        return loads if self.chunked else [replace(load, scored=load.tokens) for load in loads]
-
-    def flops(self, config: InternVLConfig, tree: Tree) -> int:
-        """Of a pair's step: the reference's forward, unless it is cached, and the policy's both."""
-        parts = [flops(config, load) for load in self.loads(tree)]
-        forward = 0 if self.cached else sum(total_flops(p, backward=False) for p in parts)
-        return forward + sum(map(total_flops, parts))
-
-    def room(self, cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int) -> Activations:
-        """Of the larger pack, everything trained; `size`: bytes of a number."""
-        rows, learns = (cfg.head_rows or 128) * self.chunked, dict.fromkeys(PARTS, (True, True))
-        again = (cfg.recompute, cfg.recompute_blocks)
-        rooms = [activations_of(config, n, size, *again, rows, learns) for n in self.loads(tree)]
-        return max(rooms, key=lambda room: room.peak)
+def modes_of(cfg: TrainConfig, device: torch.device) -> list[tuple[str, TrainConfig]]:
+    """Name and flags of each mode; without the last where cfg does not compile."""
+    compiled, modes = switched_on(cfg.compile, device), []
+    cfg = replace(cfg, recompute=cfg.recompute.replace("auto", "full"))  # memory is compared
+    for name, change in MODES.items():
+        cfg = replace(cfg, **change)
+        modes.append((name, cfg))
+    return modes if compiled else modes[:-1]
 
 
-MODES = (
-    Mode("plain, two passes", False, False, False),
-    Mode("+ image once", True, False, False),
-    Mode("+ prompt once", True, True, False),
-    Mode("+ head by chunks"),
-    Mode("+ cached reference", cached=True),
-    Mode("+ compile", cached=True, compile=True),
-)
+def packs_of(cfg: TrainConfig, tree: Tree) -> list[list[Tree]]:
+    """The trees of each pack: the plain way takes each (prompt, response) alone."""
+    if cfg.share_images:
+        return [[tree]]
+    return [[replace(tree, responses=[r], chosen=[0], rejected=[])] for r in tree.responses]
 
 
 def example_tree(config: InternVLConfig, tiles: int, prompt: int, answers: tuple[int, ...]) -> Tree:
@@ -104,7 +76,7 @@ def paper_tree(config: InternVLConfig, shorter: int = 1) -> Tree:
 
 def example_pack(config: InternVLConfig, trees: list[Tree], share_prefix: bool = True) -> Pack:
     """A pack of example trees with noise for pixels."""
-    pack, tiles = lay_out(trees, share_prefix), load_of(trees, share_prefix).tiles
+    pack, tiles = lay_out(trees, share_prefix), plan.load_of(trees, share_prefix).tiles
     pack.tiles = torch.randn(tiles, 3, config.tile_size, config.tile_size)
     slots = int((pack.input_ids == 1).sum()) // config.tokens_per_tile
     pack.tile_order = torch.arange(slots) % max(1, tiles)
@@ -118,10 +90,10 @@ def at_every_token(pack: Pack) -> Pack:
     return replace(pack, predictor=everywhere, target=ids, response=owner, num_responses=1)
 
 
-def run_mode(mode: Mode, model: InternVL, packs: list[Pack], cfg: TrainConfig) -> None:
+def run_mode(cfg: TrainConfig, model: InternVL, packs: list[Pack]) -> None:
     """One pair: the reference's forward (here of the same weights), the policy's, backward."""
     for pack in packs:
-        if not mode.cached:
+        if cfg.reference == "online":
             with torch.no_grad():
                 score(model, pack, cfg)
         score(model, pack, cfg)[0].sum().backward()
@@ -145,58 +117,75 @@ def measured_peak(function: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
-    """Print both tables; --recompute auto is full here, as memory is what is compared."""
-    cfg, tree = replace(cfg, recompute=cfg.recompute.replace("auto", "full")), paper_tree(config)
-    say_size(config, tree, "shapes alone, torch.bfloat16")
-    say_rows((mode, formula_row(mode, cfg, config, tree, 2)) for mode in MODES[:-1])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 2 * GB
-    if 3 * 2 * count(meta_model(config)) > memory:
-        config = named_config("2b" if on_gpu else "toy")
-        print(f"that is too large for this device; measured on a smaller model, {device}:")
-    dtype, tree = compute_dtype(cfg, device), paper_tree(config, 1 if on_gpu else 4)
-    model = prepare(meta_model(config).to(dtype), cfg).to_empty(device=device).train()
+def noise_model(config: InternVLConfig, dtype: torch.dtype, device: torch.device) -> InternVL:
+    """A model of random weights."""
+    return add_noise(plan.meta_model(config).to(dtype).to_empty(device=device))
+
+
+def add_noise(model: InternVL) -> InternVL:
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    say_size(config, tree, f"{device}, {dtype}")
-    modes = MODES if switched_on(cfg.compile, device) else MODES[:-1]
-    say_rows((mode, measured_row(mode, cfg, model, tree, device)) for mode in modes)
+    return model
 
 
-def formula_row(mode: Mode, cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int) -> Row:
-    room, tflop = mode.room(cfg, config, tree, size), mode.flops(config, tree) / 1e12
-    return {"tflop": tflop, "head GB": room.logits / GB, "peak GB": room.peak / GB}
+def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
+    """Print both tables."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    modes, on_gpu = modes_of(cfg, device), device.type == "cuda"
+    say_size(config, tree := paper_tree(config), "shapes alone, torch.bfloat16")
+    say_rows((name, formula_row(mode, config, tree, 2)) for name, mode in modes[:5])
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 2 * plan.GB
+    if 3 * 2 * plan.count(plan.meta_model(config)) > memory:
+        config = named_config("2b" if on_gpu else "toy")
+        print(f"that is too large for this device; measured on a smaller model, {device}:")
+    tree = paper_tree(config, 1 if on_gpu else 4)
+    say_size(config, tree, f"{device}, {compute_dtype(cfg, device)}")
+    say_rows(measured_rows(modes, config, tree, device))
 
 
-def measured_row(
-    mode: Mode, cfg: TrainConfig, model: InternVL, tree: Tree, device: torch.device
-) -> Row:
-    """The formula's row with the peak of a run instead, and its seconds."""
-    if mode.compile:
-        for unit in units_of(model):
+def formula_row(cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int) -> Row:
+    """Of a pair's step, everything trained; size: bytes of a number."""
+    tflop, rooms, learns = 0.0, [], dict.fromkeys(PARTS, (True, True))
+    for trees in packs_of(cfg, tree):
+        load = plan.load_of(trees, cfg.share_prefix)
+        if not cfg.head_rows:
+            load = replace(load, scored=load.tokens)  # see at_every_token
+        forward, backward = plan.flops(config, load)
+        tflop += (forward * (1 + (cfg.reference == "online")) + backward) / 1e12
+        kept, block, logits, head = plan.activations_of(cfg, config, load, size, learns)
+        rooms.append((kept + max(block, logits + head), logits))
+    peak, logits = max(rooms)
+    return {"tflop": tflop, "head GB": logits / plan.GB, "peak GB": peak / plan.GB}
+
+
+def measured_rows(
+    modes: list[tuple[str, TrainConfig]], config: InternVLConfig, tree: Tree, device: torch.device
+) -> Iterator[tuple[str, Row]]:
+    """The formula's rows with the peak of a run instead, and its seconds."""
+    dtype = compute_dtype(modes[0][1], device)
+    model = prepare(noise_model(config, dtype, device), modes[0][1]).train()
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for name, cfg in modes:
+        for unit in units_of(model) if cfg.compile == "on" else ():
             unit.compile()
-    packs = [example_pack(model.config, trees, mode.share_prefix) for trees in mode.packs(tree)]
-    if not mode.chunked:
-        packs, cfg = [at_every_token(pack) for pack in packs], replace(cfg, head_rows=0)
-    once = partial(run_mode, mode, model, [pack.to(device) for pack in packs], cfg)
-    row = formula_row(mode, cfg, model.config, tree, next(model.parameters()).itemsize)
-    row["peak GB"] = measured_peak(once, device) / GB
-    return row | {"seconds": min(seconds_of(once, device) for _ in range(3))}
+        packs = [example_pack(config, trees, cfg.share_prefix) for trees in packs_of(cfg, tree)]
+        packs = packs if cfg.head_rows else [at_every_token(pack) for pack in packs]
+        once = partial(run_mode, cfg, model, [pack.to(device) for pack in packs])
+        row = formula_row(cfg, config, tree, dtype.itemsize)
+        row["peak GB"] = measured_peak(once, device) / plan.GB
+        yield name, row | {"seconds": min(plan.seconds_of(once, device) for _ in range(3))}
 
 
 def say_size(config: InternVLConfig, tree: Tree, place: str) -> None:
-    size, answers = count(meta_model(config)) / 1e9, [len(answer) for answer in tree.responses]
+    size, answers = plan.count(plan.meta_model(config)), [len(answer) for answer in tree.responses]
     lengths = f"{sum(tree.tiles)} tiles, {len(tree.trunk)} prompt tokens, answers of {answers}"
-    print(f"{size:.3g} B parameters, {lengths}; {place}; a pair:")
+    print(f"{size / 1e9:.3g} B parameters, {lengths}; {place}; a pair:")
 
 
-def say_rows(rows: Iterable[tuple[Mode, Row]]) -> None:
+def say_rows(rows: Iterable[tuple[str, Row]]) -> None:
     plain: Row = {}
-    for mode, row in rows:
+    for name, row in rows:
         plain = plain or row
-        cells = [f"{name} {value:9.4g} ({value / plain[name]:5.3f})" for name, value in row.items()]
-        print(f"{mode.name:<20}", "  ".join(cells), flush=True)
+        cells = [f"{key} {value:9.4g} ({value / plain[key]:5.3f})" for key, value in row.items()]
+        print(f"{name:<20}", "  ".join(cells), flush=True)

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +36,6 @@ class CheckConfig:
     out: Path = flag(Path("gpu"), "folder of gpu.json, gpu.md and gpu.log")
     only: tuple[str, ...] = flag((), "name of a part to run; may be repeated")
     seconds: int = flag(1500, "time for everything; cases that would begin later are skipped", 1)
-    size: Literal["auto", "toy", "full"] = flag("auto", "auto = full on a GPU, else toy")
     world: Path | None = flag(None, "folder that toy.py wrote; default: a new one")
 
 
@@ -82,10 +80,9 @@ def flex(setting: Setting, case: str) -> Iterator[Row]:
     """FlexAttention against the dense mask, in the shape of the 2B's layers."""
     length, heads, d = int(case), *((4, 16) if setting.toy else (16, 128))
     token = torch.arange(length, device=setting.device)
-    tree, branch = token * 3 // length, token * 9 // length % 3
-    dense = TreeAttention(tree, branch, flex=False, span=length)
-    fast = TreeAttention(tree, branch, flex=True)
-    spans = fast if setting.on_gpu else TreeAttention(tree, branch, flex=False)  # for backward
+    trees = token * 3 // length, token * 9 // length % 3
+    dense, fast = TreeAttention(*trees, flex=False, span=length), TreeAttention(*trees, flex=True)
+    spans = fast if setting.on_gpu else TreeAttention(*trees, flex=False)  # for backward
     for dtype, bound in zip(DTYPES, (1e-4, 2e-2)):
         torch.manual_seed(0)
         q, k, v, pull = (
@@ -109,27 +106,26 @@ def golden(setting: Setting, case: str) -> Iterator[Row]:
     facts = read_json(folder / "cases.json")
     tensors = {k: t.to(setting.device) for k, t in load_file(folder / "cases.safetensors").items()}
     pixels = tensors.get("tiles_uint8")
+    models = [load_model(folder / "checkpoint", setting.device, dtype) for dtype in DTYPES]
+    for model in models:
+        model.image_context_id = facts["image_context_token_id"]
 
     def logits_of(model: InternVL, name: str) -> Tensor:
-        ids = tensors[f"{name}/input_ids"]
-        tiles = tensors.get(f"{name}/tiles", pixels)
+        ids, tiles = tensors[f"{name}/input_ids"], tensors.get(f"{name}/tiles", pixels)
         if pixels is not None and (chosen := facts["cases"][name].get("tiles")):
             tiles = tiles[chosen]
         return model(ids, tiles if (ids == model.image_context_id).any() else None)
 
-    models = [load_model(folder / "checkpoint", setting.device, dtype) for dtype in DTYPES]
-    for model in models:
-        model.image_context_id = facts["image_context_token_id"]
-    errors = []
+    exact, rounded = [], []
     for key, expected in tensors.items():
         name, kind = key.split("/")[0], key.split("/")[-1]
         if kind in ("logits", "logits_last4") and f"{name}/input_ids" in tensors:
             with torch.no_grad():
-                exact, rounded = (logits_of(model, name) for model in models)
-            first = exact.shape[1] - expected.shape[1]
-            errors.append((largest(exact[:, first:] - expected), largest(rounded - exact)))
-    yield at_most("logits, fp32, largest difference", max(e for e, _ in errors), 1e-4)
-    yield at_most("logits, bf16 against fp32, largest difference", max(e for _, e in errors), 0.5)
+                full, half = (logits_of(model, name) for model in models)
+            exact.append(largest(full[:, full.shape[1] - expected.shape[1] :] - expected))
+            rounded.append(largest(half - full))
+    yield at_most("logits, fp32, largest difference", max(exact), 1e-4)
+    yield at_most("logits, bf16 against fp32, largest difference", max(rounded), 0.5)
 
     model, name = models[0], "loss" if "loss/labels" in tensors else "m_loss"
     labels = tensors[f"{name}/labels"]
@@ -208,28 +204,24 @@ def ids(setting: Setting, case: str) -> Iterator[Row]:
         settings = {"temperature": float(case), "max_new_tokens": 8 if setting.toy else 64}
         settings["cache_tokens"] = 8192
         model = load_model(folder / "model", device)
-        generator = Generator(model, load_tokenizer(folder / "model"), **settings)
-        found = []
+        generator, rows = Generator(model, load_tokenizer(folder / "model"), **settings), []
         for begin in range(0, len(prompts), batch):
-            groups = map(generator.encode, prompts[begin : begin + batch])
-            scheduler = Scheduler(generator, iter(list(groups)))
+            groups = list(map(generator.encode, prompts[begin : begin + batch]))
+            scheduler = Scheduler(generator, iter(groups))
             if not captured:
                 scheduler.decode = generator.decode
-            rows = [row for row in scheduler.run() if row.finish_reason]
-            found += [(row.group.prompt.id, row.sample, row.ids) for row in rows]
-        return sorted(found)
+            rows += [row for row in scheduler.run() if row.finish_reason]
+        return sorted((row.group.prompt.id, row.sample, row.ids) for row in rows)
 
     expected = answers(setting.device, True)
-    for name, other in {
-        "eager decoding": answers(setting.device, False),
-        "decoding on the CPU": answers("cpu", False),
-        "one prompt at a time": answers(setting.device, True, 1),
-    }.items():
-        differ = sum(a != b for a, b in zip(expected, other, strict=True))
-        if name == "eager decoding":
-            yield at_most(f"answers of {len(expected)} that differ: {name}", differ, 0)
-        else:
-            yield measured(f"answers of {len(expected)} that differ: {name}", differ)
+
+    def differing(*settings: object) -> int:
+        return sum(a != b for a, b in zip(expected, answers(*settings), strict=True))
+
+    name = f"answers of {len(expected)} that differ: "
+    yield at_most(f"{name}eager decoding", differing(setting.device, False), 0)
+    yield measured(f"{name}decoding on the CPU", differing("cpu", False))
+    yield measured(f"{name}one prompt at a time", differing(setting.device, True, 1))
 
 
 def resume(setting: Setting, case: str) -> Iterator[Row]:
@@ -343,7 +335,8 @@ def run_case(setting: Setting, check: Callable, case: str, seconds: float, log: 
     child.join(seconds)
     problem = f"still running after {seconds:.0f} s" if child.is_alive() else ""
     if child.is_alive() or child.exitcode:
-        problem = problem or f"ended with {child.exitcode}: {last_line(log)}"
+        lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+        problem = problem or f"ended with {child.exitcode}: {lines[-1][:200] if lines else ''}"
     with contextlib.suppress(ProcessLookupError):  # and what it has left behind
         os.killpg(child.pid, signal.SIGKILL)
     child.join()
@@ -351,22 +344,18 @@ def run_case(setting: Setting, check: Callable, case: str, seconds: float, log: 
     return done + ([Row(problem, None, "", "FAIL")] if problem else [])
 
 
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "")[:200]
-
-
 def write_report(out: Path, facts: dict, table: list[dict]) -> None:
     """gpu.json and gpu.md, whole after every case."""
     write_atomic(out / "gpu.json", json.dumps({**facts, "rows": table}, indent=1) + "\n")
     header = ("part", "case", "measured", "figure", "expected", "verdict")
-    figure = lambda x: "" if x is None else f"{x:.4g}"  # noqa: E731
-    cells = [
-        (r["part"], r["case"], r["name"], figure(r["figure"]), r["expected"], r["verdict"])
-        for r in table
-    ]
     words = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
-    write_atomic(out / "gpu.md", f"{words}\n\n{markdown_table(header, cells)}\n")
+    write_atomic(out / "gpu.md", f"{words}\n\n{markdown_table(header, map(cells, table))}\n")
+
+
+def cells(row: dict) -> list[str]:
+    return [
+        "" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()
+    ]
 
 
 def main() -> None:
@@ -379,30 +368,25 @@ def main() -> None:
     log = cfg.out / "gpu.log"
     log.unlink(missing_ok=True)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA must not start before a fork
-    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     card = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    facts = {"device": card if on_gpu else f"CPU, {os.cpu_count()} cores"}
+    facts = {"device": card if device.type == "cuda" else f"CPU, {os.cpu_count()} cores, toy size"}
     facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     facts |= {"commit": output_of("git", "rev-parse", "HEAD")}
     facts |= {"command": " ".join(["python", *sys.argv])}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        toy = not on_gpu if cfg.size == "auto" else cfg.size == "toy"
-        setting = Setting(folder, torch.device("cuda", 0) if on_gpu else torch.device("cpu"), toy)
-        facts["size"] = "toy" if toy else "full"
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(Path(folder), device)
         run_case(setting, make_world, str(cfg.world or ""), 120, log)
-        parts = {name: PARTS[name] for name in PARTS if name in cfg.only or not cfg.only}
-        for name, part in parts.items():
-            for case in part.cases[: part.toy if toy else None]:
+        for name in [name for name in PARTS if name in cfg.only or not cfg.only]:
+            part = PARTS[name]
+            for case in part.cases[: part.toy if setting.toy else None]:
                 left = cfg.seconds - (time.monotonic() - began)
                 rows = [Row("no time was left", None, "", "skipped")]
                 if left > 5:
                     rows = run_case(setting, part.check, case, min(part.seconds, left), log)
                 for row in rows:
                     table.append({"part": name, "case": case, **asdict(row)})
-                    figure = "" if row.figure is None else f"{row.figure:.4g}"
-                    print(f"{name:<7} {case:<36} {row.name}: {figure} {row.expected} {row.verdict}")
-                sys.stdout.flush()
+                    print(*cells(table[-1]), sep="  ", flush=True)
                 write_report(cfg.out, facts, table)
     failed = sum(row["verdict"] == "FAIL" for row in table)
     print(f"{len(table)} rows, {failed} failed, {time.monotonic() - began:.0f} s: {cfg.out}/gpu.md")

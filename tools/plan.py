@@ -3,7 +3,8 @@
     Load, flops   useful FLOPs of a pack by part, forward and backward; recomputing is not useful
     Meter         tokens and pairs a second of a running step, and its share of the peak (MFU)
     plan_of       bytes a GPU needs, as sums and products that one can check by hand
-    say_plan      prints them, and the ways out where they are too many
+    settle        --recompute auto and --sync auto, by the plan
+    say_plan      prints it, and the ways out where it does not fit
 
     python train.py --plan --size 8b --gpus 8
 
@@ -17,18 +18,17 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from config import InternVLConfig, LLMConfig, load_config
+from config import InternVLConfig, load_config
 from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, Process
 from train import PARTS, TrainConfig, compute_dtype, prepare, units_of, with_recipe
-from vision import VisionConfig
 
 GB = 1e9
 RESERVE = 0.08  # of the plan: CUDA's context, NCCL's buffers, fragmentation
@@ -52,22 +52,22 @@ class Load:
 
 def load_of(trees: list[Tree], share_prefix: bool = True, share_images: bool = True) -> Load:
     """The load of a pack of these trees."""
-    total, distinct = Load(), {}
+    images = images_of(trees, share_prefix)
+    distinct = {image if share_images else place: tiles for image, tiles, place in images}
+    total = Load(tiles=sum(distinct.values()))
     for tree in trees:
         trunk, answers = len(tree.trunk), [len(r) for r in tree.responses]
         copies = 1 if share_prefix else len(answers)
-        own = sum(n * trunk + n * (n + 1) // 2 for n in answers)
-        tokens = copies * trunk + sum(answers)
-        total += Load(tokens, sum(answers), 0, copies * trunk * (trunk + 1) // 2 + own)
-    for image, tiles, place in images_of(trees, share_prefix):
-        distinct[image if share_images else place] = tiles
-    return replace(total, tiles=sum(distinct.values()))
+        pairs = copies * trunk * (trunk + 1) // 2
+        pairs += sum(n * trunk + n * (n + 1) // 2 for n in answers)
+        total += Load(copies * trunk + sum(answers), sum(answers), 0, pairs)
+    return total
 
 
 def flops(
     config: InternVLConfig, load: Load, trained: set[str] = frozenset(PARTS)
-) -> dict[str, tuple[int, int]]:
-    """Part -> (forward, backward) FLOPs of the products, a multiply and an add counted as two.
+) -> tuple[int, int]:
+    """(forward, backward) FLOPs of the products, a multiply and an add counted as two.
 
     Backward has one product for a weight's gradient, if it is trained, and one for its input's, if
     anything before it is; attention counts only pairs that see each other.
@@ -90,17 +90,9 @@ def flops(
     head = 2 * load.scored * llm.vocab_size * wide
     before = vision or projector
     through = language or before
-    return {
-        "vit": (patching + vit + vit_attention, vision * (patching + 2 * (vit + vit_attention))),
-        "projector": (project, project * (projector + before)),
-        "llm": (decoder, decoder * (language + through)),
-        "attention": (attention, 2 * attention * through),
-        "head": (head, head * (language + through)),
-    }
-
-
-def total_flops(parts: dict[str, tuple[int, int]], backward: bool = True) -> int:
-    return sum(f + b * backward for f, b in parts.values())
+    backward = vision * (patching + 2 * (vit + vit_attention)) + project * (projector + before)
+    backward += (decoder + head) * (language + through) + 2 * attention * through
+    return patching + vit + vit_attention + project + decoder + attention + head, backward
 
 
 # dense bf16, without sparsity, from the vendor's data sheets
@@ -110,11 +102,10 @@ DEVICE_PEAKS |= {"H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(FLOPs a second of a device at best, where that number is from)."""
-    if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, peak in DEVICE_PEAKS.items():
-            if known in name:
-                return peak, f"{name}, data sheet"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for known, peak in DEVICE_PEAKS.items():
+        if known in name and dtype is torch.bfloat16:
+            return peak, f"{name}, data sheet"
     n = 8192 if device.type == "cuda" else 256
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = min(seconds_of(lambda: a @ a, device) for _ in range(5))
@@ -145,17 +136,15 @@ class Meter:
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
         share = self.cfg.share_prefix, self.cfg.share_images
         load = sum((load_of(trees, *share) for trees in step.trees), Load())
-        parts = flops(self.config, load, self.cfg.trained_parts)
-        useful = total_flops(parts)
-        if self.cfg.reference == "online" and reference:
-            useful += total_flops(parts, backward=False)
+        forward, backward = flops(self.config, load, self.cfg.trained_parts)
+        online = self.cfg.reference == "online" and reference is not None
         return {
             "pairs": step.pairs,
             "tokens": load.tokens,
             "dropped": len(step.dropped),
             "tokens_per_s": load.tokens / seconds,
             "pairs_per_s": step.pairs / seconds,
-            "mfu": useful / (seconds * self.peak),
+            "mfu": (forward * (1 + online) + backward) / (seconds * self.peak),
         }
 
 
@@ -191,80 +180,52 @@ class Plan:
         )
 
 
-def decoder_keeps(llm: LLMConfig, size: int, learns: bool, scales: bool) -> int:
-    """Bytes a token that a model.DecoderBlock keeps for backward, in order of its lines.
-
-    size: bytes of a number.  learns: its linear layers get gradients, so their inputs are kept.
-    scales: its norms' weights get gradients, so the normed values are kept.
-    """
-    d, f = llm.hidden_size, llm.intermediate_size
-    q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
-    norms = 2 * d * (4 + size * (scales + learns))  # the float32 input; normed; the output
-    norms += llm.qk_norm * (q + kv) * (4 + size * scales)
-    attention = size * ((q + 2 * kv) + (q + kv) + q)  # wqkv's output; rotated q, k; the result
-    feed_forward = size * f * (3 + learns)  # w1 x; silu of it; w3 x; their product
-    return norms + attention + feed_forward
-
-
-def vision_keeps(vit: VisionConfig, size: int, learns: bool, scales: bool) -> int:
-    """The same of a vision.VisionBlock."""
-    d, f = vit.hidden_size, vit.intermediate_size
-    norm = 4 + size * scales if vit.norm_type == "rms_norm" else size  # normed is not kept twice
-    norms = 2 * d * (norm + size * learns)
-    norms += vit.qk_normalization * 2 * d * (4 + size * scales + size)
-    attention = size * d * (3 + 1)  # qkv's output; the result
-    layer_scales = size * d * 2 * scales  # what ls1 and ls2 multiply
-    mlp = size * f * (1 + learns)  # fc1 x; gelu of it
-    return norms + attention + layer_scales + mlp
-
-
-class Activations(NamedTuple):
-    """Bytes of one pack's forward and backward, beside weights and what is kept of gradients."""
-
-    kept: int  # by all blocks, until backward reaches them
-    block: int  # the language model's last block at work
-    logits: int  # the vocabulary at work, before the blocks' backward
-    head: int  # gradient of the head's weight: added up over chunks in float32, then cast
-
-    @property
-    def peak(self) -> int:
-        return self.kept + max(self.block, self.logits + self.head)
-
-
 def activations_of(
-    config: InternVLConfig,
-    load: Load,
-    size: int,  # bytes of a number
-    recompute: str,
-    again: int,  # blocks that this is for, the ViT's first; -1 = all
-    head_rows: int,
-    learns: dict[str, tuple[bool, bool]],  # part -> `learns`, `scales` of its blocks
-) -> Activations:
-    """What a pack of this load takes, image tokens as many as text allows."""
+    cfg: TrainConfig, config: InternVLConfig, load: Load, size: int, learns: dict[str, tuple]
+) -> tuple[int, int, int, int]:
+    """Bytes that a pack takes beside weights and gradients: (kept, block, logits, head).
+
+    kept: by all blocks, until backward reaches them.  block: by the language model's last block at
+    work.  logits: by the vocabulary at work, before that.  head: the gradient of the head's weight,
+    added up over chunks in float32.  size: bytes of a number.  learns: part -> whether its linear
+    layers get gradients, so that their inputs are kept; its norms, so that normed values are.
+    """
     v, llm = config.vision, config.llm
-    rows = load.tiles * ((config.tile_size // v.patch_size) ** 2 + 1)
-    d, block = llm.hidden_size, decoder_keeps(llm, size, *learns["language_model"])
-    everything = (block, vision_keeps(v, size, *learns["vision_model"]))
-    token, row = {
+    d, f = llm.hidden_size, llm.intermediate_size
+    layers, depth = llm.num_hidden_layers, v.num_hidden_layers
+    q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
+    inputs, normed = learns["language_model"]
+    # a token in a DecoderBlock: two norms' float32 input, normed values, output; those of q and k
+    token = 2 * d * (4 + size * (normed + inputs)) + llm.qk_norm * (q + kv) * (4 + size * normed)
+    token += size * (3 * q + 3 * kv)  # wqkv's output; rotated q and k; what attention gives
+    token += size * f * (3 + inputs)  # w1 x; silu of it; w3 x; their product
+    inputs, normed = learns["vision_model"]
+    rms, patches = v.norm_type == "rms_norm", (config.tile_size // v.patch_size) ** 2
+    # a row in a VisionBlock: the same; of layer norms the normed values are not kept twice
+    row = 2 * (4 + size * normed if rms else size) + 2 * size * inputs
+    row += v.qk_normalization * 2 * (4 + size * normed + size)
+    row += size * (3 + 1 + 2 * normed)  # qkv's output; attention's; what layer scales multiply
+    row = v.hidden_size * row + size * v.intermediate_size * (1 + inputs)  # fc1 x; gelu of it
+    again_token, again_row = {
         "full": (size * d, size * v.hidden_size),  # a block's input
         # the input, two products, and attention (but FlexAttention is computed again)
         "selective": (3 * size * d, 4 * size * v.hidden_size),
-    }.get(recompute, everything)
-    layers, depth = llm.num_hidden_layers, config.select_layer % (v.num_hidden_layers + 1)
-    again = v.num_hidden_layers + layers if again < 0 else again
-    again_vision, again_text = min(again, depth), max(0, again - v.num_hidden_layers)
-    kept = load.tokens * (again_text * token + (layers - again_text) * everything[0])
-    if learns["vision_model"][0]:
-        kept += rows * (again_vision * row + (depth - again_vision) * everything[1])
-    at_work = 2 * size * (llm.intermediate_size + d)  # gradients on their way through a block
-    at_work += block if token < block and again_text == layers else 0
-    if not head_rows:  # float32: log-softmax and two gradients
-        logits, head = 12 * load.scored * llm.vocab_size, 0
-    else:  # a chunk's product and probabilities, those of the chunk before; every hidden state
-        logits = min(head_rows, load.scored) * llm.vocab_size * (12 + 4 * (size == 2))
-        logits += 2 * size * load.scored * d
-        head = (4 + size) * llm.vocab_size * d * learns["language_model"][1]
-    return Activations(kept, load.tokens * at_work, logits, head)
+    }.get(cfg.recompute, (token, row))
+    again = cfg.recompute_blocks if cfg.recompute_blocks >= 0 else depth + layers
+    again_text, depth = max(0, again - depth), config.select_layer % (depth + 1)
+    again_vision = min(again, depth)
+    kept = load.tokens * (again_text * again_token + (layers - again_text) * token)
+    row = again_vision * again_row + (depth - again_vision) * row
+    kept += inputs * load.tiles * (patches + 1) * row
+    at_work = 2 * size * (f + d)  # gradients on their way through a block
+    at_work += token if again_token < token and again_text == layers else 0
+    if not cfg.head_rows:  # float32: log-softmax and two gradients
+        return kept, load.tokens * at_work, 12 * load.scored * llm.vocab_size, 0
+    # a chunk's product and probabilities, those of the chunk before; every hidden state
+    logits = min(cfg.head_rows, load.scored) * llm.vocab_size * (12 + 4 * (size == 2))
+    logits += 2 * size * load.scored * d
+    head = (4 + size) * llm.vocab_size * d * learns["language_model"][1]
+    return kept, load.tokens * at_work, logits, head
 
 
 def meta_model(config: InternVLConfig) -> InternVL:
@@ -299,14 +260,13 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     scored = 2 * max(1, cfg.pack_tokens // 8)
     tiles = max(1, (cfg.pack_tokens - scored - 8) // config.tokens_per_tile)
     load = Load(cfg.pack_tokens, scored, tiles)
-    again = (cfg.recompute, cfg.recompute_blocks)
-    room = activations_of(config, load, size, *again, cfg.head_rows, learns)
+    kept, in_block, logits, head = activations_of(cfg, config, load, size, learns)
     at_once = cfg.sync == "step"  # everything stays gathered, whole gradients add up in float32
     gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
-    head = size * config.llm.vocab_size * config.llm.hidden_size * learns["language_model"][1]
-    in_block = room.block + head + (size + 4) * max(learned)
-    in_backward = room.kept + max(in_block, room.logits + room.head)
+    in_block += (size + 4) * max(learned)
+    in_block += size * config.llm.vocab_size * config.llm.hidden_size * learns["language_model"][1]
+    in_backward = kept + max(in_block, logits + head)
     at_end = (size + 4) * root_learned - 2 * size * max(blocks)
     terms = parse_objective(cfg.loss if cfg.loss != "all" else "mpo")
     second = cfg.reference == "online" and needs_reference(terms) and not cfg.lora_rank
@@ -315,8 +275,8 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
         gradients=trained * state // shards + at_once * 4 * trained,
         optimizer=2 * trained * state // shards,
         gathered=gathered,
-        activations=max(in_backward, at_end) - room.logits,
-        logits=room.logits,
+        activations=max(in_backward, at_end) - logits,
+        logits=logits,
         reference=second * (everything * 4 // shards + size * root),
     )
 
@@ -361,44 +321,32 @@ def settle(
 def say_plan(
     cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, say: Callable
 ) -> None:
-    """Print the plan; InputError with the ways out where it exceeds the GPU's memory."""
-    cfg = with_recipe(cfg, config, lambda text: None)
-    plan = plan_of(cfg, config, shards, device)
-    say(plan)
-    memory = memory_of(cfg, device)
+    """Print the plan; InputError where it exceeds the GPU's memory, with flags that would help."""
+    cfg, memory = with_recipe(cfg, config, lambda text: None), memory_of(cfg, device)
 
-    def fits(cfg: TrainConfig, shards: int) -> bool:
-        return plan_of(cfg, config, shards, device).needed <= memory
+    def plan(gpus: int = shards, **change: Any) -> Plan:
+        return plan_of(replace(cfg, **change), config, gpus, device)
 
-    if memory and plan.needed > memory:
-        needed, there = plan.needed / GB, memory / GB
-        ways = ways_out(cfg, shards, fits)
-        raise InputError(f"the plan needs {needed:.4g} GB a GPU and there are {there:.4g}; {ways}")
-    if memory:
+    needed = plan().needed
+    say(plan())
+    if memory and needed <= memory:
         say(f"fits into {memory / GB:.4g} GB")
-
-
-def ways_out(cfg: TrainConfig, shards: int, fits: Callable[[TrainConfig, int], bool]) -> str:
-    """Flags that alone make it fit; else as many of them together as it takes, or more GPUs."""
-    fewer, dtype = max(1, cfg.pack_tokens // 2), " --dtype auto" if cfg.dtype == "fp32" else ""
-    ways: dict[str, dict[str, Any]] = {
-        "--recompute full": {"recompute": "full", "recompute_blocks": -1},
-        "--sync pack": {"sync": "pack"},
-        "--head_rows 128": {"head_rows": 128},
-        f"--state_dtype bf16{dtype}": {"state_dtype": "bf16", "dtype": "auto"},
-        f"--pack_tokens {fewer}": {"pack_tokens": fewer},
+    if not memory or needed <= memory:
+        return
+    fewer = max(1, cfg.pack_tokens // 2)
+    ways = {
+        "--recompute full": plan(recompute="full", recompute_blocks=-1),
+        "--sync pack": plan(sync="pack"),
+        "--state_dtype bf16 --dtype auto": plan(state_dtype="bf16", dtype="auto"),
+        f"--pack_tokens {fewer}": plan(pack_tokens=fewer),
     }
     if not cfg.reference_update_every:  # a moving reference is a second model
-        ways["--reference cached"] = {"reference": "cached"}
-        ways["--lora_rank 16"] = {"lora_rank": cfg.lora_rank or 16}
-    ways = {words: change for words, change in ways.items() if replace(cfg, **change) != cfg}
-    helpful = [words for words, change in ways.items() if fits(replace(cfg, **change), shards)]
-    more = [shards * n for n in (2, 4, 8, 16, 32, 64) if fits(cfg, shards * n)]
+        ways["--reference cached"] = plan(reference="cached")
+        ways["--lora_rank 16"] = plan(lora_rank=16)
+    helpful = [way for way, other in ways.items() if other.needed <= memory]
+    more = [n * shards for n in (2, 4, 8, 16) if plan(n * shards).needed <= memory]
     helpful += [f"{n} GPUs a model copy" for n in more[:1]]
-    if helpful:
-        return f"this would fit: {', or '.join(helpful)}"
-    for n, words in enumerate(ways, 1):
-        cfg = replace(cfg, **ways[words])
-        if fits(cfg, shards):
-            return f"this would fit: {' '.join(list(ways)[:n])}"
-    return "lower --pack_tokens far more, or take more or larger GPUs"
+    raise InputError(
+        f"the plan needs {needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; this "
+        f"would fit: {', or '.join(helpful) or 'several of ' + ', '.join(ways)}"
+    )

@@ -1,18 +1,19 @@
-"""The same work done by us and by transformers' InternVL, in turns: times, ratios, FLOPs, memory.
+"""The same work done by us and by others, in turns: times, ratios, FLOPs, memory.
 
-    pip install .[peers]; python tools/race.py             the tables of docs/speed.md
+    pip install .[peers]; python tools/race.py | tee race.md      the tables of docs/speed.md
 
 Training is a pair's step without the optimizer.  `official` scores chosen and rejected as two
-padded rows with an image each, by the reference and then by the policy, as InternVL's trainer does;
-without transformers our own plain code does that.  Generation is transformers' `generate`.  Weights
-are random, both models have one shape, and they take turns, so that a busy machine slows both.
+padded rows with an image each, by the reference and then by the policy, as InternVL's trainer does,
+on transformers' InternVL; TRL's DPOTrainer does its own step on the language model alone.
+Generation is transformers' `generate`.  Whoever is not installed does not race.  Weights are
+random, all models have one shape, and they take turns on one thread; seconds are the CPU's, so that
+other programs hardly count.  A line is printed as soon as it is measured.
 """
 
 import importlib.util
-import os
 import platform
-import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,95 +30,115 @@ from runtime import flag, parse_cli, run
 class RaceConfig:
     """Do the same work as the peers, in turns, and print the tables of docs/speed.md."""
 
-    only: tuple[str, ...] = flag((), "training or generation; may be repeated; default both")
-    rounds: int = flag(5, "turns of each contestant; medians are shown", 1)
+    only: tuple[str, ...] = flag((), "training, length or generation; may be repeated; default all")
+    seconds: int = flag(40, "of CPU for the turns of a line; each has one at least", 1)
     tiny: bool = flag(False, "short lengths and a smaller model: does it run?")
 
 
 if __name__ == "__main__":
     parse_cli(RaceConfig)  # --help and wrong flags need no torch, which takes seconds
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import KVCache, Room, num_blocks
 from config import InternVLConfig
 from data import Tree
-from generate import Generator, Group, Prompt, Scheduler, prefill
+from generate import Generator, Group, Prompt, Scheduler
 from model import InternVL
-from tools.bench import MODES, Mode, example_pack, example_tree, measured_peak, run_mode
+from tools.bench import example_pack, example_tree, measured_peak, noise_model, run_mode
 from tools.figures import markdown_table
 from tools.releases import named_config
-from train import TrainConfig, prepare
+from train import TrainConfig, prepare, units_of
 
 Contestants = dict[str, Callable[[], object]]  # the first one is what the others are held against
+Line = tuple[str, Contestants]
 IMAGE_ID = 1  # as in example_tree
+HEADER = ("work", "who", "s", "times", "turns", "TFLOP", "peak GB")
 
 
 def shapes(tiny: bool) -> InternVLConfig:
-    """A model of InternVL3's kind that a CPU trains on 7 tiles within seconds."""
-    base = named_config("3-1b")
-    vision = replace(base.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6)
-    llm = replace(base.llm, hidden_size=384, intermediate_size=1024, num_hidden_layers=8)
-    llm = replace(llm, num_attention_heads=6, num_key_value_heads=2, vocab_size=16384)
-    if tiny:
-        vision, llm = (replace(part, num_hidden_layers=1) for part in (vision, llm))
-    return replace(base, vision=replace(vision, num_attention_heads=3), llm=llm)
+    """InternVL3-1B made small: of a pair's FLOPs ViT, layers and head have the shares they have
+    there (by formula official takes 2.72, 2.24 and 1.53 times ours with 7 tiles, 1 and none; the
+    1B: 2.72, 2.25 and 1.50)."""
+    base, layers = named_config("3-1b"), 1 if tiny else 4
+    vision = replace(base.vision, hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    llm = replace(base.llm, hidden_size=320, intermediate_size=1280, vocab_size=7168)
+    llm = replace(llm, num_attention_heads=5, num_key_value_heads=1, num_hidden_layers=layers)
+    return replace(base, vision=replace(vision, num_hidden_layers=layers), llm=llm)
 
 
-def race(
-    cfg: RaceConfig, lines: Iterator[tuple[str, Contestants]], memory: bool
-) -> Iterator[tuple]:
-    """A row a contestant: seconds, how many times as fast as the first, FLOPs and peak memory."""
-    for name, contestants in lines:
-        seconds: dict[str, list[float]] = {who: [] for who in contestants}
-        counts = {}
-        for who, work in contestants.items():  # also warms up
-            with FlopCounterMode(display=False) as counter:
-                peak = measured_peak(work, torch.device("cpu")) / 1e9 if memory else None
-                peak or work()
-            counts[who] = (counter.get_total_flops() / 1e12, peak)
-        for _ in range(cfg.rounds):
-            for who, work in contestants.items():
-                seconds[who].append(timed(work, torch.device("cpu"), 1, warm=False))
-        first = median(next(iter(seconds.values())))
-        for who, times in seconds.items():
-            tflop, peak = counts[who]
-            cells = (f"{median(times):.3g}", f"{first / median(times):.2f}", f"{tflop:.3g}")
-            row = (name, who, *cells, "-" if peak is None else f"{peak:.2f}")
-            print(*row, sep="  ", file=sys.stderr, flush=True)
-            yield row
+def race(cfg: RaceConfig, line: Line, memory: bool) -> None:
+    """Print a row each: median seconds of CPU, times as fast as the first, FLOPs, peak memory."""
+    name, contestants = line
+    seconds: dict[str, list[float]] = {who: [] for who in contestants}
+    counts = {}
+    for who, work in contestants.items():  # also warms up
+        with FlopCounterMode(display=False) as counter:
+            peak = f"{measured_peak(work, torch.device('cpu')) / 1e9:.2f}" if memory else work()
+        counts[who] = f"{counter.get_total_flops() / 1e12:.3g}", peak if memory else "-"
+    began = time.process_time()
+    while not seconds[who] or time.process_time() - began < cfg.seconds:
+        for who, work in contestants.items():
+            start = time.process_time()
+            work()
+            seconds[who].append(time.process_time() - start)
+    first = median(next(iter(seconds.values())))
+    rows = [
+        (name, who, f"{median(s):.3g}", f"{first / median(s):.2f}", len(s), *counts[who])
+        for who, s in seconds.items()
+    ]
+    print(*markdown_table(HEADER, rows).split("\n")[2:], sep="\n", flush=True)
 
 
 # --------------------------------------------------------------------------- training
 
 
-def training(
-    cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None
-) -> Iterator[tuple[str, Contestants]]:
+def training(cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
     """A pair with 7 tiles, 1 tile and none; answers of 300 and 350 tokens as in the paper."""
     answers = (8, 10) if cfg.tiny else (300, 350)
-    for name, tiles, prompt in (("7 tiles", 7, 80), ("1 tile", 1, 80), ("text", 0, 80)):
-        tree = example_tree(ours.config, 1 if cfg.tiny and tiles else tiles, prompt, answers)
-        official = partial(two_passes, theirs, tree) if theirs else our_step(ours, MODES[0], tree)
-        line = {"official": official}
-        for recompute in ("off", "full"):
-            for cached in (False, True):
-                way = f"ours, {'cached' if cached else 'online'} reference, recompute {recompute}"
-                line[way] = our_step(ours, Mode(way, cached=cached), tree, recompute)
-        yield name, line
+    for name, tiles in (("7 tiles", 2 if cfg.tiny else 7), ("1 tile", 1), ("text", 0)):
+        tree = example_tree(ours.config, tiles, 80, answers)
+        yield (
+            f"a pair's step, {name}",
+            ({"official": partial(two_passes, theirs, tree)} if theirs else {})
+            | ({"TRL": trl_step(theirs, tree)} if theirs and not tiles and installed("trl") else {})
+            | {
+                "ours, online reference, recompute off": our_step(ours, [tree], cached=False),
+                "ours, cached reference, recompute off": our_step(ours, [tree]),
+                "ours, cached reference, recompute full": our_step(ours, [tree], recompute="full"),
+            },
+        )
 
 
-def our_step(model: InternVL, mode: Mode, tree: Tree, recompute: str = "off") -> Callable:
-    cfg = TrainConfig(recompute=recompute)
-    packs = [example_pack(model.config, trees, mode.share_prefix) for trees in mode.packs(tree)]
+def length(cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
+    """About the same number of tokens as four, two or one tree: does a token cost the same?"""
+    line, answers = {}, (8, 10) if cfg.tiny else (300, 350)
+    for count, prompt in ((4, 500), (2, 1650), (1, 4000)):
+        tree = example_tree(ours.config, 0, prompt // (20 if cfg.tiny else 1), answers)
+        line[f"ours, {count} of {tree.size} tokens"] = our_step(ours, [tree] * count)
+    yield "a step on trees without an image", line
+
+
+def our_step(
+    model: InternVL, trees: list[Tree], cached: bool = True, recompute: str = "off"
+) -> Callable[[], None]:
+    reference, size = "cached" if cached else "online", sum(tree.size for tree in trees)
+    cfg = TrainConfig(recompute=recompute, reference=reference, pack_tokens=size)
+    pack = example_pack(model.config, trees).to(model.language_model.head.device)
 
     def step() -> None:
-        run_mode(mode, prepare(model, cfg), packs, cfg)
+        for block in units_of(model):  # what another contestant computed again
+            vars(block).pop("forward", None)
+        run_mode(cfg, prepare(model, cfg).train(), [pack])
         model.zero_grad()
 
     return step
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def hf_model(config: InternVLConfig) -> nn.Module:
@@ -165,6 +186,39 @@ def two_passes(model: nn.Module, tree: Tree) -> None:
     model.zero_grad()
 
 
+def trl_step(theirs: nn.Module, tree: Tree) -> Callable[[], None]:
+    """DPOTrainer's loss and backward, its reference a second model, on texts of these lengths."""
+    hf, trl, datasets = map(importlib.import_module, ("transformers", "trl", "datasets"))
+    words = tokenizers.models.WordLevel({"w": 0, "</s>": 1}, unk_token="w")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    texts = {"prompt": "w " * len(tree.trunk)}
+    for side, response in zip(("chosen", "rejected"), tree.responses):
+        texts[side] = "w " * (len(response) - 1) + "</s>"
+    datasets.disable_progress_bars()
+    options = {"gradient_checkpointing": False, "bf16": False, "max_length": None}
+    options |= {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 1}
+    policy, reference = (hf.Qwen2ForCausalLM(theirs.config.text_config) for _ in range(2))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl.DPOTrainer(
+            policy,
+            reference,
+            args=trl.DPOConfig(folder, **options),
+            train_dataset=datasets.Dataset.from_list([texts]),
+            processing_class=hf.PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>"
+            ),
+        )
+    [pair] = trainer.get_train_dataloader()
+    assert pair["attention_mask"].sum() == tree.size_apart
+
+    def step() -> None:
+        trainer.compute_loss(trainer.model, dict(pair)).backward()
+        trainer.model.zero_grad()
+
+    return step
+
+
 # --------------------------------------------------------------------------- generation
 
 
@@ -177,36 +231,27 @@ class NoText:
         return []
 
 
-def generation(
-    cfg: RaceConfig, ours: InternVL, theirs: nn.Module
-) -> Iterator[tuple[str, Contestants]]:
+def generation(cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
     """One greedy answer, many prompts, many samples of one prompt with an image."""
     few, tiles = (4, 1) if cfg.tiny else (32, 7)
     pixels = torch.randn(tiles, 3, 448, 448)
-    image = [IMAGE_ID] * tiles * ours.config.tokens_per_tile
-    cases = (
+    picture = [IMAGE_ID] * tiles * ours.config.tokens_per_tile
+    for name, lengths, image, *settings in (
         ("one greedy answer, prompt 200", [200], [], 1, 2 * few, 0.0),
         (f"{2 * few} prompts of 100, greedy", [100] * 2 * few, [], 1, few, 0.0),
-        (f"{few} samples, {tiles} tiles", [80], image, few, few, 1.0),
-    )
-    for name, lengths, image, samples, new, temperature in cases:
-        prompts = [[*image, *torch.randint(3, 16384, (n,)).tolist()] for n in lengths]
-        tiles = pixels if image else None
-        yield (
-            name,
-            {
-                "transformers": partial(
-                    hf_answers, theirs, prompts, tiles, samples, new, temperature
-                ),
-                "ours": partial(our_answers, ours, prompts, tiles, samples, new, temperature),
-            },
-        )
+        (f"{few} samples, {tiles} tiles", [80], picture, few, few, 1.0),
+    ):
+        words = [torch.randint(3, ours.config.llm.vocab_size, (n,)).tolist() for n in lengths]
+        prompts = [image + ids for ids in words]
+        work = prompts, pixels if image else None, *settings
+        peer = {"transformers": partial(hf_answers, theirs, *work)} if theirs else {}
+        yield name, peer | {"ours": partial(our_answers, ours, *work)}
 
 
 @torch.no_grad()
 def hf_answers(
     model: nn.Module,
-    prompts: list,
+    prompts: list[list[int]],
     pixels: Tensor | None,
     samples: int,
     new: int,
@@ -215,16 +260,15 @@ def hf_answers(
     sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": samples}
     options = sampling if temperature else {"do_sample": False}
     ids, lengths = torch.tensor(prompts), {"max_new_tokens": new, "min_new_tokens": new}
-    ones, model = torch.ones_like(ids), model.eval()
-    options |= {"pad_token_id": 0, "attention_mask": ones}
+    options |= {"pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     if pixels is not None:
         options["pixel_values"] = pixels
-    return model.generate(ids, **options, **lengths)
+    return model.eval().generate(ids, **options, **lengths)
 
 
 def our_answers(
     model: InternVL,
-    prompts: list,
+    prompts: list[list[int]],
     pixels: Tensor | None,
     samples: int,
     new: int,
@@ -232,88 +276,30 @@ def our_answers(
 ) -> list:
     generator = Generator(model, NoText(), temperature=temperature, max_new_tokens=new)
     generator.tiles = lambda prompt: pixels
-    groups = [
-        Group(Prompt(str(n), ""), ids, [], 0, new, list(range(samples)))
-        for n, ids in enumerate(prompts)
-    ]
-    return [row.ids for row in Scheduler(generator, iter(groups)).run() if row.finish_reason]
+    groups = groups_of(prompts, samples, new)
+    return [row.ids for row in Scheduler(generator, groups).run() if row.finish_reason]
 
 
-# --------------------------------------------------------------------------- shared with gpu_speed
+def groups_of(prompts: list[list[int]], samples: int, new: int) -> Iterator[Group]:
+    for n, ids in enumerate(prompts):
+        yield Group(Prompt(str(n), ""), ids, [], 0, new, list(range(samples)))
 
 
-class Sampling:
-    """Many rows that continue one prompt, step by step."""
-
-    def __init__(
-        self, model: InternVL, ids: list[int], rows: int, steps: int, decode: Callable
-    ) -> None:
-        self.model, self.ids, self.decode = model, ids, decode
-        head, blocks = model.language_model.head, num_blocks(len(ids)) + rows * num_blocks(steps)
-        rounded = head.device.type == "cuda"
-        config = model.config.llm
-        self.cache = KVCache(config, blocks, head.device, head.dtype, rows > 1, rounded=rounded)
-        self.prompt, self.answers = Room(), [Room() for _ in range(rows)]
-        self.cache.enlarge(self.prompt, len(ids), prompt=True)
-
-    def prefill(self) -> None:
-        prefill(self.model, self.ids, None, self.cache.prefill(self.prompt, len(self.ids)))
-
-    def step(self) -> None:
-        for answer in self.answers:
-            self.cache.enlarge(answer, answer.length + 1)
-        rows = [(self.prompt, answer) for answer in self.answers]
-        self.decode(self.model, self.cache, self.cache.plan(rows, [3] * len(rows)))
-
-
-def timed(work: Callable[[], object], device: torch.device, count: int, warm: bool = True) -> float:
-    """Seconds a call, after one call to warm up."""
-    if warm:
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes."""
-    source = torch.empty(256 << 20, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source), device, 5)
-
-
-def peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+SECTIONS = {"training": training, "length": length, "generation": generation}
 
 
 def main() -> None:
     cfg = parse_cli(RaceConfig)
-    peer = importlib.util.find_spec("transformers")
-    if not peer:
-        print("transformers is not installed: plain code of ours is `official`; no generation")
-    cores = f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, {platform.machine()}"
-    print(f"torch {torch.__version__}, {cores}; medians of {cfg.rounds}")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     config = shapes(cfg.tiny)
-    with torch.device("meta"):
-        ours = InternVL(config, IMAGE_ID)
-    ours = ours.to_empty(device="cpu")
-    theirs = hf_model(config) if peer else None
-    for model in filter(None, (ours, theirs)):
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.02)
-    if "training" in (cfg.only or ["training"]):
-        rows = race(cfg, training(cfg, ours, theirs), memory=True)
-        print(markdown_table(("a pair's step", "who", "s", "times", "TFLOP", "peak GB"), rows))
-    if "generation" in (cfg.only or ["generation"]) and theirs:
-        rows = race(cfg, generation(cfg, ours, theirs), memory=False)
-        print(markdown_table(("generation", "who", "s", "times", "TFLOP", "peak GB"), rows))
+    ours = noise_model(config, torch.float32, torch.device("cpu"))
+    theirs = hf_model(config) if installed("transformers") else None
+    print(f"torch {torch.__version__}, one thread, {platform.machine()}; medians\n")
+    print(markdown_table(HEADER, []), flush=True)
+    for name in cfg.only or SECTIONS:
+        for line in SECTIONS[name](cfg, ours, theirs):
+            race(cfg, line, memory=name == "training")
 
 
 if __name__ == "__main__":
