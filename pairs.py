@@ -24,7 +24,7 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -129,7 +129,7 @@ from benchmarks.answers import (
 )
 from generate import Generator, Prompt, Sample
 from images import check_images, image_names, image_paths
-from records import Group, grouped, in_order, new_lines, part_files, read_parts
+from records import Group, grouped, in_order, json_line, new_lines, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
@@ -148,14 +148,19 @@ DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the 
 }
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def digest(*key: Any) -> str:
     """A hexadecimal hash of JSON values: the same in every process and version."""
     return hashlib.blake2b(json_bytes(key), digest_size=16).hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+    return _encode(value).encode("utf-8", "surrogatepass")
+
+
+digest_again = functools.lru_cache(maxsize=64)(digest)  # the rows of a question stand together
 
 
 def choose(items: list, count: int, *key: Any) -> list:
@@ -510,7 +515,7 @@ def response_key(record: dict, name: str) -> str:
         raise InputError(f"{name}: the gold answer {wrong}")
     question = record.get("question_orig", record["question"])
     answer = str(record["answer"])
-    return digest(image_names(record, name), question, answer, *system_of(record))
+    return digest_again(tuple(image_names(record, name)), question, answer, *system_of(record))
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
@@ -545,8 +550,8 @@ def pair_set(
         write = {kind: stack.enter_context(new_lines(path)) for kind, path in paths.items()}
         work = functools.partial(pair_groups, cfg, data_set.name, modes, cap)
         for lines, *counters in in_order(work, groups, 50, cfg.workers, data_set.name):
-            for kind, line in lines:
-                write[kind](line)
+            for kind, text in lines.items():
+                write[kind](text)
             for total, counter in zip(totals, counters):
                 total.update(counter)
     report = {"modes": modes, "cap": cap, "responses": counts.pop("responses", 0)}
@@ -557,9 +562,9 @@ def pair_set(
 
 def pair_groups(
     cfg: CorrectnessConfig, name: str, modes: list[str], cap: int, groups: list[Group]
-) -> tuple[list[tuple[str, dict]], Counter, Counter, Counter, Counter]:
-    """Lines of the output as (kind, record), then the counters of `pair_set`."""
-    lines: list[tuple[str, dict]] = []
+) -> tuple[dict[str, bytes], Counter, Counter, Counter, Counter]:
+    """Kind of output -> its lines, then the counters of `pair_set`."""
+    lines: dict[str, list[bytes]] = defaultdict(list)
     counts, written, per_query, cost = Counter(), Counter(), Counter(), Counter()
     for group in groups:
         records = group.records()
@@ -577,11 +582,12 @@ def pair_groups(
         if all(response.verdict != "correct" for response in judged):
             names = ("qid", "image", "question", "question_orig", "answer", "prompt_version")
             names += ("system_prompt",)
-            lines.append(("all wrong", {n: rows[0][n] for n in names if n in rows[0]}))
+            lines["all wrong"].append(json_line({n: rows[0][n] for n in names if n in rows[0]}))
         for kind, pairs in drawn.items():
             written[kind] += len(pairs)
-            lines += ((kind, pair_record(rows[0], *pair)) for pair in pairs)
-    return lines, counts, written, per_query, cost
+            lines[kind] += (json_line(pair_record(rows[0], *pair)) for pair in pairs)
+    texts = {kind: b"".join(made) for kind, made in lines.items()}
+    return texts, counts, written, per_query, cost
 
 
 def pair_record(row: dict, chosen: Response, rejected: Response) -> dict:

@@ -67,8 +67,10 @@ class JsonLines:
         return len(self.numbers)
 
     def __getitem__(self, n: int) -> dict:
-        line = self.read(self.starts[n], self.ends[n])
-        return parse_json_line(self.path, int(self.numbers[n]), line)
+        return parse_json_line(self.path, int(self.numbers[n]), self.line(n))
+
+    def line(self, n: int) -> bytes:
+        return self.read(self.starts[n], self.ends[n])
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         """("file line N", object) of each line."""
@@ -111,7 +113,7 @@ class Group(NamedTuple):
     places: list[tuple[JsonLines, int]]
 
     def records(self) -> list[dict]:
-        return [lines[n] for lines, n in self.places]
+        return [json.loads(lines.line(n)) for lines, n in self.places]  # checked by `grouped`
 
 
 _WORK: list[Callable] = []  # what a worker process does, from before it was forked
@@ -138,11 +140,21 @@ def call_work(start: int) -> Any:
     return _WORK[0](start)
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def json_line(record: dict) -> bytes:
+    return _encode(record).encode() + b"\n"
+
+
 @contextlib.contextmanager
-def new_lines(path: Path) -> Iterator[Callable[[dict], int]]:
-    """Gives a function that writes a line; the file appears complete or not at all, never empty."""
+def new_lines(path: Path) -> Iterator[Callable[[dict | bytes], int]]:
+    """Gives a function that writes a record, or lines of `json_line`.
+
+    The file appears complete or not at all, never empty.
+    """
     with new_file(path) as file:
-        yield lambda record: file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        yield lambda record: file.write(record if isinstance(record, bytes) else json_line(record))
     if not path.stat().st_size:
         path.unlink()
 

@@ -385,21 +385,24 @@ def start_worker() -> None:
 # --------------------------------------------------------------------------- JSON
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict:
+    if len(record := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f"the key {twice!r} stands there twice; keep one of them")
+    return record
+
+
+_EACH_KEY_ONCE = json.JSONDecoder(object_pairs_hook=_each_once)  # made once for millions of lines
+
+
 def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
     """One JSON object or list: equal keys refused, a byte-order mark taken; `name`: for errors."""
-
-    def each_once(pairs: list[tuple[str, Any]]) -> dict:
-        if len(record := dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"{name}: the key {twice!r} stands there twice; keep one of them")
-        return record
-
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        record = json.loads(text, object_pairs_hook=each_once)
-    except InputError:
-        raise
+        text = content.decode() if isinstance(content, bytes) else content
+        record = _EACH_KEY_ONCE.decode(text.removeprefix("\ufeff"))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(record, kind):

@@ -109,6 +109,7 @@ def parse_response(response: str, prompt_version: str, finish_reason: str | None
     return _PARSERS[prompt_version](response)
 
 
+@functools.lru_cache(maxsize=4)  # parsing and cleaning a response ask the same
 def _find_triggers(response: str) -> list[tuple[int, int]]:
     """(start, end) of each trigger, in order; three of a language are enough to know too many."""
     lower = response.lower()
@@ -121,6 +122,7 @@ def _find_triggers(response: str) -> list[tuple[int, int]]:
     return sorted(spans)
 
 
+@functools.lru_cache(maxsize=4)
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
     """(text before, trigger, answer) without the marks that dress the answer line."""
     head = response[response.rfind("\n", 0, start) + 1 : start]  # of the line
@@ -220,12 +222,13 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
         return response
     start, end = spans[-1]
     before, trigger, answer = _split_at_trigger(response, start, end)
+    if (before, trigger, answer) == (response[:start], response[start:end], response[end:].strip()):
+        return response
     gap = re.match(r"[\s*_]*", response[end:])[0]
     blank = "\n" if "\n" in gap else " " if " " in gap else ""
     fixed = before + trigger.rstrip() + blank + answer
     half = any(fixed.count(m) % 2 > response.count(m) % 2 for m in ("**", "__", '"', "`"))
-    as_written = (response[:start], response[start:end], response[end:].strip())
-    return response if half or (before, trigger, answer) == as_written else fixed
+    return response if half else fixed
 
 
 # --------------------------------------------------------------------------- plain text
@@ -242,6 +245,9 @@ _SUPERSCRIPT = re.compile("[⁺⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _VULGAR_FRACTION = re.compile("([0-9]?)([¼-¾⅐-⅞])")
 _MARKUP = Rules("markup", needs="\\$<")
 _WORDING = Rules("wording", re.IGNORECASE)
+# most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+_PLAIN_LETTER = re.compile("[A-N]")
 _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
     r"(?<![\w.,/'])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}"
     r"|[0-9]{1,3}(?: [0-9]{3})+|[0-9]{1,3}(?:\.[0-9]{3}){2,}|[0-9]{1,3}(?:'[0-9]{3})+)"
@@ -277,7 +283,10 @@ def undress(text: str) -> str:
 @functools.lru_cache(maxsize=8192)
 def plain_text(text: str) -> str:
     """The answer undressed and in one spelling: LaTeX as plain signs, numbers in digits."""
-    text = SPELLINGS.apply(undress(text))
+    text = undress(text)
+    if _PLAIN_NUMBER.fullmatch(text) or _PLAIN_LETTER.fullmatch(text):
+        return text
+    text = SPELLINGS.apply(text)
     if text.lower() == "none":
         return "0"
     text = _NUMBER_WORDS.sub(_in_digits, text)
@@ -363,6 +372,8 @@ _NAME = re.compile(  # x_1, f(x), BC, the area; m∠ABC; (x, y)
 def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
     """A plain answer as mathematics; None when any part of it is prose."""
     text = text.strip()
+    if _PLAIN_NUMBER.fullmatch(text):
+        return (number := parse_expression(text)) and Quantity(number)
     if len(text) > MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
         return None
     for reader in (_read_chain, read_sum, _read_items, _read_relation):
@@ -579,6 +590,10 @@ _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、和及与]", re.IGNORECASE)
 @functools.lru_cache(maxsize=8192)
 def read_options(text: str, strict: bool = False) -> Options | None:
     """The option letters A-N that a plain answer clearly names; `strict` for gold answers."""
+    if _PLAIN_NUMBER.fullmatch(text):
+        return None
+    if _PLAIN_LETTER.fullmatch(text):
+        return Options(frozenset(text))
     for body in dict.fromkeys((_LEAD.apply(text), text)):
         if letters := _option_set(body, strict):
             return Options(letters)
@@ -634,9 +649,6 @@ def _wording(text: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------- official rules
-
-
-_PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
 multi_choice_score = same_answer  # mc_score: the same letter, or the wording of the gold option
@@ -843,12 +855,17 @@ def judge(
     parsed = parse_response(response, prompt_version, finish_reason)
     if parsed.answer is None:
         return Verdict("format", str(parsed.failure))
-    mode = matching_mode(parsed.answer, gold, modes)
-    if mode is not None:
-        return Verdict("correct", f"matches by {mode}", mode, parsed.answer)
-    if is_ambiguous(parsed.answer[:MAX_ANSWER], gold):
-        return Verdict("ambiguous", "may be meant right", None, parsed.answer)
-    return Verdict("wrong", "no mode matches", None, parsed.answer)
+    return compare(parsed.answer, gold, tuple(modes))
+
+
+@functools.lru_cache(maxsize=8192)  # the responses to a question give few different answers
+def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
+    """The verdict on an answer."""
+    if mode := matching_mode(answer, gold, modes):
+        return Verdict("correct", f"matches by {mode}", mode, answer)
+    if is_ambiguous(answer, gold):
+        return Verdict("ambiguous", "may be meant right", None, answer)
+    return Verdict("wrong", "no mode matches", None, answer)
 
 
 # --------------------------------------------------------------------------- cutting a response
