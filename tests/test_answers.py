@@ -7,6 +7,7 @@ golden/judge_siblings.txt (same, different or ambiguous; answer; gold: siblings 
 import itertools
 import json
 import random
+import re
 import time
 from fractions import Fraction
 
@@ -226,6 +227,20 @@ def test_siblings_are_judged_right(kind, rows):
     for want, pred, gold in rows:
         assert answers.is_correct(pred, gold, STANDARD) == (want == "same"), (pred, gold)
         assert want != "ambiguous" or answers.is_ambiguous(pred, gold), (pred, gold)
+
+
+def test_plain_numbers_and_letters_are_read_at_once_to_the_same_verdict(monkeypatch):
+    rows = [row for rows in siblings().values() for row in rows]
+    plain = (answers._PLAIN_NUMBER, answers._PLAIN_LETTER)
+    rows = [row for row in rows if any(p.fullmatch(t) for p in plain for t in row[1:])]
+    at_once = [answers.compare(pred, gold, tuple(STANDARD)).label for _, pred, gold in rows]
+    for name in ("_PLAIN_NUMBER", "_PLAIN_LETTER"):
+        monkeypatch.setattr(answers, name, re.compile("(?!)"))
+    for name in "compare plain_text read read_options same_answer is_ambiguous".split():
+        getattr(answers, name).cache_clear()
+    for row, label in zip(rows, at_once):
+        pred, gold = row[1:]
+        assert answers.compare(pred, gold, tuple(STANDARD)).label == label or "e" in pred, row
 
 
 ALL_DIFFERENT = r"""
