@@ -24,7 +24,6 @@ before comparing (-5 = 5), `1.5` is option 1, one number is picked out of prose 
 import functools
 import itertools
 import math
-import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -32,27 +31,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from benchmarks.quantities import (
-    BRACED,
-    CARDINALS,
-    FUNCTIONS,
-    GREEK,
-    MAX_EXPRESSION,
-    NUMBER_OF,
-    SPELLINGS,
-    Expression,
-    Quantity,
-    Rules,
-    combine,
-    defined,
-    is_whole,
-    letter,
-    parse_expression,
-    read_quantity,
-    read_sum,
-    same_quantity,
-    sections,
-)
+from benchmarks import quantities
+from benchmarks.quantities import Quantity, Rules, parse_expression, read_quantity, same_quantity
 from runtime import InputError
 
 MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold text itself
@@ -61,7 +41,7 @@ MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold 
 
 # What a response is asked for decides how it is read below.  "en" is the wording of the official
 # script and of the benchmarks; the paper does not publish its three special prompts (section 4.2).
-PROMPTS = sections("prompts.txt")
+PROMPTS = quantities.sections("prompts.txt")
 _SHORT_ANSWER = re.compile(
     r"\s*(?:answer the question using a single word or phrase\.?"
     r"|answer with the option's letter from the given choices directly\.?"
@@ -112,9 +92,7 @@ def parse_response(response: str, prompt_version: str, finish_reason: str | None
 @functools.lru_cache(maxsize=4)  # parsing and cleaning a response ask the same
 def _find_triggers(response: str) -> list[tuple[int, int]]:
     """(start, end) of each trigger, in order; three of a language are enough to know too many."""
-    lower = response.lower()
-    if len(lower) != len(response):  # İ becomes two characters
-        lower = response.replace("İ", "I").lower()
+    lower = response.replace("İ", "I").lower()  # as long: İ alone becomes two characters
     spans = []
     for match in (m for t in _TRIGGERS for m in itertools.islice(t.finditer(lower), 3)):
         start = match.start()
@@ -254,8 +232,8 @@ _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
     r"(?![0-9'/]|[, ][0-9])"
 )
 _NUMBER_WORDS = re.compile(
-    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(CARDINALS)})"
-    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(CARDINALS)}))*(?!\w|-(?!{'|'.join(NUMBER_OF)}))",
+    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(quantities.CARDINALS)})"
+    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(quantities.CARDINALS)}))*(?!\w|-(?!{'|'.join(quantities.NUMBER_OF)}))",
     re.IGNORECASE,
 )
 
@@ -286,7 +264,7 @@ def plain_text(text: str) -> str:
     text = undress(text)
     if _PLAIN_NUMBER.fullmatch(text) or _PLAIN_LETTER.fullmatch(text):
         return text
-    text = SPELLINGS.apply(text)
+    text = quantities.SPELLINGS.apply(text)
     if text.lower() == "none":
         return "0"
     text = _NUMBER_WORDS.sub(_in_digits, text)
@@ -308,8 +286,8 @@ def _in_digits(match: re.Match) -> str:
     """twenty-five -> 25; words that are no number together (one two) one by one."""
     text = match[0].lower()
     total = current = 0
-    for word in re.findall(rf"\b(?:{'|'.join(CARDINALS)})\b", text):
-        value = NUMBER_OF[word]
+    for word in re.findall(rf"\b(?:{'|'.join(quantities.CARDINALS)})\b", text):
+        value = quantities.NUMBER_OF[word]
         if value == 1000:
             total, current = total + (current or 1) * value, 0
         elif value == 100:
@@ -317,7 +295,7 @@ def _in_digits(match: re.Match) -> str:
         else:
             room = 10 if value < 10 and current % 100 != 10 else 100
             if current % room or (value == 0 and total + current):
-                return re.sub("[a-z]+", lambda m: str(NUMBER_OF.get(m[0], m[0])), text)
+                return re.sub("[a-z]+", lambda m: str(quantities.NUMBER_OF.get(m[0], m[0])), text)
             current += value
     return str(total + current)
 
@@ -350,8 +328,8 @@ class Relation(NamedTuple):
 
 
 _MATHEMATICAL = re.compile(
-    rf"[0-9\\∞{''.join(GREEK.values())}]|^[^\W_](?![^\W_])|[=<>+*/^±|]"
-    rf"|\b(?:pi|sqrt|{'|'.join(FUNCTIONS)})\b"
+    rf"[0-9\\∞{''.join(quantities.GREEK.values())}]|^[^\W_](?![^\W_])|[=<>+*/^±|]"
+    rf"|\b(?:pi|sqrt|{'|'.join(quantities.FUNCTIONS)})\b"
 )
 _DECIMAL = r"[0-9]+(?:\.[0-9]+)?"
 _LINK = rf"[$€£]?{_DECIMAL}(?:\s?[^\W\d_x]{{1,10}}|[°%])?"
@@ -374,9 +352,9 @@ def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
     text = text.strip()
     if _PLAIN_NUMBER.fullmatch(text):
         return (number := parse_expression(text)) and Quantity(number)
-    if len(text) > MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
+    if len(text) > quantities.MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
         return None
-    for reader in (_read_chain, read_sum, _read_items, _read_relation):
+    for reader in (_read_chain, quantities.read_sum, _read_items, _read_relation):
         if (reading := reader(text, depth)) is not None:
             return reading
     return read_quantity(text)
@@ -537,8 +515,7 @@ def _same_relation(a: Relation, b: Relation) -> bool:
     if not all(isinstance(x, Quantity) and x.unit is None for x in (*a.sides, *b.sides)):
         return False
     differences = [
-        [combine(operator.sub, y.expression, x.expression) for x, y in itertools.pairwise(r.sides)]
-        for r in (a, b)
+        [y.expression.minus(x.expression) for x, y in itertools.pairwise(r.sides)] for r in (a, b)
     ]
     return all(map(_proportional, *differences, a.signs))
 
@@ -549,9 +526,9 @@ def _as_equation(relation: Relation) -> Relation | None:
     return name and Relation("", ("=",), (Quantity(name), *relation.sides))
 
 
-def _proportional(a: Expression, b: Expression, sign: str) -> bool:
+def _proportional(a: quantities.Expression, b: quantities.Expression, sign: str) -> bool:
     """2x - 3y = -11 and 4x - 6y + 22 = 0: one is a multiple of the other."""
-    values = defined(a, b)
+    values = quantities.defined(a, b)
     if not a.letters or a.letters != b.letters or len(values) < 2 or not all(map(all, values)):
         return False
     ratios = [x / y for x, y in values]
@@ -568,10 +545,10 @@ def _as_interval(relation: Relation, other: Any) -> Items | None:
     place = next((i for i, name in enumerate(names) if name), None)
     if place is None or not set(signs) <= {"<", "≤"} or len(sides) > 3 or place == len(sides) - 3:
         return None
-    if sides[place].expression != letter(*names[place]):
+    if sides[place].expression != quantities.letter(*names[place]):
         return None
-    infinity = letter("∞")
-    low = sides[place - 1] if place else Quantity(combine(operator.neg, infinity))
+    infinity = quantities.letter("∞")
+    low = sides[place - 1] if place else Quantity(infinity.times(-1))
     last = place == len(sides) - 1
     high = Quantity(infinity) if last else sides[place + 1]
     left = "[" if place and signs[place - 1] == "≤" else "("
@@ -687,11 +664,7 @@ def edit_distance(a: str, b: str) -> int:
         a, b = b, a
     if not b:
         return len(a)
-    places = {char: bytearray(len(a) // 8 + 1) for char in b}
-    for i, char in enumerate(a):
-        if char in places:
-            places[char][i >> 3] |= 1 << (i & 7)
-    positions = {char: int.from_bytes(bits, "little") for char, bits in places.items()}
+    positions = {char: int("".join("01"[x == char] for x in reversed(a)), 2) for char in set(b)}
     full, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
     plus, minus, distance = full, 0, len(a)  # vertical differences +1 and -1
     for char in b:
@@ -704,7 +677,7 @@ def edit_distance(a: str, b: str) -> int:
     return distance
 
 
-_LARGE_WORD = re.compile(rf"\b(?:{'|'.join(CARDINALS[11:])})")
+_LARGE_WORD = re.compile(rf"\b(?:{'|'.join(quantities.CARDINALS[11:])})")
 MODES: dict[str, Callable[[str, str], bool]] = {
     # the paper's default modes differ in their faults alone: each of them asks for the one judge
     **dict.fromkeys(
@@ -827,9 +800,11 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     if not isinstance(a, Quantity) or not isinstance(b, Quantity) or (a.unit and a.unit != b.unit):
         return False
     try:
-        (x, y), *_ = defined(a.expression, b.expression) or [(0, 1)]
+        (x, y), *_ = quantities.defined(a.expression, b.expression) or [(0, 1)]
         off, place = abs(x - y), a.expression.step * abs(x)  # 3.1 is what 3.14 rounds to
-        return not (is_whole(x) and is_whole(y)) and (100 * off <= abs(y) or 2 * off <= place)
+        return not (quantities.is_whole(x) and quantities.is_whole(y)) and (
+            100 * off <= abs(y) or 2 * off <= place
+        )
     except ArithmeticError:
         return False
 
@@ -871,8 +846,8 @@ def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
 # --------------------------------------------------------------------------- cutting a response
 
 _UNBROKEN = re.compile(  # tag pairs, commands with their arguments
-    rf"<(box|ref|quad|think)>.*?(?:</\1>|\Z)|</\w+>|\{{{BRACED}\}}"
-    rf"|\\(?:[A-Za-z]+(?:\[[^\[\]]{{0,20}}\])?|.)(?:\{{{BRACED}\}})*",
+    rf"<(box|ref|quad|think)>.*?(?:</\1>|\Z)|</\w+>|\{{{quantities.BRACED}\}}"
+    rf"|\\(?:[A-Za-z]+(?:\[[^\[\]]{{0,20}}\])?|.)(?:\{{{quantities.BRACED}\}})*",
     re.DOTALL,
 )
 

@@ -112,6 +112,9 @@ class Expression(NamedTuple):
     def times(self, number: Number) -> "Expression":
         return self if number == 1 else combine(operator.mul, self, constant(number))
 
+    def minus(self, other: "Expression") -> "Expression":
+        return combine(operator.sub, self, other)
+
 
 def constant(number: Number, step: Fraction = Fraction(0)) -> Expression:
     return Expression((number,), step=step)

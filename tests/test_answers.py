@@ -231,8 +231,7 @@ def test_siblings_are_judged_right(kind, rows):
 
 def test_plain_numbers_and_letters_are_read_at_once_to_the_same_verdict(monkeypatch):
     rows = [row for rows in siblings().values() for row in rows]
-    plain = (answers._PLAIN_NUMBER, answers._PLAIN_LETTER)
-    rows = [row for row in rows if any(p.fullmatch(t) for p in plain for t in row[1:])]
+    rows = [row for row in rows if any(re.fullmatch("[+-]?[0-9.]+|[A-N]", t) for t in row[1:])]
     at_once = [answers.compare(pred, gold, tuple(STANDARD)).label for _, pred, gold in rows]
     for name in ("_PLAIN_NUMBER", "_PLAIN_LETTER"):
         monkeypatch.setattr(answers, name, re.compile("(?!)"))
@@ -240,7 +239,7 @@ def test_plain_numbers_and_letters_are_read_at_once_to_the_same_verdict(monkeypa
         getattr(answers, name).cache_clear()
     for row, label in zip(rows, at_once):
         pred, gold = row[1:]
-        assert answers.compare(pred, gold, tuple(STANDARD)).label == label or "e" in pred, row
+        assert answers.compare(pred, gold, tuple(STANDARD)).label == label, row
 
 
 ALL_DIFFERENT = r"""
