@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import runtime
 from benchmarks import (
     crpe,
     files,
@@ -37,22 +38,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
-from runtime import (
-    AppendLog,
-    InputError,
-    alone_in,
-    bar,
-    claim,
-    fingerprint,
-    flag,
-    from_json,
-    parse_command,
-    rank_and_world,
-    read_json,
-    read_whole_lines,
-    run,
-    write_atomic,
-)
+from runtime import InputError, flag, write_atomic
 
 TABLE = (
     m3cot.BENCHMARK, mathvista.BENCHMARK, mathvision.BENCHMARK, mathvision.MINI, pope.BENCHMARK,
@@ -111,7 +97,7 @@ class Generate(Ask):
 
 def generate(cfg: Generate) -> Path:
     """The verb: replies to `out`/answers.jsonl, the same file from any number of processes."""
-    bench, (rank, world) = cfg.benchmark, rank_and_world()
+    bench, (rank, world) = cfg.benchmark, runtime.rank_and_world()
     items = [item for item in cfg.items() if not item.get("_left_out")]
     model, weights = cfg.model_dir.resolve().name, weights_of(cfg.model_dir)
     place = f"{model}-{weights[:8]}/{bench.name}-{setting(cfg.cot).lower()}"
@@ -131,15 +117,15 @@ def generate(cfg: Generate) -> Path:
         "max_new_tokens": tokens,
         "temperature": 0.0,
     }
-    claim(out, facts, "use another --out")
+    runtime.claim(out, facts, "use another --out")
     # each process of one start has its own lock
-    with alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
+    with runtime.alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
         done = answered(out)
         left = [k for k in range(rank, len(items), world) if items[k]["id"] not in done]
         if left:
             from generate import Generator, Prompt  # noqa: PLC0415  (scoring needs neither)
 
-            log = AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
+            log = runtime.AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
             prompts = (
                 Prompt(items[k]["id"], questions[k], images=(images[k],) if images[k] else (),
                        max_tiles=cfg.max_tiles)
@@ -149,7 +135,7 @@ def generate(cfg: Generate) -> Path:
                 cfg.model_dir, temperature=0.0, max_new_tokens=tokens, marks=False
             )
             samples = generator.run(prompts)
-            for s in bar(samples, total=len(left), desc=bench.name):
+            for s in runtime.bar(samples, total=len(left), desc=bench.name):
                 row = {"id": s.prompt_id, "response": s.text.strip()}
                 log.append(row | {"finish_reason": s.finish_reason, "num_tokens": s.num_tokens})
             log.close()
@@ -170,7 +156,7 @@ def weights_of(model_dir: Path) -> str:
     if not (model_dir / "config.json").is_file():
         raise InputError(f"no config.json in {model_dir}: --model_dir names a model's folder")
     kinds = (".json", ".safetensors", ".model", ".txt")
-    return fingerprint(path for path in model_dir.iterdir() if path.suffix in kinds)
+    return runtime.fingerprint(path for path in model_dir.iterdir() if path.suffix in kinds)
 
 
 def image_paths(
@@ -213,7 +199,7 @@ def answered(out: Path) -> dict[str, dict]:
     """id -> reply from the part files of every process of every earlier start."""
     rows: dict[str, dict] = {}
     for path in sorted(out.glob("answers.*-of-*.jsonl")):
-        for row in read_whole_lines(path)[0]:
+        for row in runtime.read_whole_lines(path)[0]:
             if problem := files.wrong_field({"id": str, "response": str}, row):
                 raise InputError(f"{path}: {problem}: not replies of `generate`")
             if rows.setdefault(row["id"], row)["response"] != row["response"]:
@@ -274,7 +260,7 @@ def read_run(cfg: Replies) -> tuple[RunFile, Path | None]:
     if path is None or not path.is_file():
         model = (cfg.answers or cfg.judgements)[0].stem
         return RunFile(cfg.bench, setting(cfg.cot), "not ours", model), None
-    made_by = from_json(RunFile, read_json(path), path)
+    made_by = runtime.from_json(RunFile, runtime.read_json(path), path)
     if made_by.benchmark != cfg.bench:
         raise InputError(f"these answers are to {made_by.benchmark}, not to {cfg.bench}")
     if cfg.cot and made_by.setting != "CoT":
@@ -444,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["report"]:  # report DIR... is report --dir DIR ...
         n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
         argv[1:n] = [word for folder in argv[1:n] for word in ("--dir", folder)]
-    verb, cfg = parse_command(
+    verb, cfg = runtime.parse_command(
         {"generate": Generate, "score": Score, "judge": Judge, "report": Report}, argv
     )
     result = {"generate": generate, "score": score, "judge": judge, "report": report}[verb](cfg)
@@ -456,4 +442,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)

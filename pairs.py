@@ -30,25 +30,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime import (
-    AppendLog,
-    EngineConfig,
-    InputError,
-    Settings,
-    alone_in,
-    bar,
-    claim,
-    fingerprint,
-    flag,
-    from_json,
-    named,
-    parse_command,
-    rank_and_world,
-    read_json,
-    read_jsonl,
-    run,
-    write_atomic,
-)
+import runtime
+from runtime import EngineConfig, InputError, Settings, claim, flag, from_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class CorrectnessConfig:
     pairs_per_query: int = flag(
         15, "pairs a question at most, over both kinds and all prompt versions", low=1
     )
-    official_caps: bool = flag(False, "the cap for each kind, and 3 above 500,000 responses")
+    official_caps: bool = flag(False, "the cap for each kind")
     gold_rationales: Literal["off", "unsolved", "all"] = flag(
         "off", "let gold rationales join the right responses"
     )
@@ -113,29 +96,18 @@ class DropoutConfig(EngineConfig):
 VERBS = {"sample": SampleConfig, "correctness": CorrectnessConfig, "dropout_ntp": DropoutConfig}
 
 if __name__ == "__main__":
-    parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
+    runtime.parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 
-from benchmarks.answers import (
-    MODES,
-    PROMPTS,
-    check_gold,
-    fix_answer,
-    get_mode,
-    judge,
-    split_prefix,
-    strip_instruction,
-)
+from benchmarks import answers
 from generate import Generator, Prompt, Sample
 from images import check_images, image_names, image_paths
-from records import Group, grouped, in_order, json_line, new_lines, part_files, read_parts
+from records import grouped, in_order, json_line, new_lines, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
-PAPER_COST = {"dropout_ntp": 571.2, "divide_and_conquer": 992.7}  # tokens a pair on M3CoT
-HUGE_FILE = 500_000  # response lines from which the official script caps at 3 pairs
 Request = tuple[Prompt, Any]  # and what it asks about
 
 DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the tiles of two open
@@ -191,20 +163,22 @@ class Question:
 
 def wrap_question(question: str, num_images: int, version: str, name: str = "question") -> str:
     """The full prompt: instruction around the question, one placeholder an image."""
-    text = question if version == "none" else strip_instruction(question)
+    text = question if version == "none" else answers.strip_instruction(question)
     if num_images == 1 and text.count(IMAGE) == 1:  # moved to the front
         text = text.replace(IMAGE + "\n", "").replace(IMAGE, "").strip()
     # plain replacement: questions contain braces
-    with named(name):
-        return with_image_placeholders(PROMPTS[version].replace("{question}", text), num_images)
+    with runtime.named(name):
+        prompt = answers.PROMPTS[version].replace("{question}", text)
+        return with_image_placeholders(prompt, num_images)
 
 
 def read_questions(
     path: Path, name: str, versions: list[str], max_tiles: int, seed: int = 0, limit: int = 0
 ) -> list[Question]:
     """Questions of a prompt file under each prompt version.  Errors name the line."""
-    if unknown := [v for v in versions if v not in PROMPTS]:
-        raise InputError(f"unknown prompt version {unknown[0]!r}; known are {', '.join(PROMPTS)}")
+    if unknown := [v for v in versions if v not in answers.PROMPTS]:
+        known = ", ".join(answers.PROMPTS)
+        raise InputError(f"unknown prompt version {unknown[0]!r}; known are {known}")
     records = list(read_jsonl(path)) if path.is_file() else []
     if not records:
         raise InputError(f"{path}: no file with questions, a JSON object a line")
@@ -212,7 +186,7 @@ def read_questions(
         records, total = choose(records, limit, "choose", seed), len(records)
         print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)
     questions: list[Question] = []
-    lines: dict[tuple, int] = {}  # what may stand only once -> its line
+    lines: dict[str, int] = {}  # qid -> its line
     for line, record in records:
         source = f"{path} line {line}"
         question, gold = record.get("question"), record.get("answer")
@@ -223,18 +197,15 @@ def read_questions(
         images = image_names(record, source)
         if gold is None and versions != ["none"]:
             raise InputError(f"{source}: no 'answer'; only --prompts none does without gold")
-        if gold is not None and (wrong := check_gold(gold)):
+        if gold is not None and (wrong := answers.check_gold(gold)):
             raise InputError(f"{source}: the gold answer {wrong}")
-        for key in ("id", "question_id"):
-            if key in record and (first := lines.setdefault((key, str(record[key])), line)) != line:
-                raise InputError(f"{source}: {key} {record[key]!r} stands in line {first} already")
         names = ("image", "rationale", "answer", "system_prompt")
         kept = {n: record[n] for n in names if record.get(n) not in (None, "", [])}  # 0 stays
         for version in versions:
             # a number and its digits are the same answer
             gold_text = None if gold is None else str(gold)
             qid = digest(name, images, question, gold_text, version, max_tiles, *system_of(record))
-            if (first := lines.setdefault(("qid", qid), line)) != line:
+            if (first := lines.setdefault(qid, line)) != line:
                 raise InputError(f"{source}: the same question as line {first}")
             wrapped = wrap_question(question, len(images), version, source)
             fields = {"qid": qid, **kept, "question": wrapped, "question_orig": question}
@@ -271,15 +242,9 @@ def split_names(text: str) -> list[str]:
 # --------------------------------------------------------------------------- files
 
 
-def open_part(folder: Path) -> AppendLog:
-    """This process's own part file, to append to."""
-    rank, world = rank_and_world()
-    return AppendLog(folder / f"part-{rank}-of-{world}.jsonl")
-
-
 def is_mine(key: str) -> bool:
     """Whether this process does the work named by a hexadecimal key."""
-    rank, world = rank_and_world()
+    rank, world = runtime.rank_and_world()
     return int(key, 16) % world == rank
 
 
@@ -327,7 +292,8 @@ def find_sets(path: Path) -> list[SampleSet]:
     sets = []
     for folder in folders:
         about = folder / "info.json"
-        info = from_json(SampleInfo, read_json(about), about) if about.exists() else SampleInfo()
+        info = runtime.read_json(about) if about.exists() else {}
+        info = from_json(SampleInfo, info, about)
         sets.append(SampleSet(folder.name, part_files(folder), info))
     return sets
 
@@ -344,8 +310,8 @@ def text_settings(cfg: EngineConfig) -> dict:
     """What a response's text depends on, beside its prompt."""
     weights = set(weight_files(cfg.model_dir).values())
     others = (p for p in cfg.model_dir.iterdir() if p.suffix in (".json", ".model"))
-    facts = {"model": fingerprint(weights.union(others)), "dtype": cfg.dtype} | settings_of(cfg)
-    return {name: value for name, value in facts.items() if name not in NOT_SETTINGS}
+    facts = {"model": runtime.fingerprint(weights.union(others)), "dtype": cfg.dtype}
+    return {k: v for k, v in (facts | settings_of(cfg)).items() if k not in NOT_SETTINGS}
 
 
 @functools.cache
@@ -358,35 +324,29 @@ def load_generator(cfg: EngineConfig) -> Generator:
 def generate_into(
     folder: Path, cfg: EngineConfig, requests: list[Request], finish: Callable, label: str
 ) -> None:
-    """Append finish(what is asked about, sample) of each sample of the requests."""
+    """Append finish(what is asked about, sample) and the cost of each sample to our part file."""
     if not requests:
         return
     total = sum(len(prompt.samples) for prompt, _ in requests)
     asked = {prompt.id: about for prompt, about in requests}
-    log, generator = open_part(folder), load_generator(cfg)
-    with bar(total=total, desc=label, unit="response") as shown:
-        for sample in generator.run(prompt for prompt, _ in requests):
-            log.append(finish(asked[sample.prompt_id], sample) | sample_cost(sample))
-            shown.update()
+    rank, world = runtime.rank_and_world()
+    log = runtime.AppendLog(folder / f"part-{rank}-of-{world}.jsonl")
+    samples = load_generator(cfg).run(prompt for prompt, _ in requests)
+    for sample in runtime.bar(samples, total=total, desc=label, unit="response"):
+        cost = {"finish_reason": sample.finish_reason, "tokens": sample.num_tokens}
+        cost |= {"prompt_tokens": sample.prompt_tokens, "image_tokens": sample.image_tokens}
+        log.append(finish(asked[sample.prompt_id], sample) | cost)
     log.close()
-
-
-def sample_cost(sample: Sample) -> dict:
-    """What a part file keeps of a sample beside its text."""
-    cost = {"finish_reason": sample.finish_reason, "tokens": sample.num_tokens}
-    return cost | {"prompt_tokens": sample.prompt_tokens, "image_tokens": sample.image_tokens}
 
 
 def sample(cfg: SampleConfig) -> None:
     name = cfg.name or cfg.questions.stem
     if Path(name).name != name or name.startswith("."):
         raise InputError(f"--name {name}: expected the name of one folder, without separators")
-    if unknown := [mode for mode in split_names(cfg.modes) if mode not in MODES]:
-        raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(MODES)}")
+    if unknown := [mode for mode in split_names(cfg.modes) if mode not in answers.MODES]:
+        raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(answers.MODES)}")
     default_versions, default_tiles = DOMAINS[cfg.domain]
     versions = split_names(cfg.prompts) or list(default_versions)
-    if "_zh_" in cfg.questions.name and not cfg.prompts:
-        versions = ["zh"]
     tiles = cfg.max_tiles or default_tiles
     questions = read_questions(cfg.questions, name, versions, tiles, cfg.seed, cfg.max_questions)
     folder, share = cfg.out_dir / name, math.ceil(cfg.num_samples / len(versions))
@@ -395,7 +355,7 @@ def sample(cfg: SampleConfig) -> None:
     responses, modes = share * len(questions), split_names(cfg.modes)
     info = SampleInfo(root, cfg.domain, modes, responses, tiles)
     text = json.dumps(asdict(info), indent=1, ensure_ascii=False)
-    write_atomic(folder / "info.json", text + "\n")
+    runtime.write_atomic(folder / "info.json", text + "\n")
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
         line = from_json(SampledLine, row, source)
@@ -407,7 +367,7 @@ def sample(cfg: SampleConfig) -> None:
         if missing and is_mine(question.qid):
             paths = image_paths(cfg.root, question.images, question.name)
             check_images(paths, question.name)
-            keys = question.fields["image_keys"] = [fingerprint([path]) for path in paths]
+            keys = question.fields["image_keys"] = [runtime.fingerprint([path]) for path in paths]
             if pixels.get(question.qid, keys) != keys:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
                 raise InputError(f"{question.name}: an image {remedy}")
@@ -452,9 +412,9 @@ def judge_group(
     counts: Counter[str] = Counter(questions=1, responses=len(rows))
     for number, row in enumerate(rows):
         text, version, finish = row["response"], row["prompt_version"], row.get("finish_reason")
-        verdict = judge(text, str(row["answer"]), modes, version, finish)
+        verdict = answers.judge(text, str(row["answer"]), modes, version, finish)
         if clean and verdict.answer is not None:
-            text = fix_answer(text)
+            text = answers.fix_answer(text)
         meta = {"k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason}
         meta |= {"answer": verdict.answer, "prompt_version": version}
         meta |= {k: row[k] for k in ("qid", "finish_reason", "tokens") if k in row}
@@ -511,7 +471,7 @@ def response_key(record: dict, name: str) -> str:
     from_json(SampledLine, record, name)
     if record.get("answer") is None:
         raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
-    if wrong := check_gold(record["answer"]):
+    if wrong := answers.check_gold(record["answer"]):
         raise InputError(f"{name}: the gold answer {wrong}")
     question = record.get("question_orig", record["question"])
     answer = str(record["answer"])
@@ -520,10 +480,10 @@ def response_key(record: dict, name: str) -> str:
 
 def correctness(cfg: CorrectnessConfig) -> None:
     entries, reports, bad = {}, {}, []
-    with alone_in(cfg.out_dir, math.inf, "end it"):
+    with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         for data_set in find_sets(cfg.samples):
             name, info = data_set.name, data_set.info
-            modes = split_names(cfg.modes) or info.modes or get_mode(name)
+            modes = split_names(cfg.modes) or info.modes or answers.get_mode(name)
             reports[name], made = pair_set(cfg, data_set, modes)
             entries |= made
             total = reports[name]["responses"]
@@ -541,8 +501,7 @@ def pair_set(
     """Judge and pair one data set; its report, and its entries for meta.json."""
     counts, written, per_query, cost = totals = [Counter() for _ in range(4)]
     groups = grouped(data_set.files, response_key, cfg.workers)
-    huge = cfg.official_caps and sum(len(group.places) for group in groups) > HUGE_FILE
-    cap = 3 if huge else cfg.pairs_per_query
+    cap = cfg.pairs_per_query
     stems = {kind: f"{data_set.name}_pairs_vqa_{kind}_rules" for kind in KINDS}
     with contextlib.ExitStack() as stack:
         paths = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
@@ -561,7 +520,7 @@ def pair_set(
 
 
 def pair_groups(
-    cfg: CorrectnessConfig, name: str, modes: list[str], cap: int, groups: list[Group]
+    cfg: CorrectnessConfig, name: str, modes: list[str], cap: int, groups: list
 ) -> tuple[dict[str, bytes], Counter, Counter, Counter, Counter]:
     """Kind of output -> its lines, then the counters of `pair_set`."""
     lines: dict[str, list[bytes]] = defaultdict(list)
@@ -628,10 +587,10 @@ def finish_verb(cfg: Any, verb: str, entries: dict, reports: dict, bad: Iterable
     report = {verb: {"settings": settings, "sets": reports}}
     for name, new in (("meta.json", entries), ("pairs.report.json", report)):
         path = cfg.out_dir / name
-        content = (read_json(path) if path.exists() else {}) | new
+        content = (runtime.read_json(path) if path.exists() else {}) | new
         content = {k: v for k, v in content.items() if v is not None}
         text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True, default=str)
-        write_atomic(path, text + "\n")
+        runtime.write_atomic(path, text + "\n")
     print_cost(verb, reports)
     empty = [n for n, r in reports.items() if not sum(r["pairs"].values())]
     bad = [f"{n}: no pair from {reports[n]['responses']} responses" for n in empty] + list(bad)
@@ -664,8 +623,8 @@ def print_cost(verb: str, reports: dict) -> None:
     """Pairs and tokens a kept pair of each data set, beside the paper's two figures."""
     from tools.figures import text_table  # noqa: PLC0415  (the first ring imports no folder)
 
-    paper = ", ".join(f"{k} {v}" for k, v in PAPER_COST.items())
-    print(f"{verb}: tokens a kept pair (paper, on M3CoT: {paper}; how it counted is not stated)")
+    paper = "paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7"
+    print(f"{verb}: tokens a kept pair ({paper}; how it counted is not stated)")
     rows = []
     for name, report in reports.items():
         costs = ("-" if v is None else v for v in report["tokens"]["per_pair"].values())
@@ -689,11 +648,11 @@ def pair_with_model(
         if owed := work(cfg, data_set, cfg.out_dir / folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
             continue
-        with alone_in(cfg.out_dir, math.inf, "end it"):
+        with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
             report, entry = pair(cfg, data_set, cfg.out_dir / folder, stem)
         reports[data_set.name], entries[stem] = report, entry
     if reports:
-        with alone_in(cfg.out_dir, math.inf, "end it"):
+        with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
             finish_verb(cfg, verb, entries, reports)
 
 
@@ -735,7 +694,7 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
             counts["beyond max_responses"] += 1
             continue
         seen.add(rid)
-        kept, glue = split_prefix(text, cfg.keep_ratio)
+        kept, glue = answers.split_prefix(text, cfg.keep_ratio)
         if not images:
             counts["without an image"] += 1
         elif not kept and cfg.keep_ratio > 0:
@@ -824,9 +783,9 @@ def dropout_ntp(cfg: DropoutConfig) -> None:
 
 
 def main() -> None:
-    verb, cfg = parse_command(VERBS)
+    verb, cfg = runtime.parse_command(VERBS)
     {"sample": sample, "correctness": correctness, "dropout_ntp": dropout_ntp}[verb](cfg)
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)
