@@ -154,11 +154,8 @@ class Question:
 
     name: str  # "file line N": for errors
     images: list[str]
+    qid: str
     fields: dict  # what every response line of this question repeats
-
-    @property
-    def qid(self) -> str:
-        return self.fields["qid"]
 
 
 def wrap_question(question: str, num_images: int, version: str, name: str = "question") -> str:
@@ -209,7 +206,8 @@ def read_questions(
                 raise InputError(f"{source}: the same question as line {first}")
             wrapped = wrap_question(question, len(images), version, source)
             fields = {"qid": qid, **kept, "question": wrapped, "question_orig": question}
-            questions.append(Question(source, images, fields | {"prompt_version": version}))
+            fields["prompt_version"] = version
+            questions.append(Question(source, images, qid, fields))
     return questions
 
 
@@ -240,6 +238,12 @@ def split_names(text: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------- files
+
+
+def open_part(folder: Path) -> runtime.AppendLog:
+    """This process's own part file, to append to."""
+    rank, world = runtime.rank_and_world()
+    return runtime.AppendLog(folder / f"part-{rank}-of-{world}.jsonl")
 
 
 def is_mine(key: str) -> bool:
@@ -292,8 +296,7 @@ def find_sets(path: Path) -> list[SampleSet]:
     sets = []
     for folder in folders:
         about = folder / "info.json"
-        info = runtime.read_json(about) if about.exists() else {}
-        info = from_json(SampleInfo, info, about)
+        info = from_json(SampleInfo, runtime.read_json(about) if about.exists() else {}, about)
         sets.append(SampleSet(folder.name, part_files(folder), info))
     return sets
 
@@ -329,14 +332,17 @@ def generate_into(
         return
     total = sum(len(prompt.samples) for prompt, _ in requests)
     asked = {prompt.id: about for prompt, about in requests}
-    rank, world = runtime.rank_and_world()
-    log = runtime.AppendLog(folder / f"part-{rank}-of-{world}.jsonl")
+    log = open_part(folder)
     samples = load_generator(cfg).run(prompt for prompt, _ in requests)
     for sample in runtime.bar(samples, total=total, desc=label, unit="response"):
-        cost = {"finish_reason": sample.finish_reason, "tokens": sample.num_tokens}
-        cost |= {"prompt_tokens": sample.prompt_tokens, "image_tokens": sample.image_tokens}
-        log.append(finish(asked[sample.prompt_id], sample) | cost)
+        log.append(finish(asked[sample.prompt_id], sample) | sample_cost(sample))
     log.close()
+
+
+def sample_cost(sample: Sample) -> dict:
+    """What a part file keeps of a sample beside its text."""
+    cost = {"finish_reason": sample.finish_reason, "tokens": sample.num_tokens}
+    return cost | {"prompt_tokens": sample.prompt_tokens, "image_tokens": sample.image_tokens}
 
 
 def sample(cfg: SampleConfig) -> None:
@@ -352,8 +358,8 @@ def sample(cfg: SampleConfig) -> None:
     folder, share = cfg.out_dir / name, math.ceil(cfg.num_samples / len(versions))
     claim(folder, text_settings(cfg) | {"name": name, "max_tiles": tiles}, "use another --out_dir")
     root = os.path.relpath(cfg.root.resolve(), folder.resolve())
-    responses, modes = share * len(questions), split_names(cfg.modes)
-    info = SampleInfo(root, cfg.domain, modes, responses, tiles)
+    responses = share * len(questions)
+    info = SampleInfo(root, cfg.domain, split_names(cfg.modes), responses, tiles)
     text = json.dumps(asdict(info), indent=1, ensure_ascii=False)
     runtime.write_atomic(folder / "info.json", text + "\n")
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
@@ -442,8 +448,7 @@ def judge_group(
 
 def possible_pairs(judged: list[Response], kind: str) -> Pairs:
     """Each right response against each one to the same prompt that the kind rejects."""
-    right = [response for response in judged if response.verdict == "correct"]
-    bad = [response for response in judged if response.verdict == KINDS[kind]]
+    right, bad = ([r for r in judged if r.verdict == v] for v in ("correct", KINDS[kind]))
     return [
         (chosen, rejected)
         for chosen in right
@@ -625,10 +630,10 @@ def print_cost(verb: str, reports: dict) -> None:
 
     paper = "paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7"
     print(f"{verb}: tokens a kept pair ({paper}; how it counted is not stated)")
-    rows = []
-    for name, report in reports.items():
-        costs = ("-" if v is None else v for v in report["tokens"]["per_pair"].values())
-        rows.append((name, sum(report["pairs"].values()), *costs))
+    rows = [
+        (name, sum(r["pairs"].values()), *(v or "-" for v in r["tokens"]["per_pair"].values()))
+        for name, r in reports.items()
+    ]
     print(text_table(("data set", "pairs", "generated", "+ prompt", "+ image"), rows))
 
 
