@@ -408,7 +408,7 @@ class Report:
     """Tables 2, 3 and 4 of the paper beside our scores: `report DIR... [--out DIR]`."""
 
     dir: tuple[Path, ...] = flag((), "folder with a score.json")
-    out: Path = flag(Path("report"), "folder for report.txt, report.json and report.png")
+    out: Path = flag(Path("report"), "folder for report.txt and report.json")
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -416,12 +416,11 @@ class Report:
 
 
 def report(cfg: Report) -> str:
-    """The verb: report.txt, report.json and report.png in `out`; returns the text."""
+    """The verb: report.txt and report.json in `out`; returns the text."""
     scores = tables.load_scores(cfg.dir)
     text = tables.report_text(scores)
     write_atomic(cfg.out / "report.txt", text)
     write_atomic(cfg.out / "report.json", json.dumps(tables.report_json(scores), indent=1) + "\n")
-    write_atomic(cfg.out / "report.png", tables.report_figure(scores))
     return text
 
 

@@ -42,19 +42,7 @@ MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold 
 # What a response is asked for decides how it is read below.  "en" is the wording of the official
 # script and of the benchmarks; the paper does not publish its three special prompts (section 4.2).
 PROMPTS = quantities.sections("prompts.txt")
-_SHORT_ANSWER = re.compile(
-    r"\s*(?:answer the question using a single word or phrase\.?"
-    r"|answer with the option's letter from the given choices directly\.?"
-    r"|please answer yes or no\.?"
-    r"|(?:please )?(?:answer the question and )?put (?:the|your) final answer (?:with)?in "
-    r"\\boxed\{\}\.?)\s*$",
-    re.IGNORECASE,
-)
-
-
-def strip_instruction(question: str) -> str:
-    """The question without a closing instruction to answer briefly."""
-    return (question[:-200] + _SHORT_ANSWER.sub("", question[-200:])).strip()
+strip_instruction = Rules("instruction", re.IGNORECASE).apply  # of a question
 
 
 # --------------------------------------------------------------------------- responses
@@ -211,17 +199,7 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
 
 # --------------------------------------------------------------------------- plain text
 
-_LOOKALIKES = str.maketrans(
-    dict.fromkeys("‐‑‒–—―−﹣－", "-") | dict.fromkeys("‘’′", "'") | dict.fromkeys("“”″", '"')
-    | dict.fromkeys("º˚", "°") | dict.fromkeys("⁄∕", "/") | dict.fromkeys("×·∙∗⋅", "*")
-)  # fmt: skip
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
-    r"|</?s>|<\|[a-z_]{1,20}\|>|<(?:eos|pad|end_of_turn)>|\[/?INST\]"  # end tokens that leaked
-)
-_SUPERSCRIPT = re.compile("[⁺⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
-_VULGAR_FRACTION = re.compile("([0-9]?)([¼-¾⅐-⅞])")
-_MARKUP = Rules("markup", needs="\\$<")
+_SIGNS, _INVISIBLE, _MARKUP = Rules("signs"), Rules("invisible"), Rules("markup", needs="\\$<")
 _WORDING = Rules("wording", re.IGNORECASE)
 # most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
@@ -231,9 +209,10 @@ _GROUPED = re.compile(  # 1,234  12,34,567  1 234  1'234
     r"|[0-9]{1,3}(?: [0-9]{3})+|[0-9]{1,3}(?:\.[0-9]{3}){2,}|[0-9]{1,3}(?:'[0-9]{3})+)"
     r"(?![0-9'/]|[, ][0-9])"
 )
+_CARDINAL = f"(?:{'|'.join(quantities.CARDINALS)})"
 _NUMBER_WORDS = re.compile(
-    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?(?:{'|'.join(quantities.CARDINALS)})"
-    rf"(?:(?:\s+and\s+|\s+|-)(?:{'|'.join(quantities.CARDINALS)}))*(?!\w|-(?!{'|'.join(quantities.NUMBER_OF)}))",
+    rf"(?<![\w-])(?<![0-9] )(?:an?\s+(?=hundred|thousand))?{_CARDINAL}"
+    rf"(?:(?:\s+and\s+|\s+|-){_CARDINAL})*(?!\w|-(?!{'|'.join(quantities.NUMBER_OF)}))",
     re.IGNORECASE,
 )
 
@@ -242,14 +221,10 @@ _NUMBER_WORDS = re.compile(
 def undress(text: str) -> str:
     """NFKC, ASCII minus and quotes; no invisible characters, end tokens, marks and closing stop."""
     if not text.isascii():
-        # before NFKC, which turns 1½ into 11/2 and x² into x2
-        text = _VULGAR_FRACTION.sub(lambda m: f"{m[1]} " * bool(m[1]) + m[2], text)
-        text = _SUPERSCRIPT.sub(lambda m: "^{" + m[0] + "}", text).translate(_LOOKALIKES)
-        text = unicodedata.normalize("NFKC", text).translate(_LOOKALIKES)
-    text = " ".join(_INVISIBLE.sub("", text).split())
+        text = _SIGNS.apply(unicodedata.normalize("NFKC", _SIGNS.apply(text)))
+    text = " ".join(_INVISIBLE.apply(text).split())
     for _ in range(8):  # layers
-        bare = text.rstrip(".。;,、 ")
-        bare = _EMPHASIS.apply(_MARKUP.apply(bare))
+        bare = _EMPHASIS.apply(_MARKUP.apply(text.rstrip(".。;,、 ")))
         if bare.count("**") % 2:  # half a mark
             bare = bare.removeprefix("**").removesuffix("**").strip()
         if bare == text:
@@ -264,11 +239,7 @@ def plain_text(text: str) -> str:
     text = undress(text)
     if _PLAIN_NUMBER.fullmatch(text) or _PLAIN_LETTER.fullmatch(text):
         return text
-    text = quantities.SPELLINGS.apply(text)
-    if text.lower() == "none":
-        return "0"
-    text = _NUMBER_WORDS.sub(_in_digits, text)
-    text = _WORDING.apply(text)
+    text = _WORDING.apply(_NUMBER_WORDS.sub(_in_digits, quantities.SPELLINGS.apply(text)))
 
     def ungrouped(match: re.Match) -> str:  # inside brackets a comma separates: (1,234) is a point
         separates = "," in match[0] and _inside(text[: match.start()])
@@ -286,7 +257,7 @@ def _in_digits(match: re.Match) -> str:
     """twenty-five -> 25; words that are no number together (one two) one by one."""
     text = match[0].lower()
     total = current = 0
-    for word in re.findall(rf"\b(?:{'|'.join(quantities.CARDINALS)})\b", text):
+    for word in re.findall(rf"\b{_CARDINAL}\b", text):
         value = quantities.NUMBER_OF[word]
         if value == 1000:
             total, current = total + (current or 1) * value, 0

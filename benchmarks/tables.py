@@ -1,4 +1,4 @@
-"""The paper's Tables 2, 3 and 4 with our scores beside them, as text, JSON and a picture."""
+"""The paper's Tables 2, 3 and 4 with our scores beside them, as text and JSON."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from benchmarks.files import wrong_field
 from runtime import InputError, read_json
-from tools.figures import grouped_bars, new_figure, png, text_table
+from tools.figures import text_table
 
 TABLE2 = {
     "m3cot": "M3CoT", "mathvista": "MathVista", "mathvision_mini": "MathVision", "mmvet": "MM-Vet",
@@ -137,18 +137,3 @@ def report_json(scores: Scores) -> dict:
         gap = None if None in (direct, cot) else cot - direct
         ours.setdefault(model, {})[bench] = {"Direct": direct, "CoT": cot, "difference": gap}
     return {"ours": ours, "paper": PAPER, "scores": list(scores.values())}
-
-
-def report_figure(scores: Scores) -> bytes:
-    """Direct and CoT bars of every model beside the paper's two rows, as a PNG."""
-    shown = [b for b in TABLE2 if b != "mmhal" and any(b == bench for _, bench, _ in scores)]
-    bars = {}  # label -> (scores, their standard errors)
-    for name in ("InternVL2-8B", "InternVL2-8B-MPO"):
-        bars[f"paper {name}"] = [PAPER["table2"][name][b] for b in shown], None
-    for model, setting in dict.fromkeys((model, setting) for model, _, setting in scores):
-        ours = [scores.get((model, b, setting), {}) for b in shown]
-        bars[f"{model} {setting}"] = [[s.get(k) for s in ours] for k in ("score", "standard_error")]
-    figure, axes = new_figure(width=max(6, 1.6 * len(shown) + 3))
-    grouped_bars(axes, [TABLE2[b] for b in shown], bars)
-    axes.set_ylabel("score (bars: standard error)")
-    return png(figure)
