@@ -137,8 +137,8 @@ digest_again = functools.lru_cache(maxsize=64)(digest)  # the rows of a question
 
 def choose(items: list, count: int, *key: Any) -> list:
     """`count` items without replacement, uniform, in order; a function of `key` alone."""
-    if len(items) <= count:
-        return items
+    if not count or len(items) <= count:
+        return items[:count]
     begun = json_bytes(key)[:-1]  # digest(*key, i) of each i, without its JSON made each time
     hashed = [hashlib.blake2b(b"%b,%d]" % (begun, i), digest_size=16) for i in range(len(items))]
     kept = sorted(range(len(items)), key=lambda i: hashed[i].digest())[:count]
@@ -471,9 +471,15 @@ def draw_pairs(
     return drawn
 
 
+_SHAPES: set[tuple[type, ...]] = set()  # types of the fields of lines that were checked
+
+
 def response_key(record: dict, name: str) -> str:
     """The group of a response: (images, question before it was wrapped, gold as text)."""
-    from_json(SampledLine, record, name)
+    shape = tuple(type(record.get(key, ...)) for key in SampledLine.__annotations__)
+    if shape not in _SHAPES:  # the lines of a file are of one or two
+        from_json(SampledLine, record, name)
+        _SHAPES.add(shape)
     if record.get("answer") is None:
         raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
     if wrong := answers.check_gold(record["answer"]):
