@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from config import load_config
 from runtime import InputError
 from tokenizer import encode_chat, load_tokenizer
-from tools.export import HF, ExportConfig, chat_template, export, renamed_tensors
+from tools.export import ExportConfig, chat_template, export, renamed_tensors
 from weights import INDEX, empty_model, load_model, save_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
@@ -60,15 +60,6 @@ def tensors(folder):
     return found
 
 
-def test_the_language_model_alone_is_internlm2(trained, tmp_path):
-    export(ExportConfig(trained, tmp_path / "out", llm_only=True))
-    names = set(tensors(tmp_path / "out"))
-    llm = "language_model."
-    assert names == {n.removeprefix(llm) for n in tensors(trained) if n.startswith(llm)}
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == ["InternLM2ForCausalLM"]
-
-
 def test_the_llama_layout_splits_wqkv_by_group(trained, tmp_path):
     export(ExportConfig(trained, tmp_path / "out", llama=True))
     ours, llama = tensors(trained), tensors(tmp_path / "out")
@@ -102,7 +93,7 @@ def test_the_hf_layout_has_the_names_shapes_and_files_of_save_pretrained(tmp_pat
     for name, twin in (("qwen2-micro", "qwen2-micro"), ("internlm2-micro", "internvl2-micro")):
         expected = load_file(golden / name / "model.safetensors")
         release = OURS / twin / "checkpoint"
-        written = dict(renamed_tensors(empty_model(release), release, HF))
+        written = dict(renamed_tensors(empty_model(release), release))
         assert set(expected) == set(written)
         assert all(torch.equal(expected[n], written[n]) for n in expected)
     export(ExportConfig(OURS / "qwen2-micro" / "checkpoint", tmp_path / "out", hf=True))

@@ -1,26 +1,23 @@
 """Pairs of other programs to the layout that train.py reads, and back.
 
     python tools/convert.py pairs.parquet --out mine             -> mine/meta.json for train.py
-    python tools/convert.py MMPR/meta.json --out pairs.json --to ms-swift
+    python tools/convert.py MMPR/meta.json --out pairs.jsonl --to ms-swift
 
 Reads TRL (`prompt`, `chosen`, `rejected` as texts or messages), ms-swift (`messages`,
 `rejected_response`), LLaMA-Factory (`conversations` of ShareGPT, or `instruction`), and plain keys
 (`question`, `chosen`, `rejected`, `image`: RLAIF-V, CSV, MMPR itself), told apart by their keys,
-from .jsonl, .json, .csv and .parquet.  What cannot be a pair is left out, counted by reason and
-listed in `report.json` (of a file NAME.json: NAME.report.json).  Earlier turns are refused, or
-written into the question by --flatten.  Nothing that is there already is written over.
+from .jsonl, .json, .csv and .parquet.  What cannot be a pair is left out and listed with its reason
+in `report.json` (of a file NAME.jsonl: NAME.report.json).  Earlier turns are refused, or written
+into the question by --flatten.  Nothing that is there already is written over.
 """
 
 import csv
 import hashlib
-import io
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from os.path import relpath
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +25,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import InputError, flag, need, parse_cli, parse_json, read_json, run, write_atomic
+from runtime import InputError, flag, need, parse_cli, read_json, run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class ConvertConfig:
 
     FIRST = "input"  # may stand without its flag
     input: Path = flag(Path("pairs.jsonl"), ".jsonl, .json, .csv or .parquet; or a meta.json")
-    out: Path = flag(Path("converted"), "a folder for mmpr, else a file with one of these endings")
+    out: Path = flag(Path("converted"), "a new folder for mmpr, else a new .jsonl file")
     to: Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"] = flag(
         "mmpr", "what is written; plain = question, chosen, rejected, image"
     )
@@ -50,9 +47,7 @@ if __name__ == "__main__":
 
 from records import JsonLines, PairRecord, check_pair, read_meta
 from tokenizer import IMAGE
-from tools.figures import text_table
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet")  # of files that are written
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 REFUSED = ("history", "videos", "video", "audios", "audio", "tools", "objects", "rejected_images")
 # a key that tells a format -> the keys of its conversation and its answers; no key of chosen: it is
@@ -143,8 +138,6 @@ def mmpr_line(raw: dict, root: Path, saved: Path, flatten: bool) -> tuple[dict, 
     line = {"question": question, "chosen": chosen, "rejected": rejected}
     line |= {"system_prompt": system} if system else {}
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
-    if isinstance(images, str) and images.startswith("["):  # several in a cell of a CSV
-        images = parse_json(images, "image", list)
     images = images if isinstance(images, list) else [images]
     if any(isinstance(image, dict) and image.get("bytes") for image in images):
         root = saved
@@ -155,13 +148,15 @@ def mmpr_line(raw: dict, root: Path, saved: Path, flatten: bool) -> tuple[dict, 
 
 def image_name(image: Any, root: Path) -> str:
     """The image relative to `root`; bytes are written there, under a name from what they hold."""
-    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        ending = Path(image.get("path") or "").suffix or ".jpg"
-        name = hashlib.blake2b(image["bytes"], digest_size=16).hexdigest() + ending
+    path, content = image, None
+    if isinstance(image, dict):  # of a parquet file
+        path, content = image.get("path"), image.get("bytes")
+    if isinstance(content, bytes):
+        ending = Path(path or "").suffix or ".jpg"
+        name = hashlib.blake2b(content, digest_size=16).hexdigest() + ending
         if not (root / name).exists():
-            write_atomic(root / name, image["bytes"])
+            write_atomic(root / name, content)
         return name
-    path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str):
         raise InputError(f"an image is no path and no bytes: {image!r:.60}")
     return relpath(path, root) if Path(path).is_absolute() else path
@@ -175,8 +170,7 @@ def written(record: PairRecord, to: str) -> dict:
     images = [str(path.resolve()) for path in record.images]
     both, system = {"chosen": record.chosen, "rejected": record.rejected}, record.system_prompt
     if to == "plain":
-        image = images[0] if len(images) == 1 else json.dumps(images) if images else ""
-        return {"question": record.question, **both, "image": image, "system_prompt": system or ""}
+        return {"question": record.question, **both, "image": images, "system_prompt": system}
     if to == "llama-factory":
         question = [{"from": "human", "value": record.question}]
         both = {key: {"from": "gpt", "value": text} for key, text in both.items()}
@@ -193,87 +187,58 @@ def written(record: PairRecord, to: str) -> dict:
 # --------------------------------------------------------------------------- files
 
 
-def arrow() -> Any:
-    """The package that reads and writes parquet files."""
-    need("pyarrow", ".parquet")
-    import pyarrow.parquet  # noqa: PLC0415
+def read_table(path: Path) -> Iterator[dict]:
+    """The rows of a parquet file, for which pyarrow is needed, or of a CSV."""
+    if path.suffix == ".parquet":
+        need("pyarrow", ".parquet")
+        from pyarrow import parquet  # noqa: PLC0415
 
-    return pyarrow
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+        return
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            yield from rows
+        except csv.Error as error:
+            raise InputError(f"{path} line {rows.line_num}: {error}") from None
 
 
-def read_file(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file line N", record) of each record."""
-    if path.suffix == ".jsonl":
-        yield from JsonLines(path)
-    elif path.suffix == ".parquet":
-        batches = arrow().parquet.ParquetFile(path).iter_batches()
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
-    elif path.suffix == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
-            try:
-                yield from ((f"{path} line {rows.line_num}", row) for row in rows)
-            except csv.Error as error:
-                raise InputError(f"{path} line {rows.line_num}: {error}") from None
-    elif path.suffix == ".json":
-        rows = read_json(path, list)
-        if not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"{path}: expected a list of objects")
-        yield from ((f"{path} record {n}", row) for n, row in enumerate(rows, 1))
+def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
+    """(record name, folder of its images, record) of each record."""
+    runtime.open_file(path).close()  # refused where it is none, or a pipe
+    if path.suffix == ".json" and path.read_text("utf-8-sig").lstrip()[:1] == "{":
+        for data_set in read_meta(path, 12):
+            yield from ((name, data_set.root, raw) for name, raw in data_set.lines)
+    elif path.suffix == ".jsonl":
+        yield from ((name, root, raw) for name, raw in JsonLines(path))
+    elif path.suffix in (".json", ".csv", ".parquet"):
+        rows = read_json(path, list) if path.suffix == ".json" else read_table(path)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: expected a list of objects, got {row!r:.60}")
+            yield f"{path} record {number}", root, row
     else:
         raise InputError(f"{path}: expected .jsonl, .json, .csv or .parquet")
 
 
-def write_file(path: Path, rows: list[dict]) -> None:
-    """The rows in the form that the file's ending says."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    if path.suffix == ".jsonl":
-        write_atomic(path, "\n".join(lines) + "\n")
-    elif path.suffix == ".json":
-        write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n")
-    elif path.suffix == ".parquet":
-        buffer = io.BytesIO()
-        arrow().parquet.write_table(arrow().Table.from_pylist(rows), buffer)
-        write_atomic(path, buffer.getvalue())
-    elif path.suffix == ".csv":
-        if not all(isinstance(value, str) for value in rows[0].values()):
-            raise InputError(f"{path}: messages do not fit into a CSV; pass --to plain")
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(path, text.getvalue())
-
-
-# --------------------------------------------------------------------------- all pairs of a file
-
-
-def sources(cfg: ConvertConfig) -> Iterator[tuple[str, Path, dict]]:
-    """(record name, folder of its images, record) of the input."""
-    runtime.open_file(cfg.input).close()  # refused where it is none, or a pipe
-    if cfg.input.suffix == ".json" and cfg.input.read_text("utf-8-sig").lstrip()[:1] == "{":
-        for data_set in read_meta(cfg.input, 12):
-            yield from ((name, data_set.root, raw) for name, raw in data_set.lines)
-        return
-    root = cfg.root or cfg.input.parent
-    yield from ((name, root, raw) for name, raw in read_file(cfg.input))
+def write_lines(path: Path, rows: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def convert(cfg: ConvertConfig) -> dict:
-    """Write what can be converted; the report: pairs kept, and of the others reasons and names."""
+    """Write what can be converted; the report: how many pairs, and why which others are none."""
     folder, report_file = cfg.out, cfg.out / "report.json"
-    taken = sorted(folder.glob("*.json*"))  # also the input, if it lies there
     if cfg.to != "mmpr":
-        if cfg.out.suffix not in ENDINGS:
-            raise InputError(f"{cfg.out}: expected a name with {', '.join(ENDINGS)}")
+        if cfg.out.suffix != ".jsonl":
+            raise InputError(f"{cfg.out}: expected a name with .jsonl")
         folder, report_file = cfg.out.parent, cfg.out.with_suffix(".report.json")
-        taken = [path for path in (cfg.out, report_file) if path.exists()]
-    if taken:
-        raise InputError(f"{taken[0]} is there already; pass another --out, or remove it")
-    saved, dropped = folder / "images", defaultdict(list)
+    for path in (cfg.out, report_file):
+        if path.exists():
+            raise InputError(f"{path} is there already; pass another --out, or remove it")
     lines: dict[Path, list[dict]] = defaultdict(list)  # one data set a folder of images
-    for name, root, raw in sources(cfg):
+    dropped, saved = [], folder / "images"
+    for name, root, raw in read_file(cfg.input, cfg.root or cfg.input.parent):
         try:
             line, place = mmpr_line(raw, root, saved, cfg.flatten)
             record = check_pair(line, name, place)
@@ -281,22 +246,20 @@ def convert(cfg: ConvertConfig) -> dict:
                 if not path.is_file():
                     raise InputError(f"no image {path}")
         except InputError as error:
-            why = str(error).removeprefix(f"{name}: ")
-            dropped[re.split(r"[:;'\"(]| [./\d]", why)[0]].append(f"{name}: {why}")
+            dropped.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
             continue
         lines[place].append(line if cfg.to == "mmpr" else written(record, cfg.to))
-    kept = sum(map(len, lines.values()))
-    report = {"kept": kept, "dropped": {why: len(names) for why, names in dropped.items()}}
-    write_atomic(report_file, json.dumps(report | {"records": dropped}, indent=1) + "\n")
-    if not kept:
+    report = {"kept": sum(map(len, lines.values())), "dropped": dropped}
+    write_atomic(report_file, json.dumps(report, indent=1) + "\n")
+    if not report["kept"]:
         raise InputError(f"{cfg.input}: no pair can be kept; {report_file} says why")
     if cfg.to != "mmpr":
-        write_file(cfg.out, [line for rows in lines.values() for line in rows])
+        write_lines(cfg.out, [line for rows in lines.values() for line in rows])
         return report
     meta = {}
     for number, (place, rows) in enumerate(lines.items(), 1):
         name = cfg.input.stem + (f"_{number}" if number > 1 else "")
-        write_file(cfg.out / f"{name}.jsonl", rows)
+        write_lines(cfg.out / f"{name}.jsonl", rows)
         root = relpath(place.resolve(), cfg.out.resolve())
         meta[name] = {"root": root, "annotation": f"{name}.jsonl", "length": len(rows)}
     write_atomic(cfg.out / "meta.json", json.dumps(meta, indent=1) + "\n")
@@ -305,8 +268,7 @@ def convert(cfg: ConvertConfig) -> dict:
 
 def main() -> None:
     report = convert(parse_cli(ConvertConfig))
-    rows = [("kept", report["kept"]), *report["dropped"].items()]
-    print(text_table(("pairs", ""), rows))
+    print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}; see report.json")
 
 
 if __name__ == "__main__":

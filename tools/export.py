@@ -1,12 +1,10 @@
-"""Write a trained model as other programs load it.
+"""Write a trained model as other programs load it, without remote code.
 
     python tools/export.py --model_dir runs/mpo/model --out export/hf --hf
 
-    --hf         transformers' own layout, InternVLForConditionalGeneration: for transformers 4.52
-                 and later, TRL, ms-swift, vLLM; InternLM2 is a Llama there
-    --llm_only   the language model alone under its own names: Qwen2, Qwen3, or InternLM2 with the
-                 release's code, the one layout here that is remote code
-    --llama      an InternLM2 alone, as a Llama
+    --hf                   transformers' own layout, InternVLForConditionalGeneration: for
+                           transformers 4.52 and later, TRL, ms-swift, vLLM
+    --llm_only, --llama    the language model alone: Qwen2, Qwen3, or an InternLM2 as a Llama
 
 The official layout needs no export: `<out_dir>/model` of a training run is in it already, code
 included.  One parameter is in memory at a time; dtypes are those of the model's files.  Configs say
@@ -17,8 +15,6 @@ front of them (convert_internvl_weights_to_hf.py has none either).
 """
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,8 +32,8 @@ class ExportConfig:
     model_dir: Path = flag(Path("runs/mpo/model"), "the trained model")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
     hf: bool = flag(False, "the whole model in transformers' own layout")
-    llm_only: bool = flag(False, "the language model alone under its own names")
-    llama: bool = flag(False, "an InternLM2 alone, as a Llama: loads without remote code")
+    llm_only: bool = flag(False, "the language model alone")
+    llama: bool = flag(False, "the same of an InternLM2, which becomes a Llama")
 
     def __post_init__(self) -> None:
         if self.hf + self.llm_only + self.llama != 1:
@@ -51,18 +47,11 @@ import tokenizers
 from torch import Tensor
 
 from config import InternVLConfig
-from layouts import HF, OFFICIAL_INTERNLM2, split_stored, stored_pieces
+from layouts import HF, split_stored, stored_pieces
 from model import InternVL
 from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
 from vision import IMAGENET_MEAN, IMAGENET_STD
-from weights import (
-    INDEX,
-    empty_model,
-    export_folder,
-    new_export,
-    stored_rows,
-    write_tensors,
-)
+from weights import INDEX, empty_model, export_folder, new_export, stored_rows, write_tensors
 
 SHARD_BYTES = 4 << 30
 LLM = "language_model."
@@ -85,25 +74,17 @@ IMAGE_TOKENS = {
 def export(cfg: ExportConfig) -> None:
     """Write cfg.out in the chosen layout; it appears whole or not at all."""
     out, model = export_folder(cfg.out, cfg.model_dir), empty_model(cfg.model_dir)
-    config, raw = model.config, read_json(cfg.model_dir / "config.json")
-    architecture = config.llm.architecture
+    raw, architecture = read_json(cfg.model_dir / "config.json"), model.config.llm.architecture
     if cfg.llama and architecture not in ("internlm2", "llama"):
         raise InputError(f"{cfg.model_dir}: its {architecture} is no Llama; pass --llm_only")
-    own_code = cfg.llm_only and architecture == "internlm2"
     with new_export(out) as partial:
-        ids = write_tokenizer(cfg.model_dir, config, partial, images=cfg.hf)
-        tensors = renamed_tensors(model, cfg.model_dir, OFFICIAL_INTERNLM2 if own_code else HF)
+        ids = write_tokenizer(cfg.model_dir, model.config, partial, images=cfg.hf)
         if cfg.hf:
             settings = hf_config(model, raw, ids)
-            write_processor(config, partial)
+            write_processor(model.config, partial)
         else:
-            settings = text_config(config, raw) | ids
-            tensors = ((n.removeprefix(LLM), t) for n, t in tensors if n.startswith(LLM))
-        if own_code:
-            settings = raw["llm_config"] | ids
-            for path in cfg.model_dir.glob("*.py"):
-                shutil.copyfile(path, partial / path.name)
-        write_shards(tensors, partial)
+            settings = text_config(model.config, raw) | ids
+        write_shards(renamed_tensors(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
         write_json(partial / "config.json", settings)
     print(f"wrote {cfg.out}")
 
@@ -116,23 +97,26 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def renamed_tensors(
-    model: InternVL, model_dir: Path, names: dict[str, str]
+    model: InternVL, model_dir: Path, part: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
-    """(stored name, tensor) of a model's files in another layout, one parameter at a time."""
-    pieces = stored_pieces(model, names)
+    """(name in the -hf layout without `part`, tensor) of the tensors whose name begins with it."""
+    pieces = stored_pieces(model, HF)
     for name, _, tensor in stored_rows(model, model_dir):
-        yield from split_stored(tensor, pieces[name]).items()
+        for stored, rows in split_stored(tensor, pieces[name]).items():
+            if stored.startswith(part):
+                yield stored.removeprefix(part), rows
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
     """Shards of at most SHARD_BYTES with their index, one in memory at a time."""
-    shards: list[list[str]] = []
+    weight_map: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     total = size = 0
 
     def flush() -> None:
-        write_tensors(shard, out / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
+        file = f"model-{1 + len(set(weight_map.values())):05d}.safetensors"
+        write_tensors(shard, out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
     for name, tensor in tensors:
@@ -142,11 +126,6 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
         shard[name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(out / f"part-{i}.safetensors", out / file)
-        weight_map |= dict.fromkeys(names, file)
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -219,25 +198,21 @@ def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
 
 def write_processor(config: InternVLConfig, out: Path) -> None:
     """What InternVLProcessor does to images: tiles, thumbnail, ImageNet's mean and deviation."""
-    processor = {"processor_class": "InternVLProcessor"}
-    tokens = {"image_seq_length": config.tokens_per_tile}
-    write_json(out / "processor_config.json", processor | tokens)
-    settings = processor | {
+    name = {"processor_class": "InternVLProcessor"}
+    write_json(out / "processor_config.json", name | {"image_seq_length": config.tokens_per_tile})
+    settings = {
         "image_processor_type": "GotOcr2ImageProcessor",
         "size": {"height": config.tile_size, "width": config.tile_size},
         "crop_to_patches": config.max_tiles > 1,
         "min_patches": 1,
         "max_patches": config.max_tiles,
-        "do_convert_rgb": True,
-        "do_resize": True,
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
         "resample": 3,  # bicubic
-        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(IMAGENET_MEAN),
         "image_std": list(IMAGENET_STD),
     }
-    write_json(out / "preprocessor_config.json", settings)
+    write_json(out / "preprocessor_config.json", name | settings)
 
 
 # --------------------------------------------------------------------------- tokenizer
