@@ -23,6 +23,7 @@ from config import LLMConfig
 from model import Attend, causal_attention
 
 CPU_TOKENS = 65536
+TOGETHER = 512  # tokens of short prompts that a CPU reads in one pass: its products want more rows
 GPU_RESERVE = 0.15  # of the card: a prefill's activations, logits, partial sums of attention
 KEYS = 64  # tokens of a block of the cache
 HIDDEN = -1e30  # a score without weight; finite, so that a row without any key stays finite
@@ -42,11 +43,11 @@ class Room:
 class Span(NamedTuple):
     """The first blocks of the cache, or the last, each read by up to `seats` rows of a step."""
 
+    start: int
     blocks: int
     seats: int
     width: int  # blocks that one row reads, at most
     ragged: bool  # some rows read fewer
-    high: bool  # the last blocks
 
 
 class Plan(NamedTuple):
@@ -66,10 +67,10 @@ class KVCache:
     stored as they were turned; later steps never turn them again.
 
     apart: prompts take low blocks and answers high ones, as suits many answers a prompt.
-    rounded: sizes are rounded up, so that few different shapes are compiled or captured.
-    exact: rows, and the queries of a block, come in multiples of 16.  With AVX-512 and one
-    thread MKL and oneDNN then round alike in any batch (MKL with AVX2, or with two threads and 1024
-    terms, only under MKL_CBWR=AUTO,STRICT).
+    rounded: sizes are rounded up, so that few different shapes are captured.
+    exact: rows, and the queries of a block, come in multiples of 16, and each prompt is read by
+    itself.  With AVX-512 and one thread MKL and oneDNN then round alike in any batch (MKL with
+    AVX2, or with two threads and 1024 terms, only under MKL_CBWR=AUTO,STRICT).
     """
 
     def __init__(
@@ -89,9 +90,12 @@ class KVCache:
         self.row_multiple = 16 if exact else 1
         self.seat_multiple = 16 // math.gcd(16, self.queries) if exact else 1
         self.round = rounded_up if rounded else int
+        # longer prompts would turn the shorter ones beside them by another base (see `rotary`)
+        alone = exact or self.device.type == "cuda"
+        self.together = 0 if alone else min(TOGETHER, config.max_position_embeddings)
         self.num_blocks, self.free = blocks, np.ones(blocks, bool)
-        # (block head) key d, and one more block where idle rows write
-        shape = ((blocks + 1) * self.heads, KEYS, self.channels)
+        # block head key d, and one more block where idle rows write
+        shape = (blocks + 1, self.heads, KEYS, self.channels)
         zeros = lambda: torch.zeros(shape, device=self.device, dtype=dtype)  # noqa: E731
         self.memory = [(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
 
@@ -109,30 +113,30 @@ class KVCache:
             room.blocks = np.concatenate([room.blocks, taken])
         return True
 
-    def num_free(self) -> int:
-        return int(self.free.sum())
-
     def release(self, room: Room) -> None:
         self.free[room.blocks] = True
         room.blocks, room.length = room.blocks[:0], 0
 
-    def index(self, places: Tensor) -> tuple[Tensor, Tensor]:  # (t) -> (t head), (t 1)
+    def index(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (t) -> (t head) together
         """Where the keys and values of tokens are kept; a place is block * KEYS + offset."""
-        blocks = (places // KEYS * self.heads)[:, None]
-        return blocks + torch.arange(self.heads, device=self.device), (places % KEYS)[:, None]
+        heads = torch.arange(self.heads, device=self.device)
+        return (places // KEYS)[:, None], heads, (places % KEYS)[:, None]
 
     # ----- attention
 
-    def prefill(self, room: Room, length: int) -> Attend:
-        """Attention for a prompt's first pass, (1 s ...), which fills its room."""
-        room.length, t = length, np.arange(length)
-        places = torch.from_numpy(room.blocks[t // KEYS] * KEYS + t % KEYS)
-        index = self.index(places.to(self.device))
+    def prefill(self, rooms: list[Room], lengths: list[int]) -> Attend:
+        """Attention for the first pass of prompts, side by side in (1 s ...): fills their rooms."""
+        places = []
+        for room, room.length in zip(rooms, lengths):
+            t = np.arange(room.length)
+            places.append(room.blocks[t // KEYS] * KEYS + t % KEYS)
+        index = self.index(torch.from_numpy(np.concatenate(places)).to(self.device))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for memory, new in zip(self.memory[layer], (k, v)):
+        def attend(layer: int, *qkv: Tensor) -> Tensor:
+            for memory, new in zip(self.memory[layer], qkv[1:]):
                 memory.index_put_(index, new[0])
-            return causal_attention(layer, q, k, v)
+            prompts = zip(*(x.split(lengths, dim=1) for x in qkv))
+            return torch.cat([causal_attention(layer, *prompt) for prompt in prompts], dim=1)
 
         return attend
 
@@ -182,10 +186,10 @@ class KVCache:
         row = np.repeat(np.arange(len(rooms)), in_row)
 
         used = self.num_blocks - block.min() if high else 1 + block.max()
-        width = self.round(in_row.max())
+        blocks, width = min(self.round(used), self.num_blocks), self.round(in_row.max())
         ragged = padded > len(rooms) or bool((in_row < width).any())
-        span = Span(min(self.round(used), self.num_blocks), seats, width, ragged, high)
-        block = block - (self.num_blocks - span.blocks if high else 0)
+        span = Span(self.num_blocks - blocks if high else 0, blocks, seats, width, ragged)
+        block = block - span.start
         readers = np.zeros((span.blocks, seats), int)
         readers[block, seat[row]] = row
         filled = np.zeros(span.blocks, int)
@@ -203,31 +207,28 @@ class KVCache:
         tokens, positions, places, *arrays = plan.numbers.split(lengths)
         index, key, spans = self.index(places), torch.arange(KEYS, device=self.device), []
         for span, readers, filled, table in zip(plan.spans, *(arrays[n::3] for n in range(3))):
-            start = self.num_blocks - span.blocks if span.high else 0
-            part = slice(start * g, (start + span.blocks) * g)  # of (block head)
+            part = slice(span.start, span.start + span.blocks)
             hidden = (key >= filled[:, None]).view(span.blocks, 1, 1, KEYS)
             mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, HIDDEN)
             absent = (table < 0).view(rows, span.width, 1, 1)
             spans.append((span, part, readers, mask, table.clamp(min=0), absent))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for memory, new in zip(self.memory[layer], (k, v)):
-                memory.index_put_(index, new[:, 0])
+            keys, values = self.memory[layer]
+            keys.index_put_(index, k[:, 0])
+            values.index_put_(index, v[:, 0])
             q, outs, sums = q.view(rows, g, j, d).transpose(1, 2), [], []
             for span, part, readers, mask, table, absent in spans:
                 asked = q.index_select(0, readers).view(span.blocks, -1, g, d).transpose(1, 2)
-                past = (memory[part].view(-1, g, KEYS, d) for memory in self.memory[layer])
-                out, logsum = attend_blocks(asked, *past, mask)  # block head (seat query) ...
-                seats = span.blocks * span.seats  # of which each row takes its own, by the table
-                out, logsum = (
-                    x.transpose(1, 2).reshape(seats, -1).index_select(0, table)
-                    for x in (out, logsum)
-                )
+                out, logsum = attend_blocks(asked, keys[part], values[part], mask)
+                # block head (seat query) ...: each row takes its seats by the table
+                out = out.transpose(1, 2).reshape(len(readers), -1).index_select(0, table)
+                logsum = logsum.transpose(1, 2).reshape(len(readers), -1).index_select(0, table)
                 logsum = logsum.view(rows, span.width, j * g, 1)
                 outs.append(out.view(rows, span.width, j * g, d))
                 sums.append(logsum.masked_fill(absent, 2 * HIDDEN) if span.ragged else logsum)
-            shares = torch.cat(sums, 1).softmax(1).split([span.width for span, *_ in spans], 1)
-            out = sum((share * out).sum(1) for share, out in zip(shares, outs))
+            out, sums = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (outs, sums))
+            out = (sums.softmax(1) * out).sum(1)
             return out.to(self.dtype).view(rows, j, g, d).transpose(1, 2).reshape(rows, 1, g * j, d)
 
         return tokens, positions, attend
@@ -239,7 +240,7 @@ def attend_blocks(
     """Each block alone: q (block head query d), k and v (block head key d), mask (block 1 1 key).
 
     Returns the outputs, like q, and the logarithm of each softmax's sum, (block head query).
-    fused: by torch's own operation behind scaled_dot_product_attention, as on a CPU.
+    fused: by torch's one operation behind scaled_dot_product_attention, as on a CPU.
     """
     if fused or (fused is None and q.device.type == "cpu"):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)

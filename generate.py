@@ -31,7 +31,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from runtime import InputError, Settings, fits, flag, named, parse_cli, read_json, run
+from runtime import InputError, Settings, flag, named, parse_cli, run
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class GenerateConfig(Settings):
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
     image: tuple[Path, ...] = flag((), "an image; may be repeated")
     question: str = flag("", "the question; empty = an interactive chat")
-    history: Path | None = flag(None, "JSON file: a list of [question, answer] of earlier turns")
     prefix: str = flag("", "beginning of the answer, to be continued")
     max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0, 128)
     num_samples: int = flag(1, "answers to the question", 1)
@@ -116,17 +115,22 @@ class Sample:
 
 
 @torch.no_grad()
-def prefill(model: InternVL, ids: list[int], tiles: Tensor | None, attend: Attend) -> Tensor:
-    """Read a prompt in one pass; the logits (vocab) of what follows it.
+def prefill(
+    model: InternVL, prompts: list[list[int]], tiles: Tensor | None, attend: Attend
+) -> Tensor:  # (prompt vocab)
+    """Read prompts side by side in one pass; the logits of what follows each.
 
-    attend: `cache.prefill(room)` keeps the prompt's keys and values, `causal_attention` does not.
+    attend: `cache.prefill` keeps their keys and values, `causal_attention` (of one) does not.
     """
-    input_ids = torch.tensor([ids], device=model.language_model.head.device)
-    head = lambda hidden, weight: (hidden[0, -1] @ weight.T).float()  # noqa: E731
-    return model(input_ids, tiles, attend=attend, head=head)
+    lengths, device = [len(ids) for ids in prompts], model.language_model.head.device
+    ids = torch.tensor([sum(prompts, [])], device=device)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    last = (torch.tensor(lengths).cumsum(0) - 1).to(device)
+    head = lambda hidden, weight: F.linear(hidden[0, last], weight).float()  # noqa: E731
+    return model(ids, tiles, positions, attend, head)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab)
     """Feed each row of the plan its token; the logits of what follows.
 
@@ -259,7 +263,7 @@ class Scheduler:
         self.rows: list[Row] = []  # the oldest first
         self.cache = generator.make_cache(self.waiting)
         on_gpu = generator.device.type == "cuda"
-        self.decode = Captured(generator.decode) if on_gpu else generator.decode
+        self.decode = Captured(decode) if on_gpu else decode
 
     def run(self) -> Iterator[Row]:
         """Each row each time it got a token; `finish_reason` says whether that was its last."""
@@ -278,7 +282,9 @@ class Scheduler:
         fresh = []
         while len(self.rows) < MAX_ROWS:
             group = next((group for group in self.groups if group.todo), None) or self.read()
-            if group is None or not self.has_room(1, len(self.groups), group.rows + 1):
+            if group is None:
+                break
+            if self.rows and not self.has_room(1, len(self.groups), group.rows + 1):
                 break
             sample = group.todo.pop(0)
             row = Row(group, sample, row_key(self.generator.settings.seed, group.prompt.id, sample))
@@ -289,27 +295,43 @@ class Scheduler:
         return fresh
 
     def read(self) -> Group | None:
-        """Prefill the next prompt, if there is one and room for it."""
+        """Prefill the next prompt, if there is one and room for it, and short ones behind it."""
+        batch: list[Group] = []
+        while group := self.next(batch):
+            self.cache.enlarge(group.room, len(group.ids), prompt=True)
+            batch.append(group)
+        if not batch:
+            return None
+        prompts = [group.ids for group in batch]
+        attend = self.cache.prefill([group.room for group in batch], list(map(len, prompts)))
+        tiles = [self.generator.tiles(group.prompt) for group in batch]
+        tiles = [of_prompt for of_prompt in tiles if of_prompt is not None]
+        logits = prefill(self.model, prompts, torch.cat(tiles) if tiles else None, attend)
+        for group, group.first_logits in zip(batch, logits):
+            self.groups.append(group)
+        return batch[0]
+
+    def next(self, batch: list[Group]) -> Group | None:
+        """The next prompt, if it can be read together with these: short, of one sample each."""
         self.waiting.extend(islice(self.coming, 0 if self.waiting else 1))
         if not self.waiting:
             return None
-        group = self.waiting[0]
-        length = len(group.ids)
+        group, length = self.waiting[0], len(self.waiting[0].ids)
         if num_blocks(length) + num_blocks(group.limit) > self.cache.num_blocks:
             raise InputError(
                 f"{group.prompt.label}: {length} tokens and up to {group.limit} new ones do "
                 f"not fit a cache of {self.cache.num_blocks * KEYS}; raise --cache_tokens, or use "
                 "fewer tiles"
             )
-        if not self.has_room(num_blocks(length) + 1, len(self.groups) + 1, 1):
+        if batch:
+            several = sum(len(group.todo) for group in [*batch, group]) > len(batch) + 1
+            tokens = sum(len(group.ids) for group in [*batch, group])
+            if several or tokens > self.cache.together or len(self.rows) + len(batch) >= MAX_ROWS:
+                return None
+        blocks = num_blocks(length) + 1 + len(batch)  # a block for each one's first token
+        if not self.has_room(blocks, len(self.groups) + len(batch) + 1, 1) and (batch or self.rows):
             return None
-        self.waiting.popleft()
-        self.cache.enlarge(group.room, length, prompt=True)
-        attend = self.cache.prefill(group.room, length)
-        tiles = self.generator.tiles(group.prompt)
-        group.first_logits = prefill(self.model, group.ids, tiles, attend)
-        self.groups.append(group)
-        return group
+        return self.waiting.popleft()
 
     def has_room(self, blocks: int, groups: int, rows: int) -> bool:
         """Whether so many blocks are left, and half a block for every row that may grow.
@@ -319,9 +341,8 @@ class Scheduler:
         """
         widest = max([rows, *(group.rows for group in self.groups)])
         growth = sum(num_blocks(r.group.limit) - len(r.answer.blocks) for r in self.rows)
-        spare = self.cache.num_free() - blocks
-        fits = groups * widest <= 4 * MAX_ROWS and spare >= min(len(self.rows) // 2, growth)
-        return fits or not self.rows
+        spare = int(self.cache.free.sum()) - blocks
+        return groups * widest <= 4 * MAX_ROWS and spare >= min(len(self.rows) // 2, growth)
 
     def grow(self) -> None:
         """Room for one more token in every row; the youngest gives way where there is none."""
@@ -337,8 +358,7 @@ class Scheduler:
         """Feed each row its last token."""
         rooms = [(row.group.room, row.answer) for row in self.rows]
         plan = self.cache.plan(rooms, [row.ids[-1] for row in self.rows])
-        with torch.inference_mode(not self.generator.settings.compile):  # not for torch.compile
-            return self.decode(self.model, self.cache, plan)[: len(self.rows)]
+        return self.decode(self.model, self.cache, plan)[: len(self.rows)]
 
     def collect(self, rows: list[Row], logits: Tensor) -> Iterator[Row]:  # logits (row vocab)
         """Choose each row's next token, and take out the rows that end with it."""
@@ -381,7 +401,6 @@ class Generator:
         self.stop_ids = {tokenizer.im_end_id}
         banned = tokenizer.banned_ids(model.config.llm.vocab_size)
         self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)
-        self.decode = torch.compile(decode, dynamic=False) if self.settings.compile else decode
 
     @classmethod
     def load(
@@ -436,8 +455,8 @@ class Generator:
         # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
         # that hardly matters, and one row alone is faster without company
         exact = settings.exact_batches and not on_gpu and settings.temperature > 0
-        apart, rounded = samples > len(groups), on_gpu or settings.compile
-        return KVCache(llm, blocks, self.device, self.dtype, apart, rounded, exact)
+        apart = samples > len(groups)
+        return KVCache(llm, blocks, self.device, self.dtype, apart, rounded=on_gpu, exact=exact)
 
     # ----- running
 
@@ -463,7 +482,7 @@ class Generator:
         rows = []
         for prompt in prompts:
             ids, tiles = self.encode(prompt).ids, self.tiles(prompt)
-            probs = prefill(self.model, ids, tiles, causal_attention).softmax(-1)
+            [probs] = prefill(self.model, [ids], tiles, causal_attention).softmax(-1)
             rows.append({word: probs[id].item() for word, id in first_ids.items()})
         return rows
 
@@ -517,20 +536,7 @@ class Generator:
 # --------------------------------------------------------------------------- command line
 
 
-def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
-    """[[question, answer], ...] from a JSON file."""
-    if path is None:
-        return ()
-    turns = read_json(path, list)
-    if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
-        raise InputError(f"history {path}: expected a list of [question, answer] pairs of text")
-    return tuple((question, answer) for question, answer in turns)
-
-
 def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) -> Prompt:
-    if history and cfg.image and IMAGE not in "".join(q for q, _ in history) + question:
-        first, *rest = history  # the images belong to the first turn, as in chat()
-        history = ((with_image_placeholders(first[0], len(cfg.image)), first[1]), *rest)
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
     fields = {"max_tiles": cfg.max_tiles or tiles, "num_samples": cfg.num_samples}
     fields["name"] = "the question"
@@ -539,7 +545,7 @@ def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) 
 
 def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
     """Questions from stdin, answers streamed to stdout, until the input ends."""
-    history = read_history(cfg.history)
+    history: tuple[tuple[str, str], ...] = ()
     print("ask; an empty line or Ctrl-D ends the chat", file=sys.stderr)
     invitation = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
@@ -560,13 +566,12 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
 def main() -> None:
     cfg = parse_cli(GenerateConfig)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
-    history = read_history(cfg.history)
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)}
     generator = Generator.load(cfg.model_dir, dtype=dtype, **settings)
     tiles = generator.model.config.max_tiles
     if not cfg.question:
         return chat(generator, cfg, tiles)
-    samples = generator.run([make_prompt(cfg, cfg.question, history, tiles)])
+    samples = generator.run([make_prompt(cfg, cfg.question, (), tiles)])
     for s in sorted(samples, key=lambda s: s.sample):
         if cfg.json:
             shown = {"sample": s.sample, "text": s.text, "tokens": s.num_tokens}

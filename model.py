@@ -39,6 +39,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def rotary(config: LLMConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (b s d) float32, of positions (b s) when row b attends lengths[b] keys.
 
+    The first half of sin is negated, as `rotate` wants it.
+
     Dynamic NTK: past max_position_embeddings the base grows with the key length of the call.
     A full forward thus turns every position with one base; a cached step turns only its own new
     query and key.  Stateless, unlike the official module, which keeps a stretched table.
@@ -50,14 +52,13 @@ def rotary(config: LLMConfig, positions: Tensor, lengths: Tensor) -> tuple[Tenso
     exponent = torch.arange(0, d, 2, device=positions.device).float() / d
     inverse = 1.0 / base.float()[:, None] ** exponent  # (b d/2)
     angle = positions.float()[..., None] * inverse[:, None]  # (b s d/2)
-    angle = torch.cat([angle, angle], dim=-1)  # channel i pairs with i + d/2
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (b s h d); cos, sin (b s d)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (... d)
     """Turn each pair of channels (i, i + d/2) by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # --------------------------------------------------------------------------- ways to attend
@@ -224,14 +225,15 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
-        # plain views: a decoding step spends much of its time between small operations
+        # few operations: a decoding step spends much of its time between small ones
         packed = self.wqkv(x).unflatten(2, (self.num_kv_heads, -1, self.head_dim))  # b s g slot d
-        q = packed[:, :, :, :-2].flatten(2, 3)  # b s (g slot) d
-        k, v = packed[:, :, :, -2], packed[:, :, :, -1]  # (b s g d)
+        turned, v = packed[:, :, :, :-1], packed[:, :, :, -1]
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.wo(out.flatten(2))
+            q, k = turned.split([turned.shape[3] - 1, 1], dim=3)
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=3)
+        turned = rotate(turned, cos, sin)
+        q, k = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]  # (b s h d), (b s g d)
+        return self.wo(attend(self.layer, q, k, v).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -277,7 +279,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, lengths: Tensor, attend: Attend) -> Tensor:
         """x (b s d), positions (b s), lengths (b) keys a row attends -> normed hidden (b s d)."""
-        cos, sin = (t.to(x.dtype) for t in rotary(self.config, positions, lengths))
+        turns = rotary(self.config, positions, lengths)
+        cos, sin = (t.to(x.dtype)[:, :, None, None] for t in turns)  # for each head and slot
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
         return self.norm(x)

@@ -228,7 +228,6 @@ class Settings:
     marks: bool = flag(True, "show grounding marks: <ref>, <box>, <quad> and their ends")
     cache_tokens: int = flag(0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", 0)
     exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
-    compile: bool = flag(False, "compile the decode step; on a GPU it is captured either way")
 
     def __post_init__(self) -> None:
         check_ranges(type(self), vars(self))

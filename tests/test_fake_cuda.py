@@ -111,7 +111,7 @@ def test_prefill_decode_and_choice_stay_on_the_card(fake, temperature, top_k, to
     kv.enlarge(prompt, len(ids), prompt=True)
     tiles = torch.empty(1, 3, policy.config.tile_size, policy.config.tile_size, device=CUDA)
     with ImageSlots(policy.config.tokens_per_tile):
-        logits = generate.prefill(policy, ids, tiles, kv.prefill(prompt, len(ids)))
+        [logits] = generate.prefill(policy, [ids], tiles, kv.prefill([prompt], [len(ids)]))
     assert logits.device == CUDA and logits.shape == (policy.config.llm.vocab_size,)
     for answer in answers:
         kv.enlarge(answer, 1)
@@ -129,4 +129,4 @@ def test_a_tensor_left_on_the_cpu_is_noticed(world, fake):
     norm = policy.language_model.model.norm
     norm.weight = torch.nn.Parameter(torch.empty(norm.weight.shape, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="device"), ImageSlots(0):
-        generate.prefill(policy, [1, 2, 3], None, model.causal_attention)
+        generate.prefill(policy, [[1, 2, 3]], None, model.causal_attention)

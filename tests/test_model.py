@@ -111,7 +111,7 @@ def decode_all(model, ids, prefilled):
     """Logits of the tokens after the first `prefilled`, each in a step of its own."""
     cache, prompt, answer = KVCache(model.config.llm, 9, "cpu", torch.float32), Room(), Room()
     assert cache.enlarge(prompt, prefilled, prompt=True)
-    model(ids[:, :prefilled], attend=cache.prefill(prompt, prefilled))
+    model(ids[:, :prefilled], attend=cache.prefill([prompt], [prefilled]))
     steps = []
     for n in range(prefilled, ids.shape[1]):
         assert cache.enlarge(answer, n + 1 - prefilled)

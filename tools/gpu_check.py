@@ -48,7 +48,7 @@ from torch import Tensor
 
 import plain
 import train
-from generate import Generator, Prompt, Scheduler
+from generate import Generator, Prompt, Scheduler, decode
 from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
 from losses import token_logps
 from model import InternVL, TreeAttention
@@ -209,7 +209,7 @@ def ids(setting: Setting, case: str) -> Iterator[Row]:
             groups = list(map(generator.encode, prompts[begin : begin + batch]))
             scheduler = Scheduler(generator, iter(groups))
             if not captured:
-                scheduler.decode = generator.decode
+                scheduler.decode = decode
             rows += [row for row in scheduler.run() if row.finish_reason]
         return sorted((row.group.prompt.id, row.sample, row.ids) for row in rows)
 

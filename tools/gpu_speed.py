@@ -213,7 +213,7 @@ def decoding(
         plan_of_step = cache.plan([(prompt, answer) for answer in answers], [3] * rows)
         decode_once(policy, cache, plan_of_step)
 
-    read = lambda: prefill(policy, [3] * length, None, cache.prefill(prompt, length))  # noqa: E731
+    read = lambda: prefill(policy, [[3] * length], None, cache.prefill([prompt], [length]))  # noqa: E731
     size = sum(x.nbytes for pair in cache.memory for x in pair)
     return setting.seconds(read, 2), setting.seconds(step, count), size
 
