@@ -271,8 +271,8 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
     for folder in (Path(path).resolve() for path in inputs):
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise InputError(f"{out_dir} and the input {folder} overlap; name another folder")
-    if out.is_file():
-        raise InputError(f"{out_dir} is a file; name another folder")
+    if out.exists() and not out.is_dir():  # a device, too, would be renamed away
+        raise InputError(f"{out_dir} is no folder; name another one")
     mark = out / EXPORT_MARK
     written = read_json(mark).get("files") if mark.is_file() else None
     strange = {path.name for path in out.glob("*")} - {mark.name, *(written or [])}

@@ -1,6 +1,7 @@
 """Official weights in and out, byte for byte; checkpoints whole or absent."""
 
 import json
+import os
 import shutil
 import threading
 
@@ -276,12 +277,14 @@ def test_only_an_earlier_export_is_replaced_and_it_is_replaced_whole(folder, tmp
     assert not (out / "modeling_internvl_chat.py").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     (out / "thesis.tex").write_text("years of work")
+    os.mkfifo(tmp_path / "pipe")  # stands for any device
     for target, message in [
         (out, "holds thesis.tex"),
         (folder, r"overlap"),
         (folder / "model", "overlap"),
         (tmp_path, "overlap"),
-        (out / "thesis.tex", "is a file"),
+        (out / "thesis.tex", "is no folder"),
+        (tmp_path / "pipe", "is no folder"),
         (MICRO, "holds config.json"),
     ]:
         before = sorted(tmp_path.rglob("*"))
