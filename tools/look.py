@@ -52,12 +52,12 @@ class ShowConfig:
 
 @dataclass(frozen=True)
 class StatsConfig:
-    """Numbers of a set of pairs beside the paper's table, as text, JSON and histograms."""
+    """Numbers of a set of pairs beside the paper's table, as text and JSON."""
 
     FIRST = "meta"  # may stand without its flag
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
-    out_dir: Path | None = flag(None, "for stats.json and stats.png; empty = beside meta.json")
+    out_dir: Path | None = flag(None, "for stats.json; empty = beside meta.json")
     workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 
 
@@ -74,7 +74,7 @@ from data import encode_tree, epoch_order, seeded
 from images import is_flat, load_image
 from records import DataSet, in_order, read_meta
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
-from tools.figures import inline_image, new_figure, page, png, text_table
+from tools.figures import inline_image, page, text_table
 
 PARTS = ("question", "chosen", "rejected")
 # <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
@@ -273,7 +273,7 @@ COUNTED = ("chosen longer", "with a cut-off response", "with several images", "m
 
 
 def stats(cfg: StatsConfig) -> None:
-    """Print, write and draw numbers of the pairs, of each kind and of each data set."""
+    """Print and write numbers of the pairs, of each kind and of each data set."""
     unit, count = "words", lambda text: len(text.split())
     if cfg.model_dir:
         encode = load_tokenizer(cfg.model_dir).encode_plain
@@ -292,11 +292,9 @@ def stats(cfg: StatsConfig) -> None:
             metas = [meta if isinstance(meta, dict) else {} for meta in metas]
             question = repr((record.images, raw["question"], raw.get("answer_gt"))).encode()
             hashed = int.from_bytes(blake2b(question, digest_size=7).digest(), "big")
-            counted = (
-                lengths[1] > lengths[2],
-                any(m.get("finish_reason") == "length" for m in metas),
-            )
-            counted += len(record.images) > 1, not all(path.is_file() for path in record.images)
+            cut = any(meta.get("finish_reason") == "length" for meta in metas)
+            missing = not all(path.is_file() for path in record.images)
+            counted = lengths[1] > lengths[2], cut, len(record.images) > 1, missing
             version, kind = metas[0].get("prompt_version") or "none", pair_kind(data_set.name, raw)
             name = f"{data_set.name} / {kind} / {version}"
             rows[gold_kind(data_set.name, raw), name].append((*lengths, hashed, *counted))
@@ -320,8 +318,7 @@ def stats(cfg: StatsConfig) -> None:
     out = cfg.out_dir or cfg.meta.parent
     write_atomic(out / "stats.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print_stats(summary)
-    write_atomic(out / "stats.png", plot_stats(kinds, summary))
-    print(f"wrote {out / 'stats.json'} and {out / 'stats.png'}")
+    print(f"wrote {out / 'stats.json'}")
 
 
 def summarise(rows: np.ndarray) -> dict:
@@ -352,23 +349,6 @@ def print_stats(summary: dict) -> None:
     ]
     header = ("data set / kind / prompt version", "pairs", "several images", *PARTS)
     print(text_table(header, rows))
-
-
-def plot_stats(kinds: dict[str, np.ndarray], summary: dict) -> bytes:
-    """Histograms of lengths and of pairs a question, one row a kind; paper means dashed."""
-    figure, axes = new_figure(len(kinds), len(PARTS) + 1, 4, 3.6, squeeze=False)
-    for row, (kind, ours) in zip(axes, kinds.items()):
-        for axis, part, values, (mean, *_) in zip(row, PARTS, ours.T, PAPER_LENGTHS[kind]):
-            top = max(np.quantile(values, 0.99), 1.1 * mean)  # a few long ones would hide the rest
-            axis.hist(values.clip(max=top), bins=40, range=(0, top))
-            axis.axvline(mean, color="k", ls="--", label="mean in the paper")
-            axis.set(title=f"{kind}: {part}", xlabel=f"{summary['unit']} (the last bar: and more)")
-        row[0].legend()
-        per_query = summary["kinds"][kind]["pairs a question"]
-        row[-1].bar(list(per_query), list(per_query.values()))
-        row[-1].xaxis.get_major_locator().set_params(integer=True)
-        row[-1].set(title=f"{kind}: pairs a question")
-    return png(figure, dpi=80)
 
 
 def main() -> None:
