@@ -1,17 +1,15 @@
 """A tiny world in the real formats, so that every script of this repository runs on a laptop.
 
-    python toy.py --out toy
+    python toy.py --out toy    writes in about two seconds:
 
-writes a folder in about two seconds:
-    model/        config.json, two safetensors shards with random weights, tokenizer.json
-    images/       PNG: coloured shapes on a grid; square (one tile) and wide (two tiles + thumbnail)
-    *.jsonl       preference pairs: with a chain of thought, direct, two images, text only
-    meta.json     the data sets, as MMPR's
-    train.json    flags of a short training run: train.py --config toy/train.json
+    toy/model/        config.json, two safetensors shards with random weights, tokenizer.json
+    toy/images/       coloured shapes on a grid; square (one tile) and wide (two tiles + thumbnail)
+    toy/*.jsonl       preference pairs: with a chain of thought, direct, two images, text only
+    toy/meta.json     the data sets, as MMPR's
+    toy/train.json    flags of a short training run: train.py --config toy/train.json
 
-Only paper/, which tells the paper's story on it, knows that the world is a toy.  The picture is a
-grid of cells of 8 pixels, 3 x 3 of them a tile.  With patches of 4 pixels and the 2 x 2 pixel
-shuffle exactly one image token looks at each cell: that makes counting learnable in a minute.
+The picture is a grid of cells of 8 pixels, 3 x 3 of them a tile.  With patches of 4 pixels and
+the 2 x 2 pixel shuffle one image token looks at each cell: counting is learnable in a minute.
 """
 
 import json
@@ -57,14 +55,14 @@ SHAPES = ("circle", "square", "cross")
 CELL = 8  # pixels
 SIDE = 3  # cells along one side of a tile
 MARKS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-SPECIAL = {"internlm2": ("<unk>", "<s>", "</s>", *MARKS)}  # language model -> tokens with names
-SPECIAL |= dict.fromkeys(["qwen2", "qwen3"], ("<unk>", "<|endoftext|>", *MARKS))
+INTERNLM2, QWEN = ("<unk>", "<s>", "</s>", *MARKS), ("<unk>", "<|endoftext|>", *MARKS)
+SPECIAL = {"internlm2": INTERNLM2, "qwen2": QWEN, "qwen3": QWEN}  # tokens with names
 
 STEPS, DIRECT = PROMPTS["en"], PROMPTS["direct"]
 ON_ONE_LINE = DIRECT.replace("\n", " ")  # to type in a shell
 
 
-# --------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------- pictures, questions
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,8 @@ def random_things(rng: np.random.Generator, cols: int = SIDE) -> list[Thing]:
     return things
 
 
-def draw(
-    things: list[Thing], rng: np.random.Generator, cols: int = SIDE, noise: float = 0.05
-) -> Image.Image:
-    """The picture, with a pixel of jitter, uneven brightness and noise (share of full white)."""
+def draw(things: list[Thing], rng: np.random.Generator, cols: int = SIDE) -> Image.Image:
+    """The picture, with a pixel of jitter, uneven brightness and noise."""
     image = Image.new("RGB", (cols * CELL, SIDE * CELL), (20, 20, 20))
     pen = ImageDraw.Draw(image)
     for thing in things:
@@ -108,11 +104,8 @@ def draw(
         else:
             pen.line((x, y, x + 6, y + 6), fill=colour, width=2)
             pen.line((x, y + 6, x + 6, y), fill=colour, width=2)
-    noisy = np.asarray(image) + rng.normal(0, noise * 255, (*image.size[::-1], 3))
+    noisy = np.asarray(image) + rng.normal(0, 0.05 * 255, (*image.size[::-1], 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-
-
-# --------------------------------------------------------------------------- questions, answers
 
 
 @dataclass(frozen=True)
@@ -217,14 +210,11 @@ def model_config(vocab_size: int, llm: str = "internlm2") -> dict:
 
 
 def write_model(
-    folder: Path,
-    seed: int,
-    teach: Callable[[InternVL, JsonTokenizer], None] | None = None,
-    llm: str = "internlm2",
+    folder: Path, seed: int, teach: Callable | None = None, llm: str = "internlm2"
 ) -> None:
     """Random bf16 weights in the official layout: two shards and their index.
 
-    `teach` may change the weights before they are written.
+    teach(model, tokenizer, seed) may change the weights before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(llm)
@@ -236,17 +226,16 @@ def write_model(
         model = InternVL(parse_config(config), tokenizer.token_to_id("<IMG_CONTEXT>"))
         torch.nn.init.normal_(model.language_model.model.tok_embeddings.weight, std=0.3)
         if teach:
-            teach(model, tokenizer)
+            teach(model, tokenizer, seed)
     layout = OFFICIAL_INTERNLM2 if llm == "internlm2" else OFFICIAL_QWEN
     pieces, tensors = stored_pieces(model, layout), {}
     for name, p in model.named_parameters():
         tensors |= split_stored(p.detach().bfloat16(), pieces[name])
-    names = list(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[: len(names) // 2]}
-    shards["model-00002-of-00002.safetensors"] = names[len(names) // 2 :]
-    for file, held in shards.items():
+    names, half, weight_map = list(tensors), len(tensors) // 2, {}
+    for number, held in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
         write_tensors({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
-    weight_map = {n: file for file, held in shards.items() for n in held}
+        weight_map |= dict.fromkeys(held, file)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomic(folder / INDEX, json.dumps(index, indent=1))
@@ -258,8 +247,8 @@ def write_model(
 class World:
     """Draws numbered pictures and questions about them; the same seed gives the same world."""
 
-    def __init__(self, folder: Path, seed: int, noise: float = 0.05) -> None:
-        self.images, self.seed, self.noise = folder / "images", seed, noise
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.images, self.seed = folder / "images", seed
         self.images.mkdir(parents=True, exist_ok=True)
 
     def picture(self, kind: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
@@ -268,7 +257,7 @@ class World:
         cols = 2 * SIDE if kind.endswith("wide") else SIDE
         things = random_things(rng, cols)
         name = f"{kind}-{number:05d}.png"
-        draw(things, rng, cols, self.noise).save(self.images / name)
+        draw(things, rng, cols).save(self.images / name)
         return name, things, rng
 
     def counting_pair(self, kind: str, number: int, with_steps: bool) -> dict:
@@ -281,35 +270,25 @@ class World:
             wrong = [t for i, t in enumerate(right) if i != missed]
         else:
             wrong = [*right, *random_things(rng)[:1]]
-        say = chain_of_thought if with_steps else direct
-        prompt = STEPS if with_steps else ON_ONE_LINE
-        return {
-            "image": name,
-            "question": "<image>\n" + prompt.replace("{question}", question.text),
-            "chosen": say(right),
-            "rejected": say(wrong),
-            "answer_gt": str(len(right)),
-        }
+        say, prompt = (chain_of_thought, STEPS) if with_steps else (direct, ON_ONE_LINE)
+        prompt = "<image>\n" + prompt.replace("{question}", question.text)
+        return {"image": name} | pair(prompt, say(right), say(wrong)) | {"answer_gt": direct(right)}
 
     def two_image_pair(self, number: int) -> dict:
         first, a, _ = self.picture("pair-a", number)
         second, b, _ = self.picture("pair-b", number)
-        answers = ["The first.", "The second.", "Both."]
-        right = answers[0 if len(a) > len(b) else 1 if len(b) > len(a) else 2]
-        return {
-            "image": [first, second],
-            "question": "Image 1: <image>\nImage-2: <image>\nWhich picture has more objects?",
-            "chosen": right,
-            "rejected": next(t for t in answers if t != right),
-        }
+        right = "The first." if len(a) > len(b) else "The second." if len(b) > len(a) else "Both."
+        wrong = "The second." if right == "The first." else "The first."
+        question = "Image 1: <image>\nImage-2: <image>\nWhich picture has more objects?"
+        return {"image": [first, second]} | pair(question, right, wrong)
 
     def text_pair(self, number: int) -> dict:
         a, b = divmod(number % 64, 8)
-        return {
-            "question": f"What is {a} plus {b}?",
-            "chosen": f"It is {a + b}.",
-            "rejected": f"It is {a + b + 1}.",
-        }
+        return pair(f"What is {a} plus {b}?", f"It is {a + b}.", f"It is {a + b + 1}.")
+
+
+def pair(question: str, chosen: str, rejected: str) -> dict:
+    return {"question": question, "chosen": chosen, "rejected": rejected}
 
 
 def write_world(
@@ -322,9 +301,7 @@ def write_world(
     """
     teach = None
     if demo:
-        from paper.stages import fit_projector  # noqa: PLC0415  (the second ring)
-
-        teach = lambda *model: fit_projector(*model, seed)  # noqa: E731
+        from paper.stages import fit_projector as teach  # noqa: PLC0415  (the second ring)
     write_model(out / "model", seed, teach, llm)
     world = World(out, seed)
     world.picture("new", 0)  # to ask about: in no pair

@@ -188,8 +188,8 @@ def row_line(c: Collected, row: str) -> dict:
         line[name], line[f"{name}_half"] = mean_half(values)
         std = mean_std(value for value, _ in values.values())[1]
         line[f"{name}_se"] = std and std / math.sqrt(len(values))
-    flags = next(iter(results.values()))["flags"]
-    return line | {"flags": flags, "paper": PAPER.get(row)}
+    line["flags"], line["paper"] = next(iter(results.values()))["flags"], PAPER.get(row)
+    return line
 
 
 def orderings(lines: list[dict]) -> dict:
@@ -209,11 +209,11 @@ def ranked(values: list[float]) -> list[float]:
 def results_of(c: Collected) -> dict:
     """results.json: everything that the report says.  An ablated row is named study=value."""
     lines = [row_line(c, row) for row in c.rows if "=" not in row]
-    ablations = []
-    for row in c.rows:
-        study, equals, value = row.partition("=")
-        if equals:
-            ablations.append(row_line(c, row) | {"study": study, "value": value})
+    ablations = [
+        row_line(c, row) | dict(zip(("study", "value"), row.split("=")))
+        for row in c.rows
+        if "=" in row
+    ]
     claims = [judge(claim, paired(c, claim.one, claim.other)) for claim in CLAIMS]
     claims = [line for line in claims if line["values"]]
     if len(c.about["seeds"]) == 1:
@@ -276,13 +276,12 @@ def draw_rows(lines: list[dict]) -> bytes:
     """Direct and CoT of every row, the paper's beside ours."""
     drawn, axes = figures.new_figure(2, 1, width=11, height=3.4, squeeze=False)
     names = [line["row"] for line in lines]
-    for side, (axis, title) in enumerate(zip(axes[:, 0], ("Direct", "CoT"))):
-        key = SETTINGS[side]
+    for side, (axis, key) in enumerate(zip(axes[:, 0], SETTINGS)):
         ours = [line[key] for line in lines], [line[f"{key}_std"] for line in lines]
         paper = [line["paper"] and line["paper"][side] for line in lines]
         series = {"ours (± standard deviation over seeds)": ours, "paper, M3CoT": (paper, None)}
         figures.grouped_bars(axis, names, series)
-        axis.set_ylabel(f"{title} accuracy, %")
+        axis.set_ylabel(f"{('Direct', 'CoT')[side]} accuracy, %")
     return figures.png(drawn)
 
 

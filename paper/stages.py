@@ -85,8 +85,8 @@ def describe(things: list[Thing]) -> str:
 
 def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
     """All files that a seed starts from; pictures and questions of dev and test are their own."""
-    toy.write_model(folder / "model", seed, lambda *model: fit_projector(*model, seed))
-    world, truth = toy.World(folder, seed, recipe.noise), {}
+    toy.write_model(folder / "model", seed, fit_projector)
+    world, truth = toy.World(folder, seed), {}
 
     def scene(split: str, number: int) -> tuple[str, list[Thing], np.random.Generator]:
         name, things, rng = world.picture(split, number)
@@ -212,9 +212,7 @@ def measure(cfg: StoryConfig, seed: int, row: str, folder: str, flags: dict) -> 
     for setting in SETTINGS:
         items = answer(cfg, out / "model", out, seed, "test", setting)
         questions[setting] = {item["id"]: 100.0 * item["correct"] for item in items}
-        malformed.append(
-            {item["id"]: 100.0 * (not str(item["prediction"]).isdigit()) for item in items}
-        )
+        malformed.append({i["id"]: 100.0 * (not str(i["prediction"]).isdigit()) for i in items})
     questions["malformed"] = max(malformed, key=lambda values: sum(values.values()))
     measures = {name: fmean(values.values()) for name, values in questions.items()}
     if not cfg.quick:

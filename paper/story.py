@@ -29,7 +29,6 @@ class Recipe:
     """Every setting of the story that is not a row's own; run.json and story.json repeat them."""
 
     pictures: int = 4000  # of the base's lessons: 2 direct, 1 step-by-step question, 1 description
-    noise: float = 0.05  # of the pictures
     base_lr: float = 3e-3
     base_batch_size: int = 32
     first_leg: int = 500  # steps until the first look at the development questions
@@ -177,10 +176,9 @@ def commit() -> str:
 
 def main() -> None:
     began, cfg = time.time(), parse_cli(StoryConfig)
-    default = (TUNING_SEED,) if cfg.tune else (1,) if cfg.quick or cfg.tiny else (1, 2, 3)
-    cfg = replace(
-        cfg, out=cfg.out / "story", seeds=cfg.seeds or default, quick=cfg.quick or cfg.tiny
-    )
+    quick = cfg.quick or cfg.tiny
+    default = (TUNING_SEED,) if cfg.tune else (1,) if quick else (1, 2, 3)
+    cfg = replace(cfg, out=cfg.out / "story", seeds=cfg.seeds or default, quick=quick)
     tasks = [task for seed in cfg.seeds for task in tasks_of(cfg, seed)]  # --mine is read
     with alone_in(cfg.out, 5, "pass --out"):
         about = begin(cfg)
