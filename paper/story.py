@@ -60,8 +60,8 @@ QUICK_ROWS = ("MPO", "SFT", "DPO")  # the longest first
 SEEN = Recipe.steps * Recipe.batch_size  # pairs that a row trains on
 ABLATIONS: dict[str, dict] = {  # of the paper's Figure 4: flags of MPO
     **{f"data scale={share}": {"limit": round(share * SEEN)} for share in (0.1, 0.4, 0.7)},
-    **{f"lr={lr}": {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
-    **{f"w_p:w_q={p}:{q}": {"loss": f"{p / (p + q):g}*dpo+{q / (p + q):g}*bco+sft"}
+    **{f"learning rate={lr}": {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
+    **{f"w_p : w_q={p}:{q}": {"loss": f"{p / (p + q):g}*dpo+{q / (p + q):g}*bco+sft"}
        for p, q in ((1, 1), (3, 1), (5, 1), (9, 1))},
     **{f"w_g={w}": {"loss": f"0.8*dpo+0.2*bco+{w}*sft"} for w in (0.01, 0.5, 2.0, 5.0)},
 }  # fmt: skip

@@ -89,7 +89,7 @@ def test_a_story_has_every_row_of_the_paper_and_tuning_tries_each_at_every_rate(
     assert rows()[0] == "MPO" and set(rows()) == {*ROWS, WITH_NTP}
     tried = {f"{row}: lr={lr:g}" for row in (*ROWS, WITH_NTP) for lr in RATES}
     assert set(rows(tune=True)) == {*rows(), *tried}
-    assert rows(quick=True, ablate=True)[3:] == list(ABLATIONS) and "w_p:w_q=9:1" in ABLATIONS
+    assert rows(quick=True, ablate=True)[3:] == list(ABLATIONS) and "w_p : w_q=9:1" in ABLATIONS
 
 
 def test_the_committed_rates_are_those_that_tuning_found_best():
