@@ -559,7 +559,6 @@ def read_options(text: str, strict: bool = False) -> Options | None:
 def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     """A, C and D; (A) and (C); ACD, of a gold answer in this order (BAD is a word)."""
     body = body if strict else re.sub(r"(?<=[A-N])\s?[/+]\s?(?=[A-N])", " ", body)
-    body = re.sub(r"\bonly$", "", body)
     if re.fullmatch(r"\W?[A-N][.):][^,;]*(?:[,;]\s*\W?[A-N][.):][^,;]*)+", body):  # A. cat, C. dog
         return frozenset(re.findall(r"(?:^|[,;])\s*\W?([A-N])[.):]", body))
     letters = _OPTION_JOINER.sub("", body)
@@ -830,9 +829,8 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
     moves left out of a LaTeX argument, a <box> and a <ref>.
     """
     pieces = text.split(" ")
-    letters = [c for c in text if c.isalpha()]
-    chinese = sum("\u3400" <= c <= "\u9fff" or "\uf900" <= c <= "\ufaff" for c in letters)
-    if len(pieces) < 2 or chinese * 2 > len(letters):
+    chinese = len(re.findall(f"[{_CJK}]", text))
+    if len(pieces) < 2 or chinese * 2 > sum(map(str.isalpha, text)):
         cut = math.floor(len(text) * ratio + 1e-9)  # 0.07 * 100 is 7, not 6.999...
     else:
         cut = len(" ".join(pieces[: math.floor(len(pieces) * ratio + 1e-9)]))

@@ -283,8 +283,6 @@ class _Parser:
             base = _Parser(self.accept().strip("_{}")).expression()
         if self.accept("^"):
             exponent = self.expression(_SIGN) if self.peek() == "-" else self.atom()
-            if exponent.values == (-1,) and "arc" + name in FUNCTIONS:
-                name, exponent = "arc" + name, None
         if self.peek() in ("(", "{", "["):
             argument = self.atom()
         else:
@@ -449,7 +447,7 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
 
 def _fill_units() -> None:
     prefixes: dict[str, Fraction] = {}
-    named, prefixed, lower, lower_prefixed = {}, {}, {}, {}  # Kg and HZ, where kg and Hz are meant
+    exact, lower = {}, {}  # lower: HZ, where Hz is meant
     for line in table("units.txt"):
         names, _, amount = " ".join(line).partition(" = ")
         number, _, of = amount.partition(" ")
@@ -458,16 +456,15 @@ def _fill_units() -> None:
             continue
         base = read_unit(of) if of else Unit() if amount else _base(line[0].lstrip("*!"))
         unit = base._replace(scale=Fraction(number or 1) * base.scale)
-        for name in names.lstrip("*!").split():
-            named[name] = lower[name.lower()] = unit
-            for prefix, scale in prefixes.items() if names[0] == "*" else ():
-                if len(name) < 4 if len(prefix) == 1 else len(name) > 2:
-                    large = unit._replace(scale=unit.scale * scale)
-                    prefixed[prefix + name] = lower_prefixed[prefix + name.lower()] = large
+        scales = {"": Fraction(1)} | (prefixes if names[0] == "*" else {})
+        for name, prefix in itertools.product(names.lstrip("*!").split(), scales):
+            if prefix == "" or (len(name) < 4 if len(prefix) == 1 else len(name) > 2):
+                large = unit._replace(scale=unit.scale * scales[prefix])
+                for known, key in ((exact, prefix + name), (lower, prefix + name.lower())):
+                    known[key] = known.get(key, large) if prefix else large  # Nm is a name itself
         if names[0] == "!":
             _CURRENCIES.add(unit.kind)
-        _UNITS.update(prefixed | named)
-    _UNITS.update(lower_prefixed | lower | prefixed | named)  # nm is no newton metre
+        _UNITS.update(lower | exact)
     read_unit.cache_clear()
 
 
@@ -487,9 +484,7 @@ _MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6,
 _MAGNITUDES["trillion"] = 10**12
 _SHORT_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
 _GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
-_CURRENCY = re.compile(
-    r"([+-]?)\s*([A-Z]{0,3}[$€£¥₹₩]|[A-Z][A-Za-z]{1,2}\.?)\s*([+-]?)\s*(?=[0-9.])"
-)
+_CURRENCY = Rules("currency")
 _UNIT_START = re.compile(
     r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩]|/\s?[A-Za-z])"
 )
@@ -497,18 +492,12 @@ _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*
 
 
 def read_quantity(text: str) -> Quantity | None:
-    text, sign = text.strip().lstrip("∠"), ""  # of a currency, which goes behind its number
-    if match := _CURRENCY.match(text):
-        currency = read_unit(match[2], invented=False)
-        if currency and currency.kind in _CURRENCIES:
-            sign = match[2]
-        if sign or match[2][-1] in "$€£¥₹₩":  # A$5 is just 5
-            text = match[1] + match[3] + text[match.end() :]
+    text = _CURRENCY.apply(text.strip().lstrip("∠"))
     for match in itertools.islice(_UNIT_START.finditer(text), 8):
         head, gap, tail = text[: match.start()], bool(match[0]), text[match.end() :]
         word, _, rest = tail.partition(" ")
         magnitude = _MAGNITUDES.get(word.lower())
-        if magnitude is None and (sign or not gap):
+        if magnitude is None and not gap:
             magnitude = _SHORT_MAGNITUDES.get(word)
         if magnitude:
             gap, tail = True, rest.strip()
@@ -518,16 +507,15 @@ def read_quantity(text: str) -> Quantity | None:
         decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
         if product or angle or decade or word == "th":
             continue
-        if tail[:1] == "/" and not sign and len(word) < 4:  # 2/h
+        if tail[:1] == "/" and len(word) < 4:  # 2/h
             continue
-        invented = bool(sign) or apart or (len(tail) > 3 and tail[:3].isalpha())
-        unit = read_unit(f"{sign} {tail}", invented) if sign or tail else None
+        unit = read_unit(tail, apart or (len(tail) > 3 and tail[:3].isalpha())) if tail else None
         expression = parse_expression(head)
         if (tail and unit is None) or expression is None or expression.letters:
             continue
         return Quantity(expression.times(magnitude or 1), unit)
     expression = parse_expression(text)
-    return expression and Quantity(expression, read_unit(sign) if sign else None)
+    return expression and Quantity(expression)
 
 
 def read_sum(text: str, depth: int = 0) -> Quantity | None:
