@@ -105,11 +105,11 @@ def in_range(item: Item, numbers: Any, low: float, high: float) -> list[float]:
 
 
 def share(readings: Readings) -> dict:
-    """Accuracy x100 with its standard error sqrt(p (1 - p) / n)."""
     return proportion(sum(r.correct for _, r in readings), len(readings))
 
 
 def proportion(count: int, n: int) -> dict:
+    """x100, with its standard error sqrt(p (1 - p) / n)."""
     p = count / max(n, 1)
     error = 100 * math.sqrt(p * (1 - p) / max(n, 1))
     return {"score": 100 * count / max(n, 1), "standard_error": error, "n": n, "correct": count}

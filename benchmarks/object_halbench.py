@@ -69,22 +69,17 @@ def read_synonyms(path: Path) -> tuple[dict[str, str], frozenset[str]]:
     return classes, frozenset(word for name in classes for word in name.split())
 
 
-_PLURALS = {"men": "man", "women": "woman", "children": "child", "people": "person",
-            "mice": "mouse", "geese": "goose", "oxen": "ox"}  # fmt: skip
+_PLURALS = (
+    "men man, children child, people person, mice mouse, geese goose, oxen ox, ses s, xes x, zes z,"
+    "ches ch, shes sh, oes o, ies y, ves f, ves fe"
+)
+_ENDINGS = [pair.split() for pair in _PLURALS.split(",")]
 
 
 def singular(word: str, known: frozenset[str]) -> str:
-    """A hand-made singulariser: the first way to take a plural off that gives a listed word."""
-    forms = [word, _PLURALS.get(word, "")]
-    forms += [word[: -len(p)] + s for p, s in _PLURALS.items() if word.endswith(p)]
-    if word.endswith("s") and not word.endswith("ss"):
-        forms.append(word[:-1])
-        if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
-            forms.append(word[:-2])
-        if word.endswith("ies"):
-            forms.append(word[:-3] + "y")
-        if word.endswith("ves"):
-            forms += [word[:-3] + "f", word[:-3] + "fe"]
+    """The first way to take a plural off that gives a listed word."""
+    forms = [word, word.removesuffix("s")]
+    forms += [word.removesuffix(p) + s for p, s in _ENDINGS if word.endswith(p)]
     return next((form for form in forms if form in known), word)
 
 
