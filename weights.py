@@ -91,14 +91,9 @@ def local_rows(p: Tensor) -> slice:
     """The rows of the whole tensor that this process holds of parameter `p`."""
     if not is_sharded(p):
         return slice(0, p.shape[0])
-    rows = slice(0, p.shape[0])
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard():
-            assert placement.dim == 0, placement
-            size, rank = p.device_mesh.size(dim), p.device_mesh.get_local_rank(dim)
-            chunk = -(-p.shape[0] // size)
-            rows = slice(min(rank * chunk, p.shape[0]), min((rank + 1) * chunk, p.shape[0]))
-    return rows
+    mesh, rows = p.device_mesh, p.shape[0]  # the mesh's last dimension splits, others replicate
+    chunk, rank = -(-rows // mesh.size(-1)), mesh.get_coordinate()[-1]
+    return slice(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
 
 
 def local(p: Tensor) -> Tensor:

@@ -70,13 +70,8 @@ def text_of(content: Any) -> str:
     """A message's content: a text, or parts of which each image is a placeholder."""
     if isinstance(content, str):
         return content
-    texts = []
-    for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image") or not isinstance(part.get("text") or "", str):
-            raise InputError(f"content is no text and no list of texts and images: {part!r:.60}")
-        texts.append(f"{IMAGE}\n" if kind == "image" else part.get("text") or "")
-    return "".join(texts)
+    parts = content if isinstance(content, list) else [content]
+    return "".join(f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in parts)
 
 
 def turns_of(messages: Any, role: str) -> Turns:
@@ -85,8 +80,6 @@ def turns_of(messages: Any, role: str) -> Turns:
         return [(role, messages)]
     turns = []
     for message in messages if isinstance(messages, list) else [messages]:
-        if not isinstance(message, dict):
-            raise InputError(f"expected a text or messages, got {message!r:.60}")
         role = message.get("role", message.get("from"))
         turns.append((ROLES.get(role, role), text_of(message.get("content", message.get("value")))))
     return turns
@@ -127,9 +120,7 @@ def mmpr_line(raw: dict, root: Path, saved: Path, flatten: bool) -> tuple[dict, 
         system = turns.pop(0)[1]
     roles = [role for role, _ in turns]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-        raise InputError(
-            f"the turns are not user, assistant, ..., user: {', '.join(map(str, roles))}"
-        )
+        raise InputError(f"the turns are not user, assistant, ..., user: {roles}")
     if len(roles) > 1 and not flatten:
         raise InputError("several turns; pass --flatten to write them into the question")
     question = turns[0][1]
@@ -157,8 +148,6 @@ def image_name(image: Any, root: Path) -> str:
         if not (root / name).exists():
             write_atomic(root / name, content)
         return name
-    if not isinstance(path, str):
-        raise InputError(f"an image is no path and no bytes: {image!r:.60}")
     return relpath(path, root) if Path(path).is_absolute() else path
 
 
@@ -247,6 +236,9 @@ def convert(cfg: ConvertConfig) -> dict:
                     raise InputError(f"no image {path}")
         except InputError as error:
             dropped.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
+            continue
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            dropped.append(f"{name}: a text, a message or an image is none ({error!r:.80})")
             continue
         lines[place].append(line if cfg.to == "mmpr" else written(record, cfg.to))
     report = {"kept": sum(map(len, lines.values())), "dropped": dropped}
