@@ -133,10 +133,9 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
     }
     config = from_json(InternVLConfig, values, file)
     if config.tile_size % (2 * vision.patch_size):
-        raise InputError(
-            f"{file}: a tile of {config.tile_size} pixels is no even grid of patches of "
-            f"{vision.patch_size}"
-        )
+        raise InputError(f"{file}: {config.tile_size} pixels are no even grid of patches")
+    if vision.hidden_size % vision.num_attention_heads:
+        raise InputError(f"{file}: vision_config: its heads do not divide hidden_size")
     return config
 
 
@@ -184,6 +183,8 @@ def _llm_config(raw: dict, name: str, is_hf: bool) -> LLMConfig:
     values = {"architecture": architecture, "rope_theta": theta, "rope_factor": factor}
     llm = CLASS_DEFAULTS[architecture] | llm | values | {"tied": tied}
     config = from_json(LLMConfig, llm, name)
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise InputError(f"{name}: pad_token_id {config.pad_token_id} is not in the vocabulary")
     if config.head_dim is None:
         config = replace(config, head_dim=config.hidden_size // config.num_attention_heads)
     return config

@@ -46,8 +46,8 @@ def weight_files(model_dir: Path) -> dict[str, Path]:
     model_dir = Path(model_dir)
     index, files = model_dir / INDEX, {}
     listed = read_json(index).get("weight_map") if index.is_file() else None
-    shards = {model_dir / str(name) for name in listed.values()} if listed else set()
-    for path in sorted(shards or model_dir.glob("*.safetensors")):
+    shards = set(map(str, listed.values())) if isinstance(listed, dict) else ()
+    for path in sorted(map(model_dir.joinpath, shards)) or sorted(model_dir.glob("*.safetensors")):
         if not path.is_file():
             raise InputError(f"missing shard {path}, named in {INDEX}; fetch it again")
         with open_weights(path) as f:
@@ -270,11 +270,10 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
         raise InputError(f"{out_dir} is no folder; name another one")
     mark = out / EXPORT_MARK
     written = read_json(mark).get("files") if mark.is_file() else None
-    strange = {path.name for path in out.glob("*")} - {mark.name, *(written or [])}
-    if strange or (mark.is_file() and not written):
-        name = min(strange, default=mark.name)
+    written = {mark.name, *written} if isinstance(written, list) else set()
+    if strange := sorted({path.name for path in out.glob("*")} - written):
         raise InputError(
-            f"{out_dir} holds {name}, which no export of this program wrote there; "
+            f"{out_dir} holds {strange[0]}, which no export of this program wrote there; "
             "move it away or name another folder"
         )
     return out

@@ -131,6 +131,7 @@ BAD = {  # record -> why it is no pair
     "the question has 1 <image> for 2 images": SWIFT | {"images": ["a.png", "b.png"]},
     "no image": PLAIN | {"image": "absent.png"},
     "a text, a message or an image is none (TypeError": PLAIN | {"image": 3},
+    "a text, a message or an image is none (Unicode": PLAIN | {"chosen": "\ud800"},
     "image '../../etc/passwd' leaves its root": PLAIN | {"image": "../../etc/passwd"},
     "image 's3://b/a.png'": PLAIN | {"image": "s3://b/a.png"},
     "'system_prompt' must be str": PLAIN | {"system_prompt": 3},

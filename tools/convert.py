@@ -45,7 +45,7 @@ class ConvertConfig:
 if __name__ == "__main__":
     parse_cli(ConvertConfig)  # --help and wrong flags need no torch, which takes seconds
 
-from records import JsonLines, PairRecord, check_pair, read_meta
+from records import JsonLines, PairRecord, check_pair, json_line, read_meta
 from tokenizer import IMAGE
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -212,7 +212,7 @@ def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, b"".join(map(json_line, rows)))
 
 
 def convert(cfg: ConvertConfig) -> dict:
@@ -230,6 +230,7 @@ def convert(cfg: ConvertConfig) -> dict:
     for name, root, raw in read_file(cfg.input, cfg.root or cfg.input.parent):
         try:
             line, place = mmpr_line(raw, root, saved, cfg.flatten)
+            json_line(line)  # half a character fails here, by name
             record = check_pair(line, name, place)
             for path in record.images:
                 if not path.is_file():

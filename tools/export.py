@@ -144,10 +144,6 @@ def text_config(config: InternVLConfig, raw: dict) -> dict:
         "architectures": [CLASSES[model_type]],
         "model_type": model_type,
         **{key: getattr(llm, key) for key in SAME_TEXT},
-        "hidden_act": "silu",
-        "attention_bias": False,  # Qwen2 has its three biases all the same
-        "mlp_bias": False,
-        "use_sliding_window": False,
         "rope_scaling": rope if llm.rope_factor else None,  # transformers 4
         "rope_parameters": rope | {"rope_theta": llm.rope_theta},  # transformers 5
         "tie_word_embeddings": llm.tied,
@@ -184,10 +180,6 @@ def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
             "patch_size": [vit.patch_size, vit.patch_size],
             "attention_bias": vit.qkv_bias,
             "use_qk_norm": vit.qk_normalization,
-            "hidden_act": "gelu",
-            "use_absolute_position_embeddings": True,
-            "use_mask_token": False,
-            "use_mean_pooling": True,
         },
         "template": config.template,
         "system_message": config.system_message,
