@@ -121,12 +121,18 @@ def test_a_claim_says_on_how_many_seeds_it_holds(needed, words):
     assert report.holds_on(line) == words
 
 
-def test_the_report_of_one_seed_says_where_it_falls(story):
+def test_the_report_of_one_seed_says_where_it_falls(story, tmp_path, monkeypatch):
+    text = next(c.text for c in report.CLAIMS if c.text.startswith("MPO beats SFT"))
+    committed = {"claims": [{"claim": text, "values": {"1": 9.0, "2": 4.0}}]}
+    write(tmp_path / "committed.json", committed)
+    monkeypatch.setattr(report, "COMMITTED", tmp_path / "committed.json")
     about = json.loads((story / "story.json").read_text())
     write(story / "story.json", about | {"seeds": [1], "quick": True})
     markdown = report.write_report(story)
-    line = next(line for line in markdown.splitlines() if line.startswith("| MPO beats SFT"))
-    assert line.endswith("| +3.0 ± 79.5 | +3.0 | 1 of 1 | undecided | below all 3 seeds |")
+    lines = [line for line in markdown.splitlines() if line.startswith("| MPO")]
+    shown = "| +3.0 ± 79.5 | +3.0 | 1 of 1 | undecided | below all 2 seeds |"
+    assert next(line for line in lines if "beats SFT" in line).endswith(shown)
+    assert next(line for line in lines if "keeps the format" in line).endswith("undecided | - |")
     assert "one seed never decides" in markdown
 
 
