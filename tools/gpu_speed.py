@@ -45,13 +45,16 @@ class Setting:
         """Small shapes and few steps, where there is no GPU."""
         return not self.on_gpu
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
     def config(self, size: str) -> InternVLConfig:
         return named_config("toy" if self.toy else size)
 
     def model(self, size: str) -> InternVL:
         """Random weights, for speed alone."""
-        dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        return bench.noise_model(self.config(size), dtype, self.device).eval()
+        return bench.noise_model(self.config(size), self.dtype, self.device).eval()
 
     def seconds(self, work: Callable[[], object], count: int) -> float:
         """Of one call, after one to warm up."""
@@ -115,7 +118,7 @@ def flex_tiles(setting: Setting, case: str) -> Iterator[Row]:
         sides = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
         model.FLEX_OPTIONS.update(sides)
     length = 256 if setting.toy else int(length)
-    token, dtype = torch.arange(length, device=setting.device), torch.bfloat16
+    token, dtype = torch.arange(length, device=setting.device), setting.dtype
     attend = model.TreeAttention(token * 3 // length, token * 9 // length % 3, True)
     inputs = [torch.randn(1, length, h, 128, dtype=dtype).to(setting.device) for h in (32, 8, 8)]
     forward = torch.no_grad()(lambda: attend(0, *inputs))
