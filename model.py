@@ -350,21 +350,14 @@ class InternVL(nn.Module):
             raise InputError("no tokenizer came with the weights: set model.image_context_id first")
         slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
         rows = slots.flatten().nonzero()[:, 0]  # of x as (b*s d)
-        if tiles is None or len(tiles) == 0:
-            if len(rows):
-                raise InputError(
-                    f"the prompt has {len(rows)} image tokens but no tile came with it"
-                )
-            return x
-        features = self.image_features(tiles).to(x.dtype)  # (tile token d)
-        if tile_order is not None:
-            features = features[tile_order]
-        features = features.flatten(0, 1)  # (tile*token d)
+        features = x.new_empty(0, x.shape[-1])
+        if tiles is not None and len(tiles):
+            features = self.image_features(tiles).to(x.dtype)  # (tile token d)
+            features = (features if tile_order is None else features[tile_order]).flatten(0, 1)
         if len(features) != len(rows):
             raise InputError(
-                f"the prompt has {len(rows)} image tokens, {len(tiles)} tiles fill "
-                f"{len(features)}: build prompts with tokenizer.encode_chat and the tile counts of "
-                "vision.preprocess"
+                f"the prompt has {len(rows)} image tokens, its tiles fill {len(features)}: build "
+                "prompts with tokenizer.encode_chat and the tile counts of vision.preprocess"
             )
         return x.flatten(0, 1).index_put((rows,), features).view_as(x)
 
