@@ -159,21 +159,15 @@ def fit_tree(
 
 def merge(a: Tree, b: Tree) -> Tree:
     """Two trees of one question as one bush; a response that both have is there once."""
-    responses = list(a.responses)
-    place = []
-    for response in b.responses:
-        if response not in responses:
-            responses.append(response)
-        place.append(responses.index(response))
-    return Tree(
-        a.trunk,
-        responses,
-        a.chosen + [place[i] for i in b.chosen],
-        a.rejected + [place[i] for i in b.rejected],
-        a.images,
-        a.tiles,
-        a.names + b.names,
-        a.sets + b.sets,
+    responses = a.responses + [response for response in b.responses if response not in a.responses]
+    place = [responses.index(response) for response in b.responses]
+    return replace(
+        a,
+        responses=responses,
+        chosen=a.chosen + [place[i] for i in b.chosen],
+        rejected=a.rejected + [place[i] for i in b.rejected],
+        names=a.names + b.names,
+        sets=a.sets + b.sets,
     )
 
 
@@ -290,20 +284,9 @@ def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
             responses += len(group)
             tree += [number] * (len(ids) - start)
             number += 1
-    as_tensor = torch.tensor
-    return Pack(
-        as_tensor(ids)[None],
-        as_tensor(positions)[None],
-        as_tensor(tree),
-        as_tensor(branch),
-        as_tensor(predictor),
-        as_tensor(target),
-        as_tensor(owner),
-        as_tensor(chosen, dtype=torch.long),
-        as_tensor(rejected, dtype=torch.long),
-        responses,
-        names=[name for t in trees for name in t.names],
-    )
+    scored = [torch.tensor(x) for x in (tree, branch, predictor, target, owner, chosen, rejected)]
+    names = [name for t in trees for name in t.names]
+    return Pack(torch.tensor([ids]), torch.tensor([positions]), *scored, responses, names=names)
 
 
 def response_keys(tree: Tree) -> list[str]:

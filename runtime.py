@@ -42,6 +42,7 @@ from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
+LONGEST_LINE = 1 << 24  # bytes of a line in a part file, at most
 # what other training programs call a flag -> what it is called here
 OTHER_NAMES = {
     "learning_rate": "lr", "warmup_ratio": "warmup", "num_train_epochs": "epochs",
@@ -430,12 +431,20 @@ def parse_json_line(path: Path, number: int, line: bytes) -> dict:
     return parse_json(line, f"{path} line {number}")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, object) of each non-empty line; a broken line is an InputError."""
+def read_jsonl(path: Path, part: bool = False) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of each non-empty line; a broken line is an InputError.
+
+    part: written by a process that may be killed; a last line without its end is never trusted.
+    """
     with open_file(path) as f:
         for number, line in enumerate(f, 1):
-            if line.strip():
+            if line.strip() and (line.endswith(b"\n") or not part):
                 yield number, parse_json_line(path, number, line)
+
+
+def read_whole_lines(path: Path) -> list[dict]:
+    """The records of a part file so far; none where it is not there yet."""
+    return [record for _, record in read_jsonl(path, part=True)] if Path(path).is_file() else []
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -492,7 +501,6 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -501,29 +509,20 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 class AppendLog:
     """A jsonl part file of one process: whole lines, flushed, safe to kill and to reopen.
 
-    Opening cuts a torn last line (what a kill during a write leaves); a broken line anywhere
-    else is an InputError.  `records` holds what was there.
+    Opening cuts a torn last line, which a kill during a write leaves.
     """
 
     def __init__(self, path: Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.records, whole_bytes = read_whole_lines(path)
-        self.file = open(path, "ab")  # noqa: SIM115  (lives as long as the log)
-        if self.file.tell() != whole_bytes:
-            self.file.truncate(whole_bytes)
+        self.file = open(path, "a+b")  # noqa: SIM115  (lives as long as the log)
+        if path.is_file():  # no device
+            start = max(0, self.file.tell() - LONGEST_LINE)
+            self.file.seek(start)
+            self.file.truncate(start + self.file.read().rfind(b"\n") + 1)
 
     def append(self, record: dict) -> None:
         with named(self.file.name):
@@ -533,17 +532,6 @@ class AppendLog:
     def close(self) -> None:
         with named(self.file.name), self.file:
             os.fsync(self.file.fileno())
-
-
-def read_whole_lines(path: Path) -> tuple[list[dict], int]:
-    """(records, bytes of whole lines) of a part file; a torn last line is left out.
-
-    Torn: no newline at its end.  Such a line is never trusted, even if it happens to parse.
-    """
-    content = Path(path).read_bytes() if Path(path).is_file() else b""
-    *lines, torn = content.split(b"\n")
-    records = [parse_json_line(path, number, line) for number, line in enumerate(lines, 1)]
-    return records, len(content) - len(torn)
 
 
 # --------------------------------------------------------------------------- one run a folder

@@ -312,14 +312,10 @@ def open_data(
 ) -> PairData:
     """The pairs of cfg.meta; `tokenizer`: the model's, where it is loaded already."""
     config = load_config(cfg.model_dir)
-    if cfg.batch_size % process.world:
+    if cfg.batch_size % process.world or process.world % cfg.replicate:
         raise InputError(
-            f"batch_size {cfg.batch_size} does not divide by {process.world} processes; "
-            "choose a multiple"
-        )
-    if process.world % cfg.replicate:
-        raise InputError(
-            f"{process.world} processes do not divide into --replicate {cfg.replicate} groups"
+            f"{process.world} processes: batch_size must be a multiple of them (it is "
+            f"{cfg.batch_size}), and they must divide into --replicate {cfg.replicate} groups"
         )
     tokenizer = tokenizer or load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
@@ -543,8 +539,8 @@ class CachedReference:
 
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
-            rows = runtime.read_whole_lines(part)[0]
-            self.logps |= {row["key"]: row["logp"] for row in rows}
+            for _, row in runtime.read_jsonl(part, part=True):
+                self.logps[row["key"]] = row["logp"]
         dist.barrier()  # nobody appends before everybody has read
 
     def score_missing(self, policy: InternVL, data: PairData, steps: int, cfg: TrainConfig) -> None:
@@ -620,7 +616,7 @@ class Book:
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
-        self.rows = [r for r in runtime.read_whole_lines(path)[0] if r["step"] <= run.done]
+        self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= run.done]
         if process.is_main:
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self.log = runtime.AppendLog(path)
@@ -636,7 +632,7 @@ class Book:
         left = (time.time() - self.began) / (number - run.done) * (run.total - number)
         run.process.say(f"step {number}/{run.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
-        state = self.state | {"bco_shift": vars(run.shift)}
+        state = self.state | {"bco_shift": asdict(run.shift)}
         if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
             self.best_writer.save(number, run.tensors, state)
         if last or number % cfg.save_every == 0:
@@ -749,16 +745,15 @@ def steps_to_do(run: Run) -> Iterator["Step"]:
 def make_step(data: PairData, number: int, process: Process) -> Step:
     """Plan the whole step, then build every world-th pack of it."""
     planned, dropped = data.plan(number)
-    firsts = [0, *accumulate(sum(len(tree.names) for tree in trees) for trees in planned)]
-    packs = []
-    for n in range(process.rank, -(-len(planned) // process.world) * process.world, process.world):
-        real = n < len(planned)
-        trees = planned[n] if real else blank_tree(planned[0])
-        packs.append((data.build(trees), n, firsts[n] if real else -1))
-    every = [tree for trees in planned for tree in trees]
-    records = [name for tree in every for name in tree.names]
-    sets = [name for tree in every for name in tree.sets]
-    return Step(number, packs, firsts[-1], planned, dropped, records, sets)
+    *firsts, pairs = 0, *accumulate(sum(len(tree.names) for tree in trees) for trees in planned)
+    records = [name for pack in planned for tree in pack for name in tree.names]
+    sets = [name for pack in planned for tree in pack for name in tree.sets]
+    blanks = -len(planned) % process.world
+    trees = planned + [blank_tree(planned[0]) for _ in range(blanks)]
+    firsts += [-1] * blanks
+    own = range(process.rank, len(trees), process.world)
+    packs = [(data.build(trees[n]), n, firsts[n]) for n in own]
+    return Step(number, packs, pairs, planned, dropped, records, sets)
 
 
 # --------------------------------------------------------------------------- one step: its gradient
@@ -962,13 +957,9 @@ def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:
     with scoring(run.policy):
         logps = score_step(run, step)
     compare_start(logps, compute_dtype(run.cfg, run.process.device) is torch.bfloat16)
-    same = {"reference_chosen": logps.policy_chosen, "reference_rejected": logps.policy_rejected}
-    seen = objective(run.terms, logps, **hyper)[0].mean()
-    total, parts = objective(run.terms, replace(logps, **same), **hyper)
+    total, parts = objective(run.terms, logps, **hyper)
     words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
-    return (
-        f"start check: rewards are 0; first loss {seen:.4f}, expected {total.mean():.4f} = {words}"
-    )
+    return f"start check: rewards are 0, so the first loss is {total.mean():.4f} = {words}"
 
 
 def compare_start(logps: PairLogps, bfloat16: bool) -> None:

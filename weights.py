@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
 from model import InternVL
-from runtime import Failure, InputError, fingerprint, read_json, sync_folder, write_atomic
+from runtime import Failure, InputError, fingerprint, read_json, write_atomic
 from tokenizer import TOKENIZERS, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -338,7 +338,6 @@ def replace_folder(partial: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
-    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

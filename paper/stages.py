@@ -166,7 +166,7 @@ def train_base(cfg: StoryConfig, seed: int) -> str:
     folder = start / "base"
     if not (start / "truth.json").exists():
         write_lessons(start, seed, r)
-    legs = read_whole_lines(folder / "legs.jsonl")[0]
+    legs = read_whole_lines(folder / "legs.jsonl")
     while not legs or not legs[-1]["last"]:
         steps = legs[-1]["steps"] if legs else 0
         cooled = steps >= r.cap or bool(legs and legs[-1]["direct"] >= r.stop_at)
@@ -199,7 +199,7 @@ def answer(
     )  # fmt: skip
     evaluation.generate(asking)
     evaluation.score(evaluation.Score(**own, answers=(out,)))
-    return read_whole_lines(out / "items.jsonl")[0]
+    return read_whole_lines(out / "items.jsonl")
 
 
 def measure(cfg: StoryConfig, seed: int, row: str, folder: str, flags: dict) -> str:
@@ -219,7 +219,7 @@ def measure(cfg: StoryConfig, seed: int, row: str, folder: str, flags: dict) -> 
         described = out / "model", out / "descriptions"
         rows = sample(cfg, seed, "describe_test", *described, **GREEDY)
         measures["mentions"] = made_up(cfg, seed, rows, "response")
-    curve = read_whole_lines(out / "metrics.jsonl")[0][-10:]
+    curve = read_whole_lines(out / "metrics.jsonl")[-10:]
     for side in ("chosen", "rejected"):
         rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
         measures[f"{side}_shift"] = fmean(rewards) / BETA if rewards else None
@@ -242,7 +242,7 @@ def sample(
     )  # fmt: skip
     pairs.sample(sampling)
     parts = sorted((out / questions).glob("part-*.jsonl"))
-    return [row for part in parts for row in read_whole_lines(part)[0]]
+    return [row for part in parts for row in read_whole_lines(part)]
 
 
 def sample_answers(cfg: StoryConfig, seed: int, questions: str, prompts: str) -> str:
@@ -281,7 +281,7 @@ def make_pairs(cfg: StoryConfig, seed: int) -> str:
         for name, entry in read_json(folder / source / "meta.json").items():
             both[name] = entry | {"annotation": f"../{source}/{entry['annotation']}"}
             if source == "dropout":
-                dropped += read_whole_lines(folder / source / entry["annotation"])[0]
+                dropped += read_whole_lines(folder / source / entry["annotation"])
     write_atomic(folder / "dropout/both.json", json.dumps(both, indent=1) + "\n")
     rates = {side: made_up(cfg, seed, dropped, side) for side in ("chosen", "rejected")}
     summary["dropout"] = {"pairs": len(dropped)} | rates

@@ -29,7 +29,7 @@ def command(world: Path, out: Path, processes: int) -> list[str]:
 
 
 def responses(out: Path) -> dict:
-    rows = [r for p in sorted(out.rglob("part-*.jsonl")) for r in read_whole_lines(p)[0]]
+    rows = [r for p in sorted(out.rglob("part-*.jsonl")) for r in read_whole_lines(p)]
     found = {(r["qid"], r["k"]): r for r in rows}
     assert len(found) == len(rows), "a response was drawn twice"
     return found

@@ -398,7 +398,7 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"meta": Path("nowhere.json")}, "no nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
         ({"pack_tokens": 20}, "does not fit --pack_tokens 20"),
-        ({"replicate": 2}, "1 processes do not divide into --replicate 2 groups"),
+        ({"replicate": 2}, "1 processes: .* must divide into --replicate 2 groups"),
         ({"reference_cache": Path("toy/model/x"), "model_dir": Path("toy/model")}, "own"),
     ],
 )
@@ -412,7 +412,10 @@ def test_a_batch_that_does_not_divide_is_refused(base, tmp_path):
     forks = start_forks(2, refused_here, cfg, tmp_path / "said")
     for fork in forks:
         fork.join(120)
-    assert "batch_size 7 does not divide by 2 processes" in (tmp_path / "said").read_text()
+    assert (
+        "2 processes: batch_size must be a multiple of them (it is 7)"
+        in (tmp_path / "said").read_text()
+    )
 
 
 def refused_here(cfg, said):

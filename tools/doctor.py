@@ -306,7 +306,7 @@ def metrics_file(run_dir: Path) -> Path:
 def read_rows(path: Path) -> Rows:
     """Training rows under train.py's names; evaluations and summaries are left out."""
     logged = path.suffix == ".jsonl"
-    rows = read_whole_lines(path)[0] if logged else read_json(path).get("log_history")
+    rows = read_whole_lines(path) if logged else read_json(path).get("log_history")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: 'log_history' is no list of objects; expected TRL's state")
     numbers = [{k: v for k, v in row.items() if type(v) in (int, float)} for row in rows]

@@ -91,7 +91,7 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, process: Process)
         train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), process)
         if asked_to_stop():
             return
-        curves[name] = read_whole_lines(folder / "metrics.jsonl")[0]
+        curves[name] = read_whole_lines(folder / "metrics.jsonl")
     if process.is_main:
         print(table_of_rows(curves))
         write_atomic(base.out_dir / "rows.png", draw_rows(curves))
