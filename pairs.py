@@ -378,10 +378,10 @@ def sample(cfg: SampleConfig) -> None:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
                 raise InputError(f"{question.name}: an image {remedy}")
             each = max(1, tiles // max(1, len(paths)))
-            text = question.fields["question"]
             settings = {"max_tiles": each, "samples": missing, "name": question.name}
             settings["system_prompt"] = question.fields.get("system_prompt")
-            requests.append((Prompt(question.qid, text, paths, **settings), question))
+            prompt = Prompt(question.qid, question.fields["question"], paths, **settings)
+            requests.append((prompt, question))
     if not requests:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
@@ -477,7 +477,7 @@ _SHAPES: set[tuple[type, ...]] = set()  # types of the fields of lines that were
 def response_key(record: dict, name: str) -> str:
     """The group of a response: (images, question before it was wrapped, gold as text)."""
     shape = tuple(type(record.get(key, ...)) for key in SampledLine.__annotations__)
-    if shape not in _SHAPES:  # the lines of a file are of one or two
+    if shape not in _SHAPES:
         from_json(SampledLine, record, name)
         _SHAPES.add(shape)
     if record.get("answer") is None:
@@ -512,26 +512,25 @@ def pair_set(
     """Judge and pair one data set; its report, and its entries for meta.json."""
     counts, written, per_query, cost = totals = [Counter() for _ in range(4)]
     groups = grouped(data_set.files, response_key, cfg.workers)
-    cap = cfg.pairs_per_query
     stems = {kind: f"{data_set.name}_pairs_vqa_{kind}_rules" for kind in KINDS}
     with contextlib.ExitStack() as stack:
         paths = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
         paths["all wrong"] = cfg.out_dir / "all_wrong" / f"{data_set.name}.jsonl"
         write = {kind: stack.enter_context(new_lines(path)) for kind, path in paths.items()}
-        work = functools.partial(pair_groups, cfg, data_set.name, modes, cap)
+        work = functools.partial(pair_groups, cfg, data_set.name, modes)
         for lines, *counters in in_order(work, groups, 50, cfg.workers, data_set.name):
             for kind, text in lines.items():
                 write[kind](text)
             for total, counter in zip(totals, counters):
                 total.update(counter)
-    report = {"modes": modes, "cap": cap, "responses": counts.pop("responses", 0)}
+    report = {"modes": modes, "cap": cfg.pairs_per_query, "responses": counts.pop("responses", 0)}
     report["pairs_per_query"] = {str(k): per_query[k] for k in sorted(per_query)}
     entries = {stem: meta_entry(cfg, data_set, stem, written[k]) for k, stem in stems.items()}
     return report | report_of({k: written[k] for k in KINDS}, counts, cost), entries
 
 
 def pair_groups(
-    cfg: CorrectnessConfig, name: str, modes: list[str], cap: int, groups: list
+    cfg: CorrectnessConfig, name: str, modes: list[str], groups: list
 ) -> tuple[dict[str, bytes], Counter, Counter, Counter, Counter]:
     """Kind of output -> its lines, then the counters of `pair_set`."""
     lines: dict[str, list[bytes]] = defaultdict(list)
@@ -544,14 +543,14 @@ def pair_groups(
         for row in rows:
             spend(cost, row)
         judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
-        drawn = draw_pairs(judged, group.key, cfg.seed, cap, cfg.official_caps)
+        cap, official = cfg.pairs_per_query, cfg.official_caps
+        drawn = draw_pairs(judged, group.key, cfg.seed, cap, official)
         counts += judged_counts
         counts["repeated lines"] += len(records) - len(rows)
         counts["questions without a pair"] += not any(drawn.values())
         per_query[sum(map(len, drawn.values()))] += 1
         if all(response.verdict != "correct" for response in judged):
-            names = ("qid", "image", "question", "question_orig", "answer", "prompt_version")
-            names += ("system_prompt",)
+            names = "qid image question question_orig answer prompt_version system_prompt".split()
             lines["all wrong"].append(json_line({n: rows[0][n] for n in names if n in rows[0]}))
         for kind, pairs in drawn.items():
             written[kind] += len(pairs)
@@ -736,9 +735,8 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
     def finish(row: dict, s: Sample) -> dict:
         reason = useless(row, s.text)
         draws[row["rid"]] = s.sample + 1 if reason else MAX_DRAWS
-        names = ("image", "question", "qid", "k", "finish_reason", "tokens", "prompt_tokens")
-        names += ("image_tokens", "system_prompt")
-        source = {n: row[n] for n in names if n in row}
+        names = "image question qid k finish_reason tokens prompt_tokens image_tokens system_prompt"
+        source = {n: row[n] for n in names.split() if n in row}
         record = {"rid": row["rid"], "draw": s.sample, "reason": reason or "ok", "source": source}
         record |= {"chosen": row["response"], "rejected": s.text}
         return record | {"kept": len(row["kept"]), "glue": row["glue"]}

@@ -755,8 +755,8 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     for 12), is a number within a hundredth of it, or the same list in another order."""
     answer, gold = plain_text(answer[:MAX_ANSWER]), plain_text(str(gold))
     option, ours = read_options(gold, strict=True), read_options(answer)
-    if option and (ours is None or ours.letters > option.letters):
-        if len(option.letters) == 1 and re.search(rf"\b{min(option.letters)}\b", answer):
+    if option and len(option.letters) == 1 and (ours is None or ours.letters > option.letters):
+        if re.search(rf"\b{min(option.letters)}\b", answer):
             return True
     have, want = _tokens(answer), _tokens(option.text if option else gold)
     if len(have) > 1 and isinstance(have[0], Fraction) and set(have) < set(want):
