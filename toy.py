@@ -305,7 +305,7 @@ def write_world(
     write_model(out / "model", seed, teach, llm)
     world = World(out, seed)
     world.picture("new", 0)  # to ask about: in no pair
-    few, short = (8, 5 * pairs) if demo else (max(2, pairs // 8), pairs // 2)
+    few, short = max(2, pairs // 8), 5 * pairs if demo else pairs // 2
     sets = {
         "toy_steps": [world.counting_pair("square", i, True) for i in range(pairs)],
         "toy_direct": [world.counting_pair("square", pairs + i, False) for i in range(short)],
