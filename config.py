@@ -136,6 +136,8 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
         raise InputError(f"{file}: {config.tile_size} pixels are no even grid of patches")
     if vision.hidden_size % vision.num_attention_heads:
         raise InputError(f"{file}: vision_config: its heads do not divide hidden_size")
+    if not -vision.num_hidden_layers - 1 <= config.select_layer <= vision.num_hidden_layers:
+        raise InputError(f"{file}: the ViT has no layer select_layer {config.select_layer}")
     return config
 
 

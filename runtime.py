@@ -157,6 +157,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
             options["action"] = "append"
         elif origin is types.UnionType:
             options["type"] = lambda text, kind=kind: kind(text) if text else None
+            options["type"].__name__ = kind.__name__  # for "invalid float value"
         # SUPPRESS, then fill in below: an appended flag must not grow on top of its default
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
 
@@ -164,7 +165,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     if argv and not argv[0].startswith("-") and hasattr(cls, "FIRST"):
         argv = [f"--{cls.FIRST}", *argv]
     if (path := getattr(parser.parse_known_args(argv)[0], "config", None)) is not None:
-        argv = _config_as_flags(parser, path, set(hints)) + argv
+        argv = _config_as_flags(parser, path, hints) + argv
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -182,18 +183,20 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
         parser.error(str(error))
 
 
-def _config_as_flags(parser: argparse.ArgumentParser, path: Path, known: set[str]) -> list[str]:
+def _config_as_flags(parser: argparse.ArgumentParser, path: Path, hints: dict) -> list[str]:
     """A saved config replayed as flags, so a saved value meets the same checks as a typed one."""
     try:
         saved = read_json(path)
     except (OSError, InputError) as error:
         parser.error(f"--config {path}: {error}")
-    if stray := [k for k in saved if k not in known]:
+    if stray := [k for k in saved if k not in hints]:
         parser.error(f"--config {path}: unknown key {stray[0]!r}; see --help for the flags")
     flags = []
     for name, value in saved.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list) and typing.get_origin(hints[name]) is not tuple:
+            parser.error(f"--config {path}: {name!r} is a list; expected one value")
         elif value is not None:
             flags += [f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
     return flags

@@ -199,8 +199,9 @@ def test_other_files_are_read_like_lines(folder, ending):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        pyarrow = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow to run this")
-        pyarrow.write_table(pyarrow.lib.Table.from_pylist(rows), path)
+        pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow to run this")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert convert.convert(ConvertConfig(input=path, out=folder / "other"))["kept"] == 2
     assert records(folder / "other/meta.json") == expected
 

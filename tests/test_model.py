@@ -306,6 +306,7 @@ def with_llm(**values):
         (without("", "use_thumbnail"), "use_thumbnail is False"),
         (lambda c: c.update(min_dynamic_patch=3), "min_dynamic_patch is 3"),
         (lambda c: c.update(max_dynamic_patch=3000), "max_dynamic_patch must be >= 1 and <= 128"),
+        (lambda c: c.update(select_layer=-30), "no layer select_layer -30"),
         (lambda c: c.update(downsample_ratio=0.25), "downsample_ratio is 0.25"),
         (lambda c: c.update(force_image_size=450), "450 pixels"),
         (with_llm(rope_scaling={"type": "dynamic"}), "'rope_factor' must be float"),

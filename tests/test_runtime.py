@@ -97,11 +97,19 @@ def test_help_has_a_line_a_flag_under_headings(capsys):
     assert "[()]" not in text and "[None]" not in text
 
 
-def test_a_config_with_a_strange_key_is_refused(tmp_path, capsys):
-    (tmp_path / "c.json").write_text('{"learning_rate": 1}')
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"learning_rate": 1}', "unknown key 'learning_rate'"),
+        ('{"lr": [1, 2]}', "'lr' is a list; expected one value"),
+        ('{"lr": {"a": 1}}', "invalid float value"),
+    ],
+)
+def test_a_config_with_a_strange_key_or_value_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "c.json").write_text(text)
     with pytest.raises(SystemExit):
         parse_cli(Config, ["--config", str(tmp_path / "c.json")])
-    assert "unknown key 'learning_rate'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_command_gets_a_suggestion(capsys):
