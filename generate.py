@@ -31,7 +31,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from runtime import InputError, Settings, flag, named, parse_cli, run
+from runtime import InputError, Settings, fits, flag, named, parse_cli, read_json, run
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class GenerateConfig(Settings):
     image: tuple[Path, ...] = flag((), "an image; may be repeated")
     question: str = flag("", "the question; empty = an interactive chat")
     prefix: str = flag("", "beginning of the answer, to be continued")
+    history: Path | None = flag(None, "JSON file: a list of [question, answer] of earlier turns")
     max_tiles: int = flag(0, "tiles an image, without the thumbnail; 0 = the model's", 0, 128)
     num_samples: int = flag(1, "answers to the question", 1)
     marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
@@ -536,7 +537,20 @@ class Generator:
 # --------------------------------------------------------------------------- command line
 
 
+def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
+    """[[question, answer], ...] from a JSON file."""
+    if path is None:
+        return ()
+    turns = read_json(path, list)
+    if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
+        raise InputError(f"history {path}: expected a list of [question, answer] pairs of text")
+    return tuple((question, answer) for question, answer in turns)
+
+
 def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) -> Prompt:
+    if history and cfg.image and IMAGE not in "".join(q for q, _ in history) + question:
+        first, *rest = history  # the images belong to the first turn, as in chat()
+        history = ((with_image_placeholders(first[0], len(cfg.image)), first[1]), *rest)
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
     fields = {"max_tiles": cfg.max_tiles or tiles, "num_samples": cfg.num_samples}
     fields["name"] = "the question"
@@ -545,7 +559,7 @@ def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) 
 
 def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
     """Questions from stdin, answers streamed to stdout, until the input ends."""
-    history: tuple[tuple[str, str], ...] = ()
+    history = read_history(cfg.history)
     print("ask; an empty line or Ctrl-D ends the chat", file=sys.stderr)
     invitation = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
@@ -566,12 +580,13 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
 def main() -> None:
     cfg = parse_cli(GenerateConfig)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
+    history = read_history(cfg.history)
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)}
     generator = Generator.load(cfg.model_dir, dtype=dtype, **settings)
     tiles = generator.model.config.max_tiles
     if not cfg.question:
         return chat(generator, cfg, tiles)
-    samples = generator.run([make_prompt(cfg, cfg.question, (), tiles)])
+    samples = generator.run([make_prompt(cfg, cfg.question, history, tiles)])
     for s in sorted(samples, key=lambda s: s.sample):
         if cfg.json:
             shown = {"sample": s.sample, "text": s.text, "tokens": s.num_tokens}

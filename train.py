@@ -19,6 +19,7 @@ why); weight decay spares vectors.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import signal
@@ -509,6 +510,13 @@ class OnlineReference:
             own.lerp_(local(policy_row).to(own.dtype), mix)
 
 
+def with_checksum(row: dict) -> dict:
+    """The row and a checksum of its other values."""
+    values = {key: value for key, value in row.items() if key != "checksum"}
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4)
+    return values | {"checksum": digest.hexdigest()}
+
+
 class CachedReference:
     """Log-probs of every response of the run under the start weights, scored once.
 
@@ -539,7 +547,9 @@ class CachedReference:
 
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
-            for _, row in runtime.read_jsonl(part, part=True):
+            for number, row in runtime.read_jsonl(part, part=True):
+                if row != with_checksum(row):
+                    raise InputError(f"{part} line {number}: not as it was written; delete {part}")
                 self.logps[row["key"]] = row["logp"]
         dist.barrier()  # nobody appends before everybody has read
 
@@ -562,7 +572,7 @@ class CachedReference:
                 pack, queue = data.build(trees).to(process.device), queue[process.world :]
                 sums, lengths = score(policy, pack, cfg)
                 for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if own else ():
-                    part.append(dict(zip(("key", "logp", "length"), row)))
+                    part.append(with_checksum(dict(zip(("key", "logp", "length"), row))))
             if asked_to_stop():
                 part.close()
                 process.say("asked to stop: what is scored is kept; the same command continues")

@@ -793,6 +793,10 @@ def test_a_chat_answers_each_line_and_remembers(toy, ask):
 
 
 def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
+    (tmp_path / "h.json").write_text('[["q"]]')
+    done = ask("--question", "x", "--history", tmp_path / "h.json")
+    assert done.returncode == 2
+    assert "h.json: expected a list of [question, answer] pairs" in done.stderr
     (tmp_path / "a.png").write_bytes(b"no image")
     done = ask("--question", "x", "--image", tmp_path / "a.png")
     assert done.returncode == 2 and "a.png cannot be read" in done.stderr

@@ -289,6 +289,17 @@ def test_a_reference_cache_of_other_weights_is_refused(base, toy, straight):
         run_here(cfg)
 
 
+def test_a_changed_digit_in_the_reference_cache_is_refused_by_file_and_line(base, toy, straight):
+    cache = shutil.copytree(toy / "reference", toy / "changed-reference")
+    part = sorted(cache.glob("part-*.jsonl"))[0]
+    lines = part.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace('"logp": -', '"logp": -1')
+    part.write_text("".join(lines))
+    cfg = replace(base, reference_cache=cache, out_dir=toy / "changed")
+    with pytest.raises(InputError, match=rf"{part.name} line 2: not as it was written"):
+        run_here(cfg)
+
+
 def test_a_run_refuses_at_its_start_to_overwrite_its_own_model(base, toy):
     with pytest.raises(InputError, match="overlap"):
         run_here(replace(base, out_dir=base.model_dir.parent))
