@@ -57,7 +57,7 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     return rows[seeded(seed, "order", epoch).permutation(len(rows))]
 
 
-TILES_AT_ONCE = 8  # a padded pack has a multiple of these
+TILE_MULTIPLE = 8  # a padded pack holds a multiple of so many tiles
 
 
 # --------------------------------------------------------------------------- trees
@@ -158,7 +158,7 @@ def fit_tree(
 
 
 def merge(a: Tree, b: Tree) -> Tree:
-    """Two trees of one question as one bush; a response that both have is there once."""
+    """Two trees of one question as a bush, a tree of several pairs; no response twice."""
     responses = a.responses + [response for response in b.responses if response not in a.responses]
     place = [responses.index(response) for response in b.responses]
     return replace(
@@ -230,7 +230,7 @@ class Pack:
 
         return Pack(**{k: moved(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
-    def padded(self, tokens: int, tiles: int = TILES_AT_ONCE) -> "Pack":
+    def padded(self, tokens: int, tiles: int = TILE_MULTIPLE) -> "Pack":
         """The same scores in shapes that stay, so that a GPU compiles its kernels once.
 
         Up to a multiple of `tokens` the filler is a tree of its own that nothing scores; up to a

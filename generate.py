@@ -163,7 +163,7 @@ def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:  # (row) uint64,
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-PART = 256  # tokens
+PART = 256  # tokens whose probabilities are summed first: short sums are exact enough
 
 
 def filtered_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

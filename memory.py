@@ -40,7 +40,7 @@ class LoraLinear(nn.Linear):
 
 
 def add_adapters(parts: list[nn.Module], rank: int, alpha: float) -> None:
-    """An adapter for every linear layer of the blocks of `parts`; it counts alpha / rank times."""
+    """An adapter for every linear layer of the blocks of `parts`, scaled by alpha / rank."""
     for part in parts:
         for name, layer in part.named_modules():
             if type(layer) is nn.Linear and "layers." in name:
@@ -56,7 +56,7 @@ def adapters(model: nn.Module) -> dict[str, LoraLinear]:
 
 @torch.no_grad()
 def start_adapters(model: nn.Module, seed: int) -> None:
-    """Noise below, zeros above: the start is the model itself, for any number of processes."""
+    """lora_down random, lora_up zero: training starts at the model itself."""
     for name, layer in adapters(model).items():
         noise = seeded(seed, "lora", name).standard_normal(tuple(layer.lora_down.shape))
         noise = torch.from_numpy(noise) / layer.in_features**0.5

@@ -352,7 +352,8 @@ def sample(cfg: SampleConfig) -> None:
     if unknown := [mode for mode in split_names(cfg.modes) if mode not in answers.MODES]:
         raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(answers.MODES)}")
     default_versions, default_tiles = DOMAINS[cfg.domain]
-    versions = split_names(cfg.prompts) or list(default_versions)
+    chinese = "_zh_" in cfg.questions.name  # the official script's rule
+    versions = split_names(cfg.prompts) or (["zh"] if chinese else list(default_versions))
     tiles = cfg.max_tiles or default_tiles
     questions = read_questions(cfg.questions, name, versions, tiles, cfg.seed, cfg.max_questions)
     folder, share = cfg.out_dir / name, math.ceil(cfg.num_samples / len(versions))

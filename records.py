@@ -257,8 +257,8 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     """meta.json -> data sets.  `max_tiles` holds where an entry has no max_dynamic_patch.
 
     A .jsonl alone is one data set, with its images beside it.  Paths are looked for beside
-    meta.json, then from the working folder, then by their tails: MMPR was published with paths of
-    its authors' disks, or from above the folder (`find_beside`).
+    meta.json, then from the working folder, then by their longest end that exists: MMPR was
+    published with paths of its authors' disks, or from above the folder (`find_beside`).
     """
     path, notes = Path(path), []
     if not path.is_file():

@@ -90,7 +90,7 @@ class TrainConfig:
         "selective: also attention and narrow products\noff: everything\n"
         "auto: full for as few blocks as a GPU's memory asks",
     )
-    recompute_blocks: int = flag(-1, "blocks that this is for, the ViT's first; -1 = all", low=-1)
+    recompute_blocks: int = flag(-1, "so many blocks, the ViT's first; -1 = all", low=-1)
     sync: Literal["auto", "pack", "step"] = flag(
         "auto",
         "processes exchange weights and gradients block by block in each pack, or once a step, "
@@ -102,7 +102,7 @@ class TrainConfig:
         "fp32", "weights, gradients and AdamW's moments; bf16 rounds at random: half the memory"
     )
     lora_rank: int = flag(0, "train only adapters of this rank; 0 = train the weights", low=0)
-    lora_alpha: float = flag(32.0, "adapters count alpha / rank times")
+    lora_alpha: float = flag(32.0, "an adapter's output is scaled by alpha / rank")
     lora_parts: Literal["language", "vision", "both"] = flag("language", "blocks with adapters")
     replicate: int = flag(1, "groups of GPUs with a whole copy each, sharded within (HSDP)", low=1)
     save_every: int = flag(200, "steps between checkpoints", low=1)
@@ -155,7 +155,7 @@ import losses
 import memory
 import weights
 from config import InternVLConfig, load_config, recipe
-from data import TILES_AT_ONCE, Pack, PairData, Tree, prefetch, response_keys, seeded
+from data import TILE_MULTIPLE, Pack, PairData, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
@@ -841,7 +841,7 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
     if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
         # every process takes part in the same collectives: the smallest tile, or the usual shape
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
-        pack = pack.with_blank_tiles(TILES_AT_ONCE if compiled else 1, size)
+        pack = pack.with_blank_tiles(TILE_MULTIPLE if compiled else 1, size)
     if pack.tree.is_cuda:  # one shape for all packs: kernels are compiled once
         pack = pack.padded(-(-cfg.pack_tokens // 128) * 128)
     return model(
