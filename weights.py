@@ -48,6 +48,8 @@ def weight_files(model_dir: Path) -> dict[str, Path]:
     listed = read_json(index).get("weight_map") if index.is_file() else None
     shards = set(map(str, listed.values())) if isinstance(listed, dict) else ()
     for path in sorted(map(model_dir.joinpath, shards)) or sorted(model_dir.glob("*.safetensors")):
+        if path.parent != model_dir:
+            raise InputError(f"{index}: shard {path} lies outside {model_dir}")
         if not path.is_file():
             raise InputError(f"missing shard {path}, named in {INDEX}; fetch it again")
         with open_weights(path) as f:

@@ -268,6 +268,15 @@ def test_a_model_after_a_step_of_mpo_comes_back_as_it_was_trained(tmp_path, name
     assert any("wqkv.weight" in n for n in changed) and any("output.weight" in n for n in changed)
 
 
+def test_an_index_cannot_point_out_of_its_folder(folder):
+    index = json.loads((folder / INDEX).read_text())
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "../evil.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="outside"):
+        load_model(folder)
+
+
 def test_only_an_earlier_export_is_replaced_and_it_is_replaced_whole(folder, tmp_path):
     model, out = load_model(MICRO), tmp_path / "out"
     (folder / "modeling_internvl_chat.py").write_text("raise SystemExit('remote code was run')\n")
