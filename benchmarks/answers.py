@@ -634,7 +634,11 @@ def edit_distance(a: str, b: str) -> int:
         a, b = b, a
     if not b:
         return len(a)
-    positions = {char: int("".join("01"[x == char] for x in reversed(a)), 2) for char in set(b)}
+    places = {char: bytearray(len(a) // 8 + 1) for char in b}
+    for i, char in enumerate(a):
+        if char in places:
+            places[char][i >> 3] |= 1 << (i & 7)
+    positions = {char: int.from_bytes(bits, "little") for char, bits in places.items()}
     full, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
     plus, minus, distance = full, 0, len(a)  # vertical differences +1 and -1
     for char in b:
