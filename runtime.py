@@ -256,6 +256,7 @@ def config_json(cfg: Any) -> str:
 
 # errors of the file system that are about what the user named; all others are failures
 NAMED_WRONGLY = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+NAMED_WRONGLY |= {errno.EEXIST}  # a file where a folder is to be
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,11 +11,8 @@ plain.py says what is computed: read it first.  This file gets the same numbers 
 work.  It reads top to bottom: `train` is the loop, then follows what the loop calls, in that order.
 A pair's prompt is computed once for both responses (a packed tree, data.py); the reference is
 scored once before training; every loss is a mean over the pairs of the global batch, so that
-1 process x 8 packs, 2 x 4 and 8 x 1 are one update.
-
-Differs from the official trainer_dpo.py: prompt and image are encoded once per pair, not four
-times; BCO's shift is updated once a step, after use, and is part of the checkpoint (losses.py says
-why); weight decay spares vectors.
+1 process x 8 packs, 2 x 4 and 8 x 1 are one update.  docs/differences.md: what the
+official trainer_dpo.py does in another way.
 """
 
 import contextlib
@@ -201,7 +198,9 @@ class Run:
 
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
-    check_folders(cfg)
+    weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
+    if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
+        raise InputError("reference_cache lies in model_dir; pass a folder of its own")
     with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir", process):
         run = open_run(cfg, process)
         cfg, policy, reference, optimizer = run.cfg, run.policy, run.reference, run.optimizer
@@ -238,6 +237,8 @@ def train(cfg: TrainConfig, process: Process) -> None:
                 process.say(f"asked to stop: saved step {number}; the same command continues")
                 return
         book.close()
+        if not any(row["lr"] and row["grad_norm"] for row in book.rows):
+            raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
         if best := best_row(book.rows):
             process.say(f"best step by held-out pairs: {best['step']} of {run.total}")
         memory.merge_adapters(policy)
@@ -286,13 +287,6 @@ def open_run(cfg: TrainConfig, process: Process) -> Run:
         cfg, process, terms, policy, reference, hyper, data, heldout, optimizer, shift, meter,
         tensors, total, done,
     )  # fmt: skip
-
-
-def check_folders(cfg: TrainConfig) -> None:
-    """What would write over the run's input is refused at its start, not at its end."""
-    weights.export_folder(cfg.out_dir / "model", cfg.model_dir)
-    if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
-        raise InputError("reference_cache lies in model_dir; pass a folder of its own")
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
@@ -510,11 +504,8 @@ class OnlineReference:
             own.lerp_(local(policy_row).to(own.dtype), mix)
 
 
-def with_checksum(row: dict) -> dict:
-    """The row and a checksum of its other values."""
-    values = {key: value for key, value in row.items() if key != "checksum"}
-    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4)
-    return values | {"checksum": digest.hexdigest()}
+def checksum(row: dict) -> str:
+    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 class CachedReference:
@@ -548,7 +539,7 @@ class CachedReference:
     def read(self) -> None:
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for number, row in runtime.read_jsonl(part, part=True):
-                if row != with_checksum(row):
+                if row.pop("checksum", None) != checksum(row):
                     raise InputError(f"{part} line {number}: not as it was written; delete {part}")
                 self.logps[row["key"]] = row["logp"]
         dist.barrier()  # nobody appends before everybody has read
@@ -572,7 +563,8 @@ class CachedReference:
                 pack, queue = data.build(trees).to(process.device), queue[process.world :]
                 sums, lengths = score(policy, pack, cfg)
                 for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if own else ():
-                    part.append(with_checksum(dict(zip(("key", "logp", "length"), row))))
+                    values = dict(zip(("key", "logp", "length"), row))
+                    part.append(values | {"checksum": checksum(values)})
             if asked_to_stop():
                 part.close()
                 process.say("asked to stop: what is scored is kept; the same command continues")

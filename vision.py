@@ -20,6 +20,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from runtime import InputError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -52,6 +54,10 @@ def tile_grid(
     On an exact tie the larger grid wins iff the image has more than half of its pixels
     (official `find_closest_aspect_ratio`).
     """
+    if width < 1 or height < 1:
+        raise InputError(f"image of {width} x {height} pixels; both sides must be at least 1")
+    if not 1 <= min_tiles <= max_tiles <= 1000:
+        raise InputError(f"need 1 <= min_tiles <= max_tiles <= 1000, got {min_tiles}, {max_tiles}")
     aspect, best, best_difference = width / height, (1, 1), float("inf")
     for cols, rows in candidate_grids(max_tiles, min_tiles):
         difference = abs(aspect - cols / rows)

@@ -223,6 +223,7 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         (lambda: open("nowhere"), 2, "No such file or directory: 'nowhere'"),
         (lambda: open("/"), 2, "Is a directory: '/'"),
         (lambda: open("/dev/null/x"), 2, "Not a directory: '/dev/null/x'"),
+        (lambda: Path("/dev/null").mkdir(), 2, "File exists: '/dev/null'"),
         (lambda: open("a" * 300), 2, "File name too long"),
         (lambda: open("a\0b"), 2, "a file name holds a null character"),
         (lambda: b"\xff".decode(), 2, "not valid UTF-8"),

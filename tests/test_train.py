@@ -275,6 +275,13 @@ def test_a_run_in_which_no_weight_would_move_is_refused(base, toy, tmp_path, cha
         run_here(cfg)
 
 
+def test_a_run_without_any_gradient_fails_and_saves_no_model(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "clip_gradient", lambda run: 0.0)
+    with pytest.raises(Failure, match="no weight has changed, so nothing is saved"):
+        run_here(replace(base, out_dir=tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_checkpoint_of_other_flags_is_refused(straight):
     cfg, _ = straight
     with pytest.raises(InputError, match="beta was 0.1, now 0.2"):

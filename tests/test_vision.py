@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model import parse_config
+from runtime import InputError
 from vision import (
     InternViT,
     VisionConfig,
@@ -164,6 +165,13 @@ def test_drop_path_grows_with_depth_and_rests_in_eval():
     assert not torch.equal(vit(tiles), vit(tiles))
     vit.eval()
     assert torch.equal(vit(tiles), vit(tiles))
+
+
+def test_impossible_tilings_are_refused():
+    with pytest.raises(InputError, match="0 x 5"):
+        tile_grid(0, 5, 12)
+    with pytest.raises(InputError, match="min_tiles <= max_tiles"):
+        tile_grid(5, 5, 0)
 
 
 def test_shapes_of_both_vision_towers_come_from_the_golden_files():
