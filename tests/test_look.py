@@ -114,10 +114,11 @@ def gold_pairs(tmp_path):
 def test_stats_stand_beside_the_papers_table(tmp_path, run_look):
     meta = gold_pairs(tmp_path)
     status, text = run_look("stats", meta)
-    assert status == 0 and "about 2.5M" in text and "350.5 / 33 / 4,097" in text
-    assert "pairs a question: {8: 1}" in text and "missing an image: 0" in text
+    assert status == 0 and "about 2.5M" in text and "350.5 (33 to 4097)" in text
+    assert "with gold: pairs a question {8: 1}" in text
     summary = json.loads((tmp_path / "stats.json").read_text())
-    assert summary["unit"] == "words" and summary["kinds"]["with gold"]["chosen"]["mean"] == 3
+    assert summary["unit"] == "words" and summary["with gold"]["missing an image"] == 0
+    assert summary["with gold"]["chosen"] == {"mean": 3.0, "min": 3, "max": 3}
 
 
 @pytest.mark.parametrize(
@@ -145,23 +146,20 @@ def test_stats_say_how_a_data_set_was_made_and_how_many_pairs_have_several_image
     meta.write_text(meta.read_text().replace('"a":', '"x_pairs_vqa_direct_rules":'))
     status, text = run_look("stats", meta)
     row = next(line.split() for line in text.splitlines() if line.startswith("x_pairs"))
-    assert status == 0 and row[:7] == [
-        "x_pairs_vqa_direct_rules",
-        "/",
-        "direct",
-        "/",
-        "none",
-        "2",
-        "1",
-    ]
+    assert status == 0 and row[:6] == "x_pairs_vqa_direct_rules / direct / none 2".split()
+    [group] = [v for k, v in json.loads((tmp_path / "stats.json").read_text()).items() if "/" in k]
+    assert (group["pairs"], group["several images"]) == (2, 1)
 
 
-def test_the_page_is_self_contained_escaped_and_marks_where_responses_part():
+def test_the_page_is_self_contained_escaped_and_marks_where_responses_part(tmp_path, run_look):
     record = {"question": EVIL, "chosen": "Same start, right", "rejected": f"Same start, {EVIL}"}
     record |= {"answer_gt": EVIL, "chosen_meta": {"verdict": "correct"}}
-    page = look.render_page([(f"set{EVIL}", record, [])])
+    meta = write_set(tmp_path, [record])
+    meta.write_text(meta.read_text().replace('"a":', json.dumps(f"set{EVIL}") + ":"))
+    assert run_look("show", meta, "--out", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text()
     assert EVIL not in page and page.count("&lt;script&gt;") >= 4
-    assert 'Same start, <span class="apart">right</span>' in page
+    assert "Same start, <mark>right</mark>" in page
     assert "http:" not in page and "https:" not in page and "verdict: correct" in page
 
 

@@ -56,36 +56,32 @@ def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> N
 
 
 def curve_panels(
-    panels: dict[str, dict[str, list[dict]]],
+    panels: dict[str, dict[str, dict]],
     cols: int,
-    x_label: str = "",
-    y_label: str = "",
     y_scale: str = "linear",  # symlog: logarithmic outside -1 ... 1
-) -> Any:
-    """One panel a title: for each label its runs (x -> y), each thin, and their mean, thick.
+    dpi: int = 110,
+) -> bytes:
+    """PNG: title -> curves of a panel, label -> (step -> value); what is empty is left out.
 
-    A label has one colour and dash in all panels and stands at the right end of its curve.
+    A label has one colour and dash in all panels and stands beside the end of its curve, too.
     """
-    shown = [(label, runs) for curves in panels.values() for label, runs in curves.items()]
-    labels = list(dict.fromkeys(label for label, runs in shown if runs))
+    panels = {
+        title: shown
+        for title, curves in panels.items()
+        if (shown := {label: points for label, points in curves.items() if points})
+    }
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     pens = {}
     for number, label in enumerate(labels):
         dashes = ("-", "--", ":", "-.")[number // 10 % 4]
         pens[label] = {"color": f"C{number % 10}", "linestyle": dashes}
-    rows = -(-len(panels) // cols)
-    height = 3.2 if len(labels) < 10 else 5
+    rows, height = -(-len(panels) // cols), 3.2 if len(labels) < 10 else 5
     figure, axes = new_figure(rows, cols, width=5, height=height, squeeze=False)
     for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for label, runs in curves.items():
-            for run in runs if len(runs) > 1 else ():
-                axis.plot(*zip(*run.items()), **pens[label], alpha=0.25, linewidth=0.7)
-            # only what every run has: the mean does not jump where one ends
-            shared = [x for x in runs[0] if all(x in run for run in runs)] if runs else []
-            if shared:
-                mean = [sum(run[x] for run in runs) / len(runs) for x in shared]
-                marker = "o" if len(shared) < 12 else ""
-                axis.plot(shared, mean, **pens[label], linewidth=1.6, marker=marker, label=label)
-        axis.set(title=title, xlabel=x_label, ylabel=y_label)
+        for label, points in curves.items():
+            marker = "o" if len(points) < 12 else ""
+            axis.plot(*zip(*points.items()), **pens[label], marker=marker, label=label)
+        axis.set(title=title, xlabel="step")
         if y_scale == "symlog" and max(map(abs, axis.get_ylim())) > 10:
             axis.set_yscale("symlog", linthresh=1)
             axis.yaxis.set_major_formatter("{x:g}")
@@ -96,29 +92,18 @@ def curve_panels(
     keys = [axes.flat[0].plot([], [], **pen)[0] for pen in pens.values()]
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(9, len(labels))}
     figure.legend(keys, labels, **place)
-    return figure
+    return png(figure, dpi)
 
 
 def label_ends(axes: Any) -> None:
-    """Write every curve's label beside its right end, in its colour, none on top of another."""
-    lines = [line for line in axes.lines if not line.get_label().startswith("_")]
-    if not lines:
-        return
-    axes.autoscale_view()  # else the limits are not those of the picture yet
-    inches = axes.get_position().height * axes.figure.get_size_inches()[1]
-    to_axes = axes.transData - axes.transAxes
-    ends = [(to_axes.transform(line.get_xydata()[-1])[1], line) for line in lines]
-    gap, top = 0.13 / inches, -float("inf")  # shares of the axis; the gap is a line of text
-    heights = {}
-    for height, line in sorted(ends, key=lambda end: end[0]):
-        heights[line] = top = max(height, top + gap)
-    for line, height in heights.items():
-        place = (1.03, height - max(0.0, top - 1))  # a stack that would leave the axis begins lower
-        colour, text = line.get_color(), line.get_label()
-        pointer = {"arrowstyle": "-", "color": colour, "linewidth": 0.5}
+    """Curves' labels one above the other on the right, in the order of the ends they point to."""
+    lines = sorted(axes.lines, key=lambda line: line.get_ydata()[-1])
+    for number, line in enumerate(lines):
+        place, colour = (1.06, (number + 0.5) / len(lines)), line.get_color()
+        pointer = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5)}
         axes.annotate(
-            text, line.get_xydata()[-1], place, textcoords="axes fraction", arrowprops=pointer,
-            color=colour, fontsize=8, va="center", annotation_clip=False,
+            line.get_label(), line.get_xydata()[-1], place, textcoords="axes fraction",
+            arrowprops=pointer, color=colour, fontsize=8, va="center", annotation_clip=False,
         )  # fmt: skip
 
 
@@ -139,17 +124,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+# tables, drawings and code are scrolled sideways on a phone, and stay readable
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
   padding: 0 1rem; overflow-wrap: anywhere }
-img { max-width: 100% }  table { border-collapse: collapse; display: block; overflow-x: auto }
-img { min-width: 9rem; image-rendering: pixelated }
-td, th { border-bottom: 1px solid #ccc; padding: .2rem .6rem; text-align: left }
-pre { white-space: pre-wrap }"""
-# of pages with drawings: on a phone one scrolls them and the code sideways, and they stay readable
-WIDE = """ .wide { overflow-x: auto } .wide img { min-width: 44rem; image-rendering: auto }
-pre { white-space: pre; overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .85rem }
-pre b { white-space: pre-wrap }  code { background: #f4f4f4 }
-td, th { overflow-wrap: normal; vertical-align: top; font-size: .9rem; padding: .2rem .4rem }"""
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td { border-bottom: 1px solid #ccc; padding: .2rem .4rem; vertical-align: top; font-size: .9rem;
+  overflow-wrap: normal }  tr:first-child { font-weight: bold }
+img { max-width: 100%; min-width: 9rem; image-rendering: pixelated }
+.wide { overflow-x: auto }  .wide img { min-width: 44rem; image-rendering: auto }
+code, pre { background: #f4f4f4 }  pre b { white-space: pre-wrap }
+pre { overflow-x: auto; padding: .5rem; font-size: .85rem }"""
 
 
 def page(title: str, body: str, style: str = "") -> str:
@@ -182,8 +166,7 @@ def show(content: bytes | str) -> None:
 
 def markdown_page(text: str, folder: Path) -> str:
     """One self-contained HTML page of a Markdown text, with the pictures of `folder` inside."""
-    title = text.partition("\n")[0].lstrip("# ")
-    return page(title, markdown_html(text, folder), WIDE)
+    return page(text.partition("\n")[0].lstrip("# "), markdown_html(text, folder))
 
 
 def markdown_html(text: str, folder: Path = Path()) -> str:
@@ -193,28 +176,22 @@ def markdown_html(text: str, folder: Path = Path()) -> str:
     """
     body = []
     for block in re.split(r"\n\s*\n", text.strip("\n")):
-        hashes, words = re.fullmatch(r"(#*)(.*)", block, re.DOTALL).groups()
+        hashes = len(block) - len(block.lstrip("#"))
         if picture := re.fullmatch(r"!\[(.*)\]\((.*)\)", block):
             image = inline_image((folder / picture[2]).read_bytes(), alt=picture[1])
             body.append(f'<div class="wide">{image}</div>')
         elif block.startswith("|"):
-            header, _, *rows = [table_cells(line) for line in block.splitlines()]
-            cells = [f"<th>{'<th>'.join(header)}", *(f"<td>{'<td>'.join(row)}" for row in rows)]
-            body.append(f"<table><tr>{'<tr>'.join(cells)}</table>")
+            lines = [line for line in block.splitlines() if not line.startswith("| ---")]
+            rows = [re.sub(r" ?(?<!\\)\| ?", "<td>", spans(line).rstrip(" |")) for line in lines]
+            body.append("<table><tr>" + "<tr>".join(rows).replace("\\|", "|") + "</table>")
         elif block.startswith("    "):
             body.append(f"<pre>{html.escape(textwrap.dedent(block))}</pre>")
         elif block.startswith("- "):
-            points = [spans(point) for point in re.split(r"(?:^|\n)- ", block)[1:]]
-            body.append(f"<ul><li>{'<li>'.join(points)}</ul>")
+            body.append("<ul>" + re.sub("(?m)^- ", "<li>", spans(block)) + "</ul>")
         else:
-            tag = f"h{len(hashes)}" if hashes else "p"
-            body.append(f"<{tag}>{spans(words.strip())}</{tag}>")
+            tag = f"h{hashes}" if hashes else "p"
+            body.append(f"<{tag}>{spans(block[hashes:].strip())}</{tag}>")
     return "\n".join(body)
-
-
-def table_cells(line: str) -> list[str]:
-    """The cells of a line of a Markdown table, as HTML."""
-    return [spans(c.strip().replace("\\|", "|")) for c in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def spans(text: str) -> str:

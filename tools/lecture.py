@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from runtime import Failure, flag, parse_cli, read_json, run, write_atomic  # noqa: E402
-from tools.figures import SHOWN, WIDE, markdown_html, page  # noqa: E402
+from tools.figures import SHOWN, markdown_html, page  # noqa: E402
 
 END = "\x1e"  # printed after each cell
 
@@ -68,7 +68,7 @@ def main() -> None:
         else:
             body += [f"<pre>{html.escape(text)}</pre>", output_html(next(outputs))]
     title = cells[0][1].partition("\n")[0].lstrip("# ")
-    write_atomic(cfg.out, page(title, "\n".join(body), WIDE))
+    write_atomic(cfg.out, page(title, "\n".join(body)))
     print(f"wrote {cfg.out}")
 
 

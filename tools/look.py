@@ -15,11 +15,12 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -66,7 +67,6 @@ VERBS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
 if __name__ == "__main__":
     parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
 
-import numpy as np
 from PIL import ImageDraw
 
 from config import load_config
@@ -77,8 +77,18 @@ from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, page, text_table
 
 PARTS = ("question", "chosen", "rejected")
-# <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
-BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
+SIDES = PARTS[1:]
+
+
+def each_record(sets: list[DataSet], workers: int, inspect: Callable) -> Iterator[Any]:
+    """inspect(data set, number) of every record, in order, computed on `workers` processes."""
+    for data_set in sets:
+
+        def inspect_some(numbers: range, data_set: DataSet = data_set) -> list:
+            return [inspect(data_set, number) for number in numbers]
+
+        for results in in_order(inspect_some, range(len(data_set)), 100, workers, data_set.name):
+            yield from results
 
 
 # --------------------------------------------------------------------------- check
@@ -90,41 +100,39 @@ def check(cfg: CheckConfig) -> None:
     tokenizer.check_vocabulary(config.llm.vocab_size)
     max_length = min(cfg.max_length, config.llm.max_position_embeddings)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
-    bad, odd, sizes = [], [], []
 
-    def check_records(data_set: DataSet, numbers: range) -> tuple[list, list, list]:
-        bad, odd, sizes = [], [], []
-        for number in numbers:
-            try:
-                record = data_set[number]
-                tree = encode_tree(record, tokenizer, config)
-                with named(record.name):
-                    flat = [path for path in record.images if is_flat(load_image(path))]
-            except InputError as error:
-                bad.append(f"bad: {error}")
-                continue
-            sizes.append((sum(tree.tiles), tree.longest))
-            odd += [f"look: {record.name}: image {path} is of one colour" for path in flat]
-            if tree.longest > max_length:
-                odd.append(f"look: {record.name}: {tree.longest} tokens, more than {max_length}")
-        return bad, odd, sizes
+    def inspect(data_set: DataSet, number: int) -> tuple[list[str], tuple[int, int] | None]:
+        """(lines about the record, its tiles and tokens unless it is bad)."""
+        try:
+            record = data_set[number]
+            tree = encode_tree(record, tokenizer, config)
+            with named(record.name):
+                flat = [path for path in record.images if is_flat(load_image(path))]
+        except InputError as error:
+            return [f"bad: {error}"], None
+        odd = [f"look: {record.name}: image {path} is of one colour" for path in flat]
+        if tree.longest > max_length:
+            odd.append(f"look: {record.name}: {tree.longest} tokens, more than {max_length}")
+        return odd, (sum(tree.tiles), tree.longest)
 
     for data_set in sets:
         print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
-        work, numbers = partial(check_records, data_set), range(len(data_set))
-        for lines in in_order(work, numbers, 100, cfg.workers, "checked"):
-            for all_lines, more in zip((bad, odd, sizes), lines):
-                all_lines += more
-    tiles = Counter(count for count, _ in sizes)
-    tokens = Counter(max(64, 1 << (length - 1).bit_length()) for _, length in sizes)
+    remarks, tiles, tokens, overlong = [], Counter(), Counter(), 0
+    for lines, size in each_record(sets, cfg.workers, inspect):
+        remarks += lines
+        if size:
+            tiles[size[0]] += 1
+            tokens[max(64, 1 << (size[1] - 1).bit_length())] += 1
+            overlong += size[1] > max_length
     print(text_table(("tiles a record", "records"), sorted(tiles.items())))
     print(text_table(("tokens a record, at most", "records"), sorted(tokens.items())))
-    print(*bad, *odd, sep="\n", end="\n" * bool(bad or odd))
-    if overlong := sum(length > max_length for _, length in sizes):
+    for remark in remarks:
+        print(remark)
+    if overlong:
         print(f"{overlong} records are longer than {max_length} tokens: see train.py --overlong")
-    total = sum(map(len, sets))
-    print(f"{total} records: {total - len(bad)} can be read, {len(bad)} are bad")
-    if bad:
+    total, good = sum(map(len, sets)), tiles.total()
+    print(f"{total} records: {good} can be read, {total - good} are bad")
+    if good < total:
         raise SystemExit(1)
 
 
@@ -140,8 +148,8 @@ def print_records(cfg: ShowConfig) -> None:
         tree = encode_tree(record, tokenizer, config)
         print(f"=== {record.name}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
         print(mark("masked", readable(tokenizer, tree.trunk)))
-        for name, ids in zip(PARTS[1:], tree.responses):
-            print(mark(name, readable(tokenizer, ids)))
+        for side, ids in zip(SIDES, tree.responses):
+            print(mark(side, readable(tokenizer, ids)))
             print(f"         {len(ids)} scored tokens, the last is <|im_end|>")
 
 
@@ -164,65 +172,16 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
 STYLE = """
 body { max-width: none }
 article { display: grid; grid-template-columns: minmax(180px, 1fr) 2fr 2fr; gap: 1rem;
-  margin: 1rem 0; padding: 1rem; border-radius: 6px; box-shadow: 0 1px 3px #0003 }
-article[hidden] { display: none }  pre { font: 13px/1.5 ui-monospace, monospace; margin: .3rem 0 }
-.chosen h3 { color: #1a7f37 }  .rejected h3 { color: #b42318 }  h3 { margin: 0 }
-.chosen .apart { background: #dcf5e3 }  .rejected .apart { background: #fde3e0 }
-.apart::before { content: "▼"; color: #888; font-size: .8em }
-.meta { color: #666; font-size: .85em }
-"""
+  border-top: 1px solid #888 }  article[hidden] { display: none }  pre { white-space: pre-wrap }
+.chosen mark { background: #dcf5e3 }  .rejected mark { background: #fde3e0 }
+mark::before { content: "▼"; color: #888; font-size: .8em }"""
 # shows the pairs of one data set, or of one kind
 FILTER = """<select onchange="for (const card of document.querySelectorAll('article'))
   card.hidden = this.value && ![card.dataset.set, card.dataset.kind].includes(this.value)">
 <option value="">all pairs</option>"""
-
-
-def write_page(cfg: ShowConfig) -> None:
-    """One self-contained HTML page of pairs of every data set."""
-    sets = [s for s in read_meta(cfg.meta, 1) if len(s)]
-    if not sets:
-        raise InputError(f"{cfg.meta}: no pairs")
-    each = max(1, (cfg.limit or 200) // len(sets))
-    cards = []
-    for data_set in sets:
-        drawn = seeded("show", data_set.name).permutation(len(data_set))[:each]
-        for number in sorted(drawn.tolist()):
-            raw = data_set.lines[number]
-            pictures = [picture(path, raw) for path in data_set[number].images]
-            cards.append((data_set.name, raw, pictures))
-    write_atomic(cfg.out, render_page(cards))
-    print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
-
-
-def render_page(cards: list[tuple[str, dict, list[str]]]) -> str:
-    """The whole page from (data set, record as in its file, pictures as <img>)."""
-    title = f"{len(cards)} preference pairs"
-    choices = {choice for name, raw, _ in cards for choice in (name, pair_kind(name, raw))}
-    options = "".join(f"<option>{html.escape(choice)}</option>" for choice in sorted(choices))
-    body = "\n".join(pair_card(*card) for card in cards)
-    return page(title, f"<b>{title}</b> {FILTER}{options}</select>\n{body}", STYLE)
-
-
-def pair_card(name: str, raw: dict, pictures: list[str]) -> str:
-    """One pair as HTML; everything from the data is escaped."""
-    same = len(os.path.commonprefix([raw["chosen"], raw["rejected"]]))
-    sides = []
-    for side in PARTS[1:]:
-        text, meta = raw[side], raw.get(f"{side}_meta")
-        shown = ", ".join(f"{k}: {v}" for k, v in meta.items()) if isinstance(meta, dict) else ""
-        sides.append(
-            f'<section class="{side}"><h3>{side}</h3><pre>{html.escape(text[:same])}'
-            f'<span class="apart">{html.escape(text[same:])}</span></pre>'
-            f'<div class="meta">{html.escape(shown)}</div></section>'
-        )
-    gold = f"<p>gold: <b>{html.escape(str(raw['answer_gt']))}</b>" if "answer_gt" in raw else ""
-    return (
-        f'<article data-set="{html.escape(name)}" data-kind="{pair_kind(name, raw)}">'
-        f"<section>{''.join(pictures)}<pre>{html.escape(raw['question'])}</pre>{gold}"
-        f'<div class="meta">{html.escape(name)}</div></section>{"".join(sides)}</article>'
-    )
-
-
+# <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
+BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
+PENS = {"rejected": "#b42318", "chosen": "#1a7f37", "question": "#0550ae"}  # colours of boxes
 # how pairs were made -> words in the names of such data sets, ours and those of MMPR v1.1 and v1.2
 KINDS = {
     "correctness": "correctness",
@@ -231,6 +190,54 @@ KINDS = {
     "prefix_pair": r"prefix_pair|_sr\d",  # DropoutNTP, also as ..._sr0.5_wo_image
     "divide_and_conquer": "divide_and_conquer",
 }
+
+
+def write_page(cfg: ShowConfig) -> None:
+    """One self-contained HTML page of pairs of every data set."""
+    sets = [s for s in read_meta(cfg.meta, 1) if len(s)]
+    if not sets:
+        raise InputError(f"{cfg.meta}: no pairs")
+    each = max(1, (cfg.limit or 200) // len(sets))
+    cards, choices = [], set()
+    for data_set in sets:
+        drawn = seeded("show", data_set.name).permutation(len(data_set))[:each]
+        for number in sorted(drawn.tolist()):
+            record, raw = data_set[number], data_set.lines[number]
+            kind = pair_kind(data_set.name, raw)
+            choices |= {data_set.name, kind}
+            cards.append(pair_card(data_set.name, kind, raw, record.images))
+    title = f"{len(cards)} preference pairs"
+    options = "".join(f"<option>{html.escape(choice)}</option>" for choice in sorted(choices))
+    body = "\n".join([f"<b>{title}</b> {FILTER}{options}</select>", *cards])
+    write_atomic(cfg.out, page(title, body, STYLE))
+    print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
+
+
+def pair_card(name: str, kind: str, raw: dict, images: tuple[Path, ...]) -> str:
+    """One pair as HTML: prompt and pictures, then each side; everything from the data is escaped.
+
+    The part in which a response differs from the other is marked.
+    """
+    same = len(os.path.commonprefix([raw[side] for side in SIDES]))
+    columns = ["".join(picture(path, raw) for path in images)]
+    columns[0] += f"<pre>{html.escape(raw['question'])}</pre>{html.escape(name)}"
+    if "answer_gt" in raw:
+        columns[0] += f"<p>gold: <b>{html.escape(str(raw['answer_gt']))}</b>"
+    for side in SIDES:
+        start, rest = html.escape(raw[side][:same]), html.escape(raw[side][same:])
+        about = ", ".join(f"{key}: {value}" for key, value in meta_of(raw, side).items())
+        text = f"<pre>{start}<mark>{rest}</mark></pre>{html.escape(about)}"
+        columns.append(f"<h3>{side}</h3>{text}")
+    sections = "".join(
+        f'<section class="{part}">{column}</section>' for part, column in zip(PARTS, columns)
+    )
+    return f'<article data-set="{html.escape(name)}" data-kind="{kind}">{sections}</article>'
+
+
+def meta_of(raw: dict, side: str) -> dict:
+    """What the maker of a pair says about one of its responses."""
+    meta = raw.get(f"{side}_meta")
+    return meta if isinstance(meta, dict) else {}
 
 
 def pair_kind(name: str, raw: dict) -> str:
@@ -250,8 +257,8 @@ def picture(path: Path, raw: dict) -> str:
     image = load_image(path)
     image.thumbnail((384, 384))
     pen = ImageDraw.Draw(image)
-    for side, colour in (("rejected", "#b42318"), ("chosen", "#1a7f37"), ("question", "#0550ae")):
-        for corners in BOX.findall(raw[side]):
+    for part, colour in PENS.items():
+        for corners in BOX.findall(raw[part]):
             left, top, right, bottom = (int(corner) / 1000 for corner in corners)
             xs = sorted((left * image.width, right * image.width))
             ys = sorted((top * image.height, bottom * image.height))
@@ -263,92 +270,67 @@ def picture(path: Path, raw: dict) -> str:
 
 # --------------------------------------------------------------------------- stats
 
-# section 3 of arXiv 2411.10442: pairs, and mean (min, max) of lengths where it gives them
-PAPER_PAIRS = {"without gold": "about 750K", "with gold": "about 2.5M"}
-PAPER_LENGTHS = {
-    "without gold": ((25.0,), (211.4, 20, 1342), (171.2, 17, 1642)),
-    "with gold": ((79.5,), (300.0, 32, 2018), (350.5, 33, 4097)),
+# section 3 of arXiv 2411.10442, which gives pairs and lengths
+PAPER = {
+    "without gold": ("about 750K", "25.0", "211.4 (20 to 1342)", "171.2 (17 to 1642)"),
+    "with gold": ("about 2.5M", "79.5", "300.0 (32 to 2018)", "350.5 (33 to 4097)"),
 }
-COUNTED = ("chosen longer", "with a cut-off response", "with several images", "missing an image")
+COUNTED = ("chosen longer", "cut off", "several images", "missing an image")
+COLUMNS = (*PARTS, *COUNTED, "pairs a question")  # of the last the values are keys of questions
 
 
 def stats(cfg: StatsConfig) -> None:
-    """Print and write numbers of the pairs, of each kind and of each data set."""
+    """Print and write numbers of the pairs, with and without gold answer and of each data set."""
     unit, count = "words", lambda text: len(text.split())
     if cfg.model_dir:
         encode = load_tokenizer(cfg.model_dir).encode_plain
         unit, count = "tokens", lambda text: len(encode(text))
 
-    def measure(data_set: DataSet, numbers: range) -> dict[tuple[str, str], np.ndarray]:
-        """(gold kind, name) -> (pair column): three lengths, the question's hash, what is counted.
+    def measure(data_set: DataSet, number: int) -> tuple[str, str, tuple]:
+        """(gold kind, data set / kind / version of its prompt, the pair's value in each column)."""
+        record, raw = data_set[number], data_set.lines[number]
+        lengths = [count(raw[part].replace(IMAGE, "").strip()) for part in PARTS]
+        metas = [meta_of(raw, side) for side in SIDES]
+        cut = any(meta.get("finish_reason") == "length" for meta in metas)
+        missing = not all(path.is_file() for path in record.images)
+        question = repr((record.images, raw["question"], raw.get("answer_gt"))).encode()
+        key = blake2b(question, digest_size=8).digest()
+        kind, version = pair_kind(data_set.name, raw), metas[0].get("prompt_version") or "none"
+        values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing, key
+        return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values
 
-        A name is that of a data set, how its pairs were made, and the version of their prompt.
-        """
-        rows = defaultdict(list)
-        for number in numbers:
-            record, raw = data_set[number], data_set.lines[number]
-            lengths = [count(raw[part].replace(IMAGE, "").strip()) for part in PARTS]
-            metas = [raw.get(side) for side in ("chosen_meta", "rejected_meta")]
-            metas = [meta if isinstance(meta, dict) else {} for meta in metas]
-            question = repr((record.images, raw["question"], raw.get("answer_gt"))).encode()
-            hashed = int.from_bytes(blake2b(question, digest_size=7).digest(), "big")
-            cut = any(meta.get("finish_reason") == "length" for meta in metas)
-            missing = not all(path.is_file() for path in record.images)
-            counted = lengths[1] > lengths[2], cut, len(record.images) > 1, missing
-            version, kind = metas[0].get("prompt_version") or "none", pair_kind(data_set.name, raw)
-            name = f"{data_set.name} / {kind} / {version}"
-            rows[gold_kind(data_set.name, raw), name].append((*lengths, hashed, *counted))
-        return {key: np.array(values, dtype=np.int64) for key, values in rows.items()}
-
-    kinds, sets = defaultdict(list), defaultdict(list)
-    for data_set in read_meta(cfg.meta, 1):
-        work, numbers = partial(measure, data_set), range(len(data_set))
-        for measured in in_order(work, numbers, 1000, cfg.workers, data_set.name):
-            for (kind, name), rows in measured.items():
-                kinds[kind].append(rows)
-                sets[name].append(rows)
-    if not kinds:
+    groups = defaultdict(lambda: [Counter() for _ in COLUMNS])
+    for gold, name, values in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
+        for columns in (groups[gold], groups[name]):
+            for column, value in zip(columns, values):
+                column[value] += 1
+    if not groups:
         raise InputError(f"{cfg.meta}: no pairs")
-    kinds, sets = (
-        {name: np.concatenate(rows) for name, rows in sorted(groups.items())}
-        for groups in (kinds, sets)
-    )
-    summary = {"unit": unit, "kinds": {kind: summarise(rows) for kind, rows in kinds.items()}}
-    summary["data sets"] = {name: summarise(rows) for name, rows in sets.items()}
-    out = cfg.out_dir or cfg.meta.parent
-    write_atomic(out / "stats.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    print_stats(summary)
-    print(f"wrote {out / 'stats.json'}")
+    names = sorted(groups, key=lambda name: (name not in PAPER, name))
+    summary = {"unit": unit} | {name: summarise(groups[name]) for name in names}
+    out = (cfg.out_dir or cfg.meta.parent) / "stats.json"
+    write_atomic(out, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    rows = []
+    for name in names:
+        group, pairs = summary[name], summary[name]["pairs"]
+        lengths = ["{mean} ({min} to {max})".format(**group[part]) for part in PARTS]
+        shares = [f"{group[column]} ({group[column] / pairs:.1%})" for column in COUNTED]
+        rows.append((name, pairs, *lengths, *shares))
+        if name in PAPER:
+            rows.append((f"  in the paper {name}", *PAPER[name], *"----"))
+            print(f"{name}: pairs a question {group['pairs a question']}")
+    print(text_table((f"lengths in {unit}", "pairs", *PARTS, *COUNTED), rows))
+    print(f"wrote {out}")
 
 
-def summarise(rows: np.ndarray) -> dict:
-    """Of rows of `measure`: pairs, lengths, shares, and how many questions have how many pairs."""
-    table: dict = {"pairs": len(rows)}
-    for part, column in zip(PARTS, rows.T):
-        mean = round(float(column.mean()), 1)
-        table[part] = {"mean": mean, "min": int(column.min()), "max": int(column.max())}
-    for name, column in zip(COUNTED, rows.T[4:]):
-        table[name] = int(column.sum())
-    _, copies = np.unique(rows[:, 3], return_counts=True)
-    return table | {"pairs a question": dict(sorted(Counter(copies.tolist()).items()))}
-
-
-def print_stats(summary: dict) -> None:
-    """Our numbers beside the paper's table, then each data set."""
-    for kind, ours in summary["kinds"].items():
-        print(f"{kind}: {ours['pairs']} pairs (paper: {PAPER_PAIRS[kind]})")
-        paper = [" / ".join(f"{value:,}" for value in values) for values in PAPER_LENGTHS[kind]]
-        rows = [(part, *ours[part].values(), cell) for part, cell in zip(PARTS, paper)]
-        print(text_table((summary["unit"], "mean", "min", "max", "paper"), rows))
-        for name in COUNTED:
-            print(f"pairs {name}: {ours[name]} ({ours[name] / ours['pairs']:.1%})")
-        print(f"pairs a question: {ours['pairs a question']}")
-    rows = [
-        (name, ours["pairs"], ours["with several images"], *(ours[part]["mean"] for part in PARTS))
-        for name, ours in summary["data sets"].items()
-    ]
-    header = ("data set / kind / prompt version", "pairs", "several images", *PARTS)
-    print(text_table(header, rows))
+def summarise(columns: list[Counter]) -> dict:
+    """Lengths, shares, and how many questions have how many pairs, from each column's counts."""
+    table: dict = {"pairs": columns[0].total()}
+    for part, lengths in zip(PARTS, columns):
+        mean = sum(length * pairs for length, pairs in lengths.items()) / table["pairs"]
+        table[part] = {"mean": round(mean, 1), "min": min(lengths), "max": max(lengths)}
+    table |= {name: column[True] for name, column in zip(COUNTED, columns[3:])}
+    return table | {COLUMNS[-1]: dict(sorted(Counter(columns[-1].values()).items()))}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import runtime
 from config import load_config
 from losses import parse_objective
 from runtime import InputError, Process, parse_cli, read_whole_lines, write_atomic
-from tools.figures import curve_panels, png, text_table
+from tools.figures import curve_panels, text_table
 from tools.mine import register_file
 from train import TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
 
@@ -114,13 +114,12 @@ def draw_rows(curves: dict[str, list[dict]]) -> bytes:
     """PNG: a panel a metric, a line a row, each row's name at the line's end."""
     panels = {
         metric: {
-            name: [{row["step"]: row[metric] for row in curve if metric in row}]
+            name: {row["step"]: row[metric] for row in curve if metric in row}
             for name, curve in curves.items()
-            if metric in curve[-1]
         }
         for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
     }
-    return png(curve_panels({k: v for k, v in panels.items() if v}, 2, "step", y_scale="symlog"))
+    return curve_panels(panels, 2, y_scale="symlog")
 
 
 @dataclass(frozen=True)

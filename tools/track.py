@@ -17,7 +17,7 @@ from typing import Any
 
 from runtime import Process, write_atomic
 from tools.doctor import diagnose
-from tools.figures import curve_panels, png
+from tools.figures import curve_panels
 
 Row = dict[str, float]
 FEWEST_ROWS = 20  # of which curves are drawn
@@ -71,17 +71,15 @@ def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
 
 def draw_curves(rows: list[Row]) -> bytes:
     """PNG with a panel a kind of metric, over the steps."""
-    panels, terms = {}, {name[5:]: name for name in rows[-1] if name.startswith("loss/")}
-    for title, curves in (PANELS | {"terms of the loss": terms}).items():
-        points = {
-            label: {
-                row["step"]: row[name] for row in rows if math.isfinite(row.get(name, math.nan))
-            }
+    terms = {name[5:]: name for name in rows[-1] if name.startswith("loss/")}
+    panels = {
+        title: {
+            label: {r["step"]: r[name] for r in rows if math.isfinite(r.get(name, math.nan))}
             for label, name in curves.items()
         }
-        if shown := {label: [run] for label, run in points.items() if run}:
-            panels[title] = shown
-    return png(curve_panels(panels, 3, x_label="step"), dpi=80)
+        for title, curves in (PANELS | {"terms of the loss": terms}).items()
+    }
+    return curve_panels(panels, 3, dpi=80)
 
 
 class Tracker:
