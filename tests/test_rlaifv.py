@@ -30,14 +30,13 @@ def test_pairs_by_score_skip_ties_mismatches_and_equal_texts():
         {"k": k, "score": s, "response": t}
         for k, (s, t) in enumerate([(0, "a"), (-1, "b"), (-1, "c"), (None, "d"), (-2, "a")])
     ]
-    made = {(c["k"], r["k"]) for c, r in rlaifv.score_pairs(rows, 99, 0)}
+    made = {(c["k"], r["k"]) for c, r in rlaifv.better_pairs(rows)}
     assert made == {(0, 1), (0, 2), (1, 4), (2, 4)}
-    assert len(rlaifv.score_pairs(rows, 2, 0)) == 2
 
 
 def test_the_length_limit_brings_the_means_together():
     lengths = [(10, 12)] * 5 + [(12, 10)] * 5 + [(5, 50)] * 5
-    limit = rlaifv.length_threshold(lengths)
+    limit = rlaifv.length_limit(lengths)
     kept = [(c, r) for c, r in lengths if (r - c) / r <= limit]
     assert len(kept) == 10 and sum(c - r for c, r in kept) == 0
 

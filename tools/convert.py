@@ -15,10 +15,9 @@ import csv
 import hashlib
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import relpath
+from os.path import commonpath, relpath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,22 +65,22 @@ Turns = list[tuple[str, str]]  # (user, assistant or system, text)
 # --------------------------------------------------------------------------- a format to MMPR
 
 
-def text_of(content: Any) -> str:
-    """A message's content: a text, or parts of which each image is a placeholder."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    return "".join(f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in parts)
-
-
 def turns_of(messages: Any, role: str) -> Turns:
-    """The turns of a text that `role` says, of a message or of messages."""
+    """The turns of a text that `role` says, of a message or of messages.
+
+    A content is a text, or parts of which each image is a placeholder.
+    """
     if isinstance(messages, str):
         return [(role, messages)]
     turns = []
     for message in messages if isinstance(messages, list) else [messages]:
-        role = message.get("role", message.get("from"))
-        turns.append((ROLES.get(role, role), text_of(message.get("content", message.get("value")))))
+        role, content = message.get("role", message.get("from")), message.get("content")
+        content = message["value"] if content is None else content
+        if not isinstance(content, str):
+            parts = content if isinstance(content, list) else [content]
+            texts = [f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in parts]
+            content = "".join(texts)
+        turns.append((ROLES.get(role, role), content))
     return turns
 
 
@@ -95,7 +94,8 @@ def read_pair(raw: dict) -> tuple[Turns, str, str]:
         raise InputError(f"keys of no known format: {', '.join(raw)}")
     conversation = turns_of(raw.get(keys[0]) or [], "user")
     if keys[0] == "instruction" and raw.get("input"):
-        conversation[-1] = ("user", f"{conversation[-1][1]}\n{text_of(raw['input'])}")
+        more = turns_of(raw["input"], "user")[-1][1]
+        conversation[-1] = ("user", f"{conversation[-1][1]}\n{more}")
     before = conversation if keys[1] else conversation[:-1]
     both = []
     for key in keys[1:]:
@@ -109,8 +109,8 @@ def read_pair(raw: dict) -> tuple[Turns, str, str]:
     return chosen[:-1], chosen[-1][1], rejected[-1][1]
 
 
-def mmpr_line(raw: dict, root: Path, saved: Path, flatten: bool) -> tuple[dict, Path]:
-    """A line of MMPR, and the folder of its images: `root`, or `saved` for those that were bytes.
+def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) -> PairRecord:
+    """A record of any format, checked; images are in `root`, or bytes, which `saved` will hold.
 
     With `flatten` earlier turns stand before the question, each behind who says it.
     """
@@ -126,15 +126,18 @@ def mmpr_line(raw: dict, root: Path, saved: Path, flatten: bool) -> tuple[dict, 
     question = turns[0][1]
     if len(roles) > 1:
         question = "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
-    line = {"question": question, "chosen": chosen, "rejected": rejected}
-    line |= {"system_prompt": system} if system else {}
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
     images = images if isinstance(images, list) else [images]
     if any(isinstance(image, dict) and image.get("bytes") for image in images):
         root = saved
-    names = [image_name(image, root) for image in images]
-    line |= {"image": names[0] if len(names) == 1 else names} if names else {}
-    return line, root
+    line = {"question": question, "chosen": chosen, "rejected": rejected, "system_prompt": system}
+    line["image"] = [image_name(image, root) for image in images]
+    json_line(line)  # half a character fails here, by name
+    record = check_pair(line, name, root)
+    for path in record.images:
+        if not path.is_file():
+            raise InputError(f"no image {path}")
+    return record
 
 
 def image_name(image: Any, root: Path) -> str:
@@ -154,12 +157,15 @@ def image_name(image: Any, root: Path) -> str:
 # --------------------------------------------------------------------------- MMPR to a format
 
 
-def written(record: PairRecord, to: str) -> dict:
-    """The record as another program reads it; image paths are absolute."""
+def written(record: PairRecord, to: str, root: Path) -> dict:
+    """The record as another program reads it; image paths are absolute, those of MMPR in `root`."""
     images = [str(path.resolve()) for path in record.images]
     both, system = {"chosen": record.chosen, "rejected": record.rejected}, record.system_prompt
-    if to == "plain":
-        return {"question": record.question, **both, "image": images, "system_prompt": system}
+    if to in ("plain", "mmpr"):
+        line = {"question": record.question, **both}
+        line |= {"system_prompt": system} if system else {}
+        images = images if to == "plain" else [relpath(image, root) for image in images]
+        return line | ({"image": images[0] if len(images) == 1 else images} if images else {})
     if to == "llama-factory":
         question = [{"from": "human", "value": record.question}]
         both = {key: {"from": "gpt", "value": text} for key, text in both.items()}
@@ -174,23 +180,6 @@ def written(record: PairRecord, to: str) -> dict:
 
 
 # --------------------------------------------------------------------------- files
-
-
-def read_table(path: Path) -> Iterator[dict]:
-    """The rows of a parquet file, for which pyarrow is needed, or of a CSV."""
-    if path.suffix == ".parquet":
-        need("pyarrow", ".parquet")
-        from pyarrow import parquet  # noqa: PLC0415
-
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-        return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            yield from rows
-        except csv.Error as error:
-            raise InputError(f"{path} line {rows.line_num}: {error}") from None
 
 
 def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
@@ -211,51 +200,53 @@ def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
         raise InputError(f"{path}: expected .jsonl, .json, .csv or .parquet")
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, b"".join(map(json_line, rows)))
+def read_table(path: Path) -> Iterator[dict]:
+    """The rows of a parquet file, for which pyarrow is needed, or of a CSV."""
+    if path.suffix == ".parquet":
+        need("pyarrow", ".parquet")
+        from pyarrow import parquet  # noqa: PLC0415
+
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+        return
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            yield from rows
+        except csv.Error as error:
+            raise InputError(f"{path} line {rows.line_num}: {error}") from None
 
 
 def convert(cfg: ConvertConfig) -> dict:
     """Write what can be converted; the report: how many pairs, and why which others are none."""
-    folder, report_file = cfg.out, cfg.out / "report.json"
+    folder, lines, report_file = cfg.out, cfg.out / f"{cfg.input.stem}.jsonl", "report.json"
     if cfg.to != "mmpr":
         if cfg.out.suffix != ".jsonl":
             raise InputError(f"{cfg.out}: expected a name with .jsonl")
-        folder, report_file = cfg.out.parent, cfg.out.with_suffix(".report.json")
+        folder, lines, report_file = cfg.out.parent, cfg.out, f"{cfg.out.stem}.report.json"
+    report_file = folder / report_file
     for path in (cfg.out, report_file):
         if path.exists():
             raise InputError(f"{path} is there already; pass another --out, or remove it")
-    lines: dict[Path, list[dict]] = defaultdict(list)  # one data set a folder of images
-    dropped, saved = [], folder / "images"
+    kept, dropped = [], []
     for name, root, raw in read_file(cfg.input, cfg.root or cfg.input.parent):
         try:
-            line, place = mmpr_line(raw, root, saved, cfg.flatten)
-            json_line(line)  # half a character fails here, by name
-            record = check_pair(line, name, place)
-            for path in record.images:
-                if not path.is_file():
-                    raise InputError(f"no image {path}")
+            kept.append(read_record(raw, name, root, folder / "images", cfg.flatten))
         except InputError as error:
             dropped.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
-            continue
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             dropped.append(f"{name}: a text, a message or an image is none ({error!r:.80})")
-            continue
-        lines[place].append(line if cfg.to == "mmpr" else written(record, cfg.to))
-    report = {"kept": sum(map(len, lines.values())), "dropped": dropped}
+    report = {"kept": len(kept), "dropped": dropped}
     write_atomic(report_file, json.dumps(report, indent=1) + "\n")
-    if not report["kept"]:
+    if not kept:
         raise InputError(f"{cfg.input}: no pair can be kept; {report_file} says why")
-    if cfg.to != "mmpr":
-        write_lines(cfg.out, [line for rows in lines.values() for line in rows])
-        return report
-    meta = {}
-    for number, (place, rows) in enumerate(lines.items(), 1):
-        name = cfg.input.stem + (f"_{number}" if number > 1 else "")
-        write_lines(cfg.out / f"{name}.jsonl", rows)
-        root = relpath(place.resolve(), cfg.out.resolve())
-        meta[name] = {"root": root, "annotation": f"{name}.jsonl", "length": len(rows)}
-    write_atomic(cfg.out / "meta.json", json.dumps(meta, indent=1) + "\n")
+    folders = {path.resolve().parent for record in kept for path in record.images}
+    root = Path(commonpath(folders or {folder.resolve()}))
+    write_atomic(lines, b"".join(json_line(written(record, cfg.to, root)) for record in kept))
+    if cfg.to == "mmpr":
+        entry = {"root": relpath(root, folder.resolve()), "annotation": lines.name}
+        meta = {cfg.input.stem: entry | {"length": len(kept)}}
+        write_atomic(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return report
 
 

@@ -13,9 +13,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice, permutations
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -47,27 +46,21 @@ from records import grouped, new_lines, part_files, read_parts
 from tokenizer import IMAGE
 
 CHUNK = 256  # candidates that go through the steps together
-CLAIMS = (
-    "Split the answer into single factual claims that can each be understood alone. One claim a "
-    'line, each line starting with "- ". Leave opinions out.\n\nQuestion: {question}\n'
-    "Answer: {answer}"
-)
-AS_QUESTIONS = (
-    "Turn each claim into a yes/no question. Keep negations, add nothing. One question a line, "
-    'each line starting with "- ".\n\n{claims}'
-)
-YES_NO = "{question} Please answer yes or no."
 
 
-def fill(form: str, **texts: str) -> str:
-    """The form with its {names} replaced in one pass: a text that holds braces stays as it is."""
-    return re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], form)
+def claims_prompt(row: dict) -> str:
+    return (
+        "Split the answer into single factual claims that can each be understood alone. One claim "
+        'a line, each line starting with "- ". Leave opinions out.\n\n'
+        f"Question: {pairs.without_image(row['question'])}\nAnswer: {row['response']}"
+    )
 
 
-def split_sentences(text: str) -> list[str]:
-    """Claims by rule: one a sentence."""
-    parts = re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text)
-    return [part.strip(" \t-*•") for part in parts if re.search(r"\w", part)]
+def questions_prompt(row: dict) -> str:
+    return (
+        "Turn each claim into a yes/no question. Keep negations, add nothing. One question a line, "
+        'each line starting with "- ".\n\n' + "\n".join(f"- {claim}" for claim in row["claims"])
+    )
 
 
 def bullets(text: str) -> list[str]:
@@ -76,52 +69,25 @@ def bullets(text: str) -> list[str]:
     return [item.strip() for item in items]
 
 
-def score_pairs(rows: list[dict], count: int, *key: Any) -> list[tuple[dict, dict]]:
-    """(chosen, rejected) of candidates whose scores differ, at most `count`, texts different."""
-    scored = product([row for row in rows if row["score"] is not None], repeat=2)
-    better = [(a, b) for a, b in scored if a["score"] > b["score"]]
-    return pairs.choose([(a, b) for a, b in better if a["response"] != b["response"]], count, *key)
-
-
-def length_threshold(lengths: list[tuple[int, int]]) -> float:
-    """The limit on (rejected - chosen) / rejected words that brings the mean lengths closest."""
-    best, best_gap = 0.98, math.inf
-    for step in range(49, -1, -1):
-        limit = step * 2 / 100
-        kept = [(c, r) for c, r in lengths if (r - c) / max(r, 1) <= limit]
-        gap = abs(sum(c - r for c, r in kept)) / len(kept) if kept else math.inf
-        if gap < best_gap - 1e-12:
-            best, best_gap = limit, gap
-    return best
-
-
-def candidate_rows(data_set: pairs.SampleSet) -> Iterator[dict]:
-    """The sampled responses, each with its rid."""
-    for name, row in read_parts(data_set.files):
-        if not from_json(pairs.SampledLine, row, name).qid:
-            raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
-        yield row | {"rid": pairs.digest(row["qid"], row["k"])}
+def split_sentences(text: str) -> list[str]:
+    """Claims by rule: one a sentence."""
+    parts = re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n+", text)
+    return [part.strip(" \t-*•") for part in parts if re.search(r"\w", part)]
 
 
 def add_claims(rows: list[dict], generator: Generator) -> None:
     """The model splits each response into claims, then turns the claims into questions."""
 
-    def ask(step: str, text_of: Callable[[dict], str]) -> list[str]:
-        prompts = [Prompt(f"{step} {row['rid']}", text_of(row)) for row in rows]
-        samples = {s.prompt_id: s for s in generator.run(prompts)}
+    def ask(step: str, prompt_of: Callable[[dict], str]) -> Iterator[tuple[dict, str]]:
+        prompts = [Prompt(f"{step} {row['rid']}", prompt_of(row)) for row in rows]
+        samples = {sample.prompt_id: sample for sample in generator.run(prompts)}
         for row, prompt in zip(rows, prompts):
             row.setdefault("split_cost", []).append(pairs.sample_cost(samples[prompt.id]))
-        return [samples[prompt.id].text for prompt in prompts]
+            yield row, samples[prompt.id].text
 
-    def split(row: dict) -> str:
-        return fill(CLAIMS, question=pairs.without_image(row["question"]), answer=row["response"])
-
-    def turn(row: dict) -> str:
-        return fill(AS_QUESTIONS, claims="\n".join(f"- {claim}" for claim in row["claims"]))
-
-    for row, text in zip(rows, ask("claims", split)):
+    for row, text in ask("claims", claims_prompt):
         row["claims"] = bullets(text) or split_sentences(row["response"])
-    for row, text in zip(rows, ask("questions", turn)):
+    for row, text in ask("questions", questions_prompt):
         row["questions"] = bullets(text)
 
 
@@ -130,7 +96,7 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
 
     A response whose questions are not as many as its claims gets no score, as in the original.
     """
-    prompts, owners = [], []
+    asked = []
     for row in rows:
         row["yes_no"], name = [], row["question"][:60]
         paths = image_paths(root, image_names(row, row["rid"]), name)
@@ -138,21 +104,30 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
         each = max(1, max_tiles // max(1, len(paths)))
         matched = len(row["questions"]) == len(row["claims"])
         for i, question in enumerate(row["questions"] if matched else ()):
-            text = f"{IMAGE}\n" * len(paths) + fill(YES_NO, question=question)
-            prompts.append(Prompt(f"judge {row['rid']} {i}", text, paths, max_tiles=each))
-            owners.append(row)
-    probs = generator.first_token_probs(prompts, ["Yes", "yes", "No", "no"]) if prompts else []
-    for row, p in zip(owners, probs, strict=True):
+            text = f"{IMAGE}\n" * len(paths) + f"{question} Please answer yes or no."
+            asked.append((row, Prompt(f"judge {row['rid']} {i}", text, paths, max_tiles=each)))
+    prompts, words = [prompt for _, prompt in asked], ["Yes", "yes", "No", "no"]
+    probs = generator.first_token_probs(prompts, words) if asked else []
+    for (row, _), p in zip(asked, probs, strict=True):
         row["yes_no"].append((p["Yes"] + p["yes"], p["No"] + p["no"]))
     for row in rows:
-        denied = sum(no > yes for yes, no in row["yes_no"])
-        row["score"] = -denied if row["yes_no"] else None
+        row["score"] = -sum(no > yes for yes, no in row["yes_no"]) if row["yes_no"] else None
 
 
-def check_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> int:
-    """Score this process's candidates, a chunk at a time; the number that others still owe."""
+def unscored(data_set: pairs.SampleSet, folder: Path) -> Iterator[dict]:
+    """The sampled responses that stand in no part file yet, each with its rid."""
     done = {record["rid"] for _, record in read_parts(part_files(folder))}
-    todo = (r for r in candidate_rows(data_set) if r["rid"] not in done and pairs.is_mine(r["rid"]))
+    for name, row in read_parts(data_set.files):
+        if not from_json(pairs.SampledLine, row, name).qid:
+            raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
+        rid = pairs.digest(row["qid"], row["k"])
+        if rid not in done:
+            yield row | {"rid": rid}
+
+
+def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> int:
+    """Score this process's candidates, a chunk at a time; the number that others still owe."""
+    todo = (row for row in unscored(data_set, folder) if pairs.is_mine(row["rid"]))
     while chunk := list(islice(todo, CHUNK)):
         log, generator = pairs.open_part(folder), pairs.load_generator(cfg)
         add_claims(chunk, generator)
@@ -160,8 +135,23 @@ def check_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path)
         for row in chunk:
             log.append(row)
         log.close()
-    done = {record["rid"] for _, record in read_parts(part_files(folder))}
-    return sum(row["rid"] not in done for row in candidate_rows(data_set))
+    return sum(1 for _ in unscored(data_set, folder))
+
+
+def better_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """(chosen, rejected) of all candidates whose scores and texts differ."""
+    scored = permutations([row for row in rows if row["score"] is not None], 2)
+    return [(a, b) for a, b in scored if a["score"] > b["score"] and a["response"] != b["response"]]
+
+
+def length_limit(lengths: list[tuple[int, int]]) -> float:
+    """The limit on (rejected - chosen) / rejected words that brings the mean lengths closest."""
+
+    def distance(limit: float) -> float:
+        gaps = [r - c for c, r in lengths if (r - c) / max(r, 1) <= limit]
+        return abs(sum(gaps)) / len(gaps) if gaps else math.inf
+
+    return min((step / 50 for step in range(49, -1, -1)), key=distance)
 
 
 def pair_candidates(
@@ -172,38 +162,34 @@ def pair_candidates(
     for group in grouped(part_files(folder), lambda record, _: pairs.digest(record["qid"])):
         rows = pairs.drop_repeats(group.records(), data_set.name)
         for row in rows:
-            for spent in (row, *row.get("split_cost", ())):
+            for spent in (row, *row["split_cost"]):
                 pairs.spend(cost, spent)
             cost["generated"] += len(row["yes_no"])
             counts["candidates"] += 1
             counts["claims and questions do not match"] += row["score"] is None
-        drawn += score_pairs(rows, cfg.pairs_per_query, cfg.seed, group.key)
-    lengths = [(len(c["response"].split()), len(r["response"].split())) for c, r in drawn]
-    limit = length_threshold(lengths)
+        drawn += pairs.choose(better_pairs(rows), cfg.pairs_per_query, cfg.seed, group.key)
+    lengths = [tuple(len(row["response"].split()) for row in pair) for pair in drawn]
+    limit = length_limit(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
     with new_lines(pairs.annotation_file(cfg, stem)) as write:
         for chosen, rejected in kept:
             names = ("image", "system_prompt", "question")
             record = {n: chosen[n] for n in names if chosen.get(n)}
-            record |= {"chosen": chosen["response"], "rejected": rejected["response"]}
             names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
-            for side, row in (("chosen_meta", chosen), ("rejected_meta", rejected)):
-                record[side] = {n: row[n] for n in names if n in row}
+            for side, row in (("chosen", chosen), ("rejected", rejected)):
+                record[side] = row["response"]
+                record[f"{side}_meta"] = {n: row[n] for n in names if n in row}
             write(record)
     report = {"responses": counts["candidates"], "length_limit": limit}
     report |= pairs.report_of({"divide_and_conquer": len(kept)}, counts, cost)
     return report, pairs.meta_entry(cfg, data_set, stem, len(kept))
 
 
-def main() -> None:
-    divide_and_conquer(parse_cli(DivideConfig))
-
-
 def divide_and_conquer(cfg: DivideConfig) -> None:
-    names = ("divide/{}", "{}_pairs_divide_and_conquer")
-    pairs.pair_with_model(cfg, "divide_and_conquer", names, {}, (check_candidates, pair_candidates))
+    names, steps = ("divide/{}", "{}_pairs_divide_and_conquer"), (score_candidates, pair_candidates)
+    pairs.pair_with_model(cfg, "divide_and_conquer", names, {}, steps)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: divide_and_conquer(parse_cli(DivideConfig)))
