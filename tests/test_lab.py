@@ -123,7 +123,7 @@ def test_the_lab_names_a_failing_check_and_exits_with_1(tmp_path, registry, monk
 
 def test_the_drawing_has_a_panel_an_objective():
     planes = {name: lab.plane(LOSSES[name], LOSSES[name].whole_step) for name in ("dpo", "sft")}
-    assert lab.draw(planes, {"dpo": "a note"}).startswith(b"\x89PNG")
+    assert lab.draw(planes).startswith(b"\x89PNG")
 
 
 # --------------------------------------------------------------------------- own file
