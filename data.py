@@ -10,11 +10,11 @@ record that is too long is dropped by name unless --overlong cut asks for the of
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -107,54 +107,15 @@ def encode_tree(
         for path in record.images:
             with open_image(path) as image:
                 tiles.append(num_tiles(*image.size, limit, config.tile_size))
-        trunk = encode_chat(
-            tokenizer,
-            config.template,
-            [(question, None)],
-            [config.tokens_per_tile * n for n in tiles],
-            record.system_prompt or config.system_message,
-        )
+        image_tokens = [config.tokens_per_tile * n for n in tiles]
+        system = record.system_prompt or config.system_message
+        chat = [(question, None)]
+        trunk = encode_chat(tokenizer, config.template, chat, image_tokens, system)
         texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
         responses = [encode_response(tokenizer, config.template, text) for text in texts]
-    return Tree(
-        trunk,
-        responses,
-        [0],
-        [len(responses) - 1],
-        [(path, limit, record.augment) for path in record.images],
-        tiles,
-        [record.name],
-        [record.data_set],
-    )
-
-
-Overlong = Literal["drop", "cut", "fewer_tiles"]
-
-
-def fit_tree(
-    record: PairRecord,
-    tokenizer: Tokenizer,
-    config: InternVLConfig,
-    max_length: int,
-    overlong: Overlong,
-    only_chosen: bool = False,
-) -> Tree | None:
-    """The record's tree of at most `max_length` tokens a prompt and response; None = dropped.
-
-    cut: responses end where the length is reached, without <|im_end|> (the official way); a record
-    whose prompt alone is too long, or whose responses begin alike up to there, is dropped.
-    """
-    tree = encode_tree(record, tokenizer, config, None, only_chosen)
-    limit = record.max_tiles
-    while overlong == "fewer_tiles" and tree.longest > max_length and limit > 1:
-        limit //= 2
-        tree = encode_tree(record, tokenizer, config, limit, only_chosen)
-    if tree.longest <= max_length:
-        return tree
-    if overlong == "cut" and (room := max_length - len(tree.trunk)) > 0:
-        cut = [response[:room] for response in tree.responses]
-        return None if len(cut) == 2 and cut[0] == cut[1] else replace(tree, responses=cut)
-    return None
+    images = [(path, limit, record.augment) for path in record.images]
+    pair = [0], [len(responses) - 1]
+    return Tree(trunk, responses, *pair, images, tiles, [record.name], [record.data_set])
 
 
 def merge(a: Tree, b: Tree) -> Tree:
@@ -284,9 +245,9 @@ def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
             responses += len(group)
             tree += [number] * (len(ids) - start)
             number += 1
-    scored = [torch.tensor(x) for x in (tree, branch, predictor, target, owner, chosen, rejected)]
-    names = [name for t in trees for name in t.names]
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), *scored, responses, names=names)
+    flat = tree, branch, predictor, target, owner, chosen, rejected
+    tensors = [torch.tensor(x, dtype=torch.long) for x in ([ids], [positions], *flat)]
+    return Pack(*tensors, responses, names=[name for t in trees for name in t.names])
 
 
 def response_keys(tree: Tree) -> list[str]:
@@ -343,21 +304,20 @@ def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> li
 
 def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
     """Indices grouped so that no group's sizes exceed the budget: each into the first that fits."""
+    if max(sizes, default=0) > budget:
+        raise InputError(
+            f"a record of {max(sizes)} tokens does not fit --pack_tokens {budget}; raise it to "
+            "at least that"
+        )
     packs: list[list[int]] = []
     room: list[int] = []
     for i, size in enumerate(sizes):
-        if size > budget:
-            raise InputError(
-                f"a record of {size} tokens does not fit --pack_tokens {budget}; raise it to at "
-                f"least {max(sizes)}"
-            )
-        fit = next((p for p, left in enumerate(room) if left >= size), None)
-        if fit is None:
-            packs.append([i])
-            room.append(budget - size)
-        else:
-            packs[fit].append(i)
-            room[fit] -= size
+        first = next((p for p, left in enumerate(room) if left >= size), len(packs))
+        if first == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[first].append(i)
+        room[first] -= size
     return packs
 
 
@@ -379,7 +339,7 @@ class PairData:
     pack_tokens: int
     max_length: int
     seed: int
-    overlong: Overlong = "drop"
+    overlong: Literal["drop", "cut", "fewer_tiles"] = "drop"
     only_chosen: bool = False
     share_images: bool = True
     share_prefix: bool = True
@@ -417,20 +377,27 @@ class PairData:
             facts += [of.lines.path.resolve(), file.st_size, file.st_mtime_ns]
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
-    def records(self, step: int) -> list[PairRecord]:
-        """The records of step 0, 1, 2, ...; the last step of an epoch may have fewer."""
+    def rows(self, step: int) -> np.ndarray:  # (pair 2)
+        """(set, record) of the pairs of step 0, 1, ...; an epoch's last step may have fewer."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        rows = self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return [self.sets[i][int(n)] for i, n in rows]
+        return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def plan(self, step: int) -> tuple[list[list[Tree]], list[str]]:
-        """(packs of trees of the step, names of the records dropped as too long).
+    def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
+        """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        orders = [self.order(epoch) for epoch in range(epochs)]
+        orders += [self.order(epochs)[: rest * self.batch_size]] if rest else []
+        rows = np.concatenate(orders)
+        _, first = np.unique(rows @ np.array([1 << 32, 1]), return_index=True)
+        return rows[np.sort(first)]
 
-        Where all records of a step are too long there is no pack.
+    def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
+        """(packs of trees of these pairs, names of the records dropped as too long).
+
+        Where all records are too long there is no pack.
         """
-        records = self.records(step)
-        fit = (self.tokenizer, self.config, self.max_length, self.overlong, self.only_chosen)
-        trees = [fit_tree(record, *fit) for record in records]
+        records = [self.sets[i][int(n)] for i, n in rows]
+        trees = [self.fit(record) for record in records]
         dropped = [record.name for record, tree in zip(records, trees) if tree is None]
         kept = [tree for tree in trees if tree is not None]
         if self.pairs_per_prompt > 1:
@@ -439,6 +406,25 @@ class PairData:
         packs = first_fit(sizes, self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped
 
+    def fit(self, record: PairRecord) -> Tree | None:
+        """The record's tree of at most max_length tokens a prompt and response; None = dropped.
+
+        cut: responses end where the length is reached, without <|im_end|> (the official way); a
+        record whose prompt alone is too long, or whose responses begin alike up to there, is
+        dropped.
+        """
+        limit, encode = record.max_tiles, (record, self.tokenizer, self.config)
+        tree = encode_tree(*encode, limit, self.only_chosen)
+        while self.overlong == "fewer_tiles" and tree.longest > self.max_length and limit > 1:
+            limit //= 2
+            tree = encode_tree(*encode, limit, self.only_chosen)
+        room = self.max_length - len(tree.trunk)
+        if tree.longest > self.max_length and self.overlong == "cut" and room > 0:
+            tree = replace(tree, responses=[response[:room] for response in tree.responses])
+            alike = len(tree.responses) == 2 and tree.responses[0] == tree.responses[1]
+            return None if alike else tree
+        return tree if tree.longest <= self.max_length else None
+
     def build(self, trees: list[Tree]) -> Pack:
         pack = lay_out(trees, self.share_prefix)
         pack.keys = [key for t in trees for key in response_keys(t)]
@@ -446,12 +432,11 @@ class PairData:
         return add_tiles(pack, trees, size, self.share_images, self.share_prefix)
 
 
-def prefetch(make: Callable[[int], Any], numbers: range) -> Iterator[Any]:
-    """make(n) for each n in order, the next one under way in a thread meanwhile."""
+def prefetch(items: Iterable) -> Iterator:
+    """The items (none is None), the next one under way in a thread while one is used."""
+    items = iter(items)
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, numbers[0]) if numbers else None
-        for n in numbers:
-            ready = coming.result()
-            if n + 1 in numbers:
-                coming = pool.submit(make, n + 1)
+        coming = pool.submit(next, items, None)
+        while (ready := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
             yield ready

@@ -21,8 +21,9 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -173,26 +174,6 @@ FREE_FLAGS = set(
 )
 
 
-@dataclass
-class Run:
-    """What a step needs; `open_run` makes it, with what the loop needs besides."""
-
-    cfg: TrainConfig
-    process: Process
-    terms: Terms
-    policy: InternVL
-    reference: "Reference | None" = None
-    hyper: dict[str, float] = field(default_factory=dict)  # of the objectives
-    data: PairData | None = None
-    heldout: PairData | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    shift: BcoShift = field(default_factory=BcoShift)
-    meter: Any = None  # tools.plan.Meter
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # what a checkpoint holds
-    total: int = 0  # steps
-    done: int = 0
-
-
 # --------------------------------------------------------------------------- the loop
 
 
@@ -202,91 +183,156 @@ def train(cfg: TrainConfig, process: Process) -> None:
     if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
         raise InputError("reference_cache lies in model_dir; pass a folder of its own")
     with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir", process):
-        run = open_run(cfg, process)
-        cfg, policy, reference, optimizer = run.cfg, run.policy, run.reference, run.optimizer
-        book = Book(run)
+        run = Run(cfg, process)
 
-        for step in steps_to_do(run):
+        for step in run.steps():
             number = step.number + 1
-            lr = lr_at(step.number, run.total, cfg)
-            for group in optimizer.param_groups:
+            lr = lr_at(step.number, run.total, run.cfg)
+            for group in run.optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            hyper = run.hyper | {"bco_shift": run.shift.mean}
-            if step.number == 0 and reference:
-                process.say(check_start(run, step, hyper))
-            logps = step_gradient(run, step, hyper)
+            if step.number == 0 and run.reference:
+                process.say(check_start(run, step))
+            logps = step_gradient(run, step)
             norm = clip_gradient(run)
-            check_finite(run, step, logps, hyper, norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            if reference:
+            check_finite(run, step, logps, norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            if cfg.reference_update_every and number % cfg.reference_update_every == 0:
+                run.reference.move(run.policy, cfg.reference_update_mix)
+
+            metrics = step_metrics(run, logps, step.sets) | run.meter(step, run.reference)
+            metrics |= {"bco_shift": run.shift.mean, "lr": lr, "grad_norm": norm}
+            if run.heldout and (number == run.total or number % cfg.heldout_every == 0):
+                metrics |= score_heldout(run)
+                run.meter.began = time.perf_counter()  # no part of the next step
+            if run.reference:
                 ratios = torch.cat([logps.chosen_logratio, logps.rejected_logratio])
                 run.shift.update(cfg.beta * ratios.double())
-            if cfg.reference_update_every and number % cfg.reference_update_every == 0:
-                reference.move(policy, cfg.reference_update_mix)
-
-            metrics = step_metrics(run, logps, step.sets, hyper) | run.meter(step, reference)
-            metrics |= {"bco_shift": hyper["bco_shift"], "lr": lr, "grad_norm": norm}
-            if run.heldout and (number == run.total or number % cfg.heldout_every == 0):
-                metrics |= score_heldout(run, hyper)
-                run.meter.began = time.perf_counter()  # no part of the next step
             stop = asked_to_stop()
-            book.keep(number, metrics, stop)
+            run.keep(number, metrics, stop)
             if stop and number < run.total:
-                book.close()
+                run.close()
                 process.say(f"asked to stop: saved step {number}; the same command continues")
                 return
-        book.close()
-        if not any(row["lr"] and row["grad_norm"] for row in book.rows):
+        run.close()
+        if not any(row["lr"] and row["grad_norm"] for row in run.rows):
             raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
-        if best := best_row(book.rows):
+        if best := best_row(run.rows):
             process.say(f"best step by held-out pairs: {best['step']} of {run.total}")
-        memory.merge_adapters(policy)
-        weights.save_model(policy, cfg.out_dir / "model", like=cfg.model_dir)
+        memory.merge_adapters(run.policy)
+        weights.save_model(run.policy, cfg.out_dir / "model", like=cfg.model_dir)
         process.say(f"saved {cfg.out_dir / 'model'}: read back and equal to the trained policy")
 
 
+class Run:
+    """A run in its folder, as the last checkpoint left it: what a step needs, what it leaves.
+
+    metrics.jsonl has one JSON object a step; a resumed run drops those past its checkpoint.
+    """
+
+    def __init__(self, cfg: TrainConfig, process: Process) -> None:
+        from tools.plan import Meter, settle  # noqa: PLC0415  (a run tells its memory and speed)
+        from tools.track import Tracker  # noqa: PLC0415  (and its troubles)
+
+        config = load_config(cfg.model_dir)
+        asked = with_recipe(cfg, config, process.say)
+        self.process, self.terms = process, parse_objective(cfg.loss)
+        smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
+        self.constants = losses.check_hyperparameters(self.terms, cfg.beta, smoothing)
+        self.data, self.heldout = open_data(asked, self.terms, process), None
+        if cfg.heldout:
+            watched = replace(asked, meta=cfg.heldout, limit=0)
+            self.heldout = open_data(watched, self.terms, process, self.data.tokenizer)
+        cfg = settle(asked, config, process.world, process.device, process.say)
+        cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
+        total = self.data.steps_per_epoch * cfg.epochs
+        self.cfg, self.total = cfg, min(total, cfg.max_steps or total)
+        if not any(lr_at(step, self.total, cfg) for step in range(min(self.total, 99))):
+            raise InputError(
+                f"the learning rate is 0 at every one of {self.total} steps, so no weight would "
+                "change: warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
+            )
+        self.meter = Meter(cfg, process)
+
+        self.policy = sharded_model(cfg, process, cfg.drop_path)
+        self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()
+        self.reference = make_reference(self)
+        moving = self.reference.model if cfg.reference_update_every else None
+        self.tensors = state_tensors(self.policy, self.optimizer, moving)
+        self.done = self.restore()
+        left = f"{self.done} of {self.total} steps are done"
+        process.say(left if self.done else f"{self.total} steps to do")
+
+        background = switched_on(cfg.async_save, process.device)
+        self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
+        self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
+        path = cfg.out_dir / "metrics.jsonl"
+        self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= self.done]
+        if process.is_main:
+            write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.log = runtime.AppendLog(path)
+        self.tracker, self.began = Tracker(cfg, self.rows, self.total, process), time.time()
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """What the objectives are passed; the shift moves at the end of a step."""
+        return self.constants | {"bco_shift": self.shift.mean}
+
+    def restore(self) -> int:
+        """Continue from the newest complete checkpoint in out_dir; returns the steps done."""
+        checkpoint = weights.newest_checkpoint(self.cfg.out_dir / "checkpoints")
+        if checkpoint is None:
+            return 0
+        saved, now = weights.checkpoint_state(checkpoint)["flags"], run_flags(self.cfg)
+        changed = [f"{k} was {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]]
+        if changed:
+            raise InputError(
+                f"{checkpoint} belongs to a run with other flags: {', '.join(changed)}; pass those "
+                "flags, or another --out_dir"
+            )
+        state = weights.load_checkpoint(checkpoint, self.tensors)
+        self.shift = BcoShift(**state["bco_shift"])
+        for of_parameter in self.optimizer.state.values():
+            of_parameter["step"].fill_(state["step"])
+        return state["step"]
+
+    def steps(self) -> Iterator["Step"]:
+        """The steps that are left, each made while the one before is computed."""
+        left = range(self.done, self.total)
+        for step in prefetch(make_step(self.data, n, self.process) for n in left):
+            for name in step.dropped:
+                self.process.say(f"dropped, longer than max_length {self.cfg.max_length}: {name}")
+            if step.pairs:
+                yield step
+            else:
+                self.process.say(f"step {step.number + 1} is skipped: nothing is left of it")
+
+    def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
+        """Log step `number` (from 1); save it if it is the last, the best or its turn."""
+        cfg, last = self.cfg, stop or number == self.total
+        self.rows.append({"step": number, **metrics})
+        if self.process.is_main:
+            self.log.append(self.rows[-1])
+        words = [f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in SHOWN if key in metrics]
+        left = (time.time() - self.began) / (number - self.done) * (self.total - number)
+        self.process.say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
+        self.tracker()
+        state = {"flags": run_flags(cfg), "bco_shift": asdict(self.shift)}
+        if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
+            self.best_writer.save(number, self.tensors, state)
+        if last or number % cfg.save_every == 0:
+            self.writer.save(number, self.tensors, state)
+            self.tracker.draw(last)
+        self.writer.settle()
+
+    def close(self) -> None:
+        self.writer.finish()
+        if self.process.is_main:
+            self.log.close()
+
+
 # --------------------------------------------------------------------------- before the loop
-
-
-def open_run(cfg: TrainConfig, process: Process) -> Run:
-    """Data, policy, optimizer and reference, as the last checkpoint left them."""
-    from tools.plan import Meter, settle  # noqa: PLC0415  (a run tells its memory and speed)
-
-    config = load_config(cfg.model_dir)
-    asked = cfg = with_recipe(cfg, config, process.say)
-    terms = parse_objective(cfg.loss)
-    smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
-    hyper = losses.check_hyperparameters(terms, cfg.beta, smoothing)
-    data, heldout = open_data(cfg, terms, process), None
-    if cfg.heldout:
-        watched = replace(cfg, meta=cfg.heldout, limit=0)
-        heldout = open_data(watched, terms, process, data.tokenizer)
-    cfg = settle(asked, config, process.world, process.device, process.say)
-    cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
-    total = data.steps_per_epoch * cfg.epochs
-    total = min(total, cfg.max_steps or total)
-    if not any(lr_at(step, total, cfg) for step in range(min(total, 99))):
-        raise InputError(
-            f"the learning rate is 0 at every one of {total} steps, so no weight would change: "
-            "warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
-        )
-    meter = Meter(cfg, process)
-
-    policy = sharded_model(cfg, process, cfg.drop_path)
-    optimizer, shift = make_optimizer(cfg, policy), BcoShift()
-    reference = make_reference(cfg, terms, policy, data, total, process)
-    if heldout and cfg.reference == "cached" and reference:
-        reference.fill(policy, heldout, heldout.steps_per_epoch, cfg)
-    tensors = state_tensors(policy, optimizer, reference, cfg.reference_update_every > 0)
-    done = restore(cfg, tensors, optimizer, shift)
-    process.say(f"{done} of {total} steps are done" if done else f"{total} steps to do")
-    if process.is_main:
-        write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
-    return Run(
-        cfg, process, terms, policy, reference, hyper, data, heldout, optimizer, shift, meter,
-        tensors, total, done,
-    )  # fmt: skip
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
@@ -315,18 +361,14 @@ def open_data(
     tokenizer = tokenizer or load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    only_chosen = all(name == "sft" for _, name in terms)  # SFT never looks at rejected responses
     shared = {f.name for f in fields(PairData)} & vars(cfg).keys()  # flags that it has as fields
     flags = {name: getattr(cfg, name) for name in shared}
-    data = PairData(sets, tokenizer, config, only_chosen=trains_only_chosen(terms), **flags)
+    data = PairData(sets, tokenizer, config, only_chosen=only_chosen, **flags)
     drawn = np.bincount(data.order(0)[:, 0], minlength=len(sets))
     for data_set, count in zip(sets, drawn):
         process.say(f"{cfg.meta}: {data_set.name}: {len(data_set)} records, {count} an epoch")
     return data
-
-
-def trains_only_chosen(terms: Terms) -> bool:
-    """SFT never looks at rejected responses: they are not even read into packs."""
-    return all(name == "sft" for _, name in terms)
 
 
 def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
@@ -417,7 +459,7 @@ def scoring(model: InternVL) -> Iterator[None]:
             unit.reshard()
 
 
-def reduce_gradients(run: "Run", now: bool) -> None:
+def reduce_gradients(run: Run, now: bool) -> None:
     """Whether the next backward reduces gradients over processes, or adds them up here.
 
     With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
@@ -462,24 +504,25 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> torch.optim.AdamW:
 # --------------------------------------------------------------------------- the reference
 
 
-def make_reference(
-    cfg: TrainConfig, terms: Terms, policy: InternVL, data: PairData, total: int, process: Process
-) -> "Reference | None":
+def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
-    needed, every = losses.needs_reference(terms), cfg.reference_update_every
-    if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > total):
+    cfg, policy = run.cfg, run.policy
+    needed, every = losses.needs_reference(run.terms), cfg.reference_update_every
+    if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
         raise InputError(
             f"--reference_update_every {every} moves a second model: it needs an objective with a "
             f"reference, --reference online, no --lora_rank, and a run of {every} steps (this: "
-            f"{total})"
+            f"{run.total})"
         )
     if not needed:
         return None
     if cfg.reference == "online":
-        model = policy if cfg.lora_rank else sharded_model(cfg, process, 0.0, trained=False)
+        model = policy if cfg.lora_rank else sharded_model(cfg, run.process, 0.0, trained=False)
         return OnlineReference(model)
-    reference = CachedReference(cfg, process)
-    reference.fill(policy, data, total, cfg)
+    reference = CachedReference(cfg, run.process)
+    reference.fill(policy, run.data, run.total)
+    if run.heldout:
+        reference.fill(policy, run.heldout, run.heldout.steps_per_epoch)
     return reference
 
 
@@ -504,86 +547,94 @@ class OnlineReference:
             own.lerp_(local(policy_row).to(own.dtype), mix)
 
 
-def checksum(row: dict) -> str:
-    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=4).hexdigest()
-
-
 class CachedReference:
     """Log-probs of every response of the run under the start weights, scored once.
 
     A folder of append-only part files (response key -> log-prob) shared by all runs on the same
     start weights; `run.json` says what the numbers depend on, `covers-*.json` marks runs of which
-    every response is there.
+    every response is there.  In memory two sorted arrays: 20 bytes a response.
     """
 
     def __init__(self, cfg: TrainConfig, process: Process) -> None:
-        self.folder, self.process = cfg.cache_folder, process
-        self.logps: dict[str, float] = {}
+        self.cfg, self.folder, self.process = cfg, cfg.cache_folder, process
         if process.is_main:
             facts = cache_facts(cfg, process.device)
             runtime.claim(self.folder, facts, "pass another --reference_cache")
         dist.barrier()
 
-    def fill(self, policy: InternVL, data: PairData, steps: int, cfg: TrainConfig) -> None:
+    def fill(self, policy: InternVL, data: PairData, steps: int) -> None:
         """Score what is missing, with the policy before its first step: it is the reference."""
         mark = self.folder / f"covers-{data.digest(steps)}.json"
         with runtime.alone_in(self.folder, math.inf, "end it", self.process):
             self.read()  # another run may have scored them meanwhile
             if not self.process.broadcast(mark.exists()):
                 with scoring(policy):
-                    self.score_missing(policy, data, steps, cfg)
+                    self.score_missing(policy, data, steps)
                 self.read()
                 if self.process.is_main:
-                    write_atomic(mark, json.dumps({"meta": str(cfg.meta), "steps": steps}) + "\n")
+                    text = json.dumps({"meta": str(self.cfg.meta), "steps": steps})
+                    write_atomic(mark, text + "\n")
 
     def read(self) -> None:
+        keys, logps = bytearray(16), array("f", [math.nan])  # a first row that no key comes before
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for number, row in runtime.read_jsonl(part, part=True):
                 if row.pop("checksum", None) != checksum(row):
                     raise InputError(f"{part} line {number}: not as it was written; delete {part}")
-                self.logps[row["key"]] = row["logp"]
+                keys += bytes.fromhex(row["key"])
+                logps.append(row["logp"])
+        keys = np.frombuffer(keys, "S16")
+        order = keys.argsort(kind="stable")
+        self.keys, self.logps = keys[order], np.frombuffer(logps, np.float32)[order]
         dist.barrier()  # nobody appends before everybody has read
 
-    def score_missing(self, policy: InternVL, data: PairData, steps: int, cfg: TrainConfig) -> None:
-        """Plan a step, score its missing packs in rounds of one a process, forget it."""
-        process = self.process
-        part = runtime.AppendLog(
-            self.folder / f"part-{process.rank:03d}-of-{process.world:03d}.jsonl"
-        )
-        seen, queue = set(self.logps), []
-        for step in runtime.bar(range(steps), desc="reference", unit="step"):
-            for trees in data.plan(step)[0]:
-                keys = {key for tree in trees for key in response_keys(tree)}
-                if not keys <= seen:
-                    queue.append(trees)
-                    seen |= keys
-            while len(queue) >= process.world or (queue and step + 1 == steps):
-                own = process.rank < len(queue)  # or a stand-in where there are too few
-                trees = queue[process.rank] if own else blank_tree(queue[0])
-                pack, queue = data.build(trees).to(process.device), queue[process.world :]
-                sums, lengths = score(policy, pack, cfg)
-                for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if own else ():
-                    values = dict(zip(("key", "logp", "length"), row))
-                    part.append(values | {"checksum": checksum(values)})
+    def look_up(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(log-prob of each response, whether it is there at all)."""
+        wanted = np.array([bytes.fromhex(key) for key in keys], "S16")
+        rows = self.keys.searchsorted(wanted, side="right") - 1
+        return self.logps[rows], self.keys[rows] == wanted
+
+    def score_missing(self, policy: InternVL, data: PairData, steps: int) -> None:
+        """Plan this process's share of the records, a step's at a time, and score a pack at a time.
+
+        Processes score in rounds of a pack each; one that has none left takes part with a blank.
+        """
+        rank, world = self.process.rank, self.process.world
+        rows, size = data.distinct_rows(steps), data.batch_size
+        starts = range(rank * size, len(rows), world * size)
+        starts = runtime.bar(starts, desc="reference", unit="step", unit_scale=world)
+        plans = prefetch(data.plan(rows[start : start + size])[0] for start in starts)
+        trees = (trees for planned in plans for trees in planned if not self.has(trees))
+        packs, blank = prefetch(map(data.build, trees)), data.build([BLANK])
+        part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
+        while not weights.all_of((pack := next(packs, None)) is None):
+            pack = (pack or blank).to(self.process.device)
+            sums, lengths = score(policy, pack, self.cfg)
+            for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if pack.names else ():
+                values = dict(zip(("key", "logp", "length"), row))
+                part.append(values | {"checksum": checksum(values)})
             if asked_to_stop():
                 part.close()
-                process.say("asked to stop: what is scored is kept; the same command continues")
+                self.process.say("asked to stop: scores are kept; the same command continues")
                 raise SystemExit(0)
         part.close()
         dist.barrier()
 
+    def has(self, trees: list[Tree]) -> bool:
+        return self.look_up([key for tree in trees for key in response_keys(tree)])[1].all()
+
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
-        if pack.names == [BLANK]:
-            return torch.zeros(len(pack.keys), device=self.process.device)
-        if not self.logps.keys() >= set(pack.keys):
+        logps, there = self.look_up(pack.keys)
+        if pack.names and not there.all():
             raise InputError(
                 f"{self.folder} lacks log-probs of responses in {', '.join(pack.names)}: an image "
                 "has changed since they were scored; delete covers-*.json there and start again"
             )
-        return torch.tensor([self.logps[key] for key in pack.keys], device=self.process.device)
+        return torch.from_numpy(logps).to(self.process.device)
 
 
-Reference = OnlineReference | CachedReference
+def checksum(row: dict) -> str:
+    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
@@ -600,59 +651,11 @@ def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
     }
 
 
-# --------------------------------------------------------------------------- what a run leaves
-
-
-class Book:
-    """Metrics, checkpoints and pictures of a run's folder, and a line a step on the terminal.
-
-    metrics.jsonl has one JSON object a step; a resumed run drops those past its checkpoint.
-    """
-
-    def __init__(self, run: Run) -> None:
-        from tools.track import Tracker  # noqa: PLC0415  (a run tells its troubles)
-
-        cfg, process, self.run, self.began = run.cfg, run.process, run, time.time()
-        self.state = {"flags": run_flags(cfg)}
-        background = switched_on(cfg.async_save, process.device)
-        self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
-        self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
-        path = cfg.out_dir / "metrics.jsonl"
-        self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= run.done]
-        if process.is_main:
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-            self.log = runtime.AppendLog(path)
-        self.tracker = Tracker(cfg, self.rows, run.total, process)
-
-    def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
-        """Log step `number` (from 1); save it if it is the last, the best or its turn."""
-        run, cfg, last = self.run, self.run.cfg, stop or number == self.run.total
-        self.rows.append({"step": number, **metrics})
-        if run.process.is_main:
-            self.log.append(self.rows[-1])
-        words = [f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in SHOWN if key in metrics]
-        left = (time.time() - self.began) / (number - run.done) * (run.total - number)
-        run.process.say(f"step {number}/{run.total}", *words, f"left {runtime.clock(left)}")
-        self.tracker()
-        state = self.state | {"bco_shift": asdict(run.shift)}
-        if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
-            self.best_writer.save(number, run.tensors, state)
-        if last or number % cfg.save_every == 0:
-            self.writer.save(number, run.tensors, state)
-            self.tracker.draw(last)
-        self.writer.settle()
-
-    def close(self) -> None:
-        self.writer.finish()
-        if self.run.process.is_main:
-            self.log.close()
-
-
 # --------------------------------------------------------------------------- continuing a run
 
 
 def state_tensors(
-    policy: InternVL, optimizer: torch.optim.Optimizer, reference: Reference | None, moving: bool
+    policy: InternVL, optimizer: torch.optim.Optimizer, moving: InternVL | None
 ) -> dict[str, Tensor]:
     """All tensors of a run by name; AdamW's moments are made where there are none yet."""
     tensors = {}
@@ -661,18 +664,13 @@ def state_tensors(
             tensors[f"model/{name}"] = p
         if not p.requires_grad:
             continue
-        if not optimizer.state[p]:
-            optimizer.state[p] = {
-                # beside its parameter: the fused kernel reads it there, also on a GPU
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}/{name}"] = optimizer.state[p][moment]
+        state = optimizer.state[p]
+        if not state:  # the step beside its parameter, where a GPU's fused kernel reads it
+            state["step"] = torch.zeros((), device=p.device)
+            state |= {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"{moment}/{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
     if moving:
-        for name, p in named_tensors(reference.model).items():
-            tensors[f"reference/{name}"] = p
+        tensors |= {f"reference/{name}": p for name, p in named_tensors(moving).items()}
     return tensors
 
 
@@ -686,29 +684,10 @@ def run_flags(cfg: TrainConfig) -> dict[str, str]:
     }
 
 
-def restore(
-    cfg: TrainConfig, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, shift: BcoShift
-) -> int:
-    """Continue from the newest complete checkpoint in out_dir; returns the steps done."""
-    checkpoint = weights.newest_checkpoint(cfg.out_dir / "checkpoints")
-    if checkpoint is None:
-        return 0
-    saved = weights.checkpoint_state(checkpoint)["flags"]
-    changed = [k for k, v in run_flags(cfg).items() if saved.get(k) != v]
-    if changed:
-        raise InputError(
-            f"{checkpoint} belongs to a run with other flags: "
-            + ", ".join(f"{k} was {saved.get(k)}, now {run_flags(cfg)[k]}" for k in changed)
-            + "; pass those flags, or another --out_dir"
-        )
-    state = weights.load_checkpoint(checkpoint, tensors)
-    vars(shift).update(state["bco_shift"])
-    for p in optimizer.state:
-        optimizer.state[p]["step"].fill_(state["step"])
-    return state["step"]
-
-
 # --------------------------------------------------------------------------- one step: its packs
+
+# a stand-in for a process that has fewer packs than others: the same collectives, no pair
+BLANK = Tree([0], [[0]], [], [], [], [], [])
 
 
 @dataclass
@@ -716,7 +695,7 @@ class Step:
     """What one process does in one step: packs with their place among the step's pairs."""
 
     number: int
-    packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, first pair), -1 for blanks
+    packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, its first pair)
     pairs: int  # of the whole step, all processes
     trees: list[list[Tree]]  # (pack) likewise
     dropped: list[str]
@@ -724,93 +703,64 @@ class Step:
     sets: list[str]  # (pair) names of their data sets
 
 
-BLANK = "blank"
-
-
-def blank_tree(trees: list[Tree]) -> list[Tree]:
-    """A stand-in for a process that has fewer packs than others: same collectives, weight 0."""
-    t = trees[0]
-    return [Tree(t.trunk[:1], [[t.responses[0][-1]]], [0], [0], [], [], [BLANK])]
-
-
-def steps_to_do(run: Run) -> Iterator["Step"]:
-    """The steps that are left, each made while the one before is computed."""
-    for step in prefetch(lambda n: make_step(run.data, n, run.process), range(run.done, run.total)):
-        for name in step.dropped:
-            run.process.say(f"dropped, longer than max_length {run.cfg.max_length}: {name}")
-        if step.pairs:
-            yield step
-        else:
-            run.process.say(f"step {step.number + 1} is skipped: nothing is left of it")
-
-
 def make_step(data: PairData, number: int, process: Process) -> Step:
     """Plan the whole step, then build every world-th pack of it."""
-    planned, dropped = data.plan(number)
-    *firsts, pairs = 0, *accumulate(sum(len(tree.names) for tree in trees) for trees in planned)
+    planned, dropped = data.plan(data.rows(number))
     records = [name for pack in planned for tree in pack for name in tree.names]
     sets = [name for pack in planned for tree in pack for name in tree.sets]
-    blanks = -len(planned) % process.world
-    trees = planned + [blank_tree(planned[0]) for _ in range(blanks)]
-    firsts += [-1] * blanks
+    trees = planned + [[BLANK]] * (-len(planned) % process.world)
+    firsts = [0, *accumulate(sum(len(tree.names) for tree in pack) for pack in trees)]
     own = range(process.rank, len(trees), process.world)
     packs = [(data.build(trees[n]), n, firsts[n]) for n in own]
-    return Step(number, packs, pairs, planned, dropped, records, sets)
+    return Step(number, packs, len(records), planned, dropped, records, sets)
 
 
 # --------------------------------------------------------------------------- one step: its gradient
 
 
-def step_gradient(run: Run, step: Step, hyper: dict[str, float]) -> PairLogps:
+def step_gradient(run: Run, step: Step) -> PairLogps:
     """Add the step's gradient to the policy; returns the log-probs of all its pairs.
 
     An objective that sorts over the whole step (AOT) has it scored first; then each pair is pulled
     by d loss / d its log-probs.  FSDP averages gradients over processes, so each pack's share is
     scaled by their number.
     """
-    if losses.whole_step(run.terms):
-        pulls = losses.coefficients(run.terms, score_step(run, step), **hyper)
-    scored = []
-    for pack, number, first in step.packs:
-        seed_pack(run, step, number)
-        reduce_gradients(run, now=pack is step.packs[-1][0])
-        logps = forward_pack(run, pack)
-        if first < 0:  # a stand-in: its loss does not count
-            loss = 0.0 * logps.policy_chosen.sum()
-        elif losses.whole_step(run.terms):
-            chosen, rejected = (pull[first : first + len(pack.chosen)] for pull in pulls)
+    whole, scored = losses.whole_step(run.terms), []
+    if whole:
+        pulls = losses.coefficients(run.terms, score_step(run, step), **run.hyper)
+    for place, logps in forward_packs(run, step):
+        if place.start == place.stop:  # a stand-in
+            loss = logps.policy_chosen.sum()
+        elif whole:
+            chosen, rejected = (pull[place] for pull in pulls)
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
-            loss = objective(run.terms, logps, **hyper)[0].sum() / step.pairs  # eq. 3 (losses.py)
+            loss = objective(run.terms, logps, **run.hyper)[0].sum() / step.pairs  # eq. 3
         (loss * run.process.world).backward()
-        scored.append((first, logps))
+        scored.append((place, logps))
     return gather(run, step, scored)
 
 
 @torch.no_grad()
 def score_step(run: Run, step: Step) -> PairLogps:
     """Log-probs of all pairs of the step, without gradient."""
-    scored = []
+    return gather(run, step, forward_packs(run, step))
+
+
+def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
+    """(place among the step's pairs, log-probs) of each of this process's packs."""
     for pack, number, first in step.packs:
-        seed_pack(run, step, number)
-        scored.append((first, forward_pack(run, pack)))
-    return gather(run, step, scored)
-
-
-def seed_pack(run: Run, step: Step, number: int) -> None:
-    """Stochastic depth is a function of (seed, step, pack): the same for any process count."""
-    seed = seeded(run.cfg.seed, "drop path", step.number, number).integers(2**62)
-    torch.manual_seed(int(seed))
-
-
-def forward_pack(run: Run, pack: Pack) -> PairLogps:
-    """Log-probs of the pack's pairs, with gradient where it is enabled."""
-    pack = pack.to(run.process.device)
-    fixed = run.reference(pack, run.cfg) if run.reference else None
-    sums, lengths = score(run.policy, pack, run.cfg)
-    references = (None, None) if fixed is None else (fixed[pack.chosen], fixed[pack.rejected])
-    ends = lengths[pack.chosen], lengths[pack.rejected]
-    return PairLogps(sums[pack.chosen], sums[pack.rejected], *references, *ends)
+        # stochastic depth is a function of (seed, step, pack): the same for any process count
+        seed = seeded(run.cfg.seed, "drop path", step.number, number).integers(2**62)
+        torch.manual_seed(int(seed))
+        reduce_gradients(run, now=pack is step.packs[-1][0])
+        pack = pack.to(run.process.device)
+        fixed = run.reference(pack, run.cfg) if run.reference else None
+        sums, lengths = score(run.policy, pack, run.cfg)
+        references = (None, None) if fixed is None else (fixed[pack.chosen], fixed[pack.rejected])
+        ends = lengths[pack.chosen], lengths[pack.rejected]
+        logps = PairLogps(sums[pack.chosen], sums[pack.rejected], *references, *ends)
+        yield slice(first, first + len(pack.chosen)), logps
 
 
 def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -820,14 +770,9 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
     """
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # (1 T d), (vocab d)
+        owners = pack.response, pack.num_responses
         rows = hidden[0, pack.predictor]
-        if not cfg.head_rows:  # the readable way: all logits at once, kept for backward
-            logps = (rows @ weight.T).float().log_softmax(-1)
-            logps = logps.gather(-1, pack.target[:, None])[:, 0]
-            return losses.sum_by_response(logps, pack.response, pack.num_responses)
-        return losses.response_logps(
-            rows, weight, pack.target, pack.response, pack.num_responses, cfg.head_rows
-        )
+        return losses.response_logps(rows, weight, pack.target, *owners, cfg.head_rows)
 
     compiled = switched_on(cfg.compile, pack.tree.device)
     if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
@@ -836,31 +781,22 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
         pack = pack.with_blank_tiles(TILE_MULTIPLE if compiled else 1, size)
     if pack.tree.is_cuda:  # one shape for all packs: kernels are compiled once
         pack = pack.padded(-(-cfg.pack_tokens // 128) * 128)
-    return model(
-        pack.input_ids,
-        pack.tiles,
-        positions=pack.positions,
-        attend=TreeAttention(pack.tree, pack.branch),
-        head=head,
-        tile_order=pack.tile_order,
-    )
+    attend = TreeAttention(pack.tree, pack.branch)
+    return model(pack.input_ids, pack.tiles, pack.positions, attend, head, pack.tile_order)
 
 
-def gather(run: Run, step: Step, scored: list[tuple[int, PairLogps]]) -> PairLogps:
+def gather(run: Run, step: Step, scored: Iterable[tuple[slice, PairLogps]]) -> PairLogps:
     """All pairs of the step on every process, in the order of the plan.
 
     Each writes its own columns into zeros; adding zeros is exact, so the result does not depend on
     the number of processes.
     """
-    names = [f.name for f in fields(PairLogps) if run.reference or "reference" not in f.name]
-    table = torch.zeros(len(names), step.pairs, device=run.process.device)
-    for first, logps in scored:
-        if first >= 0:
-            own = torch.stack([getattr(logps, name).detach() for name in names])
-            table[:, first : first + own.shape[1]] = own
+    table = torch.zeros(6 if run.reference else 4, step.pairs, device=run.process.device)
+    for place, logps in scored:
+        table[:, place] = torch.stack([x.detach() for x in vars(logps).values() if x is not None])
     dist.all_reduce(table)
-    without = {"reference_chosen": None, "reference_rejected": None}
-    return PairLogps(**without | dict(zip(names, table)))
+    references = table[2:4] if run.reference else (None, None)
+    return PairLogps(*table[:2], *references, *table[-2:])
 
 
 # --------------------------------------------------------------------------- one step: its update
@@ -886,11 +822,9 @@ def clip_gradient(run: Run) -> float:
     return weights.whole(norm).item()
 
 
-def check_finite(
-    run: Run, step: Step, logps: PairLogps, hyper: dict[str, float], norm: float
-) -> None:
+def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
     """Non-finite numbers are never trained on: name the step and its records, and stop."""
-    loss, number = objective(run.terms, logps, **hyper)[0], step.number + 1
+    loss, number = objective(run.terms, logps, **run.hyper)[0], step.number + 1
     bad = [name for name, finite in zip(step.records, loss.isfinite().tolist()) if not finite]
     if not bad and math.isfinite(norm):
         return
@@ -906,16 +840,13 @@ def check_finite(
 # --------------------------------------------------------------------------- what a step says
 
 
-def step_metrics(
-    run: Run, logps: PairLogps, sets: list[str], hyper: dict[str, float]
-) -> dict[str, float]:
+def step_metrics(run: Run, logps: PairLogps, sets: list[str]) -> dict[str, float]:
     """Means over the pairs of the step: the loss, each term's, losses.pair_metrics, and some of
     each data set; `sets` names the pairs' data sets."""
-    total, parts = objective(run.terms, logps, **hyper)
+    total, parts = objective(run.terms, logps, **run.hyper)
     columns = {"loss": total} | {f"loss/{name}": value for name, value in parts.items()}
-    without = trains_only_chosen(run.terms)
     for name, value in losses.pair_metrics(logps, run.cfg.beta).items():
-        if not (without and name.split("/")[-1] in ("rejected", "margin", "accuracy")):
+        if not (run.data.only_chosen and name.endswith("/rejected")):
             columns[name] = value
     metrics = {name: column.mean().item() for name, column in columns.items()}
     for data_set in sorted(set(sets)):
@@ -927,20 +858,20 @@ def step_metrics(
     return metrics
 
 
-def score_heldout(run: Run, hyper: dict[str, float]) -> dict[str, float]:
+def score_heldout(run: Run) -> dict[str, float]:
     """The metrics of all held-out pairs under the policy as it stands; nothing is trained."""
     data, scored, sets, dropped = run.heldout, [], [], 0
-    for step in prefetch(lambda n: make_step(data, n, run.process), range(data.steps_per_epoch)):
+    for step in prefetch(make_step(data, n, run.process) for n in range(data.steps_per_epoch)):
         dropped += len(step.dropped)
+        sets += step.sets
         if step.pairs:
             with scoring(run.policy):
                 scored.append(vars(score_step(run, step)).values())
-            sets += step.sets
     if not sets:
         raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.cfg.max_length}")
     run.process.say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
-    metrics = step_metrics(run, PairLogps(*columns), sets, hyper)
+    metrics = step_metrics(run, PairLogps(*columns), sets)
     metrics |= {"pairs": len(sets), "dropped": dropped}
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
@@ -954,12 +885,12 @@ def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:
     return max((row for row in rows if "heldout/loss" in row), key=rank, default=None)
 
 
-def check_start(run: Run, step: Step, hyper: dict[str, float]) -> str:
+def check_start(run: Run, step: Step) -> str:
     """A fresh policy is its reference: every log-ratio is 0 and the loss is known beforehand."""
     with scoring(run.policy):
         logps = score_step(run, step)
     compare_start(logps, compute_dtype(run.cfg, run.process.device) is torch.bfloat16)
-    total, parts = objective(run.terms, logps, **hyper)
+    total, parts = objective(run.terms, logps, **run.hyper)
     words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
     return f"start check: rewards are 0, so the first loss is {total.mean():.4f} = {words}"
 

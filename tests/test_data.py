@@ -17,7 +17,6 @@ from data import (
     encode_tree,
     epoch_order,
     first_fit,
-    fit_tree,
     lay_out,
     prefetch,
     response_keys,
@@ -237,16 +236,18 @@ def restore_meta(toy):
 def test_an_epoch_visits_every_record_once_and_steps_are_repeatable(toy):
     data = pair_data(toy)
     steps = data.steps_per_epoch
-    seen = [r.name for n in range(steps) for r in data.records(n)]
+    seen = [tuple(row) for n in range(steps) for row in data.rows(n)]
     assert len(seen) == len(set(seen)) == sum(map(len, data.sets))
-    second = [r.name for n in range(steps, 2 * steps) for r in data.records(n)]
+    second = [tuple(row) for n in range(steps, 2 * steps) for row in data.rows(n)]
     assert sorted(second) == sorted(seen) and second != seen
-    assert [r.name for r in pair_data(toy).records(3)] == [r.name for r in data.records(3)]
+    assert (pair_data(toy).rows(3) == data.rows(3)).all()
+    distinct = [tuple(row) for row in data.distinct_rows(2 * steps)]
+    assert distinct == seen and len(data.distinct_rows(2)) == 16
 
 
 def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):
     data = pair_data(toy)
-    packs, dropped = data.plan(0)
+    packs, dropped = data.plan(data.rows(0))
     assert not dropped
     assert sum(len(tree.chosen) for pack in packs for tree in pack) == 8
     assert all(sum(tree.size for tree in pack) <= 600 for pack in packs)
@@ -255,13 +256,14 @@ def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):
 def test_over_long_records_are_dropped_by_name_or_get_fewer_tiles(toy):
     long = max(t.longest for t in toy_trees(toy))
     data = pair_data(toy, max_length=long - 1, batch_size=100)
-    packs, dropped = data.plan(0)
+    packs, dropped = data.plan(data.rows(0))
     assert dropped and all("line" in name for name in dropped)
     kept = sum(len(pack) for pack in packs)
     assert kept + len(dropped) == sum(map(len, data.sets))
     record = data.sets[2][0]  # a wide image
-    fit = {"tokenizer": toy[2], "config": toy[1], "max_length": toy_trees(toy)[2].longest - 1}
-    assert sum(fit_tree(record, overlong="fewer_tiles", **fit).tiles) < sum(toy_trees(toy)[2].tiles)
+    wide = toy_trees(toy)[2]
+    data = pair_data(toy, max_length=wide.longest - 1, overlong="fewer_tiles")
+    assert sum(data.fit(record).tiles) < sum(wide.tiles)
 
 
 def text_pair(tmp_path, **changes):
@@ -273,7 +275,8 @@ def long_tree(toy, tmp_path, overlong, room):
     """A text pair that may have `room` tokens behind its prompt; (tree, whole tree)."""
     record = text_pair(tmp_path, chosen="It is 3 it is 3", rejected="It is 4 it is 4")
     whole = encode_tree(record, toy[2], toy[1])
-    return fit_tree(record, toy[2], toy[1], len(whole.trunk) + room, overlong), whole
+    data = pair_data(toy, max_length=len(whole.trunk) + room, overlong=overlong)
+    return data.fit(record), whole
 
 
 def test_cut_responses_end_where_the_length_is_reached_without_their_end_token(toy, tmp_path):
@@ -291,7 +294,7 @@ def test_what_cannot_be_cut_apart_is_dropped(toy, tmp_path, overlong, room):
 
 def test_a_step_whose_records_are_all_too_long_has_no_pack_and_names_them(toy):
     data = pair_data(toy, max_length=10, batch_size=4)
-    packs, dropped = data.plan(0)
+    packs, dropped = data.plan(data.rows(0))
     assert packs == [] and len(dropped) == 4
 
 
@@ -327,10 +330,10 @@ def test_only_chosen_leaves_out_the_rejected_branch(toy):
 
 
 def test_prefetching_keeps_the_order_and_passes_errors_on():
-    assert list(prefetch(lambda n: n * n, range(3, 6))) == [9, 16, 25]
-    assert list(prefetch(lambda n: n, range(0))) == []
+    assert list(prefetch(n * n for n in range(3, 6))) == [9, 16, 25]
+    assert list(prefetch([])) == []
     with pytest.raises(ZeroDivisionError):
-        list(prefetch(lambda n: 1 // n, range(2)))
+        list(prefetch(1 // n for n in range(2)))
 
 
 def test_seeded_generators_depend_on_every_part_of_the_key():

@@ -69,7 +69,7 @@ def packs_of(world, policy):
     meta = read_meta(world / "meta.json", 12)
     options = {"batch_size": 4, "pack_tokens": 2000, "max_length": 2000, "seed": 0}
     data = PairData(meta, load_tokenizer(world / "model"), policy.config, **options)
-    return [data.build(trees) for trees in data.plan(0)[0]]
+    return [data.build(trees) for trees in data.plan(data.rows(0))[0]]
 
 
 def on_card(mode, pack):

@@ -76,7 +76,7 @@ def grads_of(toy, cfg, pad=1, **how):
         seed=1,
         **how,
     )
-    pack = data.build(data.plan(0)[0][0]).padded(pad, 8 if pad > 1 else 1)
+    pack = data.build(data.plan(data.rows(0))[0][0]).padded(pad, 8 if pad > 1 else 1)
     assert len(pack.tree) % pad == 0 and (pad == 1 or len(pack.tiles) % 8 == 0)
     model = prepare(load_model(toy / "model"), cfg)
     sums, _ = score(model, pack, cfg)

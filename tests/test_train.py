@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -328,23 +329,47 @@ def test_only_the_first_run_on_some_pairs_looks_them_through_for_the_reference(
     (tmp_path / "meta.json").write_text(json.dumps({"own": entry}))
     cfg = replace(base, meta=tmp_path / "meta.json", reference_cache=tmp_path / "reference")
     planned = []
-    plan = PairData.plan
-    monkeypatch.setattr(PairData, "plan", lambda s, n: planned.append(n) or plan(s, n))
+    fit = PairData.fit
+    monkeypatch.setattr(PairData, "fit", lambda s, r: planned.append(r.name) or fit(s, r))
 
-    def steps_planned(name):
+    def pairs_planned(name):
         planned.clear()
         run_here(replace(cfg, out_dir=tmp_path / name, max_steps=2))
-        return sorted(planned)
+        return Counter(Counter(planned).values())
 
-    assert steps_planned("first") == [0, 0, 1, 1]
-    assert steps_planned("second") == [0, 1]
+    assert pairs_planned("first") == {2: 16}
+    assert pairs_planned("second") == {1: 16}
     lines = (tmp_path / "toy_steps.jsonl").read_text().splitlines()
     (tmp_path / "toy_steps.jsonl").write_text("\n".join(lines[::-1]) + "\n")
-    assert steps_planned("other order") == [0, 0, 1, 1]
+    assert pairs_planned("other order") == {2: 16}
     for image in (tmp_path / "images").glob("*.png"):
         image.write_bytes(image.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"toy_steps.jsonl line .*delete covers-\*.json"):
-        steps_planned("changed images")
+        pairs_planned("changed images")
+
+
+def count_planned(cfg, out):
+    """A run whose process writes down how many pairs it plans."""
+    fit, planned = PairData.fit, []
+    PairData.fit = lambda self, record: planned.append(record) or fit(self, record)
+    train_in_process(cfg)
+    (out / f"planned-{os.environ['RANK']}").write_text(str(len(planned)))
+
+
+def test_processes_share_the_planning_of_the_reference_and_its_numbers_stay(base, tmp_path):
+    cfg = replace(base, max_steps=2, warmup=0.0, reference_cache=tmp_path / "one")
+    two = replace(cfg, reference_cache=tmp_path / "two", out_dir=tmp_path)
+    train_in_process(replace(cfg, out_dir=tmp_path / "run"))
+    run_forks(2, count_planned, two, tmp_path)
+    planned = [int(path.read_text()) for path in tmp_path.glob("planned-*")]
+    assert planned == [16 + 8, 16 + 8]  # every step of training, half of the reference's
+    rows = [[], []]
+    for place, folder in zip(rows, (cfg.cache_folder, two.cache_folder)):
+        for part in folder.glob("part-*.jsonl"):
+            place += runtime.read_whole_lines(part)
+    scores = [{row["key"]: row["logp"] for row in place} for place in rows]
+    assert [len(place) for place in rows] == [len(score) for score in scores] == [32, 32]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
 # --------------------------------------------------------------------------- objectives
@@ -522,7 +547,7 @@ def test_a_healthy_run_gets_no_diagnosis():
 def test_the_optimizer_s_step_count_lies_beside_its_parameter():
     policy = torch.nn.Linear(2, 3, device="meta")  # stands for any device that is not the CPU
     optimizer = torch.optim.AdamW(policy.parameters())
-    state_tensors(policy, optimizer, None, moving=False)
+    state_tensors(policy, optimizer, None)
     states = list(optimizer.state.values())
     assert len(states) == 2 and all(t.device.type == "meta" for s in states for t in s.values())
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from config import InternVLConfig
 from generate import Generator, Scheduler, decode, prefill
 from generate import Row as GeneratedRow
 from images import load_image
-from losses import parse_objective
 from model import InternVL
 from runtime import parse_cli, start_process
 from tools import bench, plan, race
@@ -164,13 +164,13 @@ def mpo(setting: Setting, case: str) -> Iterator[Row]:
     packs = [(bench.example_pack(config, trees), n, n * fit) for n in range(2)]
     step = train.Step(0, packs, 2 * fit, [trees, trees], [], [], [])
     zeros = lambda pack, cfg: torch.zeros(pack.num_responses, device=device)  # noqa: E731
-    state = train.Run(cfg, process, parse_objective("mpo"), policy, zeros)
+    state = SimpleNamespace(cfg=cfg, process=process, policy=policy, hyper={"beta": cfg.beta})
+    state.terms, state.reference = train.parse_objective("mpo"), zeros
     optimizer = train.make_optimizer(cfg, policy)
-    hyper = {"beta": cfg.beta, "label_smoothing": None, "bco_shift": 0.0}
     graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]  # noqa: E731
 
     def once() -> None:
-        train.step_gradient(state, step, hyper)
+        train.step_gradient(state, step)
         train.clip_gradient(state)
         optimizer.step()
         optimizer.zero_grad()
