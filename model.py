@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from config import InternVLConfig, LLMConfig, load_config, parse_config  # noqa: F401
+from config import InternVLConfig, LLMConfig
 from runtime import InputError
 from vision import InternViT, RMSNorm
 
@@ -82,7 +82,7 @@ class TreeAttention:
 
     On CUDA a FlexAttention block mask.  Elsewhere by segments: neighbouring trees that together
     hold at most `span` tokens under one mask, the readable reference; of a longer tree the trunk
-    causally, then each branch with the trunk's keys and its own.  No (s s) tensor either way.
+    causally, then each branch with the trunk's keys and its own.
     """
 
     def __init__(
@@ -96,28 +96,19 @@ class TreeAttention:
             return (k <= q) & (tree[k] == tree[q]) & own_branch
 
         self.visible = visible  # a plain function: FlexAttention takes nothing else
-        if self.flex:
-            self.mask = block_mask(tree, branch, visible)
-        else:
-            # (tokens, number of the segment whose keys they see besides their own,
-            # (token key) bool or None = causal)
-            self.segments: list[tuple[int, int | None, Tensor | None]] = []
-            for start, end in whole_trees(tree, span):
-                index = torch.arange(start, end, device=tree.device)
-                self.add_segments(index, branch[start:end], span)
-
-    def add_segments(self, index: Tensor, branch: Tensor, span: int) -> None:
-        """One for small trees, at `index` of the row; trunk and branches of a longer one."""
-        if len(index) <= span:
-            self.segments.append((len(index), None, self.dense_mask(index, index)))
+        if self.flex:  # makes (s s) bools for a moment, at 16,384 tokens some 0.3 GB each
+            self.mask = create_block_mask(visible, None, None, len(tree), len(tree), tree.device)
             return
-        lengths = torch.unique_consecutive(branch, return_counts=True)[1].tolist()
-        trunk, *answers = index.split(lengths)
-        number = len(self.segments)
-        self.segments.append((len(trunk), None, None))
-        for answer in answers:
-            mask = self.dense_mask(answer, torch.cat([trunk, answer]))
-            self.segments.append((len(answer), number, mask))
+        # (tokens, mask (token key) or None = causal); an answer's mask begins with its trunk's keys
+        self.segments: list[tuple[int, Tensor | None]] = []
+        for start, end in whole_trees(tree, span):
+            index, small = torch.arange(start, end, device=tree.device), end - start <= span
+            runs = torch.unique_consecutive(branch[start:end], return_counts=True)[1].tolist()
+            first, *answers = index.split([end - start] if small else runs)
+            self.segments.append((len(first), self.dense_mask(first, first) if small else None))
+            for answer in answers:
+                mask = self.dense_mask(answer, torch.cat([first, answer]))
+                self.segments.append((len(answer), mask))
 
     def dense_mask(self, q: Tensor, k: Tensor) -> Tensor:  # (q), (k) -> (q k) bool
         return self.visible(q, k, q[:, None], k[None, :])
@@ -135,14 +126,15 @@ class TreeAttention:
             index = torch.arange(q.shape[1], device=q.device)
             return _attention(q, k, v, attn_mask=self.dense_mask(index, index))
         # split, not slices: the gradient of each slice would be as long as the row
-        lengths = [length for length, *_ in self.segments]
-        q, k, v = (x.split(lengths, dim=1) for x in (q, k, v))
+        lengths = [length for length, _ in self.segments]
+        parts = zip(self.segments, *(x.split(lengths, dim=1) for x in (q, k, v)))
         out = []
-        for n, (_, trunk, mask) in enumerate(self.segments):
-            keys, values = k[n], v[n]
-            if trunk is not None:
-                keys, values = torch.cat([k[trunk], keys], 1), torch.cat([v[trunk], values], 1)
-            out.append(_attention(q[n], keys, values, attn_mask=mask, is_causal=mask is None))
+        for (length, mask), queries, keys, values in parts:
+            if mask is None or mask.shape[1] == length:
+                trunk = keys, values
+            else:  # an answer
+                keys, values = torch.cat([trunk[0], keys], 1), torch.cat([trunk[1], values], 1)
+            out.append(_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None))
         return torch.cat(out, dim=1)
 
 
@@ -157,44 +149,8 @@ def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
     return [*spans, (start, end)]
 
 
-BLOCK = 128  # tokens a side of a mask block
 # below 128 tokens inductor would pick its decoding kernel, which has no choice for some lengths
 FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
-
-
-def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
-    """Which blocks of keys each block of queries meets, from the range of each block alone.
-
-    Never wrong but possibly generous: a partial block may turn out empty, `visible` decides each
-    pair inside it.  No (s s) tensor, unlike create_block_mask.
-    """
-    s = len(tree)
-    blocks = -(-s // BLOCK)
-
-    def lowest_and_highest(x: Tensor) -> tuple[Tensor, Tensor]:  # (s) -> (block), (block)
-        x = torch.cat([x, x[-1:].expand(blocks * BLOCK - s)]).view(blocks, BLOCK)
-        return x.amin(1), x.amax(1)
-
-    (tree_low, tree_high), (low, high) = lowest_and_highest(tree), lowest_and_highest(branch)
-    index = torch.arange(blocks, device=tree.device)
-    q, k = index[:, None], index[None, :]
-    met = (k <= q) & (tree_high[k] >= tree_low[q])  # trees stand in ascending order
-    one_tree = (tree_low[k] == tree_high[k]) & (tree_low[q] == tree_high[q])
-    same_tree = one_tree & (tree_low[k] == tree_low[q])
-    one_branch = (low[k] == high[k]) & (low[q] == high[q])
-    met &= ~(same_tree & one_branch & (low[k] != 0) & (low[k] != low[q]))
-    own = (high[k] == 0) | (one_branch & (low[k] == low[q]))
-    full = met & (k < q) & same_tree & own
-    if s % BLOCK:
-        full[-1] = False  # the last rows are padding
-
-    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:  # counts (1 1 q), indices (1 1 q k)
-        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        return chosen.sum(1).int()[None, None], order.int()[None, None]
-
-    return BlockMask.from_kv_blocks(
-        *listed(met & ~full), *listed(full), BLOCK, visible, seq_lengths=(s, s)
-    )
 
 
 @functools.cache

@@ -31,7 +31,6 @@ Differs from the official code:
 """
 
 import codecs
-import json
 import operator
 import re
 from collections.abc import Iterable
@@ -40,12 +39,17 @@ from pathlib import Path
 
 import tokenizers
 
-from runtime import InputError, read_json
-from vocabulary import BLANK, from_sentencepiece, from_vocab_and_merges
+from runtime import InputError
+from vocabulary import (
+    BLANK,
+    MARKS,
+    from_sentencepiece,
+    from_tokenizer_json,
+    from_vocab_and_merges,
+)
 
 IMAGE = "<image>"  # the placeholder in texts; not a token
 TOKENIZERS = ("tokenizer.model", "vocab.json", "tokenizer.json")  # a folder has one of them
-MARKS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
 # PreTrainedTokenizerBase.clean_up_tokenization, in its order; InternLM2Tokenizer always calls it
 CLEAN_UP = [
@@ -59,37 +63,30 @@ CLEAN_UP = [
 class Tokenizer:
     """What load_tokenizer returns.  Ids are plain ints; bos is never added here."""
 
-    def __init__(self, data: dict, source: Path) -> None:
-        """`data`: the content of a tokenizer.json; `source`: the file to name in errors."""
-        self.source = source
-        try:
-            added = {token["content"]: token for token in data["added_tokens"]}
-            flagged = {name: token["id"] for name, token in added.items() if token["special"]}
-            tokens = [t | {"special": t["special"] and n not in MARKS} for n, t in added.items()]
-            text = json.dumps(data | {"added_tokens": tokens})
-            self.backend = tokenizers.Tokenizer.from_str(text)
-            decoder, model = json.dumps(data["decoder"]), data["model"]
-        except Exception as error:  # what `tokenizers` raises has no narrower type
-            raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
-        self.backend.encode_special_tokens = True  # that is: as plain text
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.marks = {name: id for name, id in flagged.items() if name in MARKS}
-        self.special = {name: id for name, id in flagged.items() if name not in MARKS}
+    def __init__(self, backend: tokenizers.Tokenizer, source: Path) -> None:
+        """`source`: the file to name in errors."""
+        self.source, self.backend = source, backend
+        backend.encode_special_tokens = True  # that is: as plain text
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        self.marks = {token.content: id for id, token in added.items() if token.content in MARKS}
+        self.special = {token.content: id for id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special.values())
-        names = sorted(flagged, key=len, reverse=True)  # at one place the longest name wins
+        # at one place the longest name wins
+        names = sorted(self.special | self.marks, key=len, reverse=True)
         self._split_special = re.compile("(" + "|".join(map(re.escape, names)) + ")").split
 
-        vocab = self.backend.get_vocab(with_added_tokens=True)
-        self.is_sentencepiece, as_bytes = bool(model.get("byte_fallback")), str.encode
+        self.is_sentencepiece, as_bytes = getattr(backend.model, "byte_fallback", False), str.encode
         if self.is_sentencepiece:
             as_bytes = sentencepiece_bytes
-        elif "ByteLevel" in decoder:
+        elif "ByteLevel" in repr(backend.decoder):
             as_bytes = byte_level_bytes
+        vocab = backend.get_vocab(with_added_tokens=True)
         self.pieces = {id: as_bytes(piece) for piece, id in vocab.items()}
         self.vocab_size = 1 + max(self.pieces)
         if not self.is_sentencepiece:
-            self.pieces |= {token["id"]: name.encode() for name, token in added.items()}
+            self.pieces |= {id: token.content.encode() for id, token in added.items()}
         if self.decode(self.encode_plain("a"))[:1] == " ":
             raise InputError(
                 f"{source}: puts a blank before every text, as no InternVL does, so prompts could "
@@ -234,17 +231,25 @@ class StreamDecoder:
 def load_tokenizer(model_dir: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder: InternLM2's files, Qwen's, or else tokenizer.json."""
     model, vocab, data = (Path(model_dir) / name for name in TOKENIZERS)
-    merges = vocab.with_name("merges.txt")
     if model.is_file():
-        return Tokenizer(from_sentencepiece(model), model)
-    if merges.is_file() or (vocab.is_file() and not data.is_file()):
-        return Tokenizer(from_vocab_and_merges(vocab, merges), vocab)
-    if data.is_file():
-        return Tokenizer(read_json(data), data)
-    raise InputError(
-        f"no tokenizer.model, vocab.json or tokenizer.json in {model_dir}: copy the tokenizer's "
-        "files from the released checkpoint, with merges.txt and tokenizer_config.json"
-    )
+        source, read = model, from_sentencepiece
+    elif vocab.with_name("merges.txt").is_file() or (vocab.is_file() and not data.is_file()):
+        source, read = vocab, from_vocab_and_merges
+    elif data.is_file():
+        source, read = data, from_tokenizer_json
+    else:
+        raise InputError(
+            f"no tokenizer.model, vocab.json or tokenizer.json in {model_dir}: copy the "
+            "tokenizer's files from the released checkpoint, with merges.txt and "
+            "tokenizer_config.json"
+        )
+    try:
+        backend = read(source)
+    except InputError:
+        raise
+    except Exception as error:  # what `tokenizers` raises has no narrower type
+        raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
+    return Tokenizer(backend, source)
 
 
 # --------------------------------------------------------------------------- chat

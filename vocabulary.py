@@ -1,21 +1,31 @@
-"""Tokenizer files of the releases, turned into what one tokenizer.json would say.
+"""Tokenizer files of the releases, turned into tokenizers of the package `tokenizers`.
 
     from_sentencepiece      tokenizer.model of InternLM2: SentencePiece BPE with byte fallback
     from_vocab_and_merges   vocab.json and merges.txt of Qwen2 and Qwen3: byte-level BPE
+    from_tokenizer_json     what transformers writes
 
-The names of special tokens are in tokenizer_config.json beside them.  The package `tokenizers` runs
-the result.  sentencepiece and protobuf are not needed: the file is read by hand, after
-sentencepiece_model.proto and sentencepiece's bpe_model.cc.
+The names of special tokens are in tokenizer_config.json beside the first two.  sentencepiece and
+protobuf are not needed: the file is read by hand, after sentencepiece_model.proto and
+sentencepiece's bpe_model.cc.
 """
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from runtime import InputError, open_file, read_json
 
 BLANK = "\u2581"  # stands for a space inside SentencePiece's pieces
+MARKS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")  # tokens in anybody's text
+# how Qwen's byte-level BPE splits a text before it merges (tokenization_qwen2.py)
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 Added = dict[int, tuple[str, bool]]  # id -> (name, special)
 
 
@@ -32,28 +42,17 @@ def added_tokens(folder: Path) -> Added:
         ) from None
 
 
-def bpe_data(pieces: dict[int, str], merges: list, added: Added, **parts: Any) -> dict:
-    """The content of a tokenizer.json for a BPE; `parts`: its model's and its other settings."""
-    names = pieces | {id: name for id, (name, _) in added.items()}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": id, "content": name, "special": special, **plain}
-            for id, (name, special) in sorted(added.items())
-        ],
-        "post_processor": None,
-        **parts,
-        "model": {
-            "type": "BPE",
-            "vocab": {name: id for id, name in names.items()},
-            "merges": merges,
-            **parts["model"],
-        },
-    }
+def bpe(pieces: dict[str, int], merges: list, added: Added, **options: object) -> Tokenizer:
+    """A BPE with its named tokens, each of which is matched before anything merges."""
+    vocab = pieces | {name: id for id, (name, _) in added.items()}
+    backend = Tokenizer(models.BPE(vocab, merges, **options))
+    for name, special in (added[id] for id in sorted(added)):
+        special = special and name not in MARKS
+        backend.add_tokens([AddedToken(name, special=special, normalized=False)])
+    return backend
 
 
-def from_sentencepiece(path: Path) -> dict:
+def from_sentencepiece(path: Path) -> Tokenizer:
     """InternLM2's tokenizer.model; user-defined pieces are matched before anything merges."""
     pieces = read_pieces(path)
     verbatim = {
@@ -61,50 +60,35 @@ def from_sentencepiece(path: Path) -> dict:
         for id, piece in enumerate(pieces)
         if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
     }
-    return bpe_data(
-        {id: piece.text for id, piece in enumerate(pieces)},
-        bpe_merges(pieces),
-        verbatim | added_tokens(path.parent),
-        model={"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True},
-        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": BLANK},
-        pre_tokenizer=None,
-        decoder={
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": BLANK}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+    vocab = {piece.text: id for id, piece in enumerate(pieces)}
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    backend = bpe(vocab, bpe_merges(pieces), verbatim | added_tokens(path.parent), **options)
+    backend.normalizer = normalizers.Replace(" ", BLANK)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    return backend
 
 
-# how Qwen's byte-level BPE splits a text before it merges (tokenization_qwen2.py)
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def from_vocab_and_merges(vocab: Path, merges: Path) -> dict:
-    """Qwen's byte-level BPE."""
-    with open_file(merges) as file:
+def from_vocab_and_merges(vocab: Path) -> Tokenizer:
+    """Qwen's byte-level BPE: vocab.json and the merges.txt beside it."""
+    with open_file(vocab.with_name("merges.txt")) as file:
         lines = file.read().decode().split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated"}
-    return bpe_data(
-        {id: piece for piece, id in read_json(vocab).items()},
-        pairs,
-        added_tokens(vocab.parent),
-        model={},
-        normalizer={"type": "NFC"},
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
-        },
-        decoder=byte_level | {"use_regex": True},
-    )
+    backend = bpe(read_json(vocab), pairs, added_tokens(vocab.parent))
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def from_tokenizer_json(path: Path) -> Tokenizer:
+    data = read_json(path)
+    for token in data["added_tokens"]:
+        token["special"] &= token["content"] not in MARKS
+    return Tokenizer.from_str(json.dumps(data))
 
 
 # --------------------------------------------------------------------------- tokenizer.model

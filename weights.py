@@ -42,16 +42,14 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def weight_files(model_dir: Path) -> dict[str, Path]:
-    """Stored tensor name -> the safetensors file that holds it."""
-    model_dir = Path(model_dir)
-    index, files = model_dir / INDEX, {}
+    """Stored tensor name -> the safetensors file that holds it: the index's shards, or else all."""
+    index, files = Path(model_dir) / INDEX, {}
+    present = {path.name: path for path in Path(model_dir).glob("*.safetensors")}
     listed = read_json(index).get("weight_map") if index.is_file() else None
-    shards = set(map(str, listed.values())) if isinstance(listed, dict) else ()
-    for path in sorted(map(model_dir.joinpath, shards)) or sorted(model_dir.glob("*.safetensors")):
-        if path.parent != model_dir:
-            raise InputError(f"{index}: shard {path} lies outside {model_dir}")
-        if not path.is_file():
-            raise InputError(f"missing shard {path}, named in {INDEX}; fetch it again")
+    shards = set(map(str, listed.values())) if isinstance(listed, dict) else None
+    for shard in sorted(shards or present):
+        if (path := present.get(shard)) is None:  # as is a shard outside of the folder
+            raise InputError(f"{index}: missing shard {shard}; fetch it again")
         with open_weights(path) as f:
             for name in f.keys():  # noqa: SIM118  (it is no dict)
                 if name in files:
@@ -109,16 +107,18 @@ def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
     Of the layouts that which fits best; InputError unless the files hold exactly its tensors.
     """
     files = weight_files(model_dir)
-    layouts = []
-    for names in LAYOUTS:
-        pieces = stored_pieces(model, names)
-        layouts.append((pieces, {piece.name for parts in pieces.values() for piece in parts}))
-    pieces, expected = max(layouts, key=lambda layout: len(layout[1] & files.keys()))
-    _compare_keys(f"weights in {model_dir} and config.json", expected, set(files))
+    layouts = [stored_pieces(model, names) for names in LAYOUTS]
+    pieces = max(layouts, key=lambda layout: len(owners(layout).keys() & files.keys()))
+    _compare_keys(f"weights in {model_dir} and config.json", set(owners(pieces)), set(files))
     return {
         name: [piece._replace(file=files[piece.name]) for piece in parts]
         for name, parts in pieces.items()
     }
+
+
+def owners(pieces: dict[str, list[Piece]]) -> dict[str, str]:
+    """Stored name -> name of the parameter that it is a part of."""
+    return {piece.name: name for name, parts in pieces.items() for piece in parts}
 
 
 def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -241,8 +241,8 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
 
 def write_weights(model: InternVL, like: Path, partial: Path) -> None:
     """The model's parameters in the shards of `like`."""
-    pieces, parameters = pieces_of(model, like), dict(model.named_parameters())
-    owner = {piece.name: name for name, parts in pieces.items() for piece in parts}
+    pieces, parameters = pieces_of(model, like), named_tensors(model)
+    owner = owners(pieces)
     for path in sorted(set(weight_files(like).values())):
         shard = {}
         with open_weights(path) as f:
@@ -313,24 +313,19 @@ def copy_small_files(like: Path, out_dir: Path) -> None:
     for path in sorted(like.iterdir()):
         kept = path.suffix in (".json", ".jinja", ".model", ".py") or path.name == "merges.txt"
         if kept and path.is_file() and path.name != EXPORT_MARK:
-            shutil.copyfile(path, out_dir / path.name)
-            sync_file(out_dir / path.name)
+            write_atomic(out_dir / path.name, path.read_bytes())
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
     """save_file, durable; an error (a full disk) names the file."""
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, **options)
-        sync_file(path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
         message = f"cannot write {path}: {error}; what was saved before is intact"
         raise OSError(number, message) from error
-
-
-def sync_file(path: Path) -> None:
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
 
 
 def replace_folder(partial: Path, final: Path) -> None:
@@ -346,9 +341,8 @@ def replace_folder(partial: Path, final: Path) -> None:
 # --------------------------------------------------------------------------- checkpoints
 
 
-# checkpoints/step-00000120/ = state.json + shard-000-of-002.safetensors ... + checksums.json; rows
-# are spread over the shards as torch.chunk does, so any number of processes can read them back.
-CHECKSUMS = "checksums.json"
+# checkpoints/step-00000120/ = state.json, shard-000-of-002.safetensors ... and beside each file its
+# checksum; rows are spread over the shards as torch.chunk does: any number of processes can read.
 
 
 def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
@@ -364,9 +358,18 @@ def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
 
 
 def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """The shard, and beside it its checksum for CHECKSUMS."""
     write_tensors(tensors, path)
+    sign(path)
+
+
+def sign(path: Path) -> None:
     write_atomic(path.with_suffix(".checksum"), fingerprint([path]))
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file of a checkpoint is what was written there."""
+    known = path.with_suffix(".checksum")
+    return path.is_file() and known.is_file() and known.read_text() == fingerprint([path])
 
 
 class CheckpointWriter:
@@ -393,13 +396,14 @@ class CheckpointWriter:
                 shutil.rmtree(stale, ignore_errors=True)
             empty_folder(partial)
         barrier()
-        path = partial / f"shard-{number:03d}-of-{count:03d}.safetensors"
+        shards = [f"shard-{n:03d}-of-{count:03d}.safetensors" for n in range(count)]
         writing = None
         if ours:
             copies = {n: local(t).to("cpu", copy=self.background) for n, t in tensors.items()}
-            writing = self.thread.submit(write_shard, copies, path)
+            writing = self.thread.submit(write_shard, copies, partial / shards[number])
         shapes = {name: list(t.shape) for name, t in tensors.items()}
-        self.pending = (partial, {**state, "step": step, "shapes": shapes}, writing)
+        state = {**state, "step": step, "shapes": shapes, "shards": shards}
+        self.pending = (partial, state, writing)
         if not self.background:
             self.finish()
 
@@ -418,11 +422,7 @@ class CheckpointWriter:
         barrier()
         if is_writer():
             write_atomic(partial / "state.json", json.dumps(state))
-            checksums = {"state.json": fingerprint([partial / "state.json"])}
-            for path in sorted(partial.glob("*.checksum")):
-                checksums[path.with_suffix(".safetensors").name] = path.read_text()
-                path.unlink()
-            write_atomic(partial / CHECKSUMS, json.dumps(checksums, indent=1))
+            sign(partial / "state.json")
             replace_folder(partial, self.folder / f"step-{state['step']:08d}")
             for old in complete_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
@@ -441,14 +441,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def checkpoint_state(checkpoint: Path) -> dict:
     """What was saved beside the tensors."""
-    state, checksums = read_json(checkpoint / "state.json"), read_json(checkpoint / CHECKSUMS)
-    intact = checksums.get("state.json") == fingerprint([checkpoint / "state.json"])
-    if not intact or checkpoint.name != f"step-{state['step']:08d}":
-        raise InputError(
-            f"{checkpoint}/state.json is not what was saved as {checkpoint.name}; delete the "
-            "folder to continue from the checkpoint before"
-        )
+    state = read_json(checkpoint / "state.json")
+    if not is_intact(checkpoint / "state.json") or checkpoint.name != f"step-{state['step']:08d}":
+        raise _damaged(checkpoint, "state.json")
     return state
+
+
+def _damaged(checkpoint: Path, file: str) -> InputError:
+    return InputError(
+        f"{checkpoint}: {file} is not what was saved as {checkpoint.name}; delete the folder to "
+        "continue from the checkpoint before"
+    )
 
 
 @torch.no_grad()
@@ -460,19 +463,11 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> dict:
     for name, shape in state["shapes"].items():
         if shape != shapes[name]:
             raise InputError(f"{checkpoint}: {name} has shape {shape}, this run {shapes[name]}")
-    checksums = read_json(checkpoint / CHECKSUMS)
-    files = [checkpoint / name for name in sorted(checksums) if name != "state.json"]
+    files = [checkpoint / name for name in state["shards"]]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    damaged = [
-        path.name
-        for path in files[rank::world]  # each shard is read by one process
-        if not path.is_file() or fingerprint([path]) != checksums[path.name]
-    ]
+    damaged = [path.name for path in files[rank::world] if not is_intact(path)]  # each read once
     if not all_of(not damaged):
-        raise InputError(
-            f"{checkpoint}: {', '.join(damaged) or 'a shard'} is not what was saved at this step; "
-            "delete the folder to continue from the checkpoint before"
-        )
+        raise _damaged(checkpoint, ", ".join(damaged) or "a shard")
     for name, t in tensors.items():
         size = -(-t.shape[0] // len(files))  # rows a shard, as torch.chunk counts them
         rows = [max(0, min(size, t.shape[0] - n * size)) for n in range(len(files))]

@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import flex_attention
 
 from cache import KVCache, Room
+from config import LLMConfig, parse_config
 from losses import row_logps, token_logps
 from model import (
     InternVL,
-    LLMConfig,
     TreeAttention,
     causal_attention,
-    parse_config,
     pixel_shuffle,
     rotary,
 )
@@ -366,7 +365,7 @@ def test_the_mask_is_the_one_line_of_its_docstring():
         ]
         for q in range(15)
     ]
-    assert dense.segments[0][2].tolist() == [[bool(x) for x in row] for row in by_hand]
+    assert dense.segments[0][1].tolist() == [[bool(x) for x in row] for row in by_hand]
 
 
 def trees_of(sizes):
@@ -390,7 +389,7 @@ def test_no_visible_pair_lies_outside_the_block_mask(sizes):
     tree, branch = trees_of(sizes)
     s = len(tree)
     flex = TreeAttention(tree, branch, flex=True)
-    [(_, _, dense)] = TreeAttention(tree, branch, flex=False, span=s).segments
+    [(_, dense)] = TreeAttention(tree, branch, flex=False, span=s).segments
     blocks = -(-s // 128)
     padded = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
     padded[:s, :s] = dense

@@ -173,7 +173,7 @@ def test_useful_flops_are_those_that_torch_counts(config, frozen):
     load = load_of(trees)
     assert load.tokens == pack.input_ids.shape[1] and load.tiles == len(pack.tiles)
     segments = TreeAttention(pack.tree, pack.branch).segments
-    pairs = sum(n * (n if mask is None else mask.shape[1]) for n, _, mask in segments)
+    pairs = sum(n * (n if mask is None else mask.shape[1]) for n, mask in segments)
     load = replace(load, pairs=pairs)  # masked ones too
     trained = set(PARTS) - {f"{frozen}_model"}
     assert sum(flops(config, load, trained)) == counted.get_total_flops()
@@ -184,7 +184,7 @@ def test_visible_pairs_are_those_of_the_mask():
     trees = [example_tree(config, 2, 28, (5, 9)), example_tree(config, 2, 3, (3, 2))]
     for share in (True, False):
         pack = lay_out(trees, share)
-        [(_, _, mask)] = TreeAttention(pack.tree, pack.branch, flex=False, span=999).segments
+        [(_, mask)] = TreeAttention(pack.tree, pack.branch, flex=False, span=999).segments
         assert load_of(trees, share).pairs == int(mask.sum())
 
 

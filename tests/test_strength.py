@@ -268,7 +268,7 @@ def test_replicas_train_as_one_process_and_continue_in_other_numbers(base, toy):
     run_there(replace(cfg, max_steps=4), 2)
     close(read_metrics(cfg.out_dir), expected)
     newest = sorted((cfg.out_dir / "checkpoints").glob("step-*"))[-1]
-    assert [p.name for p in newest.glob("shard-*")] == ["shard-000-of-001.safetensors"]
+    assert [p.name for p in newest.glob("shard-*.safetensors")] == ["shard-000-of-001.safetensors"]
     one = weights(replace(base, out_dir=toy / "hsdp-one"))
     for name, w in weights(cfg).items():
         torch.testing.assert_close(w, one[name], atol=1e-6, rtol=0, msg=name)

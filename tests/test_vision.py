@@ -10,7 +10,7 @@ from conftest import OURS
 from PIL import Image
 from safetensors.torch import load_file
 
-from model import parse_config
+from config import parse_config
 from runtime import InputError
 from vision import (
     InternViT,

