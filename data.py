@@ -46,13 +46,12 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     """
     rows = []
     for i, data_set in enumerate(sets):
-        whole, part = divmod(data_set.repeat_time, 1)
-        records = np.tile(np.arange(len(data_set), dtype=np.int32), int(whole))
-        if part:
-            drawn = seeded(seed, data_set.name, epoch).permutation(len(data_set))
-            drawn = np.sort(drawn[: int(part * len(data_set))])
-            records = np.concatenate([records, drawn.astype(np.int32)])
-        rows.append(np.stack([np.full_like(records, i), records], axis=1))
+        copies, part = divmod(data_set.repeat_time, 1)
+        every = np.arange(len(data_set))
+        drawn = seeded(seed, data_set.name, epoch).permutation(len(data_set))
+        drawn = np.sort(drawn[: int(part * len(data_set))])
+        records = np.concatenate([np.tile(every, int(copies)), drawn])
+        rows.append(np.stack([np.full_like(records, i), records], axis=1, dtype=np.int32))
     rows = np.concatenate(rows)
     return rows[seeded(seed, "order", epoch).permutation(len(rows))]
 
@@ -80,11 +79,6 @@ class Tree:
     def size(self) -> int:
         """Tokens in a pack."""
         return len(self.trunk) + sum(map(len, self.responses))
-
-    @property
-    def size_apart(self) -> int:
-        """Tokens in a pack when every response gets a trunk of its own."""
-        return self.size + len(self.trunk) * (len(self.responses) - 1)
 
     @property
     def longest(self) -> int:
@@ -209,14 +203,6 @@ class Pack:
             filled.tiles = F.pad(self.tiles, [0] * 7 + [-len(self.tiles) % tiles])
         return filled
 
-    def with_blank_tiles(self, count: int, size: int) -> "Pack":
-        """A pack without images gets tiles that no prompt shows.
-
-        So every process takes part in the same collectives and the ViT gets a gradient, zero.
-        """
-        tiles = self.tree.new_zeros(count, 3, size, size, dtype=torch.uint8)
-        return replace(self, tiles=tiles, tile_order=self.tree.new_zeros(0))
-
 
 def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
     """The token side of a pack; `add_tiles` brings the pixels.
@@ -268,14 +254,13 @@ def add_tiles(
 ) -> Pack:
     """Decode each distinct image of the pack once (with share=False: wherever it stands)."""
     first_tile: dict[tuple, int] = {}
-    parts, order, count = [], [], 0
+    parts, order = [], []
     for image, tiles, place in images_of(trees, share_prefix):
         key = image if share else place
         if key not in first_tile:
-            first_tile[key] = count
+            first_tile[key] = len(parts)
             parts += image_tiles(*image, tile_size)
-            count += tiles
-            assert len(parts) == count, (image, len(parts), count)
+            assert len(parts) == first_tile[key] + tiles, (image, len(parts), tiles)
         order += range(first_tile[key], first_tile[key] + tiles)
     if parts:
         pack.tiles, pack.tile_order = pixels(parts), torch.tensor(order)
@@ -402,7 +387,8 @@ class PairData:
         kept = [tree for tree in trees if tree is not None]
         if self.pairs_per_prompt > 1:
             kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)
-        sizes = [tree.size if self.share_prefix else tree.size_apart for tree in kept]
+        copies = [0 if self.share_prefix else len(tree.responses) - 1 for tree in kept]
+        sizes = [tree.size + n * len(tree.trunk) for n, tree in zip(copies, kept)]
         packs = first_fit(sizes, self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped
 

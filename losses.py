@@ -125,18 +125,6 @@ def sum_by_response(logps: Tensor, response: Tensor, num_responses: int) -> tupl
     return sums, lengths.to(logps.dtype)
 
 
-def response_logps(
-    hidden: Tensor,  # (row d)
-    head_weight: Tensor,  # (vocab d)
-    target: Tensor,  # (row)
-    response: Tensor,  # (row)
-    num_responses: int,
-    chunk: int = 1024,
-) -> tuple[Tensor, Tensor]:  # (response), (response)
-    """Summed log-prob and length in tokens of each response; no (row, vocab) tensor ever lives."""
-    return sum_by_response(row_logps(hidden, head_weight, target, chunk), response, num_responses)
-
-
 # --------------------------------------------------------------------------- what an objective sees
 
 

@@ -209,12 +209,7 @@ class DataSet:
 
 
 def check_pair(
-    raw: dict,
-    name: str,
-    root: Path,
-    max_tiles: int = 12,
-    augment: bool = False,
-    data_set: str = "",
+    raw: dict, name: str, root: Path, max_tiles: int = 12, augment: bool = False, data_set: str = ""
 ) -> PairRecord:
     """A record as it stands in a file, checked; `name` is for errors."""
     line, names = from_json(PairLine, raw, name), image_names(raw, name)
@@ -225,17 +220,9 @@ def check_pair(
         raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
     with named(name):
         question = with_image_placeholders(line.question, len(names))
-    return PairRecord(
-        name,
-        question,
-        line.chosen,
-        line.rejected,
-        image_paths(root, names, name),
-        max(1, max_tiles // max(1, len(names))),
-        augment,
-        line.system_prompt,
-        data_set,
-    )
+    images, max_tiles = image_paths(root, names, name), max(1, max_tiles // max(1, len(names)))
+    texts = question, line.chosen, line.rejected
+    return PairRecord(name, *texts, images, max_tiles, augment, line.system_prompt, data_set)
 
 
 # --------------------------------------------------------------------------- meta.json

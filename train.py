@@ -147,7 +147,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 import losses
 import memory
@@ -157,7 +157,7 @@ from data import TILE_MULTIPLE, Pack, PairData, Tree, prefetch, response_keys, s
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import load_tokenizer
 from weights import local, named_tensors
 
 LOCK_SECONDS = 20
@@ -241,8 +241,8 @@ class Run:
         self.constants = losses.check_hyperparameters(self.terms, cfg.beta, smoothing)
         self.data, self.heldout = open_data(asked, self.terms, process), None
         if cfg.heldout:
-            watched = replace(asked, meta=cfg.heldout, limit=0)
-            self.heldout = open_data(watched, self.terms, process, self.data.tokenizer)
+            sets = read_meta(cfg.heldout, cfg.max_tiles or config.max_tiles)
+            self.heldout = replace(self.data, sets=sets, limit=0)
         cfg = settle(asked, config, process.world, process.device, process.say)
         cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
@@ -348,17 +348,14 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     return replace(cfg, **settings)
 
 
-def open_data(
-    cfg: TrainConfig, terms: Terms, process: Process, tokenizer: Tokenizer | None = None
-) -> PairData:
-    """The pairs of cfg.meta; `tokenizer`: the model's, where it is loaded already."""
-    config = load_config(cfg.model_dir)
+def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
+    """The pairs of cfg.meta in the order of a run; says how many each data set has."""
+    config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     if cfg.batch_size % process.world or process.world % cfg.replicate:
         raise InputError(
             f"{process.world} processes: batch_size must be a multiple of them (it is "
             f"{cfg.batch_size}), and they must divide into --replicate {cfg.replicate} groups"
         )
-    tokenizer = tokenizer or load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
     only_chosen = all(name == "sft" for _, name in terms)  # SFT never looks at rejected responses
@@ -436,7 +433,11 @@ def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415 (a second)
 
-    options: dict[str, Any] = {"mesh": make_mesh(cfg, process)}
+    shape, names = (process.world,), ("shard",)
+    if cfg.replicate > 1:
+        shape, names = (cfg.replicate, process.world // cfg.replicate), ("replicate", "shard")
+    mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh}
     if dtype is torch.bfloat16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         options["mp_policy"] = policy
@@ -474,25 +475,16 @@ def reduce_gradients(run: Run, now: bool) -> None:
         run.policy.set_requires_all_reduce(now)
 
 
-def make_mesh(cfg: TrainConfig, process: Process) -> DeviceMesh:
-    """One dimension, shard; with --replicate two: (copy of the model, shard)."""
-    if cfg.replicate == 1:
-        return init_device_mesh(process.device.type, (process.world,))
-    shape = (cfg.replicate, process.world // cfg.replicate)
-    return init_device_mesh(process.device.type, shape, mesh_dim_names=("replicate", "shard"))
-
-
 def make_optimizer(cfg: TrainConfig, policy: InternVL) -> torch.optim.AdamW:
     """AdamW (0.9, 0.999, 1e-8); matrices decay, vectors do not."""
     groups = []
     for part, scale in cfg.rates.items():
         trained = [p for p in getattr(policy, part).parameters() if p.requires_grad]
-        for decay, params in (
-            (cfg.weight_decay, [p for p in trained if p.ndim > 1]),
-            (0.0, [p for p in trained if p.ndim <= 1]),
-        ):
-            if params:
-                groups.append({"params": params, "weight_decay": decay, "scale": scale})
+        matrices = [p for p in trained if p.ndim > 1]
+        vectors = [p for p in trained if p.ndim <= 1]
+        groups.append({"params": matrices, "weight_decay": cfg.weight_decay, "scale": scale})
+        groups.append({"params": vectors, "weight_decay": 0.0, "scale": scale})
+    groups = [group for group in groups if group["params"]]
     if not groups:
         raise InputError("nothing to train: lr_vision, lr_projector and lr_language are all 0")
     options = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -770,15 +762,18 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
     """
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # (1 T d), (vocab d)
-        owners = pack.response, pack.num_responses
         rows = hidden[0, pack.predictor]
-        return losses.response_logps(rows, weight, pack.target, *owners, cfg.head_rows)
+        logps = losses.row_logps(rows, weight, pack.target, cfg.head_rows)
+        return losses.sum_by_response(logps, pack.response, pack.num_responses)
 
     compiled = switched_on(cfg.compile, pack.tree.device)
     if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
-        # every process takes part in the same collectives: the smallest tile, or the usual shape
+        # tiles that no prompt shows, so that every process takes part in the same collectives and
+        # the ViT gets a gradient, zero: the smallest tile, or the usual shape
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
-        pack = pack.with_blank_tiles(TILE_MULTIPLE if compiled else 1, size)
+        shape = (TILE_MULTIPLE if compiled else 1, 3, size, size)
+        tiles = pack.tree.new_zeros(shape, dtype=torch.uint8)
+        pack = replace(pack, tiles=tiles, tile_order=pack.tree.new_zeros(0))
     if pack.tree.is_cuda:  # one shape for all packs: kernels are compiled once
         pack = pack.padded(-(-cfg.pack_tokens // 128) * 128)
     attend = TreeAttention(pack.tree, pack.branch)

@@ -22,7 +22,7 @@ from data import (
     response_keys,
     seeded,
 )
-from losses import response_logps, token_logps
+from losses import row_logps, sum_by_response, token_logps
 from model import TreeAttention
 from records import DataSet, read_meta
 from runtime import InputError
@@ -107,7 +107,8 @@ def test_the_toy_has_every_kind_of_record(toy):
 def score(model, pack):
     def head(hidden, weight):
         rows = hidden[0, pack.predictor]
-        return response_logps(rows, weight, pack.target, pack.response, pack.num_responses, 7)
+        logps = row_logps(rows, weight, pack.target, 7)
+        return sum_by_response(logps, pack.response, pack.num_responses)
 
     return model(
         pack.input_ids,

@@ -218,21 +218,16 @@ def test_token_logps_and_their_gradient_equal_the_golden_tensors(dtype):
     close(logits.grad, golden["grad_logits_of_sum"], dtype, gradient=True)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("chunk", [0, 1, 4, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_chunked_head_equals_the_golden_tensors(dtype, chunk):
     golden, expected = token_golden(dtype), GOLDEN["token_logps"][0]
     kept = golden["labels"][:, 1:] != -100
     response, _ = kept.nonzero(as_tuple=True)
     hidden = golden["logits"][:, :-1][kept].requires_grad_()  # logits as hidden, identity as head
-    sums, lengths = losses.response_logps(
-        hidden,
-        torch.eye(hidden.shape[1], dtype=dtype),
-        golden["labels"][:, 1:][kept],
-        response,
-        len(kept),
-        chunk,
-    )
+    head, target = torch.eye(hidden.shape[1], dtype=dtype), golden["labels"][:, 1:][kept]
+    rows = losses.row_logps(hidden, head, target, chunk)
+    sums, lengths = losses.sum_by_response(rows, response, len(kept))
     close(sums, expected["logps"], dtype)
     assert lengths.tolist() == expected["lengths"]
     sums.sum().backward()
@@ -316,7 +311,8 @@ def test_a_frozen_head_and_an_empty_pack_are_served_too():
     hidden, weight, target = head_case(torch.float32)
     logps = losses.row_logps(hidden, weight.detach(), target, 8)
     assert torch.autograd.grad(logps.sum(), hidden)[0].isfinite().all()
-    sums, lengths = losses.response_logps(hidden[:0], weight, target[:0], target[:0], 2)
+    none = losses.row_logps(hidden[:0], weight, target[:0])
+    sums, lengths = losses.sum_by_response(none, target[:0], 2)
     assert sums.tolist() == lengths.tolist() == [0, 0]
     assert torch.autograd.grad(sums.sum(), weight)[0].count_nonzero() == 0
 
