@@ -127,8 +127,7 @@ def prefill(
     ids = torch.tensor([sum(prompts, [])], device=device)
     positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
     last = (torch.tensor(lengths).cumsum(0) - 1).to(device)
-    head = lambda hidden, weight: F.linear(hidden[0, last], weight).float()  # noqa: E731
-    return model(ids, tiles, positions, attend, head)
+    return model(ids, tiles, positions, attend, wanted=last)[0]
 
 
 @torch.inference_mode()

@@ -180,7 +180,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(d, config.rms_norm_eps)
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | slice
+    ) -> Tensor:  # (b s d) -> (b wanted d)
         # few operations: a decoding step spends much of its time between small ones
         packed = self.wqkv(x).unflatten(2, (self.num_kv_heads, -1, self.head_dim))  # b s g slot d
         turned, v = packed[:, :, :, :-1], packed[:, :, :, -1]
@@ -189,7 +191,7 @@ class Attention(nn.Module):
             turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=3)
         turned = rotate(turned, cos, sin)
         q, k = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]  # (b s h d), (b s g d)
-        return self.wo(attend(self.layer, q, k, v).flatten(2))
+        return self.wo(attend(self.layer, q, k, v)[:, wanted].flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -205,6 +207,9 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+ALL = slice(None)
+
+
 class DecoderBlock(nn.Module):
     def __init__(self, config: LLMConfig, layer: int) -> None:
         super().__init__()
@@ -213,8 +218,10 @@ class DecoderBlock(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (b s d)
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | slice = ALL
+    ) -> Tensor:  # (b s d) -> (b wanted d)
+        x = x[:, wanted] + self.attention(self.attention_norm(x), cos, sin, attend, wanted)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -233,12 +240,25 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, lengths: Tensor, attend: Attend) -> Tensor:
-        """x (b s d), positions (b s), lengths (b) keys a row attends -> normed hidden (b s d)."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        attend: Attend,
+        wanted: Tensor | slice = ALL,
+    ) -> Tensor:
+        """x (b s d), positions (b s), lengths (b) keys a row attends -> normed hidden (b s d).
+
+        wanted: indices of the tokens that are asked for; of the others the last layer computes
+        keys and values alone, which is most of its work saved.
+        """
         turns = rotary(self.config, positions, lengths)
         cos, sin = (t.to(x.dtype)[:, :, None, None] for t in turns)  # for each head and slot
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, cos, sin, attend)
+        x = last(x, cos, sin, attend, wanted)
         return self.norm(x)
 
 
@@ -325,11 +345,13 @@ class InternVL(nn.Module):
         attend: Attend = causal_attention,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
         tile_order: Tensor | None = None,
+        wanted: Tensor | slice = ALL,
     ) -> Tensor:
         """(b s) ids, (tile 3 h w) uint8 or normalised -> logits (b s vocab) float32: plain causal.
 
         With `attend` and `positions` (b s): packed trees or cached decoding.  With `head`: what
-        head(hidden (b s d), output weight (vocab d)) returns instead of all logits.
+        head(hidden (b s d), output weight (vocab d)) returns instead of all logits.  With `wanted`:
+        only of tokens with these indices.
         """
         b, s = input_ids.shape
         if positions is None:
@@ -338,7 +360,7 @@ class InternVL(nn.Module):
         else:
             lengths = positions.max(dim=1).values + 1
         x = self.embed(input_ids, tiles, tile_order)
-        x = self.language_model.model(x, positions, lengths, attend)
+        x = self.language_model.model(x, positions, lengths, attend, wanted)
         if head is not None:
             return head(x, self.language_model.head)
         return F.linear(x, self.language_model.head).float()
