@@ -1,6 +1,6 @@
 """Numbers with units: read by a small parser, never by Python, and compared in base units.
 
-    parse_expression             text -> Expression: fractions, LaTeX, powers, roots, free letters
+    parse_expression             text -> Quantity: fractions, LaTeX, powers, roots, free letters
     read_unit                    ms^-2, square meters, miles per hour -> Unit in base units
     read_quantity                3.2e-19 C, $5 million, 1 hour 30 minutes -> Quantity
     same_value, same_quantity    equal by the digits that both show
@@ -46,11 +46,11 @@ def sections(name: str) -> dict[str, str]:
 _SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
 GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
 NUMBER_OF = {word: int(number) for number, *words in table("words.txt") for word in words}
-CARDINALS = [words[1] for words in table("words.txt")]
 _REWRITES = sections("rewrites.txt")
 BRACED = "[^{}]*"
 for _ in range(4):  # levels
     BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
+_PARTS = [("BRACED", BRACED), *(line.split(" = ", 1) for line in _REWRITES["parts"].splitlines())]
 
 
 class Rules:
@@ -61,9 +61,11 @@ class Rules:
         for line in _REWRITES[section].splitlines():
             pattern, arrow, new = f"{line} ".partition(" => ")
             if arrow:
+                for name, part in _PARTS:
+                    pattern = pattern.replace(name, part)
                 new = new.rstrip(" ").replace("␣", " ")
-                pattern = re.compile(pattern.replace("BRACED", BRACED), flags)
-                self.pairs.append((pattern, partial(_named, new) if "@" in new else new))
+                computed = _COMPUTED.get(new, partial(_ordinals, new) if "@" in new else new)
+                self.pairs.append((re.compile(pattern, flags), computed))
 
     def apply(self, text: str) -> str:
         if self.needs and self.needs.isdisjoint(text) and text.isascii():
@@ -73,13 +75,38 @@ class Rules:
         return text
 
 
-def _named(new: str, match: re.Match) -> str:
-    if new == "@":
-        sign = _SIGNS.get(match[1] or match[0], match[0])
-        return " " if sign == "_" else sign + " " * sign.startswith("\\")
+def inside_brackets(head: str) -> bool:
+    """A bracket of the text before is still open."""
+    return sum(map(head.count, "([{")) > sum(map(head.count, ")]}"))
+
+
+def _sign(match: re.Match) -> str:
+    sign = _SIGNS.get(match[1] or match[0], match[0])
+    return " " if sign == "_" else sign + " " * sign.startswith("\\")
+
+
+def _ordinals(new: str, match: re.Match) -> str:
     return re.sub("@([0-9])", lambda m: str(NUMBER_OF[match[int(m[1])].lower()]), match.expand(new))
 
 
+def _digits(match: re.Match) -> str:
+    """twenty-five -> 25, two hundred thousand -> 200000."""
+    total = current = 0
+    for word in re.findall("[a-z]+", match[0].lower()):
+        value = NUMBER_OF.get(word, 0)  # nothing for `a` and `and`
+        current = current + value if value < 100 else max(current, 1) * value
+        if value == 1000:
+            total, current = current, 0
+    return str(total + current)
+
+
+def _ungrouped(match: re.Match) -> str:
+    """1,234 -> 1234; inside brackets a comma separates: (1,234) is a point."""
+    separates = "," in match[0] and inside_brackets(match.string[: match.start()])
+    return match[0] if separates else re.sub("[ ,'.]", "", match[0])
+
+
+_COMPUTED = {"@": _sign, "@digits": _digits, "@ungrouped": _ungrouped}
 SPELLINGS = Rules("spelling", needs="\\*~<>!/xX{+")
 
 # --------------------------------------------------------------------------- expressions
@@ -102,43 +129,51 @@ class ExpressionError(ValueError):
     """Not an expression, or larger than the limits."""
 
 
-class Expression(NamedTuple):
+class Unit(NamedTuple):
+    """A product of powers of base units: `scale` times their product."""
+
+    scale: Number = Fraction(1)
+    kind: Fraction = Fraction(1)  # each base unit is a large number of its own; 1: a pure number
+
+    def times(self, other: "Unit", power: int = 1) -> "Unit":
+        return Unit(self.scale * other.scale**power, self.kind * other.kind**power)
+
+
+class Quantity(NamedTuple):
     """The value of an expression at each fixed point of its letters; without letters one value."""
 
     values: tuple[Number | None, ...]  # None where it has none: 1/0, too large
     letters: frozenset[str] = frozenset()
     step: Fraction = Fraction(0)  # of the coarsest decimal: its last place over its value; 0: exact
+    unit: Unit | None = None
 
-    def times(self, number: Number) -> "Expression":
+    def times(self, number: Number) -> "Quantity":
         return self if number == 1 else combine(operator.mul, self, constant(number))
 
-    def minus(self, other: "Expression") -> "Expression":
-        return combine(operator.sub, self, other)
+
+def constant(number: Number, step: Fraction = Fraction(0)) -> Quantity:
+    return Quantity((number,), step=step)
 
 
-def constant(number: Number, step: Fraction = Fraction(0)) -> Expression:
-    return Expression((number,), step=step)
-
-
-def letter(name: str) -> Expression:
+def letter(name: str) -> Quantity:
     """A free letter: values that are never whole."""
     values = []
     for point in range(_POINTS):
         seed = zlib.crc32(f"{name} {point}".encode())
         size = 0.3 + 2.4 * ((seed % 99991) / 99991)
         values.append(-size if point == 4 or (point == 5 and seed % 2) else size)
-    return Expression(tuple(values), frozenset([name]))
+    return Quantity(tuple(values), frozenset([name]))
 
 
-def paired(*expressions: Expression) -> list[tuple[Number | None, ...]]:
+def paired(*expressions: Quantity) -> list[tuple[Number | None, ...]]:
     """Their values at the same points."""
     points = max(len(x.values) for x in expressions)
     return [*zip(*(x.values * (points // len(x.values)) for x in expressions))]
 
 
-def combine(function: Callable[..., Number], *operands: Expression) -> Expression:
+def combine(function: Callable[..., Number], *operands: Quantity) -> Quantity:
     """A function of expressions, point by point."""
-    return Expression(
+    return Quantity(
         tuple(_compute(function, values) for values in paired(*operands)),
         frozenset().union(*(x.letters for x in operands)),
         max(x.step for x in operands),
@@ -163,7 +198,7 @@ def _compute(function: Callable[..., Number], values: tuple) -> Number | None:
     return x
 
 
-def parse_expression(text: str) -> Expression | None:
+def parse_expression(text: str) -> Quantity | None:
     """Arithmetic with LaTeX forms, roots, powers, functions and free letters; None if it is not."""
     if len(text) > MAX_EXPRESSION:
         return None
@@ -217,7 +252,7 @@ class _Parser:
         """A factor without its sign: 2x, but never 2 3."""
         return token[:1] in ("\\", "∞", *"({[") or token[:1].isalpha()
 
-    def expression(self, above: int = 0) -> Expression:
+    def expression(self, above: int = 0) -> Quantity:
         """As far as operators of a rank above `above` go."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -242,7 +277,7 @@ class _Parser:
         self.depth -= 1
         return value
 
-    def atom(self) -> Expression:
+    def atom(self) -> Quantity:
         r"""A number, a letter, a command or a group; alone also an argument, as in \frac ab."""
         token = self.accept()
         if close := _CLOSING.get(token):
@@ -264,7 +299,7 @@ class _Parser:
             return letter(token + re.sub("[{}]", "", subscript))
         raise ExpressionError(f"unexpected {token or 'end'!r}")
 
-    def command(self, name: str) -> Expression:
+    def command(self, name: str) -> Quantity:
         if name == "pi":
             return constant(math.pi)
         if name in _TWO_GROUPS:
@@ -276,7 +311,7 @@ class _Parser:
             return self.function(name)
         raise ExpressionError(f"unknown command {name!r}")
 
-    def function(self, name: str) -> Expression:
+    def function(self, name: str) -> Quantity:
         r"""\log_2 8, \sin^2 x, \sin^{-1} x, \sin 2x: letters up to the next function or sign."""
         base = exponent = None
         if name == "log" and self.peek().startswith("_"):
@@ -349,7 +384,7 @@ FUNCTIONS: dict[str, Callable[[Number], Number]] = {
 _CANCELLING = (operator.add, operator.sub, math.sin, math.cos, math.tan)
 
 
-def same_value(a: Expression, gold: Expression) -> bool:
+def same_value(a: Quantity, gold: Quantity) -> bool:
     """Equal numbers; with free letters, equal at the fixed points."""
     values = defined(a, gold)
     if a.letters or gold.letters:
@@ -358,7 +393,7 @@ def same_value(a: Expression, gold: Expression) -> bool:
     return bool(values) and _same_number(*values[0], a.step, gold.step)
 
 
-def defined(a: Expression, b: Expression) -> list[tuple[Number, Number]]:
+def defined(a: Quantity, b: Quantity) -> list[tuple[Number, Number]]:
     """Both values where both have one; nothing if one of them alone has one somewhere."""
     values = paired(a, b)
     if any((x is None) != (y is None) for x, y in values):
@@ -390,16 +425,6 @@ _UNIT_FACTOR = re.compile(
     r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:-[^\W\d_]{2,}|['.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
 )
 _FILLERS = frozenset("of the old long wide high tall deep total altogether each more".split())
-
-
-class Unit(NamedTuple):
-    """A product of powers of base units: `scale` times their product."""
-
-    scale: Number = Fraction(1)
-    kind: Fraction = Fraction(1)  # each base unit is a large number of its own; 1: a pure number
-
-    def times(self, other: "Unit", power: int = 1) -> "Unit":
-        return Unit(self.scale * other.scale**power, self.kind * other.kind**power)
 
 
 def _base(name: str) -> Unit:
@@ -473,13 +498,6 @@ _fill_units()
 # --------------------------------------------------------------------------- quantities
 
 
-class Quantity(NamedTuple):
-    """A number or expression, perhaps with a unit."""
-
-    expression: Expression
-    unit: Unit | None = None
-
-
 _MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _MAGNITUDES["trillion"] = 10**12
 _SHORT_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
@@ -513,9 +531,8 @@ def read_quantity(text: str) -> Quantity | None:
         expression = parse_expression(head)
         if (tail and unit is None) or expression is None or expression.letters:
             continue
-        return Quantity(expression.times(magnitude or 1), unit)
-    expression = parse_expression(text)
-    return expression and Quantity(expression)
+        return expression.times(magnitude or 1)._replace(unit=unit)
+    return parse_expression(text)
 
 
 def read_sum(text: str, depth: int = 0) -> Quantity | None:
@@ -528,7 +545,7 @@ def read_sum(text: str, depth: int = 0) -> Quantity | None:
     if not falling or len({unit.kind for unit in units}) > 1:
         return None
     total = sum(number * unit.scale for number, unit in parts)
-    return Quantity(constant(total / units[0].scale), units[0])
+    return constant(total / units[0].scale)._replace(unit=units[0])
 
 
 def same_quantity(a: Quantity, b: Quantity) -> bool:
@@ -540,4 +557,4 @@ def same_quantity(a: Quantity, b: Quantity) -> bool:
         scales = {(a.unit.scale, b.unit.scale)}
     elif (unit := a.unit or b.unit) and unit.kind == 1:
         scales.add((unit.scale, 1) if a.unit else (1, unit.scale))
-    return any(same_value(a.expression.times(m), b.expression.times(n)) for m, n in scales)
+    return any(same_value(a.times(m), b.times(n)) for m, n in scales)
