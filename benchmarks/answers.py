@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import quantities
 from benchmarks.quantities import (
+    SIGNS,
     SPELLINGS,
     Quantity,
     Rules,
@@ -208,8 +209,9 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
 
 # --------------------------------------------------------------------------- plain text
 
-_SIGNS, _INVISIBLE, _MARKUP = Rules("signs"), Rules("invisible"), Rules("markup", needs="\\$<")
+_INVISIBLE, _MARKUP = Rules("invisible"), Rules("markup", needs="\\$<")
 _ONE_SPELLING = (
+    SIGNS,
     SPELLINGS,
     *(Rules(name, re.IGNORECASE) for name in ("numbers", "wording", "groups")),
 )
@@ -222,7 +224,7 @@ _PLAIN_LETTER = re.compile("[A-N]")
 def undress(text: str) -> str:
     """NFKC, ASCII minus and quotes; no invisible characters, end tokens, marks and closing stop."""
     if not text.isascii():
-        text = _SIGNS.apply(unicodedata.normalize("NFKC", _SIGNS.apply(text)))
+        text = SIGNS.apply(unicodedata.normalize("NFKC", SIGNS.apply(text)))
     text = " ".join(_INVISIBLE.apply(text).split())
     for _ in range(8):  # layers
         bare = _EMPHASIS.apply(_MARKUP.apply(text.rstrip(".。;,、 ")))

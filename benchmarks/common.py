@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.answers import PROMPTS as COT_PROMPTS
+from benchmarks.quantities import SIGNS, SPELLINGS
 from runtime import InputError
 
 PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
@@ -70,16 +71,10 @@ class Reading:
 
 Readings = list[tuple[Item, Reading]]
 
-_GROUPING = re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _NUMBER = re.compile(
     r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE][-+]?\d+(?!\w)|\s*(?:\\times|\\cdot|[x×*·])\s*10\^\{?-?\d+)?"
+    r"(?:[eE][-+]?\d+(?!\w)|\s*\*\s*10\^\{?-?\d+)?"
 )
-
-
-def plain_minus(text: str) -> str:
-    """The dashes that stand for a minus as a hyphen."""
-    return re.sub("[−–‒﹣－]", "-", text)  # noqa: RUF001
 
 
 def last_number(text: str) -> str:
@@ -87,10 +82,8 @@ def last_number(text: str) -> str:
 
     Thousands may be grouped by commas, `{,}`, `\,` or narrow blanks; a power of ten may follow.
     """
-    text = _GROUPING.sub(",", plain_minus(text).replace("\\!", ""))
-    if not (numbers := _NUMBER.findall(text)):
-        return ""
-    return re.sub(r"\s*(?:\\times|\\cdot|[x×*·])\s*10\^\{?", "e", numbers[-1].replace(",", ""))
+    numbers = _NUMBER.findall(SPELLINGS.apply(SIGNS.apply(text)))
+    return re.sub(r"\s*\*\s*10\^\{?", "e", numbers[-1].replace(",", "")) if numbers else ""
 
 
 def in_range(item: Item, numbers: Any, low: float, high: float) -> list[float]:
@@ -146,13 +139,13 @@ class Benchmark:
     name: str
     files: tuple[str, ...]  # official names, looked for in a folder
     fields: dict[str, Any]  # a row's keys and their types; `a|b` is either, `T | None` optional
-    question: Callable[[Item], str]
     new_tokens: int  # Direct
     read: Callable[[Item, Reply, str], Reading]  # the mode is the last argument
     metric: str = "accuracy"
     n_expected: int = 0  # 0: not fixed
     split: str = "test"
-    suffix: str = ""  # follows the question, Direct: the sentence about the answer's format
+    question: Callable[[Item], str] = lambda item: item.get("question", item.get("text"))
+    suffix: str = ""  # the sentence about the answer's format: Direct, and in some files
     cot: Callable[[str], str] = lambda question: COT + question.strip()
     cot_tokens: int = 4096  # 0: no chain-of-thought setting
     item: Callable[[Item], Any] = lambda row: None  # completes a row in place
@@ -171,7 +164,7 @@ class Benchmark:
 
     def ask(self, item: Item, cot: bool) -> str:
         """The text that a model is asked."""
-        question = self.question(item)
+        question = self.question(item).removesuffix(self.suffix)
         return self.cot(question) if cot else question + self.suffix
 
     def total(self, readings: Readings) -> dict:

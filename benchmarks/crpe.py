@@ -44,8 +44,7 @@ def circular(readings: Readings) -> dict:
 BENCHMARK = Benchmark(
     name="crpe", files=("crpe_*.jsonl", "questions*.jsonl"),
     fields={"question_id": int | str, "text": str, "category": str, "correct_option": str},
-    item=item, question=lambda item: item["text"].removesuffix(LETTER_SUFFIX),
-    suffix=LETTER_SUFFIX, new_tokens=100, read=read, modes=("vlmevalkit", "strict"),
+    item=item, suffix=LETTER_SUFFIX, new_tokens=100, read=read, modes=("vlmevalkit", "strict"),
     metric="circular accuracy, mean of the relations", groups=("category",), summary=circular,
     mean_of=("subject", "predicate", "object"), pooled_as="pooled_relation",
 )  # fmt: skip

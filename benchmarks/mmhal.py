@@ -49,7 +49,7 @@ BENCHMARK = Benchmark(
     name="mmhal", files=("mmhal*.jsonl", "response_template.json", "records*.jsonl"),
     fields={"question": str, "gt_answer": str, "image_content": list[str],
             "image": str | None, "image_src": str | None, "image_id": str | None},
-    ordered=True, item=item, question=lambda item: item["question"],
+    ordered=True, item=item,
     cot=lambda question: f"{question}\n\n{COT}".strip(), new_tokens=1024, cot_tokens=1024,
     read=read, modes=("judge",), judge=Judge(messages, max_tokens=1024),
     metric="mean rating, 0 to 6", n_expected=96, groups=("question_type",), summary=summary,

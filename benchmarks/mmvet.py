@@ -39,8 +39,9 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
 BENCHMARK = Benchmark(
     name="mmvet", files=("mm-vet*.json", "llava-mm-vet.jsonl"),
     fields={"question|text": str, "capability|question_id": list | str | int, "answer": str | None},
-    item=item, question=lambda item: item["question"], suffix=" ",
-    cot=lambda question: COT + question, new_tokens=1000, read=read, modes=("judge",),
+    item=item, question=lambda item: item["question"] + " ",
+    cot=lambda question: COT + question.removesuffix(" "), new_tokens=1000, read=read,
+    modes=("judge",),
     judge=Judge(messages, max_tokens=3),
     metric="mean judged correctness", n_expected=218, groups=("capability",),
     summary=lambda readings: mean([100 * r.prediction for _, r in readings]),

@@ -23,10 +23,6 @@ def item_gsm8k(row: Item) -> None:
     float(row["gold"])
 
 
-def question(item: Item) -> str:
-    return item["question"].removesuffix(PHRASE_SUFFIX)
-
-
 def read_choice(item: Item, reply: Reply, mode: str) -> Reading:
     """The first option letter that stands alone."""
     letters = "".join(lettered(item["choices"]))
@@ -70,17 +66,16 @@ TEXT_MC = Benchmark(
 TEXT_EM = Benchmark(
     name="text_em", files=("*.jsonl",), image=False,
     fields={"question": str, "answer": str | int | float | list},
-    item=item_golds, question=question, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_match,
+    item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_match,
     modes=("substring", "exact"), notes=TEXT_MC.notes,
 )  # fmt: skip
 OWN = Benchmark(
     name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, "image": str},
-    item=item_golds, question=question, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
+    item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
     notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
 )  # fmt: skip
 GSM8K = Benchmark(
     name="gsm8k", files=("test.jsonl", "*.jsonl"), image=False,
     fields={"question": str, "answer": str | int | float},
-    item=item_gsm8k, question=lambda item: item["question"], new_tokens=512,
-    read=read_gsm8k, notes=TEXT_MC.notes,
+    item=item_gsm8k, new_tokens=512, read=read_gsm8k, notes=TEXT_MC.notes,
 )  # fmt: skip

@@ -89,8 +89,7 @@ def notes(items: list[Item], mode: str, cot: bool) -> list[str]:
 BENCHMARK = Benchmark(
     name="pope", files=("coco_pope_*.json", "llava_pope_test.jsonl"),
     fields={"question_id": int | str, "image": str, "text": str, "label": str | None},
-    categories=CATEGORIES, item=item,
-    question=lambda item: item["text"].removesuffix(PHRASE_SUFFIX), suffix=PHRASE_SUFFIX,
+    categories=CATEGORIES, item=item, suffix=PHRASE_SUFFIX,
     new_tokens=100, read=read, modes=("rule", "plain"), metric="mean of the three F1",
     n_expected=8910, split="COCO val2014", groups=("category",), summary=confusion,
     mean_of=CATEGORIES, pooled_as="pooled_f1", notes=notes,

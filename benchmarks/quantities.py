@@ -107,7 +107,7 @@ def _ungrouped(match: re.Match) -> str:
 
 
 _COMPUTED = {"@": _sign, "@digits": _digits, "@ungrouped": _ungrouped}
-SPELLINGS = Rules("spelling", needs="\\*~<>!/xX{+")
+SIGNS, SPELLINGS = Rules("signs"), Rules("spelling", needs="\\*~<>!/xX{+")
 
 # --------------------------------------------------------------------------- expressions
 
