@@ -422,12 +422,8 @@ def _same_plain(pred: str, gold: str) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """One rule a kind; `b` is the gold one."""
-    if isinstance(a, Relation) and isinstance(b, Relation):
+    if isinstance(a, Relation) or isinstance(b, Relation):
         return _same_relation(a, b)
-    if isinstance(a, Relation):  # x = 5 meets 5, and 1 < x < 5 meets (1, 5)
-        return _same(_as_interval(a, b) if a.signs else a.sides[0], b)
-    if isinstance(b, Relation):
-        return _same(a, _as_interval(b, a) if b.signs else b.sides[0])
     if isinstance(a, Items) and isinstance(b, Items):
         return _same_items(a, b)
     a, b = (x.value if isinstance(x, Items) else x for x in (a, b))
@@ -450,30 +446,51 @@ def _same_items(a: Items, b: Items) -> bool:
     return True
 
 
-def _same_relation(a: Relation, b: Relation) -> bool:
-    if not a.signs and not b.signs and a.name == b.name:
-        return _same(a.sides[0], b.sides[0])
-    for x, y in ((a, b), (b, a)):
-        if x.signs and isinstance(y.sides[0], Items):  # x > 3 and x in (3, oo)
-            return _same(x, y.sides[0])
-    a, b = (r if r.signs else _as_equation(r) for r in (a, b))
+def _same_relation(a: Any, b: Any) -> bool:
+    """x = 5 meets 5, x > 3 meets (3, oo), and an equation every other form of it."""
+    names = {x.name for x in (a, b) if isinstance(x, Relation)}
+    if len(names) == 1 and names != {""}:
+        return _same(*(x.sides[0] if isinstance(x, Relation) else x for x in (a, b)))
+    letters = _letters(a) ^ _letters(b)
+    a, b = (_with_signs(x, letters) for x in (a, b))
     if not a or not b or a.signs != b.signs:
         return False
     if all(map(_same, a.sides, b.sides)):
         return True
     if not all(isinstance(x, Quantity) and x.unit is None for x in (*a.sides, *b.sides)):
         return False
-    differences = [
+    differences = (
         [quantities.combine(operator.sub, y, x) for x, y in itertools.pairwise(r.sides)]
         for r in (a, b)
-    ]
+    )
     return all(map(_proportional, *differences, a.signs))
 
 
-def _as_equation(relation: Relation) -> Relation | None:
-    """y = 2x + 1 as an equation of two expressions."""
-    name = parse_expression(relation.name)
-    return name and Relation("", ("=",), (name, *relation.sides))
+def _letters(x: Any) -> frozenset[str]:
+    """The letters in the sides of a relation or the items of an interval."""
+    parts = x.sides if isinstance(x, Relation) else x.items if isinstance(x, Items) else ()
+    letters = (p.letters if isinstance(p, Quantity) else _letters(p) for p in parts)
+    return frozenset().union(*letters) - {"∞"}
+
+
+def _with_signs(x: Any, letters: frozenset[str]) -> Relation | None:
+    """y = 2x + 1 as an equation of two expressions; (1, 5] as 1 < x <= 5, (3, oo) as 3 < x."""
+    if isinstance(x, Relation) and x.signs:
+        return x
+    interval = x.sides[0] if isinstance(x, Relation) else x
+    if not isinstance(interval, Items):
+        name = isinstance(x, Relation) and parse_expression(x.name)
+        return Relation("", ("=",), (name, interval)) if name else None
+    if len(letters) != 1 or len(interval.items) != 2 or not set(interval.brackets) <= set("()[]"):
+        return None
+    (low, high), infinity = interval.items, quantities.letter("∞")
+    sides = [low, quantities.letter(*letters), high]
+    signs = ["≤" if bracket in "[]" else "<" for bracket in interval.brackets]
+    if high == infinity:
+        del sides[-1], signs[-1]
+    if low == infinity.times(-1):
+        del sides[0], signs[0]
+    return Relation("", tuple(signs), tuple(sides))
 
 
 def _proportional(a: Quantity, b: Quantity, sign: str) -> bool:
@@ -486,29 +503,12 @@ def _proportional(a: Quantity, b: Quantity, sign: str) -> bool:
     return same_side and all(math.isclose(r, ratios[0], rel_tol=1e-9) for r in ratios)
 
 
-def _as_interval(relation: Relation, other: Any) -> Items | None:
-    """1 < x <= 5 as (1, 5], x > 3 as (3, oo)."""
-    if not isinstance(other, Items) or not other.brackets:
-        return None
-    signs, sides = relation.signs, relation.sides
-    names = [isinstance(side, Quantity) and side.letters for side in sides]
-    place = next((i for i, name in enumerate(names) if name), None)
-    if place is None or not set(signs) <= {"<", "≤"} or len(sides) > 3 or place == len(sides) - 3:
-        return None
-    if sides[place] != quantities.letter(*names[place]):
-        return None
-    infinity = quantities.letter("∞")
-    low = sides[place - 1] if place else infinity.times(-1)
-    last = place == len(sides) - 1
-    high = infinity if last else sides[place + 1]
-    left = "[" if place and signs[place - 1] == "≤" else "("
-    return Items(left + ("]" if not last and signs[place] == "≤" else ")"), (low, high))
-
-
 # --------------------------------------------------------------------------- options and wording
 _LEAD, _OPTION = Rules("lead", re.IGNORECASE), Rules("option")
-_ONE_OPTION = re.compile(  # (C) dog, C. dog, C
-    r"(?:[(\[{]\s*([A-N])\s*[)\]}]\s*[.:、]?|([A-N])\s*(?:[.:)、。]|选?项|$))\s*(.*)",
+_ONE_OPTION = re.compile(  # (C) dog, C. dog, C; but not A.M, a:b, (A) or (B)
+    r"(?:[(\[{]\s*([A-N])\s*[)\]}]\s*+[.:、]?+"
+    r"|([A-N])\s*(?:[.:](?![^\W\d_](?![^\W\d_]))|[)、。]|选?项|$))"
+    r"\s*+(?!(?:and|or)\b|[&,/和或]|[(\[][A-N][)\]])(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、和及与]", re.IGNORECASE)
@@ -525,11 +525,7 @@ def read_options(text: str, strict: bool = False) -> Options | None:
         if letters := _option_set(body, strict):
             return Options(letters)
         if match := _ONE_OPTION.fullmatch(body):
-            rest, mark = match[3], body[match.start(3) - 1 : match.start(3)]  # mark " " at a blank
-            initials = not match[1] and mark in ".:" and re.match(r"[^\W\d_](?![^\W\d_])", rest)
-            several = re.match(r"(?:and\b|or\b|[&,/和或]|[(\[][A-N][)\]])", rest)
-            if not (rest and initials) and not several:  # not A.M, a:b, (A) or (B)
-                return Options(frozenset((match[1] or match[2]).upper()), rest.strip())
+            return Options(frozenset((match[1] or match[2]).upper()), match[3].strip())
         if not strict and re.fullmatch("[A-N]", bare := _OPTION.apply(body)):
             return Options(frozenset(bare))
     return None

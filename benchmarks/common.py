@@ -72,7 +72,7 @@ class Reading:
 Readings = list[tuple[Item, Reading]]
 
 _NUMBER = re.compile(
-    r"(?:(?<![\w)}])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:(?<![\w)}°])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d+(?!\w)|\s*\*\s*10\^\{?-?\d+)?"
 )
 
@@ -82,7 +82,7 @@ def last_number(text: str) -> str:
 
     Thousands may be grouped by commas, `{,}`, `\,` or narrow blanks; a power of ten may follow.
     """
-    numbers = _NUMBER.findall(SPELLINGS.apply(SIGNS.apply(text)))
+    numbers = _NUMBER.findall(SPELLINGS.apply(SIGNS.apply(text.replace("\\!", ""))))
     return re.sub(r"\s*\*\s*10\^\{?", "e", numbers[-1].replace(",", "")) if numbers else ""
 
 

@@ -242,6 +242,12 @@ def test_plain_numbers_and_letters_are_read_at_once_to_the_same_verdict(monkeypa
         assert answers.compare(pred, gold, tuple(STANDARD)).label == label, row
 
 
+def test_an_inequality_of_one_letter_is_an_interval_and_of_two_is_none():
+    for gold in ("x > 2", "2x + 1 > 5", "\\{x | x > 2\\}"):
+        assert answers.is_correct("(2, \\infty)", gold, STANDARD), gold
+    assert not answers.is_correct("(2, \\infty)", "x > ab", STANDARD)
+
+
 ALL_DIFFERENT = r"""
 A|B|A and B|A, B, C|dog|a red car|red|red or blue|yes|no|not sure|unknown|left|left side|above|3|4
 -3|1/3|2/3|0.3|0.33|3.5|35|3.05|0.003|3e5|3e-5|300|3, 5|(3, 5]|{3,5,7}|3:5|3-5|3 to 6|3 or 6|±3|√3
