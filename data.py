@@ -1,6 +1,6 @@
 """Preference pairs on their way to the device: the order of a run, packed trees.
 
-    PairData       deterministic order of pairs; the packs of any step, so resuming needs no state
+    PairData       deterministic order of pairs; the packs of any Step, so resuming needs no state
     Tree           prompt (trunk) + responses (branches) of one question, as token ids
     Pack           several trees laid one after another in ONE flat sequence, no padding
 
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -308,6 +309,22 @@ def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
 
 # --------------------------------------------------------------------------- the steps of a run
 
+# a stand-in for a process that has fewer packs than others: the same collectives, no pair
+BLANK = Tree([0], [[0]], [], [], [], [], [])
+
+
+@dataclass
+class Step:
+    """What one process does in one step: packs with their place among the step's pairs."""
+
+    number: int  # from 0
+    packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, its first pair)
+    pairs: int  # of the whole step, all processes
+    trees: list[list[Tree]]  # (pack) likewise
+    dropped: list[str]  # names of too long records
+    records: list[str]  # (pair) record names
+    sets: list[str]  # (pair) names of their data sets
+
 
 @dataclass(eq=False)
 class PairData:
@@ -361,6 +378,17 @@ class PairData:
             facts += [of.name, of.root, of.repeat_time, of.max_tiles, of.augment]
             facts += [of.lines.path.resolve(), file.st_size, file.st_mtime_ns]
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+    def step(self, number: int, rank: int, world: int) -> Step:
+        """Plan the whole step, then build every world-th pack of it."""
+        planned, dropped = self.plan(self.rows(number))
+        records = [name for pack in planned for tree in pack for name in tree.names]
+        sets = [name for pack in planned for tree in pack for name in tree.sets]
+        trees = planned + [[BLANK]] * (-len(planned) % world)
+        firsts = [0, *accumulate(sum(len(tree.names) for tree in pack) for pack in trees)]
+        own = range(rank, len(trees), world)
+        packs = [(self.build(trees[n]), n, firsts[n]) for n in own]
+        return Step(number, packs, len(records), planned, dropped, records, sets)
 
     def rows(self, step: int) -> np.ndarray:  # (pair 2)
         """(set, record) of the pairs of step 0, 1, ...; an epoch's last step may have fewer."""

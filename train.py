@@ -24,7 +24,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +152,7 @@ import losses
 import memory
 import weights
 from config import InternVLConfig, load_config, recipe
-from data import TILE_MULTIPLE, Pack, PairData, Tree, prefetch, response_keys, seeded
+from data import BLANK, TILE_MULTIPLE, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
@@ -297,10 +296,10 @@ class Run:
             of_parameter["step"].fill_(state["step"])
         return state["step"]
 
-    def steps(self) -> Iterator["Step"]:
+    def steps(self) -> Iterator[Step]:
         """The steps that are left, each made while the one before is computed."""
-        left = range(self.done, self.total)
-        for step in prefetch(make_step(self.data, n, self.process) for n in left):
+        group, left = (self.process.rank, self.process.world), range(self.done, self.total)
+        for step in prefetch(self.data.step(n, *group) for n in left):
             for name in step.dropped:
                 self.process.say(f"dropped, longer than max_length {self.cfg.max_length}: {name}")
             if step.pairs:
@@ -676,37 +675,6 @@ def run_flags(cfg: TrainConfig) -> dict[str, str]:
     }
 
 
-# --------------------------------------------------------------------------- one step: its packs
-
-# a stand-in for a process that has fewer packs than others: the same collectives, no pair
-BLANK = Tree([0], [[0]], [], [], [], [], [])
-
-
-@dataclass
-class Step:
-    """What one process does in one step: packs with their place among the step's pairs."""
-
-    number: int
-    packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, its first pair)
-    pairs: int  # of the whole step, all processes
-    trees: list[list[Tree]]  # (pack) likewise
-    dropped: list[str]
-    records: list[str]  # (pair) record names
-    sets: list[str]  # (pair) names of their data sets
-
-
-def make_step(data: PairData, number: int, process: Process) -> Step:
-    """Plan the whole step, then build every world-th pack of it."""
-    planned, dropped = data.plan(data.rows(number))
-    records = [name for pack in planned for tree in pack for name in tree.names]
-    sets = [name for pack in planned for tree in pack for name in tree.sets]
-    trees = planned + [[BLANK]] * (-len(planned) % process.world)
-    firsts = [0, *accumulate(sum(len(tree.names) for tree in pack) for pack in trees)]
-    own = range(process.rank, len(trees), process.world)
-    packs = [(data.build(trees[n]), n, firsts[n]) for n in own]
-    return Step(number, packs, len(records), planned, dropped, records, sets)
-
-
 # --------------------------------------------------------------------------- one step: its gradient
 
 
@@ -855,8 +823,9 @@ def step_metrics(run: Run, logps: PairLogps, sets: list[str]) -> dict[str, float
 
 def score_heldout(run: Run) -> dict[str, float]:
     """The metrics of all held-out pairs under the policy as it stands; nothing is trained."""
-    data, scored, sets, dropped = run.heldout, [], [], 0
-    for step in prefetch(make_step(data, n, run.process) for n in range(data.steps_per_epoch)):
+    scored, sets, dropped = [], [], 0
+    group, numbers = (run.process.rank, run.process.world), range(run.heldout.steps_per_epoch)
+    for step in prefetch(run.heldout.step(n, *group) for n in numbers):
         dropped += len(step.dropped)
         sets += step.sets
         if step.pairs:
