@@ -330,8 +330,8 @@ class Step:
 class PairData:
     """Which pairs step t trains on, as packs.  A function of (files, seed, t): no state to save.
 
-    Every process plans every step alike and then builds only its own packs, so the packs do not
-    depend on the number of processes.
+    In training every process plans the whole step and then builds only its own packs, so the packs
+    do not depend on the number of processes.
     """
 
     sets: list[DataSet]

@@ -429,9 +429,7 @@ def objective(
 def coefficients(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, Tensor]:
     """d (mean loss) / d policy_chosen and / d policy_rejected, each (pair), as plain numbers.
 
-    For objectives that look at the whole step: score all its micro-batches without gradient, gather
-    the log-probs, call this, then run each micro-batch again with the loss
-    (chosen * policy_chosen).sum() + (rejected * policy_rejected).sum() over its own pairs.
+    For objectives that look at the whole step, whose pairs are scored first (train.step_gradient).
     """
     with torch.enable_grad():
         chosen = logps.policy_chosen.detach().requires_grad_()

@@ -254,26 +254,24 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     meta = {path.stem: {"annotation": path.name}} if alone else read_json(path)
     if not meta:
         raise InputError(f"{path}: expected one object of data set name -> entry")
-    sets = [_data_set(path, name, entry, max_tiles, notes) for name, entry in meta.items()]
+    sets = []
+    for name, raw in meta.items():
+        place = f"{path}: {name}"
+        if not isinstance(raw, dict):
+            raise InputError(f"{place}: expected an object with 'annotation', got {raw!r:.60}")
+        entry = from_json(Entry, raw, place)
+        annotation = find_beside(path, entry.annotation, place, notes)
+        with named(place):
+            lines = JsonLines(annotation)
+        if entry.length not in (None, len(lines)):
+            notes.append(f"{place}: length says {entry.length}, {annotation} has {len(lines)}")
+        root = find_beside(path, entry.root, place, notes)
+        repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
+        limit = entry.max_dynamic_patch or max_tiles
+        sets.append(DataSet(name, root, lines, repeat, limit, entry.data_augment))
     if notes and rank_and_world()[0] == 0:
         print(*notes[:3], *["..."] * (len(notes) > 3), sep="\n", file=sys.stderr)
     return sets
-
-
-def _data_set(path: Path, name: str, raw: object, max_tiles: int, notes: list[str]) -> DataSet:
-    name_of_entry = f"{path}: {name}"
-    if not isinstance(raw, dict):
-        raise InputError(f"{name_of_entry}: expected an object with 'annotation', got {raw!r:.60}")
-    entry = from_json(Entry, raw, name_of_entry)
-    annotation = find_beside(path, entry.annotation, name_of_entry, notes)
-    with named(name_of_entry):
-        lines = JsonLines(annotation)
-    if entry.length not in (None, len(lines)):
-        notes.append(f"{name_of_entry}: length says {entry.length}, {annotation} has {len(lines)}")
-    root = find_beside(path, entry.root, name_of_entry, notes)
-    repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
-    max_tiles = entry.max_dynamic_patch or max_tiles
-    return DataSet(name, root, lines, repeat, max_tiles, entry.data_augment)
 
 
 def find_beside(meta: Path, path: str, name: str, notes: list[str]) -> Path:

@@ -497,8 +497,8 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> torch.optim.AdamW:
 
 def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
-    cfg, policy = run.cfg, run.policy
-    needed, every = losses.needs_reference(run.terms), cfg.reference_update_every
+    cfg, needed = run.cfg, losses.needs_reference(run.terms)
+    every = cfg.reference_update_every
     if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
         raise InputError(
             f"--reference_update_every {every} moves a second model: it needs an objective with a "
@@ -507,14 +507,11 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
         )
     if not needed:
         return None
-    if cfg.reference == "online":
-        model = policy if cfg.lora_rank else sharded_model(cfg, run.process, 0.0, trained=False)
-        return OnlineReference(model)
-    reference = CachedReference(cfg, run.process)
-    reference.fill(policy, run.data, run.total)
-    if run.heldout:
-        reference.fill(policy, run.heldout, run.heldout.steps_per_epoch)
-    return reference
+    if cfg.reference == "cached":
+        return CachedReference(run)
+    if cfg.lora_rank:
+        return OnlineReference(run.policy)
+    return OnlineReference(sharded_model(cfg, run.process, 0.0, trained=False))
 
 
 class OnlineReference:
@@ -539,32 +536,32 @@ class OnlineReference:
 
 
 class CachedReference:
-    """Log-probs of every response of the run under the start weights, scored once.
+    """Log-probs of every response of the run, scored once by the policy before its first step.
 
     A folder of append-only part files (response key -> log-prob) shared by all runs on the same
     start weights; `run.json` says what the numbers depend on, `covers-*.json` marks runs of which
     every response is there.  In memory two sorted arrays: 20 bytes a response.
     """
 
-    def __init__(self, cfg: TrainConfig, process: Process) -> None:
-        self.cfg, self.folder, self.process = cfg, cfg.cache_folder, process
-        if process.is_main:
-            facts = cache_facts(cfg, process.device)
+    def __init__(self, run: Run) -> None:
+        self.cfg, self.folder, self.process = run.cfg, run.cfg.cache_folder, run.process
+        if self.process.is_main:
+            facts = cache_facts(self.cfg, self.process.device)
             runtime.claim(self.folder, facts, "pass another --reference_cache")
         dist.barrier()
-
-    def fill(self, policy: InternVL, data: PairData, steps: int) -> None:
-        """Score what is missing, with the policy before its first step: it is the reference."""
-        mark = self.folder / f"covers-{data.digest(steps)}.json"
+        wanted = [(run.data, run.total)]
+        if run.heldout:
+            wanted.append((run.heldout, run.heldout.steps_per_epoch))
         with runtime.alone_in(self.folder, math.inf, "end it", self.process):
             self.read()  # another run may have scored them meanwhile
-            if not self.process.broadcast(mark.exists()):
-                with scoring(policy):
-                    self.score_missing(policy, data, steps)
-                self.read()
-                if self.process.is_main:
-                    text = json.dumps({"meta": str(self.cfg.meta), "steps": steps})
-                    write_atomic(mark, text + "\n")
+            for data, steps in wanted:
+                mark = self.folder / f"covers-{data.digest(steps)}.json"
+                if not self.process.broadcast(mark.exists()):
+                    with scoring(run.policy):
+                        self.score_missing(run.policy, data, steps)
+                    self.read()
+                    if self.process.is_main:
+                        write_atomic(mark, json.dumps({"steps": steps}))
 
     def read(self) -> None:
         keys, logps = bytearray(16), array("f", [math.nan])  # a first row that no key comes before
@@ -591,19 +588,20 @@ class CachedReference:
         Processes score in rounds of a pack each; one that has none left takes part with a blank.
         """
         rank, world = self.process.rank, self.process.world
-        rows, size = data.distinct_rows(steps), data.batch_size
-        starts = range(rank * size, len(rows), world * size)
+        pairs, size = data.distinct_rows(steps), data.batch_size
+        starts = range(rank * size, len(pairs), world * size)
         starts = runtime.bar(starts, desc="reference", unit="step", unit_scale=world)
-        plans = prefetch(data.plan(rows[start : start + size])[0] for start in starts)
+        plans = prefetch(data.plan(pairs[start : start + size])[0] for start in starts)
         trees = (trees for planned in plans for trees in planned if not self.has(trees))
         packs, blank = prefetch(map(data.build, trees)), data.build([BLANK])
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
         while not weights.all_of((pack := next(packs, None)) is None):
             pack = (pack or blank).to(self.process.device)
             sums, lengths = score(policy, pack, self.cfg)
-            for row in zip(pack.keys, sums.tolist(), lengths.int().tolist()) if pack.names else ():
-                values = dict(zip(("key", "logp", "length"), row))
-                part.append(values | {"checksum": checksum(values)})
+            rows = zip(pack.keys, sums.tolist(), lengths.int().tolist())
+            for key, logp, length in rows if pack.names else ():
+                row = {"key": key, "logp": logp, "length": length}
+                part.append(row | {"checksum": checksum(row)})
             if asked_to_stop():
                 part.close()
                 self.process.say("asked to stop: scores are kept; the same command continues")
