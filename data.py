@@ -82,6 +82,11 @@ class Tree:
         return len(self.trunk) + sum(map(len, self.responses))
 
     @property
+    def size_apart(self) -> int:
+        """Tokens in a pack when every response gets a trunk of its own."""
+        return self.size + len(self.trunk) * (len(self.responses) - 1)
+
+    @property
     def longest(self) -> int:
         """Tokens of the prompt with its longest response: what the length limit is about."""
         return len(self.trunk) + max(map(len, self.responses))
@@ -415,8 +420,7 @@ class PairData:
         kept = [tree for tree in trees if tree is not None]
         if self.pairs_per_prompt > 1:
             kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)
-        copies = [0 if self.share_prefix else len(tree.responses) - 1 for tree in kept]
-        sizes = [tree.size + n * len(tree.trunk) for n, tree in zip(copies, kept)]
+        sizes = [tree.size if self.share_prefix else tree.size_apart for tree in kept]
         packs = first_fit(sizes, self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped
 

@@ -89,7 +89,7 @@ class Tracker:
     """
 
     def __init__(self, cfg: Any, rows: list[Row], total: int, process: Process) -> None:
-        """rows: those of train.Book, which grow to `total`."""
+        """rows: those of a train.Run, which grow to `total`."""
         self.rows, self.total, self.is_main, self.say = rows, total, process.is_main, process.say
         self.known: set[str] = set()  # illnesses
         self.picture, self.drawn = cfg.out_dir / "curves.png", time.monotonic()
