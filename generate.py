@@ -340,9 +340,10 @@ class Scheduler:
         narrow ones has to wait.
         """
         widest = max([rows, *(group.rows for group in self.groups)])
-        growth = sum(num_blocks(r.group.limit) - len(r.answer.blocks) for r in self.rows)
         spare = int(self.cache.free.sum()) - blocks
-        return groups * widest <= 4 * MAX_ROWS and spare >= min(len(self.rows) // 2, growth)
+        if groups * widest > 4 * MAX_ROWS or spare >= len(self.rows) // 2:
+            return groups * widest <= 4 * MAX_ROWS
+        return spare >= sum(num_blocks(r.group.limit) - len(r.answer.blocks) for r in self.rows)
 
     def grow(self) -> None:
         """Room for one more token in every row; the youngest gives way where there is none."""

@@ -25,10 +25,11 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import runtime
 from runtime import EngineConfig, InputError, Settings, claim, flag, from_json, read_jsonl
@@ -103,12 +104,15 @@ import torch
 from benchmarks import answers
 from generate import Generator, Prompt, Sample
 from images import check_images, image_names, image_paths
-from records import grouped, in_order, json_line, new_lines, part_files, read_parts
+from records import Group, grouped, in_order, json_line, new_lines, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
 Request = tuple[Prompt, Any]  # and what it asks about
+Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
+# what `sample` adds to the fields of a question, in this order
+SAMPLED = "k seed response tiles finish_reason tokens prompt_tokens image_tokens".split()
 
 DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the tiles of two open
     "general": (("en", "en_ground"), 6),
@@ -140,8 +144,10 @@ def choose(items: list, count: int, *key: Any) -> list:
     if not count or len(items) <= count:
         return items[:count]
     begun = json_bytes(key)[:-1]  # digest(*key, i) of each i, without its JSON made each time
-    hashed = [hashlib.blake2b(b"%b,%d]" % (begun, i), digest_size=16) for i in range(len(items))]
-    kept = sorted(range(len(items)), key=lambda i: hashed[i].digest())[:count]
+    hashes = [
+        hashlib.blake2b(b"%b,%d]" % (begun, i), digest_size=16).digest() for i in range(len(items))
+    ]
+    kept = sorted(range(len(items)), key=hashes.__getitem__)[:count]
     return [items[i] for i in sorted(kept)]
 
 
@@ -396,11 +402,9 @@ def sample(cfg: SampleConfig) -> None:
 # --------------------------------------------------------------------------- judging and pairing
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """A judged response: what a pair takes from it."""
 
-    number: int  # among the responses of its question
     question: str  # the prompt: a question may be asked under several prompt versions
     verdict: str  # correct, wrong, ambiguous (makes no pair), or format: no clear final answer
     text: str
@@ -416,45 +420,55 @@ def judge_group(
 ) -> tuple[list[Response], Counter]:
     """The responses to one question, each text once a prompt and verdict; what was counted."""
     judged: dict[tuple[str, str, str], Response] = {}
-    counts: Counter[str] = Counter(questions=1, responses=len(rows))
+    counts, verdicts = Counter(questions=1, responses=len(rows)), []
     for number, row in enumerate(rows):
-        text, version, finish = row["response"], row["prompt_version"], row.get("finish_reason")
+        text = row["response"]
+        version = row.get("prompt_version", SampledLine.prompt_version)
+        finish = row.get("finish_reason")
         verdict = answers.judge(text, str(row["answer"]), modes, version, finish)
         if clean and verdict.answer is not None:
             text = answers.fix_answer(text)
-        meta = {"k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason}
-        meta |= {"answer": verdict.answer, "prompt_version": version}
-        meta |= {k: row[k] for k in ("qid", "finish_reason", "tokens") if k in row}
-        response = Response(number, row["question"], verdict.label, text, meta)
-        counts[f"{verdict.label} responses"] += 1
-        counts[f"{verdict.label}: {verdict.reason}"] += 1
-        counts["cut off"] += finish == "length"
+        meta = {
+            "k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason,
+            "answer": verdict.answer, "prompt_version": version,
+        }  # fmt: skip
+        meta |= {name: row[name] for name in ("qid", "finish_reason", "tokens") if name in row}
+        verdicts.append((verdict.label, verdict.reason))
+        key = row["question"], verdict.label, text
         if not text.strip():  # nothing to train on
             counts["empty responses"] += 1
-        elif judged.setdefault((row["question"], verdict.label, text), response) is not response:
+        elif key in judged:
             counts["duplicate responses"] += 1
-    solved = any(verdict == "correct" for _, verdict, _ in judged)
-    counts["questions all right"] += all(verdict == "correct" for _, verdict, _ in judged)
+        else:
+            judged[key] = Response(*key, meta)
+    counts["cut off"] = sum(row.get("finish_reason") == "length" for row in rows)
+    for (label, reason), number in Counter(verdicts).items():
+        counts[f"{label} responses"] += number
+        counts[f"{label}: {reason}"] += number
+    solved = any(response.verdict == "correct" for response in judged.values())
+    counts["questions all right"] += all(r.verdict == "correct" for r in judged.values())
     counts["questions never right"] += not solved
     wanted = rationales == "all" or (rationales == "unsolved" and not solved)
     if wanted and isinstance(rows[0].get("rationale"), str):
         text = f"{rows[0]['rationale'].strip()}\nFinal answer: {rows[0]['answer']}"
         meta = {"k": None, "verdict": "correct", "reason": "gold rationale"}
         for question in sorted({row["question"] for row in rows}):
-            added = Response(len(rows), question, "correct", text, meta)
-            judged[question, "correct", text] = added
+            judged[question, "correct", text] = Response(question, "correct", text, meta)
             counts["gold rationales"] += 1
     return list(judged.values()), counts
 
 
 def possible_pairs(judged: list[Response], kind: str) -> Pairs:
     """Each right response against each one to the same prompt that the kind rejects."""
-    right, bad = ([r for r in judged if r.verdict == v] for v in ("correct", KINDS[kind]))
+    right, bad = (
+        [(r, r.question, r.text.strip()) for r in judged if r.verdict == verdict]
+        for verdict in ("correct", KINDS[kind])
+    )
     return [
         (chosen, rejected)
-        for chosen in right
-        for rejected in bad
-        if chosen.question == rejected.question and chosen.text.strip() != rejected.text.strip()
+        for chosen, prompt, text in right
+        for rejected, other_prompt, other_text in bad
+        if prompt == other_prompt and text != other_text
     ]
 
 
@@ -472,103 +486,119 @@ def draw_pairs(
     return drawn
 
 
+_FIELDS = tuple(SampledLine.__annotations__)
 _SHAPES: set[tuple[type, ...]] = set()  # types of the fields of lines that were checked
 
 
 def response_key(record: dict, name: str) -> str:
     """The group of a response: (images, question before it was wrapped, gold as text)."""
-    shape = tuple(type(record.get(key, ...)) for key in SampledLine.__annotations__)
+    shape = tuple(map(type, map(record.get, _FIELDS, repeat(...))))
     if shape not in _SHAPES:
         from_json(SampledLine, record, name)
         _SHAPES.add(shape)
-    if record.get("answer") is None:
+    if (answer := record.get("answer")) is None:
         raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
-    if wrong := answers.check_gold(record["answer"]):
+    if wrong := answers.check_gold(answer):
         raise InputError(f"{name}: the gold answer {wrong}")
     question = record.get("question_orig", record["question"])
-    answer = str(record["answer"])
-    return digest_again(tuple(image_names(record, name)), question, answer, *system_of(record))
+    images = tuple(image_names(record, name))
+    return digest_again(images, question, str(answer), *system_of(record))
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
-    entries, reports, bad = {}, {}, []
-    with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
-        for data_set in find_sets(cfg.samples):
-            name, info = data_set.name, data_set.info
-            modes = split_names(cfg.modes) or info.modes or answers.get_mode(name)
-            reports[name], made = pair_set(cfg, data_set, modes)
-            entries |= made
-            total = reports[name]["responses"]
-            share = reports[name]["counts"].get("format responses", 0) / max(total, 1)
-            if share > cfg.max_format_share:
-                bad.append(f"{name}: {share:.0%} of the responses are format failures")
-            if total < info.responses:
-                print(f"{name}: {total} of {info.responses} responses so far")
-        finish_verb(cfg, "correctness", entries, reports, bad)
+    """The verb; works on the answers of `sample`."""
+    sets = {s.name: functools.partial(pair_set, cfg, s) for s in find_sets(cfg.samples)}
+    make_pairs(cfg, "correctness", sets, cfg.max_format_share)
 
 
-def pair_set(
-    cfg: CorrectnessConfig, data_set: SampleSet, modes: list[str]
-) -> tuple[dict, dict[str, dict | None]]:
-    """Judge and pair one data set; its report, and its entries for meta.json."""
-    counts, written, per_query, cost = totals = [Counter() for _ in range(4)]
-    groups = grouped(data_set.files, response_key, cfg.workers)
-    stems = {kind: f"{data_set.name}_pairs_vqa_{kind}_rules" for kind in KINDS}
-    with contextlib.ExitStack() as stack:
-        paths = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
-        paths["all wrong"] = cfg.out_dir / "all_wrong" / f"{data_set.name}.jsonl"
-        write = {kind: stack.enter_context(new_lines(path)) for kind, path in paths.items()}
-        work = functools.partial(pair_groups, cfg, data_set.name, modes)
-        for lines, *counters in in_order(work, groups, 50, cfg.workers, data_set.name):
-            for kind, text in lines.items():
-                write[kind](text)
-            for total, counter in zip(totals, counters):
-                total.update(counter)
-    report = {"modes": modes, "cap": cfg.pairs_per_query, "responses": counts.pop("responses", 0)}
+def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> tuple[dict, dict]:
+    """Judge and pair one data set: its report, and its entries for meta.json."""
+    name, info = data_set.name, data_set.info
+    modes = split_names(cfg.modes) or info.modes or answers.get_mode(name)
+    stems = {kind: f"{name}_pairs_vqa_{kind}_rules" for kind in KINDS}
+    files = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
+    files["all wrong"] = cfg.out_dir / "all_wrong" / f"{name}.jsonl"
+    groups = grouped(data_set.files, response_key, cfg.workers, SAMPLED)
+    pair = functools.partial(pair_question, cfg, name, modes)
+    tally = write_groups(files, pair, groups, name, cfg.workers)
+    total, per_query = tally["counts"].pop("responses", 0), tally["pairs_per_query"]
+    if total < info.responses:
+        print(f"{name}: {total} of {info.responses} responses so far")
+    report = {"modes": modes, "cap": cfg.pairs_per_query, "responses": total}
     report["pairs_per_query"] = {str(k): per_query[k] for k in sorted(per_query)}
+    written = {kind: tally["written"][kind] for kind in KINDS}
     entries = {stem: meta_entry(cfg, data_set, stem, written[k]) for k, stem in stems.items()}
-    return report | report_of({k: written[k] for k in KINDS}, counts, cost), entries
+    return report | report_of(written, tally["counts"], tally["cost"]), entries
 
 
-def pair_groups(
-    cfg: CorrectnessConfig, name: str, modes: list[str], groups: list
-) -> tuple[dict[str, bytes], Counter, Counter, Counter, Counter]:
-    """Kind of output -> its lines, then the counters of `pair_set`."""
-    lines: dict[str, list[bytes]] = defaultdict(list)
-    counts, written, per_query, cost = Counter(), Counter(), Counter(), Counter()
-    for group in groups:
-        records = group.records()
-        for i, row in enumerate(records):
-            row.setdefault("k", i)
-        rows = drop_repeats(records, name)
-        for row in rows:
-            spend(cost, row)
-        judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
-        cap, official = cfg.pairs_per_query, cfg.official_caps
-        drawn = draw_pairs(judged, group.key, cfg.seed, cap, official)
-        counts += judged_counts
-        counts["repeated lines"] += len(records) - len(rows)
-        counts["questions without a pair"] += not any(drawn.values())
-        per_query[sum(map(len, drawn.values()))] += 1
-        if all(response.verdict != "correct" for response in judged):
-            names = "qid image question question_orig answer prompt_version system_prompt".split()
-            lines["all wrong"].append(json_line({n: rows[0][n] for n in names if n in rows[0]}))
-        for kind, pairs in drawn.items():
-            written[kind] += len(pairs)
-            lines[kind] += (json_line(pair_record(rows[0], *pair)) for pair in pairs)
-    texts = {kind: b"".join(made) for kind, made in lines.items()}
-    return texts, counts, written, per_query, cost
-
-
-def pair_record(row: dict, chosen: Response, rejected: Response) -> dict:
-    """A line of the output, in MMPR's format."""
-    record = {name: row[name] for name in ("image", "system_prompt") if row.get(name)}
-    record |= {"question": chosen.question, "chosen": chosen.text, "rejected": rejected.text}
-    record |= {"answer_gt": str(row["answer"])}
-    return record | {"chosen_meta": chosen.meta, "rejected_meta": rejected.meta}
+def pair_question(
+    cfg: CorrectnessConfig, name: str, modes: list[str], group: Group, tally: Tally
+) -> dict[str, list[dict]]:
+    """Kind -> pairs of the responses to one question."""
+    records, counts = group.records(), tally["counts"]
+    for i, row in enumerate(records):
+        row.setdefault("k", i)
+    rows = drop_repeats(records, name)
+    for row in rows:
+        spend(tally["cost"], row)
+    judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
+    drawn = draw_pairs(judged, group.key, cfg.seed, cfg.pairs_per_query, cfg.official_caps)
+    counts += judged_counts
+    counts["repeated lines"] += len(records) - len(rows)
+    counts["questions without a pair"] += not any(drawn.values())
+    tally["pairs_per_query"][sum(map(len, drawn.values()))] += 1
+    gold, made = {"answer_gt": str(rows[0]["answer"])}, {}
+    for kind, pairs in drawn.items():
+        made[kind] = [
+            pair_record(rows[0], c.question, (c.text, c.meta), (r.text, r.meta), gold)
+            for c, r in pairs
+        ]
+    if all(response.verdict != "correct" for response in judged):
+        names = "qid image question question_orig answer prompt_version system_prompt".split()
+        made["all wrong"] = [{n: rows[0][n] for n in names if n in rows[0]}]
+    return made
 
 
 # --------------------------------------------------------------------------- output and cost
+
+
+def write_groups(
+    files: dict[str, Path], pair: Callable, groups: list[Group], label: str, workers: int = 1
+) -> Tally:
+    """Write the records that pair(group, tally) makes: a file a kind, in the order of groups."""
+    tally = defaultdict(Counter)
+    with contextlib.ExitStack() as stack:
+        write = {kind: stack.enter_context(new_lines(path)) for kind, path in files.items()}
+        work = functools.partial(lines_of, pair)
+        for lines, part in in_order(work, groups, 50, workers, label):
+            for kind, text in lines.items():
+                write[kind](text)
+            for name, counter in part.items():
+                tally[name].update(counter)
+    return tally
+
+
+def lines_of(pair: Callable, groups: list[Group]) -> tuple[dict[str, bytes], Tally]:
+    """The lines of some groups, by kind, and what was counted."""
+    lines, tally = defaultdict(list), defaultdict(Counter)
+    for group in groups:
+        for kind, records in pair(group, tally).items():
+            lines[kind] += map(json_line, records)
+            tally["written"][kind] += len(records)
+    return {kind: b"".join(made) for kind, made in lines.items()}, tally
+
+
+def pair_record(
+    source: dict,
+    question: str,
+    chosen: tuple[str, dict],
+    rejected: tuple[str, dict],
+    gold: dict | None = None,
+) -> dict:
+    """A line of the output, in MMPR's format; of each response its text and what is known of it."""
+    record = {name: source[name] for name in ("image", "system_prompt") if source.get(name)}
+    record |= {"question": question, "chosen": chosen[0], "rejected": rejected[0]}
+    return record | (gold or {}) | {"chosen_meta": chosen[1], "rejected_meta": rejected[1]}
 
 
 def annotation_file(cfg: Any, stem: str) -> Path:
@@ -589,25 +619,58 @@ def report_of(pairs: dict[str, int], counts: Counter, cost: Counter) -> dict:
     return {"pairs": pairs, "counts": dict(sorted(counts.items())), "tokens": tokens}
 
 
-def finish_verb(cfg: Any, verb: str, entries: dict, reports: dict, bad: Iterable[str] = ()) -> None:
-    """Write meta.json and pairs.report.json, print the cost; exit 1 where there is no pair.
+def make_pairs(
+    cfg: Any, verb: str, sets: dict[str, Callable[[], tuple]], max_format_share: float = 1.0
+) -> None:
+    """Call the function of each data set and write what it gives: its report, entries of meta.json.
 
-    Entries and reports of other verbs stay; an entry of None goes.
+    Entries and reports of other verbs stay; an entry of None goes.  Exit 1 where a set has no pair
+    or too many format failures.
     """
-    settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
-    report = {verb: {"settings": settings, "sets": reports}}
-    for name, new in (("meta.json", entries), ("pairs.report.json", report)):
-        path = cfg.out_dir / name
-        content = (runtime.read_json(path) if path.exists() else {}) | new
-        content = {k: v for k, v in content.items() if v is not None}
-        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True, default=str)
-        runtime.write_atomic(path, text + "\n")
+    reports, entries, bad = {}, {}, []
+    with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
+        for name, pair in sets.items():
+            reports[name], made = pair()
+            entries |= made
+        settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
+        report = {verb: {"settings": settings, "sets": reports}}
+        for name, new in (("meta.json", entries), ("pairs.report.json", report)):
+            path = cfg.out_dir / name
+            content = (runtime.read_json(path) if path.exists() else {}) | new
+            content = {k: v for k, v in content.items() if v is not None}
+            text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True, default=str)
+            runtime.write_atomic(path, text + "\n")
     print_cost(verb, reports)
-    empty = [n for n, r in reports.items() if not sum(r["pairs"].values())]
-    bad = [f"{n}: no pair from {reports[n]['responses']} responses" for n in empty] + list(bad)
+    for name, report in reports.items():
+        total, failed = report["responses"], report["counts"].get("format responses", 0)
+        if not sum(report["pairs"].values()):
+            bad.append(f"{name}: no pair from {total} responses")
+        if failed > max_format_share * total:
+            bad.append(f"{name}: {failed / total:.0%} of the responses are format failures")
     if bad:
         print("\n".join(["error: data sets to look at:", *bad]), file=sys.stderr)
         raise SystemExit(1)
+
+
+def pair_with_model(
+    cfg: Any, verb: str, names: tuple[str, str], facts: dict, steps: tuple[Callable, Callable]
+) -> None:
+    """steps = (work, pair) on each data set: all processes work, the last one to end pairs.
+
+    `names`, with {} for the data set: the folder of its part files, and the annotation file.
+    """
+    (work, pair), ready = steps, {}
+    for data_set in find_sets(cfg.samples):
+        part_folder, stem = (name.format(data_set.name) for name in names)
+        folder = cfg.out_dir / part_folder
+        settings = text_settings(cfg) | {"name": data_set.name} | facts
+        claim(folder, settings, "use another --out_dir")
+        if owed := work(cfg, data_set, folder):
+            print(f"{data_set.name}: {owed} responses are left to other processes")
+        else:
+            ready[data_set.name] = functools.partial(pair, cfg, data_set, folder, stem)
+    if ready:
+        make_pairs(cfg, verb, ready)
 
 
 def spend(cost: Counter, record: dict) -> None:
@@ -641,30 +704,6 @@ def print_cost(verb: str, reports: dict) -> None:
         for name, r in reports.items()
     ]
     print(text_table(("data set", "pairs", "generated", "+ prompt", "+ image"), rows))
-
-
-def pair_with_model(
-    cfg: Any, verb: str, names: tuple[str, str], facts: dict, steps: tuple[Callable, Callable]
-) -> None:
-    """steps = (work, pair) on each data set: all processes work, the last one to end pairs.
-
-    `names`, with {} for the data set: the folder of its part files, and the annotation file.
-    """
-    work, pair = steps
-    reports, entries = {}, {}
-    for data_set in find_sets(cfg.samples):
-        folder, stem = (name.format(data_set.name) for name in names)
-        settings = text_settings(cfg) | {"name": data_set.name} | facts
-        claim(cfg.out_dir / folder, settings, "use another --out_dir")
-        if owed := work(cfg, data_set, cfg.out_dir / folder):
-            print(f"{data_set.name}: {owed} responses are left to other processes")
-            continue
-        with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
-            report, entry = pair(cfg, data_set, cfg.out_dir / folder, stem)
-        reports[data_set.name], entries[stem] = report, entry
-    if reports:
-        with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
-            finish_verb(cfg, verb, entries, reports)
 
 
 # --------------------------------------------------------------------------- DropoutNTP
@@ -756,33 +795,37 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 
 def pair_continuations(
     cfg: DropoutConfig, data_set: SampleSet, folder: Path, stem: str
-) -> tuple[dict, dict | None]:
-    """Pairs from complete continuations; report and entry for meta.json."""
-    counts, cost, written = Counter(), Counter(), 0
+) -> tuple[dict, dict]:
+    """Pairs from complete continuations: report, and the entry of meta.json."""
+    counts, groups = Counter(), grouped(part_files(folder), lambda record, _: record["rid"])
     responses = sum(1 for _ in cut_responses(data_set, cfg, counts))
-    with new_lines(annotation_file(cfg, stem)) as write:
-        for group in grouped(part_files(folder), lambda record, _: record["rid"]):
-            draws = {row["draw"]: row for row in group.records()}
-            spend(cost, source := next(iter(draws.values()))["source"])
-            for row in draws.values():
-                counts[f"continuations: {row['reason']}"] += 1
-                spend(cost, {**row, "k": row["draw"]})
-            good = [row for _, row in sorted(draws.items()) if row["reason"] == "ok"]
-            counts["dropped after redraws"] += not good
-            for row in good[:1]:
-                counts["cut off"] += row["finish_reason"] == "length"
-                names = ("image", "system_prompt", "question")
-                record = {n: source[n] for n in names if source.get(n)}
-                record |= {n: row[n] for n in ("chosen", "rejected")}
-                names = ("qid", "k", "finish_reason", "tokens")
-                record["chosen_meta"] = {n: source[n] for n in names if n in source}
-                names = ("kept", "glue", "draw", "finish_reason", "tokens")
-                record["rejected_meta"] = {"keep_ratio": cfg.keep_ratio}
-                record["rejected_meta"] |= {n: row[n] for n in names}
-                write(record)
-                written += 1
-    report = {"responses": responses} | report_of({"dropout_ntp": written}, counts, cost)
-    return report, meta_entry(cfg, data_set, stem, written)
+    files = {"dropout_ntp": annotation_file(cfg, stem)}
+    tally = write_groups(files, functools.partial(pair_draws, cfg), groups, data_set.name)
+    written = {"dropout_ntp": tally["written"]["dropout_ntp"]}
+    report = report_of(written, counts + tally["counts"], tally["cost"])
+    entry = meta_entry(cfg, data_set, stem, written["dropout_ntp"])
+    return {"responses": responses} | report, {stem: entry}
+
+
+def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
+    """The pair of a response and the first of its continuations that is usable."""
+    draws = {row["draw"]: row for row in group.records()}
+    counts, source = tally["counts"], next(iter(draws.values()))["source"]
+    spend(tally["cost"], source)
+    for row in draws.values():
+        counts[f"continuations: {row['reason']}"] += 1
+        spend(tally["cost"], {**row, "k": row["draw"]})
+    good = [row for _, row in sorted(draws.items()) if row["reason"] == "ok"][:1]
+    counts["dropped after redraws"] += not good
+    made = []
+    for row in good:
+        counts["cut off"] += row["finish_reason"] == "length"
+        names = ("qid", "k", "finish_reason", "tokens")
+        chosen = row["chosen"], {n: source[n] for n in names if n in source}
+        names = ("kept", "glue", "draw", "finish_reason", "tokens")
+        meta = {"keep_ratio": cfg.keep_ratio} | {n: row[n] for n in names}
+        made.append(pair_record(source, source["question"], chosen, (row["rejected"], meta)))
+    return {"dropout_ntp": made}
 
 
 def dropout_ntp(cfg: DropoutConfig) -> None:

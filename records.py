@@ -34,6 +34,7 @@ from runtime import (
     named,
     new_file,
     open_file,
+    parse_json,
     parse_json_line,
     rank_and_world,
     read_json,
@@ -72,6 +73,12 @@ class JsonLines:
     def line(self, n: int) -> bytes:
         return self.read(self.starts[n], self.ends[n])
 
+    def neighbours(self, first: int, last: int) -> list[bytes]:
+        """The lines from one to another."""
+        starts, ends = (at[first : last + 1].tolist() for at in (self.starts, self.ends))
+        block = self.read(starts[0], ends[-1])
+        return [block[s - starts[0] : e - starts[0]] for s, e in zip(starts, ends)]
+
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         """("file line N", object) of each line."""
         return ((self.name(n), self[n]) for n in range(len(self)))
@@ -90,30 +97,66 @@ def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
         yield from JsonLines(path, part=True)
 
 
+Place = tuple[JsonLines, int]
+
+
+def lines_at(places: list[Place]) -> Iterator[bytes]:
+    """The lines at these places; neighbours are read at once."""
+    begin = 0
+    for end, (lines, n) in enumerate(places, 1):
+        if end == len(places) or places[end] != (lines, n + 1):
+            yield from lines.neighbours(places[begin][1], n)
+            begin = end
+
+
 def grouped(
-    files: list[Path], key_of: Callable[[dict, str], str], workers: int = 1
+    files: list[Path],
+    key_of: Callable[[dict, str], str],
+    workers: int = 1,
+    varying: Sequence[str] = (),
 ) -> list["Group"]:
-    """Groups of the records of one key, in the order of the keys; only their places are held."""
+    """Groups of the records of one key, in the order of the keys; only their places are held.
+
+    varying: fields on which no key depends.  Of lines that end in them, and are the same before,
+    one is read here; `Group.records` checks them all.
+    """
     parts, groups = [JsonLines(path, part=True) for path in files], defaultdict(list)
     places = [(lines, n) for lines in parts for n in range(len(lines))]
+    end = json_line({varying[0]: 0})[1:-3] if varying else b"\n"
 
-    def keys_of(places: list[tuple[JsonLines, int]]) -> list[str]:
-        return [key_of(lines[n], lines.name(n)) for lines, n in places]
+    def keys_of(places: list[Place]) -> list[str]:
+        keys, known = [], {}
+        for (lines, n), line in zip(places, lines_at(places)):
+            start, cut, _ = line.partition(end)
+            if (key := known.get(start)) is None:
+                record = lines[n]
+                key, names = key_of(record, lines.name(n)), list(record)
+                if varying and cut and set(names[names.index(varying[0]) :]) <= set(varying):
+                    known[start] = key
+            keys.append(key)
+        return keys
 
     keys = chain.from_iterable(in_order(keys_of, places, 1000, workers, "reading"))
     for key, place in zip(keys, places):
         groups[key].append(place)
-    return [Group(key, groups[key]) for key in sorted(groups)]
+    return [Group(key, groups[key], key_of) for key in sorted(groups)]
 
 
 class Group(NamedTuple):
     """The records of one key, read when they are asked for."""
 
     key: str
-    places: list[tuple[JsonLines, int]]
+    places: list[Place]
+    key_of: Callable[[dict, str], str]
 
     def records(self) -> list[dict]:
-        return [json.loads(lines.line(n)) for lines, n in self.places]  # checked by `grouped`
+        rows = []
+        for (lines, n), line in zip(self.places, lines_at(self.places)):
+            name = lines.name(n)
+            rows.append(parse_json(line, name))
+            if self.key_of(rows[-1], name) != self.key:
+                raise InputError(f"{name}: write its fields in the order of the other lines")
+        return rows
 
 
 _WORK: list[Callable] = []  # what a worker process does, from before it was forked

@@ -98,20 +98,25 @@ def _find_triggers(response: str) -> list[tuple[int, int]]:
     return sorted(spans)
 
 
-@functools.lru_cache(maxsize=4)
 def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
     """(text before, trigger, answer) without the marks that dress the answer line."""
     head = response[response.rfind("\n", 0, start) + 1 : start]  # of the line
+    marks, trigger, answer = _undress_line(head, response[start:end], response[end:].strip())
+    return response[: start - marks], trigger, answer
+
+
+@functools.lru_cache(maxsize=64)  # the responses to a question have few different answer lines
+def _undress_line(head: str, trigger: str, answer: str) -> tuple[int, str, str]:
+    """(length of the marks before the trigger, trigger, answer)."""
     marks = re.search(r"[*_\"'“‘「『【`(\[]*$", head)[0]
     if not head.strip("*_#> \t\"'“‘「『【`(["):
         marks = head if head.strip() else ""
-    trigger, answer = re.sub(r"[*_]", "", response[start:end]), response[end:].strip()
     if len(answer) <= MAX_ANSWER:
-        inner = re.sub(r"[^*_]", "", response[start:end])  # of **Final answer**: 5
+        inner = re.sub(r"[^*_]", "", trigger)  # of **Final answer**: 5
         answer = _EMPHASIS.apply(f"{marks.strip()}\0{inner}{answer}").partition("\0")[2].strip()
         if answer.count("**") % 2 or not answer.strip("*_ \n"):  # half a mark, or marks alone
             answer = answer.strip("*_ \n")
-    return response[: start - len(marks)], trigger, answer
+    return len(marks), re.sub(r"[*_]", "", trigger), answer
 
 
 def _parse_after_trigger(response: str) -> Parsed:

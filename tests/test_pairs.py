@@ -204,7 +204,7 @@ def test_possible_pairs_equal_the_golden_ones():
     for query, judged in enumerate(judged_golden()):
         for kind in found:
             made = pairs.possible_pairs(judged, kind)
-            found[kind] += [[query, c.number, r.number] for c, r in made]
+            found[kind] += [[query, c.meta["k"], r.meta["k"]] for c, r in made]
     assert {kind: sorted(made) for kind, made in found.items()} == EXPECTED["ours"]
 
 
@@ -216,7 +216,7 @@ def test_the_cap_is_over_both_kinds_with_wrong_answers_first():
         assert tuple(map(len, made.values())) == want
     assert pairs.draw_pairs(judged, "key", 0, 4) == pairs.draw_pairs(judged, "key", 0, 4)
     draws = [pairs.draw_pairs(judged, "key", seed, 4)["correctness"] for seed in range(40)]
-    seen = {(c.number, r.number) for made in draws for c, r in made}
+    seen = {(c.meta["k"], r.meta["k"]) for made in draws for c, r in made}
     assert len(seen) == 12  # every possible pair gets its turn
 
 
@@ -659,3 +659,22 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
         pairs.correctness(
             pairs.CorrectnessConfig(tmp_path / "set.jsonl", tmp_path / "4", tmp_path, workers=2)
         )
+
+
+def test_lines_in_any_order_of_their_fields_are_grouped_alike(tmp_path):
+    """Of lines that are the same up to `k` one is read: never where the question comes later."""
+    rows = [
+        {"k": k, "qid": f"{q}", "question": f"Which, {q}?", "answer": 1, "response": f"{k}"}
+        for q in range(3)
+        for k in range(2)
+    ]
+    as_sampled = [{name: row[name] for name in ("qid", "question", "answer", *row)} for row in rows]
+    for number, lines in enumerate((rows, as_sampled)):
+        write_lines(path := tmp_path / f"{number}.jsonl", lines)
+        groups = grouped([path], pairs.response_key, 1, pairs.SAMPLED)
+        assert [[row["k"] for row in group.records()] for group in groups] == [[0, 1]] * 3
+    late = {**as_sampled[1], "image": "a.png"}  # after k: its beginning is that of the line before
+    write_lines(path, [as_sampled[0], late])
+    (group,) = grouped([path], pairs.response_key, 1, pairs.SAMPLED)
+    with pytest.raises(InputError, match="line 2: write its fields in the order of the other"):
+        group.records()

@@ -50,6 +50,7 @@ def test_divide_and_conquer_runs_from_samples_to_pairs(world):
     for row in rows:
         assert row["chosen_meta"]["score"] > row["rejected_meta"]["score"]
     report = json.loads(Path("out/pairs.report.json").read_text())["divide_and_conquer"]["sets"]
+    assert list(json.loads(Path("out/meta.json").read_text())) == ["toys_pairs_divide_and_conquer"]
     spent = report["toys"]["tokens"]["spent"]["generated"]
     part = read_lines("out/divide/toys/part-0-of-1.jsonl")
     judged = sum(len(row["yes_no"]) for row in part)

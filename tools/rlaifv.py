@@ -183,7 +183,7 @@ def pair_candidates(
             write(record)
     report = {"responses": counts["candidates"], "length_limit": limit}
     report |= pairs.report_of({"divide_and_conquer": len(kept)}, counts, cost)
-    return report, pairs.meta_entry(cfg, data_set, stem, len(kept))
+    return report, {stem: pairs.meta_entry(cfg, data_set, stem, len(kept))}
 
 
 def divide_and_conquer(cfg: DivideConfig) -> None:
