@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LLMConfig
@@ -210,25 +211,30 @@ class KVCache:
             part = slice(span.start, span.start + span.blocks)
             hidden = (key >= filled[:, None]).view(span.blocks, 1, 1, KEYS)
             mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, HIDDEN)
-            absent = (table < 0).view(rows, span.width, 1, 1)
-            spans.append((span, part, readers, mask, table.clamp(min=0), absent))
+            table = table.view(rows, 1, span.width)
+            numbers = (
+                table.clamp(min=0) * (j * g) + torch.arange(j * g, device=self.device)[:, None]
+            )
+            spans.append((span, part, readers, mask, numbers, table < 0))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.memory[layer]
             keys.index_put_(index, k[:, 0])
             values.index_put_(index, v[:, 0])
             q, outs, sums = q.view(rows, g, j, d).transpose(1, 2), [], []
-            for span, part, readers, mask, table, absent in spans:
+            for span, part, readers, mask, numbers, absent in spans:
                 asked = q.index_select(0, readers).view(span.blocks, -1, g, d).transpose(1, 2)
                 out, logsum = attend_blocks(asked, keys[part], values[part], mask)
-                # block head (seat query) ...: each row takes its seats by the table
-                out = out.transpose(1, 2).reshape(len(readers), -1).index_select(0, table)
-                logsum = logsum.transpose(1, 2).reshape(len(readers), -1).index_select(0, table)
-                logsum = logsum.view(rows, span.width, j * g, 1)
-                outs.append(out.view(rows, span.width, j * g, d))
+                outs.append(out.transpose(1, 2).reshape(-1, d).float())  # (block seat query head) d
+                logsum = logsum.transpose(1, 2).flatten()[numbers]  # row (query head) width
                 sums.append(logsum.masked_fill(absent, 2 * HIDDEN) if span.ragged else logsum)
-            out, sums = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (outs, sums))
-            out = (sums.softmax(1) * out).sum(1)
+            weights = torch.cat(sums, -1).softmax(-1).split([span.width for span, *_ in spans], -1)
+            # each row and head gathers its partial sums and weighs them, in one operation
+            bags = (n.flatten(0, 1) for *_, n, _ in spans)
+            out = sum(
+                F.embedding_bag(bag, out, mode="sum", per_sample_weights=weight.flatten(0, 1))
+                for bag, out, weight in zip(bags, outs, weights)
+            )
             return out.to(self.dtype).view(rows, j, g, d).transpose(1, 2).reshape(rows, 1, g * j, d)
 
         return tokens, positions, attend

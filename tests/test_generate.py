@@ -278,6 +278,20 @@ def test_prompts_read_in_one_pass_equal_prompts_read_alone(toy, monkeypatch):
         assert alone.logp == pytest.approx(together[prompt.id].logp, abs=1e-5)
 
 
+def test_matrices_are_stored_by_columns_for_one_greedy_row_alone_and_give_the_same(toy):
+    [prompt], greedy = prompts(toy, samples=1)[:1], sampler(toy, temperature=0.0)
+    weight, by_rows = greedy.model.language_model.model.layers[0].feed_forward.w1.weight, []
+    answers = []
+    for samples in (1, 2):
+        answers += greedy.run([replace(prompt, num_samples=samples)])
+        by_rows.append(weight.is_contiguous())
+    assert by_rows == [False, True] and len({sample.ids for sample in answers}) == 1
+    assert answers[0].token_logps == pytest.approx(answers[1].token_logps, abs=1e-5)
+    exact = Generator(greedy.model, greedy.tokenizer, temperature=1.0, max_new_tokens=2)
+    list(exact.run([prompt]))
+    assert weight.is_contiguous()  # else one sample alone were rounded in another way
+
+
 # --------------------------------------------------------------------------- the same text anywhere
 
 
