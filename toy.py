@@ -55,8 +55,8 @@ SHAPES = ("circle", "square", "cross")
 CELL = 8  # pixels
 SIDE = 3  # cells along one side of a tile
 MARKS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-INTERNLM2, QWEN = ("<unk>", "<s>", "</s>", *MARKS), ("<unk>", "<|endoftext|>", *MARKS)
-SPECIAL = {"internlm2": INTERNLM2, "qwen2": QWEN, "qwen3": QWEN}  # tokens with names
+SPECIAL = {"internlm2": ("<unk>", "<s>", "</s>", *MARKS)}  # tokens with names
+SPECIAL |= dict.fromkeys(("qwen2", "qwen3"), ("<unk>", "<|endoftext|>", *MARKS))
 
 STEPS, DIRECT = PROMPTS["en"], PROMPTS["direct"]
 ON_ONE_LINE = DIRECT.replace("\n", " ")  # to type in a shell
@@ -82,9 +82,9 @@ class Thing:
 def random_things(rng: np.random.Generator, cols: int = SIDE) -> list[Thing]:
     """3 to 7 objects in different cells, in reading order."""
     cells = rng.permutation(cols * SIDE)[: rng.integers(3, 8)]
-    things = []
+    things, colours = [], tuple(COLOURS)
     for cell in sorted(cells):
-        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        colour, shape = colours[rng.integers(len(colours))], SHAPES[rng.integers(len(SHAPES))]
         things.append(Thing(int(cell % cols), int(cell // cols), colour, shape))
     return things
 
@@ -282,10 +282,6 @@ class World:
         question = "Image 1: <image>\nImage-2: <image>\nWhich picture has more objects?"
         return {"image": [first, second]} | pair(question, right, wrong)
 
-    def text_pair(self, number: int) -> dict:
-        a, b = divmod(number % 64, 8)
-        return pair(f"What is {a} plus {b}?", f"It is {a + b}.", f"It is {a + b + 1}.")
-
 
 def pair(question: str, chosen: str, rejected: str) -> dict:
     return {"question": question, "chosen": chosen, "rejected": rejected}
@@ -311,7 +307,10 @@ def write_world(
         "toy_direct": [world.counting_pair("square", pairs + i, False) for i in range(short)],
         "toy_wide": [world.counting_pair("wide", i, True) for i in range(few)],
         "toy_two_images": [world.two_image_pair(i) for i in range(few)],
-        "toy_text": [world.text_pair(i) for i in range(few)],
+        "toy_text": [
+            pair(f"What is {a} plus {b}?", f"It is {a + b}.", f"It is {a + b + 1}.")
+            for a, b in (divmod(i % 64, 8) for i in range(few))
+        ],
     }
     write_sets(out, "meta.json", sets)
     train = {

@@ -29,20 +29,13 @@ SETTINGS = ("direct", "cot")
 COMMITTED = Path(__file__).parent / "results.json"
 
 
-@dataclass
-class Collected:
-    """A story as its files tell it."""
-
-    about: dict
-    rows: dict[str, dict[int, dict]]  # row -> seed -> result.json; in the paper's order
-    pairs: dict[int, dict]  # seed -> pairs.json
+Rows = dict[str, dict[int, dict]]  # row -> seed -> what its result.json holds
 
 
-def collect(folder: Path) -> Collected:
-    """Every result of the story in `folder`; InputError where no base model is finished."""
-    path, pairs = folder / "story.json", {}
-    about = read_json(path) if path.exists() else {"seeds": ()}
-    rows: dict[str, dict] = {}
+def collect(folder: Path) -> tuple[dict, Rows, dict[int, dict]]:
+    """What story.json tells of the story, its rows in the paper's order, and each seed's pairs."""
+    about = read_json(folder / "story.json") if (folder / "story.json").exists() else {"seeds": ()}
+    rows, pairs = {}, {}
     for seed in about["seeds"]:
         start = folder / f"seed-{seed}"
         for path in (start / "base/result.json", *sorted(start.glob("rows/*/result.json"))):
@@ -54,7 +47,7 @@ def collect(folder: Path) -> Collected:
     if "base" not in rows:
         raise InputError(f"{folder}: no finished base model; run `python -m paper.story` first")
     order = [*PAPER, WITH_NTP, *rows]
-    return Collected(about, {name: rows[name] for name in sorted(rows, key=order.index)}, pairs)
+    return about, {name: rows[name] for name in sorted(rows, key=order.index)}, pairs
 
 
 # --------------------------------------------------------------------------- claims
@@ -86,7 +79,7 @@ CLAIMS = (
     Claim("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
           ("DPO", "chosen_shift"), ("MPO", "chosen_shift"), "<= +0"),
     Claim("DropoutNTP: rejected answers make up twice what chosen ones do (mentions, %, rejected "
-          "- 2 x chosen)", ("pairs", "mentions"), None, ">= +0"),
+          "- 2 x chosen)", ("pairs", "twice"), None, ">= +0"),
     Claim("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
           ("MPO", "cot"), ("MPO", "direct"), ">= +0", open=True),
     Claim(f"{LOWER}MPO)", (WITH_NTP, "mentions"), ("MPO", "mentions"), "<= +0", open=True),
@@ -112,27 +105,19 @@ def mean_half(values: dict[int, tuple]) -> tuple[float | None, float | None]:
     return statistics.fmean(numbers) if numbers else None, half_width(numbers)
 
 
-def measured(c: Collected, row: str, key: str, seed: int) -> tuple[float | None, dict]:
-    """A measure of a row, and the values of its test questions that it is the mean of.
-
-    The row "pairs": of DropoutNTP's answers, % made up, rejected - 2 x chosen.
-    """
-    if row == "pairs":
-        rates = c.pairs[seed]["dropout"] if seed in c.pairs else {}
-        return rates["rejected"] - 2 * rates["chosen"] if rates else None, {}
-    result = c.rows.get(row, {}).get(seed, {"measures": {}, "questions": {}})
-    return result["measures"].get(key), result["questions"].get(key, {})
-
-
-def paired(c: Collected, one: tuple, other: tuple | None) -> dict[int, tuple]:
+def paired(rows: Rows, one: tuple, other: tuple | None) -> dict[int, tuple]:
     """Seed -> (one - other, half width of its interval over questions), where both are there."""
     values = {}
-    for seed in c.about["seeds"]:
-        a, questions = measured(c, *one, seed)
-        b, others = measured(c, *other, seed) if other else (0.0, dict.fromkeys(questions, 0.0))
-        if a is not None and b is not None:
-            differences = [questions[i] - others[i] for i in questions if i in others]
-            values[seed] = a - b, half_width(differences)
+    for seed, result in rows.get(one[0], {}).items():
+        number, questions = (result[kind].get(one[1]) for kind in ("measures", "questions"))
+        if other:
+            against = rows.get(other[0], {}).get(seed, {"measures": {}, "questions": {}})
+            minus, others = (against[kind].get(other[1]) for kind in ("measures", "questions"))
+        else:
+            minus, others = 0.0, dict.fromkeys(questions or (), 0.0)
+        if number is not None and minus is not None:
+            both = [i for i in questions or () if i in (others or ())]
+            values[seed] = number - minus, half_width([questions[i] - others[i] for i in both])
     return values
 
 
@@ -175,16 +160,16 @@ def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None
     return mean, statistics.stdev(known) if len(known) > 1 else None
 
 
-def row_line(c: Collected, row: str) -> dict:
+def row_line(rows: Rows, row: str) -> dict:
     """A row over its seeds: means and standard deviations, paired differences, the paper's."""
-    results = c.rows[row]
+    results = rows[row]
     line: dict[str, Any] = {"row": row, "seeds": sorted(results)}
     for key in (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift"):
         line[key], line[f"{key}_std"] = mean_std(r["measures"].get(key) for r in results.values())
-    gaps = paired(c, (row, "cot"), (row, "direct"))
+    gaps = paired(rows, (row, "cot"), (row, "direct"))
     line["gap"], line["gap_std"] = mean_std(value for value, _ in gaps.values())
     for other in ("base", "SFT", "MPO"):
-        values, name = paired(c, (row, "cot"), (other, "cot")), f"cot_minus_{other}"
+        values, name = paired(rows, (row, "cot"), (other, "cot")), f"cot_minus_{other}"
         line[name], line[f"{name}_half"] = mean_half(values)
         std = mean_std(value for value, _ in values.values())[1]
         line[f"{name}_se"] = std and std / math.sqrt(len(values))
@@ -206,27 +191,31 @@ def ranked(values: list[float]) -> list[float]:
     return [sum(w < v for w in values) + sum(w <= v for w in values) for v in values]
 
 
-def results_of(c: Collected) -> dict:
+def results_of(folder: Path) -> dict:
     """results.json: everything that the report says.  An ablated row is named study=value."""
-    lines = [row_line(c, row) for row in c.rows if "=" not in row]
-    ablations = [
-        row_line(c, row) | dict(zip(("study", "value"), row.split("=")))
-        for row in c.rows
-        if "=" in row
-    ]
-    claims = [judge(claim, paired(c, claim.one, claim.other)) for claim in CLAIMS]
+    about, rows, pairs = collect(folder)
+    lines = [row_line(rows, row) for row in rows]
+    ablations = [line for line in lines if "=" in line["row"]]
+    lines = [line for line in lines if line not in ablations]
+    for line in ablations:
+        line["study"], line["value"] = line["row"].split("=")
+    rates = {seed: made["dropout"] for seed, made in pairs.items()}
+    twice = {seed: rate["rejected"] - 2 * rate["chosen"] for seed, rate in rates.items()}
+    dropped = {seed: {"measures": {"twice": x}, "questions": {}} for seed, x in twice.items()}
+    rows = rows | {"pairs": dropped}
+    claims = [judge(claim, paired(rows, claim.one, claim.other)) for claim in CLAIMS]
     claims = [line for line in claims if line["values"]]
-    if len(c.about["seeds"]) == 1:
+    if len(about["seeds"]) == 1:
         committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
         for line in claims:
             line["committed"] = sorted(committed.get(line["claim"], {}).values())
     return {
-        "about": c.about,
+        "about": about,
         "headline": headline(lines, claims),
         "rows": lines,
         "claims": claims,
         "orderings": orderings(lines),
-        "pairs": c.pairs,
+        "pairs": pairs,
         "ablations": ablations,
         "samples": [],  # of earlier reports; readers of results.json expect the key
     }
@@ -372,7 +361,7 @@ def report_of(results: dict) -> str:
 def write_report(folder: Path) -> str:
     """results.json, PNGs, report.md and report.html of the story in `folder`; the Markdown."""
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
-        text = json.dumps(results_of(collect(folder)), indent=1) + "\n"
+        text = json.dumps(results_of(folder), indent=1) + "\n"
         write_atomic(folder / "results.json", text)
     results = read_json(folder / "results.json")
     write_atomic(folder / "world.png", draw_world())

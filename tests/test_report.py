@@ -51,12 +51,12 @@ def story(tmp_path):
 
 
 def claims(story):
-    lines = report.results_of(report.collect(story))["claims"]
+    lines = report.results_of(story)["claims"]
     return {line["claim"].split(" (")[0]: line for line in lines}
 
 
 def test_rows_stand_in_the_papers_order_with_means_and_paired_differences(story):
-    lines = report.results_of(report.collect(story))["rows"]
+    lines = report.results_of(story)["rows"]
     assert [line["row"] for line in lines] == ["base", "SFT", "DPO", "MPO"]
     mpo = lines[-1]
     assert (mpo["cot"], mpo["seeds"], mpo["paper"]) == (65.0, [1, 2], (77.7, 79.1))
@@ -165,7 +165,7 @@ def test_an_ablated_value_is_a_row_of_its_own_beside_the_plain_one(story):
     for seed, more in ((1, 0.0), (2, 4.0)):
         record = model("w_g=2.0", 60.0, 64.0 + more)
         write(story / f"seed-{seed}/rows/w_g=2.0/result.json", record)
-    results = report.results_of(report.collect(story))
+    results = report.results_of(story)
     assert "w_g=2.0" not in [line["row"] for line in results["rows"]]
     line = results["ablations"][0]
     assert (line["study"], line["value"], line["cot"]) == ("w_g", "2.0", 66.0)
@@ -175,7 +175,7 @@ def test_an_ablated_value_is_a_row_of_its_own_beside_the_plain_one(story):
 
 def test_rows_in_another_order_than_the_papers_lower_the_rank_correlation(story):
     def order():
-        return report.results_of(report.collect(story))["orderings"]
+        return report.results_of(story)["orderings"]
 
     # base < SFT < DPO < MPO in the paper; here DPO is last
     assert order() == {"spearman": pytest.approx(0.4), "rows": 4}
