@@ -506,13 +506,12 @@ def response_key(record: dict, name: str) -> str:
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
-    """The verb; works on the answers of `sample`."""
     sets = {s.name: functools.partial(pair_set, cfg, s) for s in find_sets(cfg.samples)}
     make_pairs(cfg, "correctness", sets, cfg.max_format_share)
 
 
 def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> tuple[dict, dict]:
-    """Judge and pair one data set: its report, and its entries for meta.json."""
+    """Judge and pair one data set; see `outcome`."""
     name, info = data_set.name, data_set.info
     modes = split_names(cfg.modes) or info.modes or answers.get_mode(name)
     stems = {kind: f"{name}_pairs_vqa_{kind}_rules" for kind in KINDS}
@@ -524,11 +523,9 @@ def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> tuple[dict, dict]:
     total, per_query = tally["counts"].pop("responses", 0), tally["pairs_per_query"]
     if total < info.responses:
         print(f"{name}: {total} of {info.responses} responses so far")
-    report = {"modes": modes, "cap": cfg.pairs_per_query, "responses": total}
-    report["pairs_per_query"] = {str(k): per_query[k] for k in sorted(per_query)}
-    written = {kind: tally["written"][kind] for kind in KINDS}
-    entries = {stem: meta_entry(cfg, data_set, stem, written[k]) for k, stem in stems.items()}
-    return report | report_of(written, tally["counts"], tally["cost"]), entries
+    facts = {"modes": modes, "cap": cfg.pairs_per_query, "responses": total}
+    facts["pairs_per_query"] = {str(k): per_query[k] for k in sorted(per_query)}
+    return outcome(cfg, data_set, stems, tally, facts)
 
 
 def pair_question(
@@ -588,35 +585,36 @@ def lines_of(pair: Callable, groups: list[Group]) -> tuple[dict[str, bytes], Tal
     return {kind: b"".join(made) for kind, made in lines.items()}, tally
 
 
-def pair_record(
-    source: dict,
-    question: str,
-    chosen: tuple[str, dict],
-    rejected: tuple[str, dict],
-    gold: dict | None = None,
-) -> dict:
-    """A line of the output, in MMPR's format; of each response its text and what is known of it."""
-    record = {name: source[name] for name in ("image", "system_prompt") if source.get(name)}
+def pair_record(row: dict, question: str, chosen: tuple, rejected: tuple, more: dict) -> dict:
+    """A line of the output, in MMPR's format; chosen, rejected: the text, and what is known of it.
+
+    `more` fields stand before what is known.
+    """
+    record = {name: row[name] for name in ("image", "system_prompt") if row.get(name)}
     record |= {"question": question, "chosen": chosen[0], "rejected": rejected[0]}
-    return record | (gold or {}) | {"chosen_meta": chosen[1], "rejected_meta": rejected[1]}
+    return record | more | {"chosen_meta": chosen[1], "rejected_meta": rejected[1]}
 
 
 def annotation_file(cfg: Any, stem: str) -> Path:
     return cfg.out_dir / "annotations" / f"{stem}.jsonl"
 
 
-def meta_entry(cfg: Any, data_set: SampleSet, stem: str, length: int) -> dict | None:
-    """An entry of meta.json, None without pairs; paths are relative to the folder of meta.json."""
-    root = os.path.relpath(data_set.root(cfg.root).resolve(), cfg.out_dir.resolve())
-    entry = {"root": Path(root).as_posix(), "annotation": f"annotations/{stem}.jsonl"}
-    entry |= {"data_augment": False, "repeat_time": 1, "length": length}
-    return entry if length else None
+def outcome(
+    cfg: Any, data_set: SampleSet, stems: dict[str, str], tally: Tally, facts: dict
+) -> tuple[dict, dict]:
+    """A data set's report, `facts` in it, and its entries of meta.json, None without pairs.
 
-
-def report_of(pairs: dict[str, int], counts: Counter, cost: Counter) -> dict:
-    """The part of a report that all pipelines share."""
-    tokens = token_cost(cost, sum(pairs.values()))
-    return {"pairs": pairs, "counts": dict(sorted(counts.items())), "tokens": tokens}
+    stems: kind -> name of the annotation file.  Paths are relative to the folder of meta.json.
+    """
+    pairs, entries = {kind: tally["written"][kind] for kind in stems}, {}
+    report = {"pairs": pairs, "counts": dict(sorted(tally["counts"].items()))}
+    report["tokens"] = token_cost(tally["cost"], sum(pairs.values()))
+    root = Path(os.path.relpath(data_set.root(cfg.root).resolve(), cfg.out_dir.resolve()))
+    for kind, stem in stems.items():
+        entry = {"root": root.as_posix(), "annotation": f"annotations/{stem}.jsonl"}
+        entry |= {"data_augment": False, "repeat_time": 1, "length": pairs[kind]}
+        entries[stem] = entry if pairs[kind] else None
+    return facts | report, entries
 
 
 def make_pairs(
@@ -645,8 +643,8 @@ def make_pairs(
         total, failed = report["responses"], report["counts"].get("format responses", 0)
         if not sum(report["pairs"].values()):
             bad.append(f"{name}: no pair from {total} responses")
-        if failed > max_format_share * total:
-            bad.append(f"{name}: {failed / total:.0%} of the responses are format failures")
+        if (share := failed / max(total, 1)) > max_format_share:
+            bad.append(f"{name}: {share:.0%} of the responses are format failures")
     if bad:
         print("\n".join(["error: data sets to look at:", *bad]), file=sys.stderr)
         raise SystemExit(1)
@@ -796,22 +794,18 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 def pair_continuations(
     cfg: DropoutConfig, data_set: SampleSet, folder: Path, stem: str
 ) -> tuple[dict, dict]:
-    """Pairs from complete continuations: report, and the entry of meta.json."""
-    counts, groups = Counter(), grouped(part_files(folder), lambda record, _: record["rid"])
-    responses = sum(1 for _ in cut_responses(data_set, cfg, counts))
-    files = {"dropout_ntp": annotation_file(cfg, stem)}
-    tally = write_groups(files, functools.partial(pair_draws, cfg), groups, data_set.name)
-    written = {"dropout_ntp": tally["written"]["dropout_ntp"]}
-    report = report_of(written, counts + tally["counts"], tally["cost"])
-    entry = meta_entry(cfg, data_set, stem, written["dropout_ntp"])
-    return {"responses": responses} | report, {stem: entry}
+    """Pairs from complete continuations; see `outcome`."""
+    groups = grouped(part_files(folder), lambda record, _: record["rid"])
+    files, pair = {"dropout_ntp": annotation_file(cfg, stem)}, functools.partial(pair_draws, cfg)
+    tally = write_groups(files, pair, groups, data_set.name)
+    responses = sum(1 for _ in cut_responses(data_set, cfg, tally["counts"]))
+    return outcome(cfg, data_set, {"dropout_ntp": stem}, tally, {"responses": responses})
 
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
     """The pair of a response and the first of its continuations that is usable."""
-    draws = {row["draw"]: row for row in group.records()}
-    counts, source = tally["counts"], next(iter(draws.values()))["source"]
-    spend(tally["cost"], source)
+    draws, counts = {row["draw"]: row for row in group.records()}, tally["counts"]
+    spend(tally["cost"], source := next(iter(draws.values()))["source"])
     for row in draws.values():
         counts[f"continuations: {row['reason']}"] += 1
         spend(tally["cost"], {**row, "k": row["draw"]})
@@ -824,7 +818,7 @@ def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list
         chosen = row["chosen"], {n: source[n] for n in names if n in source}
         names = ("kept", "glue", "draw", "finish_reason", "tokens")
         meta = {"keep_ratio": cfg.keep_ratio} | {n: row[n] for n in names}
-        made.append(pair_record(source, source["question"], chosen, (row["rejected"], meta)))
+        made.append(pair_record(source, source["question"], chosen, (row["rejected"], meta), {}))
     return {"dropout_ntp": made}
 
 

@@ -156,8 +156,8 @@ def length_limit(lengths: list[tuple[int, int]]) -> float:
 
 def pair_candidates(
     cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path, stem: str
-) -> tuple[dict, dict | None]:
-    """Pairs by score, then without those that would teach length; report and meta entry."""
+) -> tuple[dict, dict]:
+    """Pairs by score, then without those that would teach length; see `pairs.outcome`."""
     counts, cost, drawn = Counter(), Counter(), []
     for group in grouped(part_files(folder), lambda record, _: pairs.digest(record["qid"])):
         rows = pairs.drop_repeats(group.records(), data_set.name)
@@ -172,18 +172,14 @@ def pair_candidates(
     limit = length_limit(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
+    names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
     with new_lines(pairs.annotation_file(cfg, stem)) as write:
-        for chosen, rejected in kept:
-            names = ("image", "system_prompt", "question")
-            record = {n: chosen[n] for n in names if chosen.get(n)}
-            names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
-            for side, row in (("chosen", chosen), ("rejected", rejected)):
-                record[side] = row["response"]
-                record[f"{side}_meta"] = {n: row[n] for n in names if n in row}
-            write(record)
-    report = {"responses": counts["candidates"], "length_limit": limit}
-    report |= pairs.report_of({"divide_and_conquer": len(kept)}, counts, cost)
-    return report, {stem: pairs.meta_entry(cfg, data_set, stem, len(kept))}
+        for pair in kept:
+            sides = [(row["response"], {n: row[n] for n in names if n in row}) for row in pair]
+            write(pairs.pair_record(pair[0], pair[0]["question"], *sides, {}))
+    tally = {"counts": counts, "cost": cost, "written": {"divide_and_conquer": len(kept)}}
+    facts = {"responses": counts["candidates"], "length_limit": limit}
+    return pairs.outcome(cfg, data_set, {"divide_and_conquer": stem}, tally, facts)
 
 
 def divide_and_conquer(cfg: DivideConfig) -> None:
