@@ -44,7 +44,9 @@ def added_tokens(folder: Path) -> Added:
 
 def bpe(pieces: dict[str, int], merges: list, added: Added, **options: object) -> Tokenizer:
     """A BPE with its named tokens, each of which is matched before anything merges."""
-    vocab = pieces | {name: id for id, (name, _) in added.items()}
+    names = {id: name for name, id in pieces.items()} | {id: added[id][0] for id in added}
+    # an id has one name: of two, hash order would choose the one that is saved
+    vocab = {name: id for id, name in names.items()}
     backend = Tokenizer(models.BPE(vocab, merges, **options))
     for name, special in (added[id] for id in sorted(added)):
         special = special and name not in MARKS
