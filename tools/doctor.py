@@ -108,8 +108,7 @@ def no_weight_moved(case: Case) -> str | None:
         values = case.column(name)
         if values and not any(values) and len(case.rows) == case.total:
             return f"{name} is 0 at all {len(values)} steps"
-    sizes, start = ([path.stat().st_size for path in p] for p in (case.weights, case.start))
-    if case.weights and sizes == start and fingerprint(case.weights) == fingerprint(case.start):
+    if case.weights and case.start and fingerprint(case.weights) == fingerprint(case.start):
         return "the trained weights are the start weights, byte for byte"
 
 
@@ -252,24 +251,23 @@ def examine(case: Case) -> list[dict[str, str]]:
     return findings
 
 
+# what a pair may be told apart by, unread: the mark of a response beside the other one
+MARKS: dict[str, Callable[[str, str], object]] = {
+    "length": lambda text, other: len(text) > len(other),
+    "the first two words": lambda text, other: tuple(text.split()[:2]),
+    "the final answer's form": lambda text, other: answer_form(text),
+}
+
+
 def surface_marks(records: list[PairRecord]) -> list[str]:
-    """Marks that tell chosen from rejected unread: learned on half of the pairs, tried on half."""
-    learned, tried = records[::2], records[1::2]
-    if len(tried) < 10:
-        return []
-    longer = sum((len(r.chosen) > len(r.rejected)) * 2 - 1 for r in learned)
-    scores: dict[str, Callable[[str], float]] = {"length": lambda text: longer * len(text)}
-    marks: dict[str, Callable[[str], str]] = {
-        "the first two words": lambda text: " ".join(text.split()[:2]),
-        "the final answer's form": answer_form,
-    }
-    for name, mark in marks.items():
-        votes = Counter(mark(record.chosen) for record in learned)
-        votes.subtract(mark(record.rejected) for record in learned)
-        scores[name] = lambda text, votes=votes, mark=mark: votes[mark(text)]
-    lines = []
-    for name, score in scores.items():
-        gaps = [score(record.chosen) - score(record.rejected) for record in tried]
+    """Marks that tell chosen from rejected: learned on half of the pairs, tried on the others."""
+    learned, tried, lines = records[::2], records[1::2], []
+    for name, mark in MARKS.items() if len(tried) >= 10 else ():
+        votes = Counter(mark(r.chosen, r.rejected) for r in learned)
+        votes.subtract(mark(r.rejected, r.chosen) for r in learned)
+        gaps = [
+            votes[mark(r.chosen, r.rejected)] - votes[mark(r.rejected, r.chosen)] for r in tried
+        ]
         share = fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
         if share > 0.85:
             lines.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")

@@ -78,14 +78,13 @@ def export(cfg: ExportConfig) -> None:
     if cfg.llama and architecture not in ("internlm2", "llama"):
         raise InputError(f"{cfg.model_dir}: its {architecture} is no Llama; pass --llm_only")
     with new_export(out) as partial:
-        ids = write_tokenizer(cfg.model_dir, model.config, partial, images=cfg.hf)
+        settings = text_config(model.config, raw)
+        settings |= write_tokenizer(cfg.model_dir, model.config, partial, images=cfg.hf)
         if cfg.hf:
-            settings = hf_config(model, raw, ids)
+            settings = hf_config(model, settings)
             write_processor(model.config, partial)
-        else:
-            settings = text_config(model.config, raw) | ids
-        write_shards(renamed_tensors(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
         write_json(partial / "config.json", settings)
+        write_shards(renamed_tensors(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
     print(f"wrote {cfg.out}")
 
 
@@ -154,12 +153,11 @@ def text_config(config: InternVLConfig, raw: dict) -> dict:
     }
 
 
-def hf_config(model: InternVL, raw: dict, ids: dict[str, int]) -> dict:
+def hf_config(model: InternVL, text: dict) -> dict:
     """The config.json of InternVLForConditionalGeneration; the last keys are read by us alone."""
     config, vit = model.config, model.config.vision
     if model.image_context_id is None:
         raise InputError("the model's folder has no tokenizer, which names the image token's id")
-    text = text_config(config, raw) | ids
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",

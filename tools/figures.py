@@ -37,7 +37,7 @@ def png(figure: Any, dpi: int = 110) -> bytes:
 
 
 def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> None:
-    """Bars from 0, one of each series beside the other for every name, their values at the foot.
+    """Bars from 0, one of each series beside the other for every name, their values inside.
 
     series: label -> (values, half widths of their error bars or None); a value None has no bar.
     """
@@ -46,9 +46,8 @@ def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> N
         known = [i for i, value in enumerate(values) if value is not None]
         places = [i + (k - (len(series) - 1) / 2) * width for i in known]
         error = [errors[i] or 0 for i in known] if errors else None
-        axes.bar(places, [values[i] for i in known], width, yerr=error, label=label)
-        for i, place in zip(known, places):  # at the foot no error bar runs through the number
-            axes.text(place, 0, f" {values[i]:.0f}", ha="center", va="bottom", rotation=90)
+        bars = axes.bar(places, [values[i] for i in known], width, yerr=error, label=label)
+        axes.bar_label(bars, fmt="%.0f", label_type="center", rotation=90)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)

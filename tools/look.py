@@ -10,7 +10,6 @@ META is the meta.json that train.py reads.  `check` ends with status 1 where a r
 
 import html
 import io
-import json
 import os
 import re
 import sys
@@ -53,12 +52,11 @@ class ShowConfig:
 
 @dataclass(frozen=True)
 class StatsConfig:
-    """Numbers of a set of pairs beside the paper's table, as text and JSON."""
+    """Numbers of a set of pairs beside the paper's table."""
 
     FIRST = "meta"  # may stand without its flag
     meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
-    out_dir: Path | None = flag(None, "for stats.json; empty = beside meta.json")
     workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 
 
@@ -276,18 +274,17 @@ PAPER = {
     "with gold": ("about 2.5M", "79.5", "300.0 (32 to 2018)", "350.5 (33 to 4097)"),
 }
 COUNTED = ("chosen longer", "cut off", "several images", "missing an image")
-COLUMNS = (*PARTS, *COUNTED, "pairs a question")  # of the last the values are keys of questions
 
 
 def stats(cfg: StatsConfig) -> None:
-    """Print and write numbers of the pairs, with and without gold answer and of each data set."""
+    """Print numbers of the pairs, with and without gold answer beside the paper's, and by set."""
     unit, count = "words", lambda text: len(text.split())
     if cfg.model_dir:
         encode = load_tokenizer(cfg.model_dir).encode_plain
         unit, count = "tokens", lambda text: len(encode(text))
 
     def measure(data_set: DataSet, number: int) -> tuple[str, str, tuple]:
-        """(gold kind, data set / kind / version of its prompt, the pair's value in each column)."""
+        """(gold kind, data set / kind / version of its prompt, three lengths, counted, question)"""
         record, raw = data_set[number], data_set.lines[number]
         lengths = [count(raw[part].replace(IMAGE, "").strip()) for part in PARTS]
         metas = [meta_of(raw, side) for side in SIDES]
@@ -299,38 +296,27 @@ def stats(cfg: StatsConfig) -> None:
         values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing, key
         return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values
 
-    groups = defaultdict(lambda: [Counter() for _ in COLUMNS])
+    groups = defaultdict(lambda: [Counter() for _ in range(len(PARTS) + len(COUNTED) + 1)])
     for gold, name, values in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
         for columns in (groups[gold], groups[name]):
             for column, value in zip(columns, values):
                 column[value] += 1
     if not groups:
         raise InputError(f"{cfg.meta}: no pairs")
-    names = sorted(groups, key=lambda name: (name not in PAPER, name))
-    summary = {"unit": unit} | {name: summarise(groups[name]) for name in names}
-    out = (cfg.out_dir or cfg.meta.parent) / "stats.json"
-    write_atomic(out, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     rows = []
-    for name in names:
-        group, pairs = summary[name], summary[name]["pairs"]
-        lengths = ["{mean} ({min} to {max})".format(**group[part]) for part in PARTS]
-        shares = [f"{group[column]} ({group[column] / pairs:.1%})" for column in COUNTED]
-        rows.append((name, pairs, *lengths, *shares))
+    for name in sorted(groups, key=lambda name: (name not in PAPER, name)):
+        *columns, questions = groups[name]
+        pairs = columns[0].total()
+        row = [name, pairs]
+        for lengths in columns[: len(PARTS)]:
+            mean = sum(length * number for length, number in lengths.items()) / pairs
+            row.append(f"{mean:.1f} ({min(lengths)} to {max(lengths)})")
+        rows.append(row + [f"{c[True]} ({c[True] / pairs:.1%})" for c in columns[len(PARTS) :]])
         if name in PAPER:
-            rows.append((f"  in the paper {name}", *PAPER[name], *"----"))
-            print(f"{name}: pairs a question {group['pairs a question']}")
+            rows.append([f"  in the paper {name}", *PAPER[name], *"----"])
+            histogram = sorted(Counter(questions.values()).items())
+            print(f"{name}: pairs a question {dict(histogram)}")
     print(text_table((f"lengths in {unit}", "pairs", *PARTS, *COUNTED), rows))
-    print(f"wrote {out}")
-
-
-def summarise(columns: list[Counter]) -> dict:
-    """Lengths, shares, and how many questions have how many pairs, from each column's counts."""
-    table: dict = {"pairs": columns[0].total()}
-    for part, lengths in zip(PARTS, columns):
-        mean = sum(length * pairs for length, pairs in lengths.items()) / table["pairs"]
-        table[part] = {"mean": round(mean, 1), "min": min(lengths), "max": max(lengths)}
-    table |= {name: column[True] for name, column in zip(COUNTED, columns[3:])}
-    return table | {COLUMNS[-1]: dict(sorted(Counter(columns[-1].values()).items()))}
 
 
 def main() -> None:
