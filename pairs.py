@@ -536,8 +536,7 @@ def pair_question(
     for i, row in enumerate(records):
         row.setdefault("k", i)
     rows = drop_repeats(records, name)
-    for row in rows:
-        spend(tally["cost"], row)
+    spend(tally["cost"], *rows)
     judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
     drawn = draw_pairs(judged, group.key, cfg.seed, cfg.pairs_per_query, cfg.official_caps)
     counts += judged_counts
@@ -671,13 +670,14 @@ def pair_with_model(
         make_pairs(cfg, verb, ready)
 
 
-def spend(cost: Counter, record: dict) -> None:
-    """Add the tokens of one sample; a prompt counts once, as one prefill serves all its samples."""
-    cost["unknown"] += "tokens" not in record
-    cost["generated"] += record.get("tokens", 0)
-    if record.get("k", 0) == 0:
-        cost["prompt"] += record.get("prompt_tokens", 0)
-        cost["image"] += record.get("image_tokens", 0)
+def spend(cost: Counter, *records: dict) -> None:
+    """Add the tokens of samples; a prompt counts once, as one prefill serves all its samples."""
+    cost["unknown"] += sum("tokens" not in record for record in records)
+    cost["generated"] += sum(record.get("tokens", 0) for record in records)
+    for record in records:
+        if record.get("k", 0) == 0:
+            cost["prompt"] += record.get("prompt_tokens", 0)
+            cost["image"] += record.get("image_tokens", 0)
 
 
 def token_cost(cost: Counter, pairs: int) -> dict:
@@ -805,10 +805,10 @@ def pair_continuations(
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
     """The pair of a response and the first of its continuations that is usable."""
     draws, counts = {row["draw"]: row for row in group.records()}, tally["counts"]
-    spend(tally["cost"], source := next(iter(draws.values()))["source"])
+    source = next(iter(draws.values()))["source"]
+    spend(tally["cost"], source, *({**row, "k": row["draw"]} for row in draws.values()))
     for row in draws.values():
         counts[f"continuations: {row['reason']}"] += 1
-        spend(tally["cost"], {**row, "k": row["draw"]})
     good = [row for _, row in sorted(draws.items()) if row["reason"] == "ok"][:1]
     counts["dropped after redraws"] += not good
     made = []

@@ -123,22 +123,26 @@ def paired(rows: Rows, one: tuple, other: tuple | None) -> dict[int, tuple]:
 
 def judge(claim: Claim, values: dict[int, tuple]) -> dict:
     """The claim's line of results.json.  It is decided where the whole interval is on one side."""
-    bound, sign = float(claim.needed[2:]), 1 if claim.needed.startswith(">=") else -1
-    line = {"claim": claim.text, "needed": claim.needed, "bound": bound, "open": claim.open}
-    line["values"] = {seed: value for seed, (value, _) in values.items()}
+    line = {"claim": claim.text, "needed": claim.needed, "bound": float(claim.needed[2:])}
+    line |= {"open": claim.open, "values": {seed: value for seed, (value, _) in values.items()}}
     line["questions"] = {seed: half for seed, (_, half) in values.items()}
     line["number"], line["half"] = mean_half(values)
     line["holds"], line["verdict"] = None, "undecided"
-    margin = sign * (line["number"] - bound) if len(values) > 1 else 0.0
+    margin = beyond(line, line["number"]) if len(values) > 1 else 0.0
     if abs(margin) > (line["half"] or 0.0):
         line["holds"], line["verdict"] = margin > 0, "agrees" if margin > 0 else "disagrees"
     return line
 
 
+def beyond(line: dict, value: float) -> float:
+    """How far a number is on the side of a claim's bound that the claim needs."""
+    return (value - line["bound"]) * (1 if line["needed"].startswith(">=") else -1)
+
+
 def holds_on(line: dict) -> str:
     """On how many single seeds a claim's number is what is needed."""
-    values, sign = line["values"].values(), 1 if line["needed"].startswith(">=") else -1
-    return f"{sum(sign * value >= sign * line['bound'] for value in values)} of {len(values)}"
+    values = line["values"].values()
+    return f"{sum(beyond(line, value) >= 0 for value in values)} of {len(values)}"
 
 
 def among(value: float, seeds: list[float]) -> str:
@@ -246,13 +250,11 @@ def draw_claims(lines: list[dict]) -> bytes:
     """A claim a line: every seed, the mean with its interval, what is needed, committed seeds."""
     drawn, axes = figures.new_figure(len(lines), 1, width=9, height=0.8, squeeze=False)
     for axis, line in zip(axes[:, 0], lines):
-        for values, colour, label in (
-            (line.get("committed", ()), "0.7", "committed seeds"),
-            (line["values"].values(), "C0", "seeds of this story"),
-        ):
-            if values:
-                axis.plot(list(values), [0] * len(values), "o", color=colour, label=label)
         error = {"fmt": "_", "color": "C1", "capsize": 4, "label": "mean, 95 % interval"}
+        if committed := line.get("committed"):
+            axis.plot(committed, [0] * len(committed), "o", color="0.7", label="committed seeds")
+        seeds = [*line["values"].values()]
+        axis.plot(seeds, [0] * len(seeds), "o", color="C0", label="seeds of this story")
         axis.errorbar([line["number"]], [0], xerr=[line["half"] or 0], **error)
         axis.axvline(line["bound"], color="k", linestyle=":", label="needed")
         axis.set_title(f"{line['claim']}: {line['needed']}", fontsize=8, loc="left")
@@ -339,21 +341,21 @@ def headline(lines: list[dict], claims: list[dict]) -> str:
 
 def report_of(results: dict) -> str:
     """The report as Markdown: page.md with its blanks filled in."""
-    about, ablations = results["about"], ""
-    one_seed = len(about["seeds"]) == 1
+    about, claim_table = results["about"], CLAIM_TABLE
+    if len(about["seeds"]) == 1:
+        claim_table = CLAIM_TABLE | COMMITTED_COLUMN
     took = [f"{what} {s / 60:.0f} minutes" for what, s in about.get("seconds", {}).items()]
-    if results["ablations"]:
-        ablations = "## Ablations (Figure 4)\n\n" + table(ROW_TABLE, results["ablations"])
+    ablations = "## Ablations (Figure 4)\n\n" + table(ROW_TABLE, results["ablations"])
     text = (Path(__file__).parent / "page.md").read_text()
     text = text.format(
         about=about,
         headline=results["headline"],
         took=", ".join(["seeds " + ", ".join(map(str, about["seeds"])), *took]),
-        claims=table(CLAIM_TABLE | (COMMITTED_COLUMN if one_seed else {}), results["claims"]),
+        claims=table(claim_table, results["claims"]),
         orderings=results["orderings"],
         spearman=show(results["orderings"]["spearman"], form=".2f"),
         rows=table(ROW_TABLE, results["rows"]),
-        ablations=ablations,
+        ablations=ablations if results["ablations"] else "",
     )
     return text.rstrip() + "\n"
 

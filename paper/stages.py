@@ -95,8 +95,7 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
 
     def lesson(prompt: str, right: str, wrong: str) -> dict:
         # lessons are for SFT, which reads no rejected response; a pair still needs two
-        other = wrong if wrong != right else f"not {right}"
-        return {"question": prompt, "chosen": right, "rejected": other}
+        return toy.pair(prompt, right, wrong if wrong != right else f"not {right}")
 
     says = {"direct": (toy.DIRECT, toy.direct), "steps": (toy.STEPS, toy.chain_of_thought)}
     sets: dict[str, list[dict]] = {"direct": [], "steps": [], "describe": [], "blind": []}
@@ -120,12 +119,10 @@ def write_lessons(folder: Path, seed: int, recipe: Recipe) -> None:
         for number in range(count):
             name, things, rng = scene(split, number)
             question = toy.random_question(rng)
-            answer = str(len(question.matches(things)))
             row = {"id": f"{split}-{number}", "image": name, "question": question.text}
-            rows.append(row | {"answer": answer})
+            rows.append(row | {"answer": toy.direct(question.matches(things))})
         write_lines(folder / f"{split}.jsonl", rows)
-        if split == "new":
-            write_lines(folder / "new_direct.jsonl", rows[: recipe.direct_questions])
+    write_lines(folder / "new_direct.jsonl", rows[: recipe.direct_questions])
     for split, count in (("new", recipe.described), ("test", recipe.dev)):
         rows = [{"image": f"{split}-{n:05d}.png", "question": DESCRIBE} for n in range(count)]
         write_lines(folder / f"describe_{split}.jsonl", rows)
