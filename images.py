@@ -30,6 +30,7 @@ DECODER_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError),
     *(MemoryError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError),
 )
+real_folder = lru_cache(maxsize=64)(os.path.realpath)  # the root is asked for with every image
 NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what to do
     "images": "name the key 'image', a path or a list of paths",
     "history": "write earlier turns into 'question'",
@@ -71,12 +72,6 @@ def image_paths(root: Path, names: list[str], name: str) -> tuple[Path, ...]:
             raise InputError(f"{name}: image {image!r} leaves its root {root}")
         paths.append(path)
     return tuple(paths)
-
-
-@lru_cache(maxsize=64)
-def real_folder(root: Path) -> str:
-    """The folder without links, looked up once: it is asked for with every image."""
-    return os.path.realpath(root)
 
 
 # --------------------------------------------------------------------------- pixels

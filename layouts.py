@@ -78,18 +78,16 @@ def stored_pieces(model: InternVL, names: dict[str, str]) -> dict[str, list[Piec
     query_rows = llm.num_attention_heads // llm.num_key_value_heads * llm.head_dim
     pieces: dict[str, list[Piece]] = {}
     for name, p in model.named_parameters():
-        stored = name
-        for ours, theirs in names.items():
-            stored = stored.replace(ours, theirs)
         if ".lora_" in name:
             continue
-        if "*" not in stored:
-            pieces[name] = [Piece(stored, 0, p.shape[0])]
-            continue
-        groups, rows = 1, {"q": width, "k": width, "v": width}
-        if name.startswith("language_model."):
+        stored, groups, rows = name, 1, {"": p.shape[0]}
+        for ours, theirs in names.items():
+            stored = stored.replace(ours, theirs)
+        if "*" in stored and name.startswith("language_model."):
             groups = llm.num_key_value_heads
             rows = {"q": query_rows, "k": llm.head_dim, "v": llm.head_dim}
+        elif "*" in stored:
+            rows = {"q": width, "k": width, "v": width}
         pieces[name] = [
             Piece(stored.replace("*", part), n * count, (n + 1) * count)
             for n in range(groups)

@@ -311,10 +311,7 @@ class InternVL(nn.Module):
         return self.projector(rearrange(pixel_shuffle(x), "tile row col d -> tile (row col) d"))
 
     def embed(
-        self,
-        input_ids: Tensor,
-        tiles: Tensor | None,
-        tile_order: Tensor | None = None,
+        self, input_ids: Tensor, tiles: Tensor | None, tile_order: Tensor | None = None
     ) -> Tensor:
         """Token embeddings (b s d), rows of <IMG_CONTEXT> replaced by image features in order.
 

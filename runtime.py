@@ -103,10 +103,8 @@ def check_ranges(cls: type, values: dict[str, Any], begin: str = "") -> None:
     """Numbers must be finite and within their flag's range; `begin`: of the error."""
     keys = getattr(cls, "KEYS", {})
     for f in fields_of(cls):
-        if not isinstance(value := values.get(f.name), (int, float)):
-            continue
-        low, high = f.metadata.get("range", (-math.inf, math.inf))
-        if not (low <= value <= high and is_finite(value)):
+        value, (low, high) = values.get(f.name), f.metadata.get("range", (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and is_finite(value)):
             limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
             wanted = " and ".join(limits) or "a finite number"
             key = keys.get(f.name, f.name)
@@ -136,67 +134,71 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     text = inspect.cleandoc(cls.__doc__)
     parser = FlagParser(prog, "%(prog)s [flags]", text, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="config.json of an earlier run, replayed")
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     titles = {name: title for title, names in GROUPS.items() for name in names.split()}
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     group = groups["model and data"]
-    for f in dataclasses.fields(cls):
+    for f in fields_of(cls):
         group = groups.get(titles.get(f.name), group)
-        text, _, values = f.metadata["help"].partition("\n")  # a line a value, where they need one
-        default = str(f.default) if hints[f.name] is not bool else "on" if f.default else "off"
-        shown = "" if default in ("", "()", "None", ".") else f" [{default}]"
-        options: dict[str, Any] = {"help": f"{text}{shown}\n{values}".replace("%", "%%")}
-        origin, inner = typing.get_origin(hints[f.name]), typing.get_args(hints[f.name])
-        kind = type(inner[0]) if origin is Literal else inner[0] if inner else hints[f.name]
-        options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")}
-        if kind is bool:
-            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
-        elif origin is Literal:
-            options |= {"choices": inner, "metavar": "|".join(inner)}
-        elif origin is tuple:
-            options["action"] = "append"
-        elif origin is types.UnionType:
-            options["type"] = lambda text, kind=kind: kind(text) if text else None
-            options["type"].__name__ = kind.__name__  # for "invalid float value"
         # SUPPRESS, then fill in below: an appended flag must not grow on top of its default
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+        options = {"default": argparse.SUPPRESS, **_options(f, hints[f.name])}
+        group.add_argument(f"--{f.name}", **options)
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-") and hasattr(cls, "FIRST"):
         argv = [f"--{cls.FIRST}", *argv]
-    if (path := getattr(parser.parse_known_args(argv)[0], "config", None)) is not None:
-        argv = _config_as_flags(parser, path, hints) + argv
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         ours = dict(zip(hints, hints)) | {k: v for k, v in OTHER_NAMES.items() if v in hints}
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), ours, n=1)
-        parser.error(
-            f"unknown flag {name}" + (f"; did you mean --{ours[near[0]]}?" if near else "")
-        )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
-    values.pop("config", None)
+        hint = f"; did you mean --{ours[near[0]]}?" if near else ""
+        parser.error(f"unknown flag {name}{hint}")
     try:
+        values = vars(args)
+        if path := values.pop("config"):
+            with named(f"--config {path}"):
+                saved = vars(parser.parse_args(_config_as_flags(read_json(path), hints)))
+            values = saved | values
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        values.pop("config", None)
         check_ranges(cls, values)
         return cls(**values)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 
-def _config_as_flags(parser: argparse.ArgumentParser, path: Path, hints: dict) -> list[str]:
+def _options(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """What argparse is told of a field."""
+    text, _, values = f.metadata["help"].partition("\n")  # a line a value, where they need one
+    default = str(f.default) if hint is not bool else "on" if f.default else "off"
+    shown = "" if default in ("", "()", "None", ".") else f" [{default}]"
+    options: dict[str, Any] = {"help": f"{text}{shown}\n{values}".replace("%", "%%")}
+    if hint is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return options | {"choices": inner, "metavar": "|".join(inner)}
+    kind = inner[0] if inner else hint
+    options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")}
+    if origin is tuple:
+        options["action"] = "append"
+    elif origin is types.UnionType:
+        options["type"] = lambda text: kind(text) if text else None
+        options["type"].__name__ = kind.__name__  # for "invalid float value"
+    return options
+
+
+def _config_as_flags(saved: dict, hints: dict) -> list[str]:
     """A saved config replayed as flags, so a saved value meets the same checks as a typed one."""
-    try:
-        saved = read_json(path)
-    except (OSError, InputError) as error:
-        parser.error(f"--config {path}: {error}")
-    if stray := [k for k in saved if k not in hints]:
-        parser.error(f"--config {path}: unknown key {stray[0]!r}; see --help for the flags")
     flags = []
     for name, value in saved.items():
+        if name not in hints:
+            raise InputError(f"unknown key {name!r}; see --help for the flags")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list) and typing.get_origin(hints[name]) is not tuple:
-            parser.error(f"--config {path}: {name!r} is a list; expected one value")
+            raise InputError(f"{name!r} is a list; expected one value")
         elif value is not None:
             flags += [f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
     return flags
@@ -205,18 +207,17 @@ def _config_as_flags(parser: argparse.ArgumentParser, path: Path, hints: dict) -
 def parse_command(commands: dict[str, type], argv: list[str] | None = None) -> tuple[str, Any]:
     """`script.py VERB --flags`: pick the dataclass of the verb and parse the rest with it."""
     argv = sys.argv[1:] if argv is None else argv
-    script = Path(sys.argv[0]).name
-    if argv and argv[0] in ("-h", "--help"):
+    script, verb = Path(sys.argv[0]).name, argv[0] if argv else ""
+    if verb in ("-h", "--help"):
         print(f"usage: {script} VERB [flags]; {script} VERB --help lists the flags")
-        for verb, cls in commands.items():
-            print(f"  {verb:<20} {cls.__doc__.strip().splitlines()[0]}")
+        for name, cls in commands.items():
+            print(f"  {name:<20} {cls.__doc__.strip().splitlines()[0]}")
         raise SystemExit(0)
-    if not argv or argv[0] not in commands:
-        near = difflib.get_close_matches(argv[0], commands, n=1) if argv else []
-        problem = f"unknown command {argv[0]!r}" if argv else "no command given"
-        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(commands)}"
-        FlagParser(script).error(problem + hint)
-    return argv[0], parse_cli(commands[argv[0]], argv[1:], prog=f"{script} {argv[0]}")
+    if verb not in commands:
+        near = difflib.get_close_matches(verb, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(commands)}"
+        FlagParser(script).error(f"no command {verb!r}; {hint}")
+    return verb, parse_cli(commands[verb], argv[1:], prog=f"{script} {verb}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -540,20 +541,20 @@ class AppendLog:
 
 # --------------------------------------------------------------------------- one run a folder
 
-_FINGERPRINTS: dict[tuple, str] = {}
-
 
 def fingerprint(paths: Iterable[Path]) -> str:
     """32 hex digits of what files hold, every byte; read again only if size or time changed."""
     digests = []
     for path in sorted(map(Path, paths)):
         state = path.stat()
-        key = (path.resolve(), state.st_size, state.st_mtime_ns)
-        if key not in _FINGERPRINTS:
-            with open(path, "rb") as f:
-                _FINGERPRINTS[key] = hashlib.file_digest(f, "blake2b").hexdigest()[:32]
-        digests.append(f"{path.name} {_FINGERPRINTS[key]}")
+        digests.append(f"{path.name} {_digest(path.resolve(), state.st_size, state.st_mtime_ns)}")
     return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+
+
+@functools.cache
+def _digest(path: Path, size: int, time: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def claim(folder: Path, facts: dict[str, Any], remedy: str, name: str = "run.json") -> None:
@@ -582,7 +583,7 @@ def alone_in(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "wb") as file:
         end, waiting = time.monotonic() + seconds, False
-        while not process.broadcast(process.is_main and lock(file)):
+        while not process.broadcast(process.is_main and _lock(file)):
             if process.broadcast(time.monotonic() >= end):
                 raise InputError(f"{folder}: another run works there; wait for it, or {remedy}")
             if not waiting:
@@ -592,13 +593,12 @@ def alone_in(
         yield
 
 
-def lock(file: BinaryIO) -> bool:
+def _lock(file: BinaryIO) -> bool:
     """Take the file's lock, unless another process has it."""
-    try:
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 # --------------------------------------------------------------------------- metrics

@@ -40,16 +40,14 @@ from pathlib import Path
 import tokenizers
 
 from runtime import InputError
-from vocabulary import (
-    BLANK,
-    MARKS,
-    from_sentencepiece,
-    from_tokenizer_json,
-    from_vocab_and_merges,
-)
+from vocabulary import BLANK, MARKS, from_sentencepiece, from_tokenizer_json, from_vocab_and_merges
 
 IMAGE = "<image>"  # the placeholder in texts; not a token
-TOKENIZERS = ("tokenizer.model", "vocab.json", "tokenizer.json")  # a folder has one of them
+TOKENIZERS = {  # file -> what reads it; a folder's first one counts
+    "tokenizer.model": from_sentencepiece,
+    "merges.txt": from_vocab_and_merges,
+    "tokenizer.json": from_tokenizer_json,
+}
 
 # PreTrainedTokenizerBase.clean_up_tokenization, in its order; InternLM2Tokenizer always calls it
 CLEAN_UP = [
@@ -121,7 +119,7 @@ class Tokenizer:
 
     def token_id(self, name: str) -> int:
         """Id of the token called `name`."""
-        id = (self.special | self.marks).get(name, self.backend.token_to_id(name))
+        id = self.backend.token_to_id(name)
         if id is None:
             raise InputError(f"{self.source}: no token {name!r}; is this an InternVL tokenizer?")
         return id
@@ -229,27 +227,21 @@ class StreamDecoder:
 
 
 def load_tokenizer(model_dir: Path | str) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: InternLM2's files, Qwen's, or else tokenizer.json."""
-    model, vocab, data = (Path(model_dir) / name for name in TOKENIZERS)
-    if model.is_file():
-        source, read = model, from_sentencepiece
-    elif vocab.with_name("merges.txt").is_file() or (vocab.is_file() and not data.is_file()):
-        source, read = vocab, from_vocab_and_merges
-    elif data.is_file():
-        source, read = data, from_tokenizer_json
-    else:
-        raise InputError(
-            f"no tokenizer.model, vocab.json or tokenizer.json in {model_dir}: copy the "
-            "tokenizer's files from the released checkpoint, with merges.txt and "
-            "tokenizer_config.json"
-        )
-    try:
-        backend = read(source)
-    except InputError:
-        raise
-    except Exception as error:  # what `tokenizers` raises has no narrower type
-        raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
-    return Tokenizer(backend, source)
+    """The tokenizer of a checkpoint folder."""
+    for name, read in TOKENIZERS.items():
+        source = Path(model_dir) / name
+        if not source.is_file():
+            continue
+        try:
+            return Tokenizer(read(source), source)
+        except InputError:
+            raise
+        except Exception as error:  # what `tokenizers` raises has no narrower type
+            raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
+    raise InputError(
+        f"no {', '.join(TOKENIZERS)} in {model_dir}: copy the tokenizer's files from the released "
+        "checkpoint, with vocab.json and tokenizer_config.json"
+    )
 
 
 # --------------------------------------------------------------------------- chat

@@ -157,7 +157,7 @@ from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
 from tokenizer import load_tokenizer
-from weights import local, named_tensors
+from weights import local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
@@ -659,7 +659,7 @@ def state_tensors(
             state |= {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
         tensors |= {f"{moment}/{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
     if moving:
-        tensors |= {f"reference/{name}": p for name, p in named_tensors(moving).items()}
+        tensors |= {f"reference/{name}": p for name, p in moving.named_parameters()}
     return tensors
 
 

@@ -75,15 +75,11 @@ def num_tiles(width: int, height: int, max_tiles: int, tile_size: int = 448) -> 
 
 
 def cut_tiles(
-    image: Image.Image,
-    max_tiles: int = 12,
-    tile_size: int = 448,
-    thumbnail: bool = True,
-    min_tiles: int = 1,
+    image: Image.Image, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
 ) -> list[Image.Image]:
     """Row-major square tiles of the resized image; the whole image once more, last, if cut."""
     image = image.convert("RGB")  # before resizing: a palette image would be resized by nearest
-    cols, rows = tile_grid(*image.size, max_tiles, min_tiles, tile_size)
+    cols, rows = tile_grid(*image.size, max_tiles, tile_size=tile_size)
     resized = image.resize((cols * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
     tiles = [
         resized.crop((col, row, col + tile_size, row + tile_size))
@@ -102,9 +98,7 @@ def pixels(tiles: list[Image.Image]) -> Tensor:  # (tile 3 h w) uint8
 
 def normalize(pixels: Tensor) -> Tensor:  # (tile 3 h w) uint8 -> float32
     """[0, 255] -> ImageNet mean 0 and deviation 1, on the device that the bytes are on."""
-    mean, std = (
-        torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device).view(2, 3, 1, 1)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
 
@@ -213,9 +207,8 @@ class VisionAttention(nn.Module):
         if self.qk_normalization:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (rearrange(t, "tile s (h d) -> tile h s d", h=self.num_heads) for t in (q, k, v))
-        return self.proj(
-            rearrange(F.scaled_dot_product_attention(q, k, v), "tile h s d -> tile s (h d)")
-        )
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "tile h s d -> tile s (h d)"))
 
 
 class VisionMLP(nn.Module):

@@ -26,15 +26,19 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-Added = dict[int, tuple[str, bool]]  # id -> (name, special)
 
 
-def added_tokens(folder: Path) -> Added:
-    """The tokens that added_tokens_decoder in tokenizer_config.json names."""
+def named_token(name: str, special: bool) -> AddedToken:
+    """A token with a name; to the package, special means that decoding leaves it out."""
+    return AddedToken(name, special=special and name not in MARKS, normalized=False)
+
+
+def added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """The tokens that added_tokens_decoder in tokenizer_config.json names, by id."""
     path = folder / "tokenizer_config.json"
     tokens = read_json(path).get("added_tokens_decoder")
     try:
-        return {int(id): (token["content"], token["special"]) for id, token in tokens.items()}
+        return {int(id): named_token(t["content"], t["special"]) for id, t in tokens.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{path}: expected added_tokens_decoder {{id: {{content, special}}}}, which names the "
@@ -42,15 +46,15 @@ def added_tokens(folder: Path) -> Added:
         ) from None
 
 
-def bpe(pieces: dict[str, int], merges: list, added: Added, **options: object) -> Tokenizer:
+def bpe(
+    pieces: dict[int, str], merges: list, added: dict[int, AddedToken], **options: object
+) -> Tokenizer:
     """A BPE with its named tokens, each of which is matched before anything merges."""
-    names = {id: name for name, id in pieces.items()} | {id: added[id][0] for id in added}
     # an id has one name: of two, hash order would choose the one that is saved
+    names = pieces | {id: token.content for id, token in added.items()}
     vocab = {name: id for id, name in names.items()}
     backend = Tokenizer(models.BPE(vocab, merges, **options))
-    for name, special in (added[id] for id in sorted(added)):
-        special = special and name not in MARKS
-        backend.add_tokens([AddedToken(name, special=special, normalized=False)])
+    backend.add_tokens([added[id] for id in sorted(added)])
     return backend
 
 
@@ -58,13 +62,13 @@ def from_sentencepiece(path: Path) -> Tokenizer:
     """InternLM2's tokenizer.model; user-defined pieces are matched before anything merges."""
     pieces = read_pieces(path)
     verbatim = {
-        id: (piece.text, piece.kind != USER_DEFINED)
+        id: named_token(piece.text, piece.kind != USER_DEFINED)
         for id, piece in enumerate(pieces)
         if piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
     }
-    vocab = {piece.text: id for id, piece in enumerate(pieces)}
+    texts = {id: piece.text for id, piece in enumerate(pieces)}
     options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
-    backend = bpe(vocab, bpe_merges(pieces), verbatim | added_tokens(path.parent), **options)
+    backend = bpe(texts, bpe_merges(pieces), verbatim | added_tokens(path.parent), **options)
     backend.normalizer = normalizers.Replace(" ", BLANK)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -72,12 +76,13 @@ def from_sentencepiece(path: Path) -> Tokenizer:
     return backend
 
 
-def from_vocab_and_merges(vocab: Path) -> Tokenizer:
-    """Qwen's byte-level BPE: vocab.json and the merges.txt beside it."""
-    with open_file(vocab.with_name("merges.txt")) as file:
+def from_vocab_and_merges(merges: Path) -> Tokenizer:
+    """Qwen's byte-level BPE: merges.txt and the vocab.json beside it."""
+    with open_file(merges) as file:
         lines = file.read().decode().split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    backend = bpe(read_json(vocab), pairs, added_tokens(vocab.parent))
+    pieces = {id: piece for piece, id in read_json(merges.with_name("vocab.json")).items()}
+    backend = bpe(pieces, pairs, added_tokens(merges.parent))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
@@ -77,12 +78,7 @@ def _compare_keys(pair: str, expected: set[str], present: set[str]) -> None:
         )
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter (a DTensor where the model is sharded), without adapters."""
-    return {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-
-
-def is_sharded(x: Tensor | torch.nn.Module) -> bool:
+def is_sharded(x: Tensor | nn.Module) -> bool:
     """Whether FSDP has split it; asked without DTensor's import, which takes a second."""
     return hasattr(x, "device_mesh") or hasattr(x, "reshard")
 
@@ -123,9 +119,9 @@ def owners(pieces: dict[str, list[Piece]]) -> dict[str, str]:
 
 def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(our name, parameter, this process's rows of it in the files), one tensor at a time."""
-    pieces = pieces_of(model, model_dir)
-    for name, p in named_tensors(model).items():
-        yield name, p, read_rows(pieces[name], p)
+    parameters = dict(model.named_parameters())
+    for name, pieces in pieces_of(model, model_dir).items():
+        yield name, parameters[name], read_rows(pieces, parameters[name])
 
 
 def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
@@ -182,8 +178,17 @@ def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternV
         config = replace(config, llm=replace(config.llm, tied=False))
     if any((Path(model_dir) / name).is_file() for name in TOKENIZERS):
         image_token = load_tokenizer(model_dir).image_context_id
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return InternVL(config, config.image_token_id if image_token is None else image_token)
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, nothing is drawn: on the meta device torch imports its compiler for it, a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def load_model(
@@ -241,7 +246,7 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
 
 def write_weights(model: InternVL, like: Path, partial: Path) -> None:
     """The model's parameters in the shards of `like`."""
-    pieces, parameters = pieces_of(model, like), named_tensors(model)
+    pieces, parameters = pieces_of(model, like), dict(model.named_parameters())
     owner = owners(pieces)
     for path in sorted(set(weight_files(like).values())):
         shard = {}
