@@ -95,6 +95,8 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
     data = read_json(path)
     for token in data["added_tokens"]:
         token["special"] &= token["content"] not in MARKS
+        # or the package would give it the id behind the vocabulary's last
+        data["model"]["vocab"][token["content"]] = token["id"]
     return Tokenizer.from_str(json.dumps(data))
 
 
