@@ -154,16 +154,6 @@ def choose(items: list, count: int, *key: Any) -> list:
 # --------------------------------------------------------------------------- questions
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question under one prompt version."""
-
-    name: str  # "file line N": for errors
-    images: list[str]
-    qid: str
-    fields: dict  # what every response line of this question repeats
-
-
 def wrap_question(question: str, num_images: int, version: str, name: str = "question") -> str:
     """The full prompt: instruction around the question, one placeholder an image."""
     text = question if version == "none" else answers.strip_instruction(question)
@@ -177,8 +167,8 @@ def wrap_question(question: str, num_images: int, version: str, name: str = "que
 
 def read_questions(
     path: Path, name: str, versions: list[str], max_tiles: int, seed: int = 0, limit: int = 0
-) -> list[Question]:
-    """Questions of a prompt file under each prompt version.  Errors name the line."""
+) -> list[tuple[str, dict]]:
+    """The file's line, for errors, and the fields of each question under each prompt version."""
     if unknown := [v for v in versions if v not in answers.PROMPTS]:
         known = ", ".join(answers.PROMPTS)
         raise InputError(f"unknown prompt version {unknown[0]!r}; known are {known}")
@@ -188,8 +178,7 @@ def read_questions(
     if limit:  # an even choice, whatever the order of the file
         records, total = choose(records, limit, "choose", seed), len(records)
         print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)
-    questions: list[Question] = []
-    lines: dict[str, int] = {}  # qid -> its line
+    questions, lines = [], {}  # lines: qid -> its line
     for line, record in records:
         source = f"{path} line {line}"
         question, gold = record.get("question"), record.get("answer")
@@ -212,8 +201,7 @@ def read_questions(
                 raise InputError(f"{source}: the same question as line {first}")
             wrapped = wrap_question(question, len(images), version, source)
             fields = {"qid": qid, **kept, "question": wrapped, "question_orig": question}
-            fields["prompt_version"] = version
-            questions.append(Question(source, images, qid, fields))
+            questions.append((source, fields | {"prompt_version": version}))
     return questions
 
 
@@ -375,26 +363,25 @@ def sample(cfg: SampleConfig) -> None:
         done.add((line.qid, line.k))
         pixels[line.qid] = line.image_keys
     requests = []
-    for question in questions:
-        missing = tuple(k for k in range(share) if (question.qid, k) not in done)
-        if missing and is_mine(question.qid):
-            paths = image_paths(cfg.root, question.images, question.name)
-            check_images(paths, question.name)
-            keys = question.fields["image_keys"] = [runtime.fingerprint([path]) for path in paths]
-            if pixels.get(question.qid, keys) != keys:
+    for source, question in questions:
+        qid = question["qid"]
+        missing = tuple(k for k in range(share) if (qid, k) not in done)
+        if missing and is_mine(qid):
+            paths = image_paths(cfg.root, image_names(question, source), source)
+            check_images(paths, source)
+            keys = question["image_keys"] = [runtime.fingerprint([path]) for path in paths]
+            if pixels.get(qid, keys) != keys:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
-                raise InputError(f"{question.name}: an image {remedy}")
+                raise InputError(f"{source}: an image {remedy}")
             each = max(1, tiles // max(1, len(paths)))
-            settings = {"max_tiles": each, "samples": missing, "name": question.name}
-            settings["system_prompt"] = question.fields.get("system_prompt")
-            prompt = Prompt(question.qid, question.fields["question"], paths, **settings)
-            requests.append((prompt, question))
+            settings = {"max_tiles": each, "samples": missing, "name": source}
+            settings["system_prompt"] = question.get("system_prompt")
+            requests.append((Prompt(qid, question["question"], paths, **settings), question))
     if not requests:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
-    def finish(question: Question, s: Sample) -> dict:
-        sampled = {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}
-        return question.fields | sampled
+    def finish(question: dict, s: Sample) -> dict:
+        return question | {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}
 
     generate_into(folder, cfg, requests, finish, name)
 

@@ -185,7 +185,7 @@ def test_identity_tells_a_list_from_its_printed_form(world):
     ]
     write_lines(world / "q.jsonl", rows)
     found = pairs.read_questions(Path("q.jsonl"), "q", ["en"], 6)
-    assert len({q.qid for q in found}) == 2
+    assert len({fields["qid"] for _, fields in found}) == 2
 
 
 # --------------------------------------------------------------------------- judging, pairing
