@@ -251,7 +251,7 @@ class Run:
                 f"the learning rate is 0 at every one of {self.total} steps, so no weight would "
                 "change: warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
             )
-        self.meter = Meter(cfg, process)
+        self.meter = Meter(cfg, config, process)
 
         self.policy = sharded_model(cfg, process, cfg.drop_path)
         self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()

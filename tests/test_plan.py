@@ -185,7 +185,7 @@ def test_visible_pairs_are_those_of_the_mask():
     for share in (True, False):
         pack = lay_out(trees, share)
         [(_, mask)] = TreeAttention(pack.tree, pack.branch, flex=False, span=999).segments
-        assert load_of(trees, share).pairs == int(mask.sum())
+        assert load_of(trees, share_prefix=share).pairs == int(mask.sum())
 
 
 def test_a_pair_of_the_8b_shape_costs_what_is_promised():

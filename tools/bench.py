@@ -76,7 +76,8 @@ def paper_tree(config: InternVLConfig, shorter: int = 1) -> Tree:
 
 def example_pack(config: InternVLConfig, trees: list[Tree], share_prefix: bool = True) -> Pack:
     """A pack of example trees with noise for pixels."""
-    pack, tiles = lay_out(trees, share_prefix), plan.load_of(trees, share_prefix).tiles
+    pack = lay_out(trees, share_prefix)
+    tiles = plan.load_of(trees, share_prefix=share_prefix).tiles
     pack.tiles = torch.randn(tiles, 3, config.tile_size, config.tile_size)
     slots = int((pack.input_ids == 1).sum()) // config.tokens_per_tile
     pack.tile_order = torch.arange(slots) % max(1, tiles)
@@ -147,7 +148,7 @@ def formula_row(cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int)
     """Of a pair's step, everything trained; size: bytes of a number."""
     tflop, rooms, learns = 0.0, [], dict.fromkeys(PARTS, (True, True))
     for trees in packs_of(cfg, tree):
-        load = plan.load_of(trees, cfg.share_prefix)
+        load = plan.load_of(trees, share_prefix=cfg.share_prefix)
         if not cfg.head_rows:
             load = replace(load, scored=load.tokens)  # see at_every_token
         forward, backward = plan.flops(config, load)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import InternVLConfig, load_config
+from config import InternVLConfig
 from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
@@ -39,29 +39,28 @@ RESERVE = 0.08  # of the plan: CUDA's context, NCCL's buffers, fragmentation
 
 @dataclass(frozen=True)
 class Load:
-    """What a pack asks of the model."""
+    """What packs ask of the model."""
 
-    tokens: int = 0
-    scored: int = 0  # tokens that meet the vocabulary
-    tiles: int = 0  # that the ViT encodes
+    tokens: int
+    scored: int  # tokens that meet the vocabulary
+    tiles: int  # that the ViT encodes
     pairs: int = 0  # (query, key) that see each other
 
-    def __add__(self, other: "Load") -> "Load":
-        return Load(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
-
-def load_of(trees: list[Tree], share_prefix: bool = True, share_images: bool = True) -> Load:
-    """The load of a pack of these trees."""
-    images = images_of(trees, share_prefix)
-    distinct = {image if share_images else place: tiles for image, tiles, place in images}
-    total = Load(tiles=sum(distinct.values()))
-    for tree in trees:
-        trunk, answers = len(tree.trunk), [len(r) for r in tree.responses]
-        copies = 1 if share_prefix else len(answers)
-        pairs = copies * trunk * (trunk + 1) // 2
-        pairs += sum(n * trunk + n * (n + 1) // 2 for n in answers)
-        total += Load(copies * trunk + sum(answers), sum(answers), 0, pairs)
-    return total
+def load_of(*packs: list[Tree], share_prefix: bool = True, share_images: bool = True) -> Load:
+    """The load of packs of these trees."""
+    tokens = scored = tiles = pairs = 0
+    for trees in packs:
+        images = images_of(trees, share_prefix)
+        tiles += sum({image if share_images else place: n for image, n, place in images}.values())
+        for tree in trees:
+            trunk, answers = len(tree.trunk), [len(r) for r in tree.responses]
+            copies = 1 if share_prefix else len(answers)
+            tokens += copies * trunk + sum(answers)
+            scored += sum(answers)
+            pairs += copies * trunk * (trunk + 1) // 2
+            pairs += sum(n * trunk + n * (n + 1) // 2 for n in answers)
+    return Load(tokens, scored, tiles, pairs)
 
 
 def flops(
@@ -124,9 +123,9 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 class Meter:
     """Speed of a step: tokens and pairs a second, and MFU of useful FLOPs.  Says the plan first."""
 
-    def __init__(self, cfg: TrainConfig, process: Process) -> None:
-        self.cfg, self.config = cfg, load_config(cfg.model_dir)
-        say_plan(cfg, self.config, process.world // cfg.replicate, process.device, process.say)
+    def __init__(self, cfg: TrainConfig, config: InternVLConfig, process: Process) -> None:
+        self.cfg, self.config = cfg, config
+        say_plan(cfg, config, process.world // cfg.replicate, process.device, process.say)
         peak, origin = device_peak(process.device, compute_dtype(cfg, process.device))
         process.say(f"MFU is of {peak / 1e12:.3g} TFLOP/s a process ({origin})")
         self.peak, self.began = peak * process.world, time.perf_counter()
@@ -134,10 +133,10 @@ class Meter:
     def __call__(self, step: Any, reference: Any) -> dict[str, float]:
         """Metrics of a train.Step, which has lasted since the call before."""
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
-        share = self.cfg.share_prefix, self.cfg.share_images
-        load = sum((load_of(trees, *share) for trees in step.trees), Load())
-        forward, backward = flops(self.config, load, self.cfg.trained_parts)
-        online = self.cfg.reference == "online" and reference is not None
+        cfg = self.cfg
+        load = load_of(*step.trees, share_prefix=cfg.share_prefix, share_images=cfg.share_images)
+        forward, backward = flops(self.config, load, cfg.trained_parts)
+        online = cfg.reference == "online" and reference is not None
         return {
             "pairs": step.pairs,
             "tokens": load.tokens,

@@ -10,6 +10,7 @@ random, all models have one shape, and they take turns on one thread; seconds ar
 other programs hardly count.  A line is printed as soon as it is measured.
 """
 
+import copy
 import importlib.util
 import platform
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,13 +50,13 @@ from data import Tree
 from generate import Generator, Group, Prompt, Scheduler
 from model import InternVL
 from tools.bench import example_pack, example_tree, measured_peak, noise_model, run_mode
+from tools.export import hf_config
 from tools.figures import markdown_table
 from tools.releases import named_config
-from train import TrainConfig, prepare, units_of
+from train import TrainConfig, prepare
 
 Contestants = dict[str, Callable[[], object]]  # the first one is what the others are held against
 Line = tuple[str, Contestants]
-IMAGE_ID = 1  # as in example_tree
 HEADER = ("work", "who", "s", "times", "turns", "TFLOP", "peak GB")
 
 
@@ -95,44 +97,42 @@ def race(cfg: RaceConfig, line: Line, memory: bool) -> None:
 # --------------------------------------------------------------------------- training
 
 
-def training(cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
+def training(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
     """A pair with 7 tiles, 1 tile and none; answers of 300 and 350 tokens as in the paper."""
-    answers = (8, 10) if cfg.tiny else (300, 350)
-    for name, tiles in (("7 tiles", 2 if cfg.tiny else 7), ("1 tile", 1), ("text", 0)):
+    answers = (8, 10) if tiny else (300, 350)
+    for name, tiles in (("7 tiles", 2 if tiny else 7), ("1 tile", 1), ("text", 0)):
         tree = example_tree(ours.config, tiles, 80, answers)
-        yield (
-            f"a pair's step, {name}",
-            ({"official": partial(two_passes, theirs, tree)} if theirs else {})
-            | ({"TRL": trl_step(theirs, tree)} if theirs and not tiles and installed("trl") else {})
-            | {
-                "ours, online reference, recompute off": our_step(ours, [tree], cached=False),
-                "ours, cached reference, recompute off": our_step(ours, [tree]),
-                "ours, cached reference, recompute full": our_step(ours, [tree], recompute="full"),
-            },
-        )
+        contestants: Contestants = {}
+        if theirs:
+            contestants["official"] = partial(two_passes, theirs, tree)
+        if theirs and not tiles and installed("trl") and theirs.device.type == "cpu":
+            contestants["TRL"] = trl_step(theirs, tree)
+        for reference, recompute in (("online", "off"), ("cached", "off"), ("cached", "full")):
+            step = our_step(ours, [tree], reference, recompute)
+            contestants[f"ours, {reference} reference, recompute {recompute}"] = step
+        yield f"a pair's step, {name}", contestants
 
 
-def length(cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
+def length(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
     """About the same number of tokens as four, two or one tree: does a token cost the same?"""
-    line, answers = {}, (8, 10) if cfg.tiny else (300, 350)
+    line, answers = {}, (8, 10) if tiny else (300, 350)
     for count, prompt in ((4, 500), (2, 1650), (1, 4000)):
-        tree = example_tree(ours.config, 0, prompt // (20 if cfg.tiny else 1), answers)
+        tree = example_tree(ours.config, 0, prompt // (20 if tiny else 1), answers)
         line[f"ours, {count} of {tree.size} tokens"] = our_step(ours, [tree] * count)
     yield "a step on trees without an image", line
 
 
 def our_step(
-    model: InternVL, trees: list[Tree], cached: bool = True, recompute: str = "off"
+    model: InternVL, trees: list[Tree], reference: str = "cached", recompute: str = "off"
 ) -> Callable[[], None]:
-    reference, size = "cached" if cached else "online", sum(tree.size for tree in trees)
+    size = sum(tree.size for tree in trees)
     cfg = TrainConfig(recompute=recompute, reference=reference, pack_tokens=size)
+    own = prepare(copy.deepcopy(model), cfg).train()
     pack = example_pack(model.config, trees).to(model.language_model.head.device)
 
     def step() -> None:
-        for block in units_of(model):  # what another contestant computed again
-            vars(block).pop("forward", None)
-        run_mode(cfg, prepare(model, cfg).train(), [pack])
-        model.zero_grad()
+        run_mode(cfg, own, [pack])
+        own.zero_grad()
 
     return step
 
@@ -141,44 +141,31 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def hf_model(config: InternVLConfig) -> nn.Module:
+def hf_model(ours: InternVL) -> nn.Module:
     """transformers' InternVL of the same shape."""
     hf = importlib.import_module("transformers")  # may be absent
-    v, llm = config.vision, config.llm
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-    vision = hf.InternVLVisionConfig(
-        **{name: getattr(v, name) for name in names},
-        image_size=[config.tile_size] * 2,
-        patch_size=[v.patch_size] * 2,
-        attention_bias=True,
-    )
-    names += ["num_key_value_heads", "vocab_size", "max_position_embeddings"]
-    text = hf.Qwen2Config(**{n: getattr(llm, n) for n in names}, tie_word_embeddings=llm.tied)
-    whole = hf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID)
-    return hf.InternVLForConditionalGeneration(whole)
-
-
-def as_rows(tree: Tree) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """ids, mask, labels (2 s) and pixels of a pair as two padded rows, each with its own image."""
-    start, longest = len(tree.trunk), max(map(len, tree.responses))
-    ids = torch.tensor([[*tree.trunk, *r, *[2] * (longest - len(r))] for r in tree.responses])
-    lengths = torch.tensor([[start + len(r)] for r in tree.responses])
-    place = torch.arange(ids.shape[1])
-    mask = (place < lengths).long()
-    labels = ids.masked_fill((mask == 0) | (place < start), -100)
-    tiles = 2 * sum(tree.tiles)
-    return ids, mask, labels, torch.randn(tiles, 3, 448, 448) if tiles else None
+    config = hf_config(ours, {"text_config": {"dtype": "float32"}}, {})
+    return hf.InternVLForConditionalGeneration(hf.InternVLConfig(**config))
 
 
 def two_passes(model: nn.Module, tree: Tree) -> None:
-    """The reference's forward (here of the same weights), then the policy's, and backward."""
-    ids, mask, labels, pixels = as_rows(tree)
+    """The reference's forward (here of the same weights), then the policy's, and backward.
+
+    Chosen and rejected are two padded rows (2 s), each with its own image.
+    """
+    start, longest = len(tree.trunk), max(map(len, tree.responses))
+    rows = [[*tree.trunk, *r, *[2] * (longest - len(r))] for r in tree.responses]
+    with torch.device(model.device):
+        ids, place = torch.tensor(rows), torch.arange(start + longest)
+        lengths = torch.tensor([[start + len(r)] for r in tree.responses])
+        shape = 2 * sum(tree.tiles), 3, *model.config.vision_config.image_size
+        pixels = torch.randn(shape, dtype=model.dtype) if tree.tiles[0] else None
+    mask, scored = (place < lengths).long(), ((place >= start) & (place < lengths))[:, 1:]
 
     def logps() -> Tensor:
         logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, :-1]
-        chosen = labels[:, 1:].clamp(min=0)[..., None]
-        picked = logits.float().log_softmax(-1).gather(-1, chosen)[..., 0]
-        return (picked * (labels[:, 1:] >= 0)).sum(-1)
+        picked = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return (picked * scored).sum(-1)
 
     with torch.no_grad():
         logps()
@@ -198,7 +185,8 @@ def trl_step(theirs: nn.Module, tree: Tree) -> Callable[[], None]:
     datasets.disable_progress_bars()
     options = {"gradient_checkpointing": False, "bf16": False, "max_length": None}
     options |= {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 1}
-    policy, reference = (hf.Qwen2ForCausalLM(theirs.config.text_config) for _ in range(2))
+    build = hf.AutoModelForCausalLM.from_config
+    policy, reference = (build(theirs.config.text_config) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.DPOTrainer(
             policy,
@@ -222,6 +210,45 @@ def trl_step(theirs: nn.Module, tree: Tree) -> Callable[[], None]:
 # --------------------------------------------------------------------------- generation
 
 
+class Asked(NamedTuple):
+    """What both sides are asked to write."""
+
+    prompts: list[list[int]]  # all of one length
+    pixels: Tensor | None  # of the only prompt, (tile 3 h w)
+    samples: int  # of each prompt
+    new: int  # tokens of a sample
+    temperature: float
+
+
+def generation(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
+    """One greedy answer, many prompts, many samples of one prompt with an image."""
+    few, tiles = (4, 1) if tiny else (32, 7)
+    pixels = torch.randn(tiles, 3, ours.config.tile_size, ours.config.tile_size)
+    pixels = pixels.to(ours.language_model.head)
+    picture = [ours.image_context_id] * tiles * ours.config.tokens_per_tile
+    for name, lengths, image, *settings in (
+        ("one greedy answer, prompt 200", [200], [], 1, 2 * few, 0.0),
+        (f"{2 * few} prompts of 100, greedy", [100] * 2 * few, [], 1, few, 0.0),
+        (f"{few} samples, {tiles} tiles", [80], picture, few, few, 1.0),
+    ):
+        words = [torch.randint(3, ours.config.llm.vocab_size, (n,)).tolist() for n in lengths]
+        asked = Asked([image + ids for ids in words], pixels if image else None, *settings)
+        peer = {"transformers": partial(hf_answers, theirs, asked)} if theirs else {}
+        yield name, peer | {"ours": partial(our_answers, ours, asked)}
+
+
+@torch.no_grad()
+def hf_answers(model: nn.Module, asked: Asked) -> Tensor:
+    ids = torch.tensor(asked.prompts, device=model.device)
+    options = {"pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    options |= {"max_new_tokens": asked.new, "min_new_tokens": asked.new, "do_sample": False}
+    if asked.temperature:
+        options |= {"do_sample": True, "top_k": 0, "num_return_sequences": asked.samples}
+    if asked.pixels is not None:
+        options["pixel_values"] = asked.pixels
+    return model.eval().generate(ids, **options)
+
+
 class NoText:
     """In the place of a tokenizer: answers are ids alone and never end early."""
 
@@ -231,58 +258,19 @@ class NoText:
         return []
 
 
-def generation(cfg: RaceConfig, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
-    """One greedy answer, many prompts, many samples of one prompt with an image."""
-    few, tiles = (4, 1) if cfg.tiny else (32, 7)
-    pixels = torch.randn(tiles, 3, 448, 448)
-    picture = [IMAGE_ID] * tiles * ours.config.tokens_per_tile
-    for name, lengths, image, *settings in (
-        ("one greedy answer, prompt 200", [200], [], 1, 2 * few, 0.0),
-        (f"{2 * few} prompts of 100, greedy", [100] * 2 * few, [], 1, few, 0.0),
-        (f"{few} samples, {tiles} tiles", [80], picture, few, few, 1.0),
-    ):
-        words = [torch.randint(3, ours.config.llm.vocab_size, (n,)).tolist() for n in lengths]
-        prompts = [image + ids for ids in words]
-        work = prompts, pixels if image else None, *settings
-        peer = {"transformers": partial(hf_answers, theirs, *work)} if theirs else {}
-        yield name, peer | {"ours": partial(our_answers, ours, *work)}
+def our_scheduler(model: InternVL, asked: Asked) -> Scheduler:
+    settings = {"temperature": asked.temperature, "max_new_tokens": asked.new}
+    generator = Generator(model, NoText(), **settings)
+    generator.tiles = lambda prompt: asked.pixels
+    groups = (
+        Group(Prompt(str(n), ""), ids, [], 0, asked.new, list(range(asked.samples)))
+        for n, ids in enumerate(asked.prompts)
+    )
+    return Scheduler(generator, groups)
 
 
-@torch.no_grad()
-def hf_answers(
-    model: nn.Module,
-    prompts: list[list[int]],
-    pixels: Tensor | None,
-    samples: int,
-    new: int,
-    temperature: float,
-) -> Tensor:
-    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": samples}
-    options = sampling if temperature else {"do_sample": False}
-    ids, lengths = torch.tensor(prompts), {"max_new_tokens": new, "min_new_tokens": new}
-    options |= {"pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    if pixels is not None:
-        options["pixel_values"] = pixels
-    return model.eval().generate(ids, **options, **lengths)
-
-
-def our_answers(
-    model: InternVL,
-    prompts: list[list[int]],
-    pixels: Tensor | None,
-    samples: int,
-    new: int,
-    temperature: float,
-) -> list:
-    generator = Generator(model, NoText(), temperature=temperature, max_new_tokens=new)
-    generator.tiles = lambda prompt: pixels
-    groups = groups_of(prompts, samples, new)
-    return [row.ids for row in Scheduler(generator, groups).run() if row.finish_reason]
-
-
-def groups_of(prompts: list[list[int]], samples: int, new: int) -> Iterator[Group]:
-    for n, ids in enumerate(prompts):
-        yield Group(Prompt(str(n), ""), ids, [], 0, new, list(range(samples)))
+def our_answers(model: InternVL, asked: Asked) -> list[list[int]]:
+    return [row.ids for row in our_scheduler(model, asked).run() if row.finish_reason]
 
 
 SECTIONS = {"training": training, "length": length, "generation": generation}
@@ -292,13 +280,12 @@ def main() -> None:
     cfg = parse_cli(RaceConfig)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = shapes(cfg.tiny)
-    ours = noise_model(config, torch.float32, torch.device("cpu"))
-    theirs = hf_model(config) if installed("transformers") else None
+    ours = noise_model(shapes(cfg.tiny), torch.float32, torch.device("cpu"))
+    theirs = hf_model(ours) if installed("transformers") else None
     print(f"torch {torch.__version__}, one thread, {platform.machine()}; medians\n")
     print(markdown_table(HEADER, []), flush=True)
     for name in cfg.only or SECTIONS:
-        for line in SECTIONS[name](cfg, ours, theirs):
+        for line in SECTIONS[name](cfg.tiny, ours, theirs):
             race(cfg, line, memory=name == "training")
 
 
