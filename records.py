@@ -118,20 +118,21 @@ def grouped(
     """Groups of the records of one key, in the order of the keys; only their places are held.
 
     varying: fields on which no key depends.  Of lines that end in them, and are the same before,
-    one is read here; `Group.records` checks them all.
+    one is parsed here; the others have its key, which `Group.records` checks.
     """
     parts, groups = [JsonLines(path, part=True) for path in files], defaultdict(list)
     places = [(lines, n) for lines in parts for n in range(len(lines))]
-    end = json_line({varying[0]: 0})[1:-3] if varying else b"\n"
+    end = f'"{varying[0]}": '.encode() if varying else None
 
     def keys_of(places: list[Place]) -> list[str]:
         keys, known = [], {}
         for (lines, n), line in zip(places, lines_at(places)):
-            start, cut, _ = line.partition(end)
+            start, cut, _ = line.partition(end) if end else (line, b"", b"")
             if (key := known.get(start)) is None:
                 record = lines[n]
-                key, names = key_of(record, lines.name(n)), list(record)
-                if varying and cut and set(names[names.index(varying[0]) :]) <= set(varying):
+                key = key_of(record, lines.name(n))
+                fixed = [name for name in record if name not in varying]
+                if cut and list(record)[: len(fixed)] == fixed:
                     known[start] = key
             keys.append(key)
         return keys
@@ -150,6 +151,7 @@ class Group(NamedTuple):
     key_of: Callable[[dict, str], str]
 
     def records(self) -> list[dict]:
+        """InputError names a line that is broken, or of another key."""
         rows = []
         for (lines, n), line in zip(self.places, lines_at(self.places)):
             name = lines.name(n)
