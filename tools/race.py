@@ -50,7 +50,7 @@ from data import Tree
 from generate import Generator, Group, Prompt, Scheduler
 from model import InternVL
 from tools.bench import example_pack, example_tree, measured_peak, noise_model, run_mode
-from tools.export import hf_config
+from tools.export import hf_config, text_config
 from tools.figures import markdown_table
 from tools.releases import named_config
 from train import TrainConfig, prepare
@@ -144,8 +144,8 @@ def installed(name: str) -> bool:
 def hf_model(ours: InternVL) -> nn.Module:
     """transformers' InternVL of the same shape."""
     hf = importlib.import_module("transformers")  # may be absent
-    config = hf_config(ours, {"text_config": {"dtype": "float32"}}, {})
-    return hf.InternVLForConditionalGeneration(hf.InternVLConfig(**config))
+    text = text_config(ours.config, {"text_config": {"dtype": "float32"}})
+    return hf.InternVLForConditionalGeneration(hf.InternVLConfig(**hf_config(ours, text)))
 
 
 def two_passes(model: nn.Module, tree: Tree) -> None:
