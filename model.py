@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import InternVLConfig, LLMConfig
 from runtime import InputError
@@ -82,7 +82,7 @@ class TreeAttention:
 
     On CUDA a FlexAttention block mask.  Elsewhere by segments: neighbouring trees that together
     hold at most `span` tokens under one mask, the readable reference; of a longer tree the trunk
-    causally, then each branch with the trunk's keys and its own.
+    causally, then each branch with the trunk's keys and its own.  No (s s) tensor either way.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class TreeAttention:
             return (k <= q) & (tree[k] == tree[q]) & own_branch
 
         self.visible = visible  # a plain function: FlexAttention takes nothing else
-        if self.flex:  # makes (s s) bools for a moment, at 16,384 tokens some 0.3 GB each
-            self.mask = create_block_mask(visible, None, None, len(tree), len(tree), tree.device)
+        if self.flex:
+            self.mask = block_mask(tree, branch, visible)
             return
         # (tokens, mask (token key) or None = causal); an answer's mask begins with its trunk's keys
         self.segments: list[tuple[int, Tensor | None]] = []
@@ -149,8 +149,44 @@ def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
     return [*spans, (start, end)]
 
 
+BLOCK = 128  # tokens a side of a mask block
 # below 128 tokens inductor would pick its decoding kernel, which has no choice for some lengths
 FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+
+
+def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
+    """Which blocks of keys each block of queries meets, from the range of each block alone.
+
+    Never wrong but possibly generous: a partial block may turn out empty, `visible` decides each
+    pair inside it.  No (s s) tensor, unlike create_block_mask.
+    """
+    s = len(tree)
+    blocks = -(-s // BLOCK)
+
+    def lowest_and_highest(x: Tensor) -> tuple[Tensor, Tensor]:  # (s) -> (block), (block)
+        x = torch.cat([x, x[-1:].expand(blocks * BLOCK - s)]).view(blocks, BLOCK)
+        return x.amin(1), x.amax(1)
+
+    (tree_low, tree_high), (low, high) = lowest_and_highest(tree), lowest_and_highest(branch)
+    index = torch.arange(blocks, device=tree.device)
+    q, k = index[:, None], index[None, :]
+    met = (k <= q) & (tree_high[k] >= tree_low[q])  # trees stand in ascending order
+    one_tree = (tree_low[k] == tree_high[k]) & (tree_low[q] == tree_high[q])
+    same_tree = one_tree & (tree_low[k] == tree_low[q])
+    one_branch = (low[k] == high[k]) & (low[q] == high[q])
+    met &= ~(same_tree & one_branch & (low[k] != 0) & (low[k] != low[q]))
+    own = (high[k] == 0) | (one_branch & (low[k] == low[q]))
+    full = met & (k < q) & same_tree & own
+    if s % BLOCK:
+        full[-1] = False  # the last rows are padding
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:  # counts (1 1 q), indices (1 1 q k)
+        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1).int()[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(met & ~full), *listed(full), BLOCK, visible, seq_lengths=(s, s)
+    )
 
 
 @functools.cache

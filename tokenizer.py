@@ -237,7 +237,8 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
         except InputError:
             raise
         except Exception as error:  # what `tokenizers` raises has no narrower type
-            raise InputError(f"{source}: not a tokenizer file of `tokenizers` ({error})") from error
+            beside = " (or vocab.json beside it)" if name == "merges.txt" else ""
+            raise InputError(f"{source}{beside}: not a tokenizer file ({error})") from error
     raise InputError(
         f"no {', '.join(TOKENIZERS)} in {model_dir}: copy the tokenizer's files from the released "
         "checkpoint, with vocab.json and tokenizer_config.json"
