@@ -40,6 +40,7 @@ from benchmarks.quantities import (
     Rules,
     inside_brackets,
     parse_expression,
+    pattern,
     read_quantity,
     same_quantity,
 )
@@ -283,19 +284,10 @@ _MATHEMATICAL = re.compile(
     rf"[0-9\\∞{''.join(quantities.GREEK.values())}]|^[^\W_](?![^\W_])|[=<>+*/^±|]"
     rf"|\b(?:pi|sqrt|{'|'.join(quantities.FUNCTIONS)})\b"
 )
-_DECIMAL = r"[0-9]+(?:\.[0-9]+)?"
-_LINK = rf"[$€£]?{_DECIMAL}(?:\s?[^\W\d_x]{{1,10}}|[°%])?"
-_CHAIN = re.compile(
-    rf"{_LINK}(?:(\s*[-–:/x*]\s*){_LINK})(?:\s*\1\s*{_LINK})*"
-    r"\s*(?:[^0-9\s(^!.+*/,;:=<>-][^0-9,;=<>]{0,40})?"
-)
+_CHAIN, _NAME = pattern("CHAIN"), pattern("NAMED")
 _JOINER = re.compile(r"\s*[,;、]\s*(?:(?:and|or)\b)?|\s*\b(?:and|or)\b|\s*[&∪]", re.IGNORECASE)
 _RELATION = re.compile(r"[=<>≤≥≠]")
 _FLIPPED = {">": "<", "≥": "≤"}
-_NAME = re.compile(  # x_1, f(x), BC, the area; m∠ABC; (x, y)
-    r"[^\W\d_]+(?: [^\W\d_]+)*(?:_\w|_\{\w+\}|'|\([\w.-]{1,5}\))?"
-    r"|(?:m\s*)?∠\s*\w+|\([a-z](?:,\s*[a-z])*\)"
-)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -312,10 +304,10 @@ def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
     return read_quantity(text)
 
 
-def _split_top(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
+def _split_top(text: str, joiner: re.Pattern) -> tuple[list[str], list[str]]:
     """(pieces, what stood between them), split outside brackets."""
     pieces, between, start = [], [], 0
-    for match in pattern.finditer(text):
+    for match in joiner.finditer(text):
         if not inside_brackets(text[: match.start()]):
             pieces.append(text[start : match.start()].strip())
             between.append(match[0].strip().lower())
@@ -347,10 +339,8 @@ def _read_items(text: str, depth: int) -> Items | None:
     if "±" in text:
         signed = tuple(read(text.replace("±", sign), depth + 1) for sign in "+-")
         return None if None in signed else Items("", signed, unordered=True)
-    enclosed = text[0] in "([{" and text[-1] in ")]}"
-    enclosed = enclosed and all(
-        inside_brackets(text[:i]) for i in range(1, len(text))
-    )  # not (1)(2)
+    # not (1)(2)
+    enclosed = text[-1] in ")]}" and all(inside_brackets(text[:i]) for i in range(1, len(text)))
     parts, between = _split_top(text[1:-1] if enclosed else text, _JOINER)
     items = tuple(read(part, depth + 1) for part in parts) if len(parts) > 1 else (None,)
     if None in items:
@@ -510,12 +500,7 @@ def _proportional(a: Quantity, b: Quantity, sign: str) -> bool:
 
 # --------------------------------------------------------------------------- options and wording
 _LEAD, _OPTION = Rules("lead", re.IGNORECASE), Rules("option")
-_ONE_OPTION = re.compile(  # (C) dog, C. dog, C; but not A.M, a:b, (A) or (B)
-    r"(?:[(\[{]\s*([A-N])\s*[)\]}]\s*+[.:、]?+"
-    r"|([A-N])\s*(?:[.:](?![^\W\d_](?![^\W\d_]))|[)、。]|选?项|$))"
-    r"\s*+(?!(?:and|or)\b|[&,/和或]|[(\[][A-N][)\]])(.*)",
-    re.DOTALL | re.IGNORECASE,
-)
+_ONE_OPTION = pattern("ONE_OPTION", re.DOTALL | re.IGNORECASE)
 _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、和及与]", re.IGNORECASE)
 
 
@@ -551,11 +536,7 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     return frozenset(letters) if apart or in_order or not strict else None
 
 
-# operators, signs beside digits, brackets around digits: no wording, compared letter by letter
-_NOT_WORDING = re.compile(
-    r"[0-9)]!|\b[a-z]!|[0-9]\s*\?|[+*/<>=^\\≤≥≠±|]"
-    r"|(?<![^\W\d_])-|-(?![^\W\d_])|[(\[{]\s*[-+.0-9]|[.0-9]\s*[)\]}]"
-)
+_NOT_WORDING = pattern("NOT_WORDING")  # compared letter by letter
 _JOINED, _WORDS = Rules("joined"), Rules("words")
 
 
@@ -719,11 +700,7 @@ def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
 
 # --------------------------------------------------------------------------- verdicts
 
-_CJK = "\u3400-\u9fff\uf900-\ufaff"
-_TOKEN = re.compile(  # signed numbers and fractions, words, single Chinese characters
-    r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/[1-9][0-9]*(?![./]))?"
-    rf"|[{_CJK}]|[^\W\d_{_CJK}]+(?:'[^\W\d_{_CJK}]+)*"
-)
+_TOKEN = pattern("TOKEN")
 
 
 def _tokens(text: str) -> list[str | Fraction]:
@@ -799,11 +776,7 @@ def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
 
 # --------------------------------------------------------------------------- cutting a response
 
-_UNBROKEN = re.compile(  # tag pairs, commands with their arguments
-    rf"<(box|ref|quad|think)>.*?(?:</\1>|\Z)|</\w+>|\{{{quantities.BRACED}\}}"
-    rf"|\\(?:[A-Za-z]+(?:\[[^\[\]]{{0,20}}\])?|.)(?:\{{{quantities.BRACED}\}})*",
-    re.DOTALL,
-)
+_UNBROKEN, _CHINESE = pattern("UNBROKEN", re.DOTALL), pattern("[CJK]")
 
 
 def split_prefix(text: str, ratio: float) -> tuple[str, str]:
@@ -813,7 +786,7 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
     moves left out of a LaTeX argument, a <box> and a <ref>.
     """
     pieces = text.split(" ")
-    chinese = len(re.findall(f"[{_CJK}]", text))
+    chinese = len(_CHINESE.findall(text))
     if len(pieces) < 2 or chinese * 2 > sum(map(str.isalpha, text)):
         cut = math.floor(len(text) * ratio + 1e-9)  # 0.07 * 100 is 7, not 6.999...
     else:

@@ -47,10 +47,14 @@ _SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
 GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
 NUMBER_OF = {word: int(number) for number, *words in table("words.txt") for word in words}
 _REWRITES = sections("rewrites.txt")
-BRACED = "[^{}]*"
-for _ in range(4):  # levels
-    BRACED = rf"(?:[^{{}}]|\{{{BRACED}\}})*"
-_PARTS = [("BRACED", BRACED), *(line.split(" = ", 1) for line in _REWRITES["parts"].splitlines())]
+_PATTERNS = [line.split(" = ", 1) for line in _REWRITES["patterns"].splitlines() if line[0] != "#"]
+
+
+def pattern(text: str, flags: int = 0) -> re.Pattern:
+    """A regular expression that may name those of [patterns] in rewrites.txt."""
+    for name, part in _PATTERNS:
+        text = text.replace(name, part)
+    return re.compile(text, flags)
 
 
 class Rules:
@@ -59,19 +63,17 @@ class Rules:
     def __init__(self, section: str, flags: int = re.DOTALL, needs: str = "") -> None:
         self.needs, self.pairs = frozenset(needs), []
         for line in _REWRITES[section].splitlines():
-            pattern, arrow, new = f"{line} ".partition(" => ")
+            old, arrow, new = f"{line} ".partition(" => ")
             if arrow:
-                for name, part in _PARTS:
-                    pattern = pattern.replace(name, part)
                 new = new.rstrip(" ").replace("␣", " ")
                 computed = _COMPUTED.get(new, partial(_ordinals, new) if "@" in new else new)
-                self.pairs.append((re.compile(pattern, flags), computed))
+                self.pairs.append((pattern(old, flags), computed))
 
     def apply(self, text: str) -> str:
         if self.needs and self.needs.isdisjoint(text) and text.isascii():
             return text
-        for pattern, new in self.pairs:
-            text = pattern.sub(new, text).strip()
+        for old, new in self.pairs:
+            text = old.sub(new, text).strip()
         return text
 
 
@@ -421,9 +423,7 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
 # --------------------------------------------------------------------------- units
 
 _UNIT_SPELLINGS = Rules("units", re.IGNORECASE)
-_UNIT_FACTOR = re.compile(
-    r"((?:us)?[$¢€£¥₹₩%'\"]|°[CFcf]?|[^\W\d_]+(?:-[^\W\d_]{2,}|['.][^\W\d_]+)*)(?:\^([+-]?[1-9]))?\.?"
-)
+_UNIT_FACTOR = pattern("FACTOR")
 _FILLERS = frozenset("of the old long wide high tall deep total altogether each more".split())
 
 
@@ -503,9 +503,7 @@ _MAGNITUDES["trillion"] = 10**12
 _SHORT_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
 _GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
 _CURRENCY = Rules("currency")
-_UNIT_START = re.compile(
-    r"(?:(?<=[0-9)}\].!])|(?<=\\pi))\s*(?=[^\W\d_]|[%°'\"$¢€£¥₹₩]|/\s?[A-Za-z])"
-)
+_UNIT_START = pattern("UNIT_START")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
 
