@@ -710,6 +710,11 @@ def _tokens(text: str) -> list[str | Fraction]:
     return [Fraction(word) if word[-1:].isdecimal() else word for word in words]
 
 
+def _within_tokens(part: list, whole: list) -> bool:
+    n = len(part)
+    return n > 0 and any(whole[i : i + n] == part for i in range(len(whole) - n + 1))
+
+
 @functools.lru_cache(maxsize=8192)
 def is_ambiguous(answer: str, gold: str) -> bool:
     """A wrong answer that may be meant right: it holds the gold answer as whole tokens (`12 or 13`
@@ -722,9 +727,11 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     have, want = _tokens(answer), _tokens(option.text if option else gold)
     if len(have) > 1 and isinstance(have[0], Fraction) and set(have) < set(want):
         return True  # 3 slices of 3 slices of pizza
-    n = len(want)
-    if n and any(have[i : i + n] == want for i in range(len(have) - n + 1)):
-        return True
+    if _within_tokens(want, have) or (_within_tokens(have, want) and not option):
+        return True  # `left` of `left side`, too
+    pieces = [sorted(re.split(r" *(?:,|=|&|\band\b) *", text.lower())) for text in (answer, gold)]
+    if pieces[0] == pieces[1] and len(pieces[0]) > 1:
+        return True  # blue and red for red and blue
     a, b = read(answer), read(gold)
     if isinstance(a, Items) and isinstance(b, Items):
         return _same_items(a._replace(unordered=True), b)
