@@ -255,7 +255,7 @@ class DecoderBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | slice = ALL
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, wanted: Tensor | slice
     ) -> Tensor:  # (b s d) -> (b wanted d)
         x = x[:, wanted] + self.attention(self.attention_norm(x), cos, sin, attend, wanted)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
         cos, sin = (t.to(x.dtype)[:, :, None, None] for t in turns)  # for each head and slot
         *layers, last = self.layers
         for layer in layers:
-            x = layer(x, cos, sin, attend)
+            x = layer(x, cos, sin, attend, ALL)  # said, so that compiled blocks are called alike
         x = last(x, cos, sin, attend, wanted)
         return self.norm(x)
 
