@@ -144,17 +144,19 @@ def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab
 
 
 def store(model: InternVL, by_columns: bool) -> None:
-    """Keep the decoder's matrices with more rows than columns by columns, or all of them by rows.
+    """Keep the decoder's tall matrices by columns, or all of them by rows.
 
-    On a CPU a single row meets such a matrix faster by columns, the smaller the more (an AMD EPYC:
-    those of 384 columns take 0.55 of the time, of 896 0.7, of 4,096 0.95); many rows do not.
+    On a CPU a single row meets a matrix of few columns faster by columns (an AMD EPYC: 384 columns
+    take 0.55 of the time, 896 0.7); many rows, and rows of a large model, do not.
     """
     llm = model.language_model
     linears = [module.weight for module in llm.modules() if isinstance(module, nn.Linear)]
     for weight in {*linears, llm.head}:
-        if weight.shape[0] > weight.shape[1]:
-            data = weight.data.t().contiguous().t() if by_columns else weight.data.contiguous()
-            weight.data = data
+        rows, columns = weight.shape
+        if by_columns and columns < rows and columns <= 2048:
+            weight.data = weight.data.t().contiguous().t()
+        else:
+            weight.data = weight.data.contiguous()
 
 
 # --------------------------------------------------------------------------- choosing a token
@@ -357,8 +359,10 @@ class Scheduler:
         """
         widest = max([rows, *(group.rows for group in self.groups)])
         spare = int(self.cache.free.sum()) - blocks
-        if groups * widest > 4 * MAX_ROWS or spare >= len(self.rows) // 2:
-            return groups * widest <= 4 * MAX_ROWS
+        if groups * widest > 4 * MAX_ROWS:
+            return False
+        if spare >= len(self.rows) // 2:
+            return True
         return spare >= sum(num_blocks(r.group.limit) - len(r.answer.blocks) for r in self.rows)
 
     def grow(self) -> None:
