@@ -448,7 +448,7 @@ def sample(case: str) -> Iterator[Row]:
     policy, length, rows, count = noise(size), 1024, int(rows), 32
     if TOY:
         length, rows, count = 64, min(rows, 4), 4
-    asked = race.Asked([[3] * length], None, rows, count, 1.0)
+    asked = race.Asked([[3] * length], [count], None, rows, 1.0)
     for _ in range(2):  # the first time warms up
         scheduler = race.our_scheduler(policy, asked)
         ticks = [time.perf_counter()]
@@ -488,7 +488,7 @@ def mmpr(case: str) -> Iterator[Row]:
     draw = np.random.default_rng(0)
     lengths = draw.lognormal(np.log(190), 0.8, (questions, samples)).astype(int).clip(8, limit)
     lengths[draw.random(lengths.shape) < 0.01] = limit
-    asked = race.Asked([[3] * prompt] * questions, None, samples, limit, 1.0)
+    asked = race.Asked([[3] * prompt] * questions, [limit] * questions, None, samples, 1.0)
     scheduler = race.our_scheduler(noise(case), asked)
 
     def push(row: generate.Row, token: int, logp: float) -> None:

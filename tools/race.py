@@ -213,10 +213,10 @@ def trl_step(theirs: nn.Module, tree: Tree) -> Callable[[], None]:
 class Asked(NamedTuple):
     """What both sides are asked to write."""
 
-    prompts: list[list[int]]  # all of one length
+    prompts: list[list[int]]
+    new: list[int]  # tokens of an answer to each
     pixels: Tensor | None  # of the only prompt, (tile 3 h w)
     samples: int  # of each prompt
-    new: int  # tokens of a sample
     temperature: float
 
 
@@ -226,22 +226,28 @@ def generation(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator
     pixels = torch.randn(tiles, 3, ours.config.tile_size, ours.config.tile_size)
     pixels = pixels.to(ours.language_model.head)
     picture = [ours.image_context_id] * tiles * ours.config.tokens_per_tile
-    for name, lengths, image, *settings in (
-        ("one greedy answer, prompt 200", [200], [], 1, 2 * few, 0.0),
-        (f"{2 * few} prompts of 100, greedy", [100] * 2 * few, [], 1, few, 0.0),
-        (f"{few} samples, {tiles} tiles", [80], picture, few, few, 1.0),
+    many = 2 * few
+    mixed = torch.linspace(20, 180, many).int().tolist()
+    ends = torch.linspace(4, many - 4, many).int()[torch.randperm(many)].tolist()
+    for name, lengths, new, image, *settings in (
+        ("one greedy answer, prompt 200", [200], [many], [], 1, 0.0),
+        (f"{many} prompts of 100, greedy", [100] * many, [few] * many, [], 1, 0.0),
+        (f"{many} prompts of 20-180, answers of 4-{many - 4}", mixed, ends, [], 1, 0.0),
+        (f"{few} samples, {tiles} tiles", [80], [few], picture, few, 1.0),
     ):
         words = [torch.randint(3, ours.config.llm.vocab_size, (n,)).tolist() for n in lengths]
-        asked = Asked([image + ids for ids in words], pixels if image else None, *settings)
+        prompts = [image + ids for ids in words]
+        asked = Asked(prompts, new, pixels if image else None, *settings)
         peer = {"transformers": partial(hf_answers, theirs, asked)} if theirs else {}
         yield name, peer | {"ours": partial(our_answers, ours, asked)}
 
 
 @torch.no_grad()
 def hf_answers(model: nn.Module, asked: Asked) -> Tensor:
-    ids = torch.tensor(asked.prompts, device=model.device)
-    options = {"pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    options |= {"max_new_tokens": asked.new, "min_new_tokens": asked.new, "do_sample": False}
+    longest, new = max(map(len, asked.prompts)), max(asked.new)  # a batch ends with its last row
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in asked.prompts], device=model.device)
+    options = {"pad_token_id": 0, "attention_mask": (ids > 0).long()}
+    options |= {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     if asked.temperature:
         options |= {"do_sample": True, "top_k": 0, "num_return_sequences": asked.samples}
     if asked.pixels is not None:
@@ -259,12 +265,11 @@ class NoText:
 
 
 def our_scheduler(model: InternVL, asked: Asked) -> Scheduler:
-    settings = {"temperature": asked.temperature, "max_new_tokens": asked.new}
-    generator = Generator(model, NoText(), **settings)
+    generator = Generator(model, NoText(), temperature=asked.temperature)
     generator.tiles = lambda prompt: asked.pixels
     groups = (
-        Group(Prompt(str(n), ""), ids, [], 0, asked.new, list(range(asked.samples)))
-        for n, ids in enumerate(asked.prompts)
+        Group(Prompt(str(n), ""), ids, [], 0, new, list(range(asked.samples)))
+        for n, (ids, new) in enumerate(zip(asked.prompts, asked.new))
     )
     return Scheduler(generator, groups)
 
