@@ -234,7 +234,7 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
             continue
         try:
             return Tokenizer(read(source), source)
-        except InputError:
+        except (InputError, OSError):  # an unreadable file says so itself
             raise
         except Exception as error:  # what `tokenizers` raises has no narrower type
             beside = " (or vocab.json beside it)" if name == "merges.txt" else ""
