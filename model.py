@@ -98,6 +98,7 @@ class TreeAttention:
         self.visible = visible  # a plain function: FlexAttention takes nothing else
         if self.flex:
             self.mask = block_mask(tree, branch, visible)
+            self.attend = compiled_flex_attention() if tree.is_cuda else flex_attention
             return
         # (tokens, mask (token key) or None = causal); an answer's mask begins with its trunk's keys
         self.segments: list[tuple[int, Tensor | None]] = []
@@ -117,8 +118,7 @@ class TreeAttention:
         if not self.flex:
             return self.by_segments(q, k, v)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        attend = compiled_flex_attention() if q.is_cuda else flex_attention
-        out = attend(q, k, v, None, self.mask, enable_gqa=True, kernel_options=FLEX_OPTIONS)
+        out = self.attend(q, k, v, None, self.mask, enable_gqa=True, kernel_options=FLEX_OPTIONS)
         return out.transpose(1, 2)
 
     def by_segments(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

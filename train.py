@@ -80,7 +80,7 @@ class TrainConfig:
     pairs_per_prompt: int = flag(1, "pairs of one question trained as one tree, at most", low=1)
     share_prefix: bool = flag(True, "compute a prompt once for all its responses")
     share_images: bool = flag(True, "encode an image once a pack")
-    head_rows: int = flag(128, "scored tokens that meet the vocabulary at once; 0 = all, kept", 0)
+    head_rows: int = flag(512, "scored tokens that meet the vocabulary at once; 0 = all, kept", 0)
     recompute: Literal["auto", "full", "selective", "off"] = flag(
         "auto",
         "what a block keeps for backward\nfull: its input\n"
@@ -137,6 +137,12 @@ class TrainConfig:
     def trained_parts(self) -> set[str]:
         """Parts whose own weights are trained."""
         return {part for part, rate in self.rates.items() if rate > 0 and not self.lora_rank}
+
+    @property
+    def learning_parts(self) -> set[str]:
+        """Parts that are trained, or have adapters that are."""
+        names = ("language", "vision") if self.lora_parts == "both" else (self.lora_parts,)
+        return {f"{name}_model" for name in names} if self.lora_rank else self.trained_parts
 
 
 if __name__ == "__main__":
@@ -409,8 +415,7 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
     for name in PARTS:
         getattr(model, name).requires_grad_(trained and name in cfg.trained_parts)
     if cfg.lora_rank and trained:
-        names = ("language", "vision") if cfg.lora_parts == "both" else (cfg.lora_parts,)
-        parts = [getattr(model, f"{name}_model") for name in names]
+        parts = [getattr(model, name) for name in PARTS if name in cfg.learning_parts]
         memory.add_adapters(parts, cfg.lora_rank, cfg.lora_alpha)
     blocks = units_of(model)
     again = len(blocks) if cfg.recompute_blocks < 0 else cfg.recompute_blocks

@@ -35,7 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "+ image once": {"share_images": True},
     "+ prompt once": {"share_prefix": True},
-    "+ head by chunks": {"head_rows": 128},
+    "+ head by chunks": {"head_rows": 512},
     "+ cached reference": {"reference": "cached"},
     "+ compile": {"compile": "on"},
 }  # fmt: skip

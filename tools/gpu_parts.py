@@ -305,7 +305,7 @@ def ids(case: str) -> Iterator[Row]:
 def resume(case: str) -> Iterator[Row]:
     """A run killed after a checkpoint and continued, against one that was never stopped."""
     models, context = [], multiprocessing.get_context("fork")  # so CUDA may not start here
-    for killed in (False, True):
+    for killed in (False, False, True):  # the first run only chooses kernels, by their speed
         cfg = toy_config(f"--save_every 1 --max_steps 3 {case}")
         for kill in (True, False) if killed else (False,):
             child = context.Process(target=run_toy, args=(cfg,))
@@ -318,8 +318,8 @@ def resume(case: str) -> Iterator[Row]:
         losses, weights = results(cfg)
         models.append(weights)
         yield at_most("steps missing or repeated", abs(len(losses) - 3), 0)
-    difference = largest(*(weights - models[1][name] for name, weights in models[0].items()))
-    yield at_most("weights, largest difference", difference, 0 if TOY else 1e-3)
+    difference = largest(*(weights - models[1][name] for name, weights in models[2].items()))
+    yield at_most("weights, largest difference", difference, 0)
 
 
 # --------------------------------------------------------------------------- fast: training

@@ -28,7 +28,7 @@ from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, Process
-from train import PARTS, TrainConfig, compute_dtype, prepare, units_of, with_recipe
+from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of, with_recipe
 
 GB = 1e9
 RESERVE = 0.08  # of the plan: CUDA's context, NCCL's buffers, fragmentation
@@ -64,12 +64,16 @@ def load_of(*packs: list[Tree], share_prefix: bool = True, share_images: bool = 
 
 
 def flops(
-    config: InternVLConfig, load: Load, trained: set[str] = frozenset(PARTS)
+    config: InternVLConfig,
+    load: Load,
+    trained: set[str] = frozenset(PARTS),
+    adapted: set[str] = frozenset(),
 ) -> tuple[int, int]:
     """(forward, backward) FLOPs of the products, a multiply and an add counted as two.
 
     Backward has one product for a weight's gradient, if it is trained, and one for its input's, if
-    anything before it is; attention counts only pairs that see each other.
+    anything before it is, or has an adapter (whose own products are small, and not counted);
+    attention counts only pairs that see each other.
     """
     v, llm = config.vision, config.llm
     d, wide = v.hidden_size, llm.hidden_size
@@ -87,9 +91,11 @@ def flops(
     decoder = 2 * load.tokens * llm.num_hidden_layers * layer
     attention = 4 * load.pairs * q * llm.num_hidden_layers
     head = 2 * load.scored * llm.vocab_size * wide
-    before = vision or projector
-    through = language or before
-    backward = vision * (patching + 2 * (vit + vit_attention)) + project * (projector + before)
+    through_vit, _, through_llm = (part in trained | adapted for part in PARTS)
+    before = through_vit or projector
+    through = through_llm or before
+    backward = vision * (patching + vit) + through_vit * (vit + 2 * vit_attention)
+    backward += project * (projector + before)
     backward += (decoder + head) * (language + through) + 2 * attention * through
     return patching + vit + vit_attention + project + decoder + attention + head, backward
 
@@ -135,7 +141,7 @@ class Meter:
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
         cfg = self.cfg
         load = load_of(*step.trees, share_prefix=cfg.share_prefix, share_images=cfg.share_images)
-        forward, backward = flops(self.config, load, cfg.trained_parts)
+        forward, backward = flops(self.config, load, cfg.trained_parts, cfg.learning_parts)
         online = cfg.reference == "online" and reference is not None
         return {
             "pairs": step.pairs,
@@ -180,7 +186,12 @@ class Plan:
 
 
 def activations_of(
-    cfg: TrainConfig, config: InternVLConfig, load: Load, size: int, learns: dict[str, tuple]
+    cfg: TrainConfig,
+    config: InternVLConfig,
+    load: Load,
+    size: int,
+    learns: dict[str, tuple],
+    compiled: bool = False,
 ) -> tuple[int, int, int, int]:
     """Bytes that a pack takes beside weights and gradients: (kept, block, logits, head).
 
@@ -198,6 +209,8 @@ def activations_of(
     token = 2 * d * (4 + size * (normed + inputs)) + llm.qk_norm * (q + kv) * (4 + size * normed)
     token += size * (3 * q + 3 * kv)  # wqkv's output; rotated q and k; what attention gives
     token += size * f * (3 + inputs)  # w1 x; silu of it; w3 x; their product
+    if compiled:  # neither the silu nor the norms' float32 input is kept (seen on an H100)
+        token -= size * f + 2 * d * (4 - size)
     inputs, normed = learns["vision_model"]
     rms, patches = v.norm_type == "rms_norm", (config.tile_size // v.patch_size) ** 2
     # a row in a VisionBlock: the same; of layer norms the normed values are not kept twice
@@ -259,7 +272,8 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     scored = 2 * max(1, cfg.pack_tokens // 8)
     tiles = max(1, (cfg.pack_tokens - scored - 8) // config.tokens_per_tile)
     load = Load(cfg.pack_tokens, scored, tiles)
-    kept, in_block, logits, head = activations_of(cfg, config, load, size, learns)
+    compiled = switched_on(cfg.compile, device)
+    kept, in_block, logits, head = activations_of(cfg, config, load, size, learns, compiled)
     at_once = cfg.sync == "step"  # everything stays gathered, whole gradients add up in float32
     gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
