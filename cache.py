@@ -217,8 +217,6 @@ class KVCache:
             )
             spans.append((span, part, readers, mask, numbers, table < 0))
 
-        attend_each = attend_blocks_on_cpu if self.device.type == "cpu" else attend_blocks
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.memory[layer]
             keys.index_put_(index, k[:, 0])
@@ -226,7 +224,7 @@ class KVCache:
             q, outs, sums = q.view(rows, g, j, d).transpose(1, 2), [], []
             for span, part, readers, mask, numbers, absent in spans:
                 asked = q.index_select(0, readers).view(span.blocks, -1, g, d).transpose(1, 2)
-                out, logsum = attend_each(asked, keys[part], values[part], attn_mask=mask)
+                out, logsum = attend_blocks(asked, keys[part], values[part], mask)
                 outs.append(out.transpose(1, 2).reshape(-1, d).float())  # (block seat query head) d
                 logsum = logsum.transpose(1, 2).flatten()[numbers]  # row (query head) width
                 sums.append(logsum.masked_fill(absent, 2 * HIDDEN) if span.ragged else logsum)
@@ -242,18 +240,17 @@ class KVCache:
         return tokens, positions, attend
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Each block alone: q (block head query d), k and v (block head key d), mask (block 1 1 key).
 
-    Returns the outputs, like q, and the logarithm of each softmax's sum, (block head query).
+    Returns the outputs, like q, and the logarithm of each softmax's sum, (block head query): what
+    torch's scaled_dot_product_attention computes, in one operation, and does not return.
     """
-    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5 + attn_mask
-    logsum = scores.logsumexp(-1)
-    return (scores - logsum[..., None]).exp().to(v.dtype) @ v, logsum
-
-
-# the same in one operation, behind torch's scaled_dot_product_attention on a CPU
-attend_blocks_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    mask = mask.expand(-1, q.shape[1], q.shape[2], -1)
+    out, logsum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
+    return out, logsum[:, :, : q.shape[2]]  # of up to 31 queries more
 
 
 def counted(counts: np.ndarray) -> np.ndarray:

@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -31,7 +30,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from runtime import InputError, Settings, fits, flag, named, parse_cli, read_json, run
+from runtime import (
+    InputError,
+    Settings,
+    fits,
+    flag,
+    local_device,
+    named,
+    parse_cli,
+    read_json,
+    run,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ from torch import Tensor, nn
 
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
+from losses import aligned
 from model import Attend, InternVL, causal_attention
 from tokenizer import (
     IMAGE,
@@ -140,7 +150,7 @@ def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab
     tokens, positions, attend = cache.decode(plan)
     x = llm.model.tok_embeddings(tokens[:, None])
     x = llm.model(x, positions[:, None], positions + 1, attend)
-    return F.linear(x[:, 0], llm.head).float()
+    return torch.mm(x[:, 0], llm.head.T, out=aligned(x[:, 0], len(llm.head))).float()
 
 
 def store(model: InternVL, by_columns: bool) -> None:
@@ -428,9 +438,8 @@ class Generator:
         cls, model_dir: Path, dtype: torch.dtype | None = None, **settings: object
     ) -> "Generator":
         """From a folder in the official layout; on the GPU of this process if there is one."""
-        on_gpu = torch.cuda.is_available()
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
-        dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        device = local_device()
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         return cls(load_model(model_dir, device, dtype), load_tokenizer(model_dir), **settings)
 
     # ----- prompts

@@ -61,6 +61,14 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:  # (b s vocab), (b s)
     return logps.masked_fill(~kept, 0)
 
 
+def aligned(x: Tensor, width: int) -> Tensor:  # (row d) -> (row width), of any numbers
+    """Room for a product whose rows begin at multiples of 16 bytes.
+
+    Rows of an odd vocabulary (92,553) begin anywhere; an H100 then multiplies a fifth as fast.
+    """
+    return x.new_empty(len(x), -(-width // 8) * 8)[:, :width]
+
+
 class ChunkedHead(torch.autograd.Function):
     """log_softmax(hidden @ head_weight.T)[target] of every row, a chunk of rows at a time.
 
@@ -77,7 +85,8 @@ class ChunkedHead(torch.autograd.Function):
         logps = hidden.new_zeros(len(target), dtype=at_least_float32(hidden[:0]).dtype)
         for i in range(0, len(target), chunk):
             rows = slice(i, i + chunk)
-            chunk_logps = (hidden[rows] @ weight.T).log_softmax(-1, dtype=logps.dtype)  # row vocab
+            logits = torch.mm(hidden[rows], weight.T, out=aligned(hidden[rows], len(weight)))
+            chunk_logps = logits.log_softmax(-1, dtype=logps.dtype)  # row vocab
             logps[rows] = chunk_logps.gather(-1, target[rows].unsqueeze(-1)).squeeze(-1)
         return logps
 
@@ -91,10 +100,11 @@ class ChunkedHead(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for i in range(0, len(target), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
-            probs = (hidden[rows] @ weight.T).softmax(-1, dtype=grad.dtype)
+            logits = torch.mm(hidden[rows], weight.T, out=aligned(hidden[rows], len(weight)))
+            probs = logits.softmax(-1, dtype=grad.dtype)
             grad_logits = probs.mul_(-grad[rows].unsqueeze(-1))  # d logp = onehot(target) - probs
             grad_logits.scatter_add_(-1, target[rows].unsqueeze(-1), grad[rows].unsqueeze(-1))
-            grad_logits = grad_logits.to(hidden.dtype)  # row vocab
+            grad_logits = logits.copy_(grad_logits)  # row vocab
             grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]

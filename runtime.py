@@ -353,15 +353,29 @@ class Process:
 ALONE = Process(0, 1, None)  # in no group
 
 
+def local_device() -> Any:
+    """This process's own GPU, or the CPU where there is none; a torch.device."""
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= cards:
+        raise InputError(
+            f"process {number} of this machine has no GPU of its own, there are {cards}: at most "
+            f"--nproc_per_node {cards}; or CUDA_VISIBLE_DEVICES= for the CPU"
+        )
+    return torch.device("cuda", number)
+
+
 def start_process(seed: int) -> Process:
     """Join the process group (a group of one without torchrun), pick the device, seed torch."""
     import torch  # noqa: PLC0415  (see the module docstring)
     import torch.distributed as dist  # noqa: PLC0415
 
     rank, world = rank_and_world()
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device, backend = local_device(), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():

@@ -431,7 +431,9 @@ def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
     """
     dtype = compute_dtype(cfg, process.device)
     if switched_on(cfg.compile, process.device):
-        for block in units_of(model):
+        for block in model.vision_model.encoder.layers:
+            block.compile(dynamic=True)  # for any number of tiles at once, whichever comes first
+        for block in model.language_model.model.layers:
             block.compile()
     if process.world == 1 and dtype is next(model.parameters()).dtype:
         return
@@ -467,13 +469,13 @@ def scoring(model: InternVL) -> Iterator[None]:
 def reduce_gradients(run: Run, now: bool) -> None:
     """Whether the next backward reduces gradients over processes, or adds them up here.
 
-    With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
-    copies of the model that waits.
+    With --sync step weights stay gathered meanwhile (a process alone has nobody to wait for with
+    its gradients); with --replicate it is the reduction over copies of the model that waits.
     """
     if not weights.is_sharded(run.policy):
         return
     if run.cfg.sync == "step":
-        run.policy.set_requires_gradient_sync(now)
+        run.policy.set_requires_gradient_sync(now or run.process.world == 1)
         run.policy.set_reshard_after_backward(now)
     else:
         run.policy.set_requires_all_reduce(now)

@@ -140,7 +140,7 @@ class VisionConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; statistics and scaling in fp32, cast back, then times weight."""
+    """Root-mean-square norm; statistics and scaling in fp32 (torch's way), then times weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 def make_norm(config: VisionConfig) -> nn.Module:

@@ -14,6 +14,7 @@ from runtime import read_jsonl, start_process, stop_process
 from toy import write_world
 from train import TrainConfig, train
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these numbers are a CPU's; a GPU has `make gpu`
 # one thread a process, as torchrun sets: processes of these tests share the cores, and how matrix
 # libraries split a product over threads can change its last bits, which resuming tests compare
 if "OMP_NUM_THREADS" not in os.environ:

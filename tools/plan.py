@@ -275,6 +275,7 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     compiled = switched_on(cfg.compile, device)
     kept, in_block, logits, head = activations_of(cfg, config, load, size, learns, compiled)
     at_once = cfg.sync == "step"  # everything stays gathered, whole gradients add up in float32
+    together = shards * cfg.replicate > 1
     gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
     in_block += (size + 4) * max(learned)
@@ -285,7 +286,7 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     second = cfg.reference == "online" and needs_reference(terms) and not cfg.lora_rank
     return Plan(
         weights=everything * state // shards,
-        gradients=trained * state // shards + at_once * 4 * trained,
+        gradients=trained * state // shards + at_once * together * 4 * trained,
         optimizer=2 * trained * state // shards,
         gathered=gathered,
         activations=max(in_backward, at_end) - logits,
@@ -307,7 +308,9 @@ def settle(
     """--recompute auto and --sync auto as flags: as little computed and sent as memory allows.
 
     A recomputed block costs a third of its time again; what is sent mostly hides behind products.
-    So blocks come first, and gradients wait for the end of a step where there is still room.
+    So blocks come first, and gradients wait for the end of a step where there is still room.  On
+    one GPU nothing hides the casting of all weights in each pack (a tenth of a 2B's step): there
+    that comes first.
     """
     shards, memory = gpus // cfg.replicate, memory_of(cfg, device)
 
@@ -315,6 +318,10 @@ def settle(
         plan = plan_of(replace(cfg, **change), config, shards, device)
         return plan.needed <= (memory or math.inf)
 
+    casts = compute_dtype(cfg, device) is torch.bfloat16 and cfg.state_dtype == "fp32"
+    if gpus == 1 and cfg.sync == "auto" and casts:
+        least = {"recompute": cfg.recompute.replace("auto", "full")}
+        cfg = replace(cfg, sync="step" if memory and fits(sync="step", **least) else "pack")
     if cfg.recompute == "auto":
         cfg = replace(cfg, recompute="full")
         blocks = config.vision.num_hidden_layers + config.llm.num_hidden_layers
