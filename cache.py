@@ -11,6 +11,7 @@ Blocks as in PagedAttention (arXiv:2309.06180), partial softmax sums as in Flash
 Shapes: row, block, g or head = key/value heads, query = query heads of one of them, d channels.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -118,6 +119,23 @@ class KVCache:
         self.free[room.blocks] = True
         room.blocks, room.length = room.blocks[:0], 0
 
+    def compact(self, rooms: set[Room], high: bool) -> None:
+        """Move blocks of these rooms, the outermost first, to free places nearer to their end."""
+        blocks = np.unique(np.concatenate([room.blocks for room in rooms]))
+        free, step = np.flatnonzero(self.free), 1 if high else -1
+        count = min(len(blocks), len(free))
+        source, target = blocks[::step][:count], free[::-step][:count]
+        nearer = (target - source) * step > 0
+        source, target = source[nearer], target[nearer]
+        moved = np.arange(self.num_blocks)
+        moved[source] = target
+        for room in rooms:
+            room.blocks = moved[room.blocks]
+        self.free[source], self.free[target] = True, False
+        source, target = (torch.from_numpy(x.copy()).to(self.device) for x in (source, target))
+        for memory in itertools.chain(*self.memory):
+            memory[target] = memory[source]
+
     def index(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (t) -> (t head) together
         """Where the keys and values of tokens are kept; a place is block * KEYS + offset."""
         heads = torch.arange(self.heads, device=self.device)
@@ -153,12 +171,9 @@ class KVCache:
             seats.append(taken.get(id(prompt), 0))
             taken[id(prompt)] = seats[-1] + 1
         positions = [prompt.length + answer.length for prompt, answer in rows]
-        places = [a.blocks[a.length // KEYS] * KEYS + a.length % KEYS for a in answers]
         for answer in answers:
             answer.length += 1
         padded = -(-self.round(len(rows)) // self.row_multiple) * self.row_multiple
-        idle, sink = [0] * (padded - len(rows)), [self.num_blocks * KEYS] * (padded - len(rows))
-        numbers = [np.array([*tokens, *idle, *positions, *idle, *places, *sink], int)]
 
         most_seats = -(-self.round(max(seats) + 1) // self.seat_multiple) * self.seat_multiple
         if self.apart or most_seats > 1:
@@ -168,6 +183,10 @@ class KVCache:
             ]
         else:  # prompts and answers are read alike
             parts = [self._span([[*pair] for pair in rows], np.array(seats), 1, padded, False)]
+        # only now, as blocks may have moved
+        places = [a.blocks[(a.length - 1) // KEYS] * KEYS + (a.length - 1) % KEYS for a in answers]
+        idle, sink = [0] * (padded - len(rows)), [self.num_blocks * KEYS] * (padded - len(rows))
+        numbers = [np.array([*tokens, *idle, *positions, *idle, *places, *sink], int)]
         for _, arrays in parts:
             numbers += [array.ravel() for array in arrays]
         on_device = torch.from_numpy(np.concatenate(numbers)).to(self.device)
@@ -181,12 +200,16 @@ class KVCache:
         """
         flat = [room for row in rooms for room in row]
         block = np.concatenate([room.blocks for room in flat])
+        used = self.num_blocks - block.min() if high else 1 + block.max()
+        if used < 4 * self.free[::-1 if high else 1][:used].sum():  # read in vain
+            self.compact(set(flat), high)
+            block = np.concatenate([room.blocks for room in flat])
+            used = self.num_blocks - block.min() if high else 1 + block.max()
         in_room = np.array([len(room.blocks) for room in flat])
         in_row = in_room.reshape(len(rooms), -1).sum(1)
         length = np.repeat([room.length for room in flat], in_room) - KEYS * counted(in_room)
         row = np.repeat(np.arange(len(rooms)), in_row)
 
-        used = self.num_blocks - block.min() if high else 1 + block.max()
         blocks, width = min(self.round(used), self.num_blocks), self.round(in_row.max())
         ragged = padded > len(rooms) or bool((in_row < width).any())
         span = Span(self.num_blocks - blocks if high else 0, blocks, seats, width, ragged)

@@ -532,6 +532,28 @@ def a_step(model, device="cpu"):
     return cache, prompt, cache.plan(rows, [3, 4, 5])
 
 
+def test_blocks_move_together_where_a_step_would_read_in_vain(generator):
+    cache = KVCache(generator.model.config.llm, 40, "cpu", torch.float32)
+    prompts, answers = [Room(), Room()], [Room(), Room()]
+    for prompt, answer in zip(prompts, answers):
+        assert cache.enlarge(prompt, 3 * KEYS, prompt=True) and cache.enlarge(answer, 5 * KEYS)
+        prompt.length, answer.length = 3 * KEYS, 4 * KEYS
+    number = torch.arange(41.0).view(41, 1, 1, 1)
+    for memory in (x for pair in cache.memory for x in pair):
+        memory.copy_(number.expand_as(memory))
+    for room in (prompts[0], answers[0]):
+        cache.release(room)
+    before = [number[room.blocks] for room in (prompts[1], answers[1])]
+    plan = cache.plan([(prompts[1], answers[1])], [7])
+    assert [(span.start, span.blocks) for span in plan.spans] == [(0, 3), (35, 5)]
+    assert np.flatnonzero(~cache.free).tolist() == [0, 1, 2, 35, 36, 37, 38, 39]
+    place = answers[1].blocks[4] * KEYS  # of the token fed: the first of the moved fifth block
+    assert plan.numbers[:3].tolist() == [7, 7 * KEYS, place]
+    for memory in (x for pair in cache.memory for x in pair):
+        for room, kept in zip((prompts[1], answers[1]), before):
+            assert (memory[room.blocks] == kept).all()
+
+
 def test_each_block_is_attended_alone():
     """Strided and half hidden, as the cache gives them; a block without a visible key is finite."""
     torch.manual_seed(0)
