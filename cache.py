@@ -201,7 +201,7 @@ class KVCache:
         flat = [room for row in rooms for room in row]
         block = np.concatenate([room.blocks for room in flat])
         used = self.num_blocks - block.min() if high else 1 + block.max()
-        if used < 4 * self.free[::-1 if high else 1][:used].sum():  # read in vain
+        if used < 4 * self.free[:: -1 if high else 1][:used].sum():  # read in vain
             self.compact(set(flat), high)
             block = np.concatenate([room.blocks for room in flat])
             used = self.num_blocks - block.min() if high else 1 + block.max()

@@ -57,9 +57,6 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     return rows[seeded(seed, "order", epoch).permutation(len(rows))]
 
 
-TILE_MULTIPLE = 8  # a padded pack holds a multiple of so many tiles
-
-
 # --------------------------------------------------------------------------- trees
 
 
@@ -191,23 +188,19 @@ class Pack:
 
         return Pack(**{k: moved(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
-    def padded(self, tokens: int, tiles: int = TILE_MULTIPLE) -> "Pack":
-        """The same scores in shapes that stay, so that a GPU compiles its kernels once.
+    def padded(self, tokens: int) -> "Pack":
+        """The same scores in one shape for all packs, so that a GPU compiles its kernels once.
 
-        Up to a multiple of `tokens` the filler is a tree of its own that nothing scores; up to a
-        multiple of `tiles` blank tiles follow that no prompt shows.
+        Up to a multiple of `tokens` the filler is a tree of its own that nothing scores.
         """
         n = -len(self.tree) % tokens
-        filled = replace(
+        return replace(
             self,
             input_ids=F.pad(self.input_ids, (0, n)),
             positions=F.pad(self.positions, (0, n)),
             tree=torch.cat([self.tree, (self.tree[-1:] + 1).expand(n)]),  # no wait for the GPU
             branch=F.pad(self.branch, (0, n)),
         )
-        if self.tiles is not None:
-            filled.tiles = F.pad(self.tiles, [0] * 7 + [-len(self.tiles) % tiles])
-        return filled
 
 
 def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:

@@ -30,17 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from runtime import (
-    InputError,
-    Settings,
-    fits,
-    flag,
-    local_device,
-    named,
-    parse_cli,
-    read_json,
-    run,
-)
+from runtime import InputError, Settings, fits, flag, local_device, named, parse_cli, read_json, run
 
 
 @dataclass(frozen=True)

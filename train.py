@@ -158,7 +158,7 @@ import losses
 import memory
 import weights
 from config import InternVLConfig, load_config, recipe
-from data import BLANK, TILE_MULTIPLE, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
+from data import BLANK, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import read_meta
@@ -424,6 +424,15 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
     return model
 
 
+def compile_blocks(model: InternVL, **options: Any) -> None:
+    """The ViT's for any number of tiles at once: compiled for the first number that comes, a
+    continued run would get other kernels, and other last bits, than one without a stop."""
+    for block in model.vision_model.encoder.layers:
+        block.compile(dynamic=True, **options)
+    for block in model.language_model.model.layers:
+        block.compile(**options)
+
+
 def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
     """FSDP over the processes: each block is gathered alone, all the rest together.
 
@@ -431,10 +440,7 @@ def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
     """
     dtype = compute_dtype(cfg, process.device)
     if switched_on(cfg.compile, process.device):
-        for block in model.vision_model.encoder.layers:
-            block.compile(dynamic=True)  # for any number of tiles at once, whichever comes first
-        for block in model.language_model.model.layers:
-            block.compile()
+        compile_blocks(model)
     if process.world == 1 and dtype is next(model.parameters()).dtype:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415 (a second)
@@ -742,10 +748,9 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
     compiled = switched_on(cfg.compile, pack.tree.device)
     if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
         # tiles that no prompt shows, so that every process takes part in the same collectives and
-        # the ViT gets a gradient, zero: the smallest tile, or the usual shape
+        # the ViT gets a gradient, zero: the smallest ones, or two (one is compiled apart)
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
-        shape = (TILE_MULTIPLE if compiled else 1, 3, size, size)
-        tiles = pack.tree.new_zeros(shape, dtype=torch.uint8)
+        tiles = pack.tree.new_zeros((2, 3, size, size), dtype=torch.uint8)
         pack = replace(pack, tiles=tiles, tile_order=pack.tree.new_zeros(0))
     if pack.tree.is_cuda:  # one shape for all packs: kernels are compiled once
         pack = pack.padded(-(-cfg.pack_tokens // 128) * 128)

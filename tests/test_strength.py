@@ -47,7 +47,7 @@ from tools.bench import example_pack, example_tree
 from tools.export import ExportConfig, export
 from tools.releases import named_config
 from toy import write_world
-from train import TrainConfig, prepare, score, sharded_model, units_of
+from train import TrainConfig, compile_blocks, prepare, score, sharded_model
 from weights import empty_model, load_model, local, newest_checkpoint
 
 __all__ = ["base", "toy"]  # fixtures
@@ -77,8 +77,8 @@ def grads_of(toy, cfg, pad=1, **how):
         seed=1,
         **how,
     )
-    pack = data.build(data.plan(data.rows(0))[0][0]).padded(pad, 8 if pad > 1 else 1)
-    assert len(pack.tree) % pad == 0 and (pad == 1 or len(pack.tiles) % 8 == 0)
+    pack = data.build(data.plan(data.rows(0))[0][0]).padded(pad)
+    assert len(pack.tree) % pad == 0
     model = prepare(load_model(toy / "model"), cfg)
     sums, _ = score(model, pack, cfg)
     weight = torch.randn(len(sums), generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_twelve_different_packs_share_one_graph_a_kind_of_block(monkeypatch):
     counted.clear()
     graphs = []
     for number in range(12):
-        sizes = [[draw.randint(2, 8) for _ in range(3)] for _ in range(draw.randint(1, 3))]
+        sizes = [[draw.randint(2, 8) for _ in range(3)] for _ in range(draw.randint(2, 3))]
         trees = [example_tree(config, 1, prompt, (a, b)) for prompt, a, b in sizes]
         pack = example_pack(config, trees).padded(128)
         inputs = pack.input_ids, pack.tiles, pack.positions
@@ -148,17 +148,16 @@ def test_twelve_different_packs_share_one_graph_a_kind_of_block(monkeypatch):
         flex = TreeAttention(pack.tree, pack.branch, flex=True)
         if number == 0:
             plain = model(*inputs, TreeAttention(pack.tree, pack.branch), **kept)
-            for block in units_of(model):
-                block.compile(backend="aot_eager")
+            compile_blocks(model, backend="aot_eager")
         hidden = model(*inputs, flex, **kept)
         if number == 0:
             torch.testing.assert_close(hidden, plain, atol=1e-4, rtol=1e-4)
         hidden.sum().backward()
         graphs.append((counted["stats"]["unique_graphs"], counted["aot_autograd"]["total"]))
-    assert graphs == [(2, 2)] * 12 and not counted["graph_break"]
+    assert graphs[0][0] == 2 and set(graphs) == {graphs[0]} and not counted["graph_break"]
 
 
-def test_a_pack_without_images_needs_no_tile_alone_and_the_smallest_in_a_group(toy, monkeypatch):
+def test_a_pack_without_images_needs_no_tile_alone_and_two_small_ones_in_a_group(toy, monkeypatch):
     cfg, model = TrainConfig(), load_model(toy / "model")
     pack = lay_out([example_tree(model.config, 0, 26, (5, 9))])
     tiles = []
@@ -169,7 +168,7 @@ def test_a_pack_without_images_needs_no_tile_alone_and_the_smallest_in_a_group(t
     monkeypatch.setattr("train.dist.get_world_size", lambda: 2)
     in_group, _ = score(model, pack, cfg)
     side = 2 * model.config.vision.patch_size
-    assert tiles == [(1, 3, side, side)] and torch.equal(alone, in_group)
+    assert tiles == [(2, 3, side, side)] and torch.equal(alone, in_group)
     in_group.sum().backward()
     assert all(p.grad is not None for p in model.vision_model.parameters())
 

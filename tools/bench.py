@@ -24,7 +24,7 @@ from data import Pack, Tree, lay_out
 from model import InternVL
 from tools import plan
 from tools.releases import named_config
-from train import PARTS, TrainConfig, compute_dtype, prepare, score, switched_on, units_of
+from train import PARTS, TrainConfig, compile_blocks, compute_dtype, prepare, score, switched_on
 
 Row = dict[str, float]  # a table's column -> its value
 # a mode's name -> the flags that it changes; each goes on from the one before
@@ -168,8 +168,8 @@ def measured_rows(
     for p in filter(lambda p: p.requires_grad, model.parameters()):
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for name, cfg in modes:
-        for unit in units_of(model) if cfg.compile == "on" else ():
-            unit.compile()
+        if cfg.compile == "on":
+            compile_blocks(model)
         packs = [example_pack(config, trees, cfg.share_prefix) for trees in packs_of(cfg, tree)]
         packs = packs if cfg.head_rows else [at_every_token(pack) for pack in packs]
         once = partial(run_mode, cfg, model, [pack.to(device) for pack in packs])

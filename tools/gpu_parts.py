@@ -34,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate
-import model
 import plain
 import train
 from config import InternVLConfig
@@ -266,6 +265,8 @@ def steps(case: str) -> Iterator[Row]:
     for name, difference in differences.items():
         if name.endswith("attn.qkv.bias"):  # a key's bias has no gradient but rounding
             difference.chunk(3)[1].zero_()
+        if bf16:  # rounded by other random numbers on each device: a few steps of bfloat16 apart
+            differences[name] = (difference.abs() - expected[name].abs() / 64).relu()
     # Adam moves a weight by up to the rate a step, whatever its gradient's size
     bound = 2e-3 * count if bf16 else 10 * bound
     yield at_most("weights, largest difference", largest(*differences.values()), bound)
@@ -357,17 +358,10 @@ def bench(case: str) -> Iterator[Row]:
         yield Row(f"{name}: peak GB", row["peak GB"])
 
 
-@part(60, "8192", "8191", "8192 tiles", "8191 dynamic")
+@part(60, "8192", "8191")
 def tiles(case: str) -> Iterator[Row]:
-    """FlexAttention of the 8B's shape: other lengths, dynamic shapes, smaller backward tiles."""
-    length, *words = case.split()
-    if "dynamic" in words:
-        fast = torch.compile(model.flex_attention, dynamic=True)
-        model.compiled_flex_attention = lambda: fast
-    if "tiles" in words:
-        sides = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
-        model.FLEX_OPTIONS.update(sides)
-    length = int(length) // SHORTER
+    """FlexAttention of the 8B's shape, at a multiple of its block and one token less."""
+    length = int(case) // SHORTER
     attend = TreeAttention(*three_trees(length), flex=True)
     inputs = [torch.randn(1, length, h, 128, dtype=DTYPE, device=DEVICE) for h in (32, 8, 8)]
     forward = torch.no_grad()(partial(attend, 0, *inputs))
@@ -474,8 +468,8 @@ def vit(case: str) -> Iterator[Row]:
     policy, count = noise("2b"), 2 if TOY else 64
     size = policy.config.tile_size
     tiles = torch.randint(0, 255, (count, 3, size, size), device=DEVICE).byte()
-    for block in policy.vision_model.encoder.layers if case == "compiled" else ():
-        block.compile()
+    if case == "compiled":
+        train.compile_blocks(policy)
     forward = torch.no_grad()(partial(policy.image_features, tiles))
     yield at_least("tiles/s, forward", count / seconds(forward, 5), 550)
     both = lambda: policy.image_features(tiles).float().sum().backward()  # noqa: E731
