@@ -29,6 +29,7 @@ from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, Process
 from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of, with_recipe
+from weights import Undrawn
 
 GB = 1e9
 RESERVE = 0.08  # of the plan: CUDA's context, NCCL's buffers, fragmentation
@@ -242,7 +243,7 @@ def activations_of(
 
 def meta_model(config: InternVLConfig) -> InternVL:
     """A model of shapes alone, to count its parameters."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return InternVL(config, 1)
 
 
@@ -307,10 +308,9 @@ def settle(
 ) -> TrainConfig:
     """--recompute auto and --sync auto as flags: as little computed and sent as memory allows.
 
-    A recomputed block costs a third of its time again; what is sent mostly hides behind products.
-    So blocks come first, and gradients wait for the end of a step where there is still room.  On
-    one GPU nothing hides the casting of all weights in each pack (a tenth of a 2B's step): there
-    that comes first.
+    A recomputed block costs a third of its time again; what is sent mostly hides behind products,
+    so it waits where there is still room.  On one GPU the casts of all weights in each pack, a
+    tenth of a 2B's step, hide behind nothing: there they come first.
     """
     shards, memory = gpus // cfg.replicate, memory_of(cfg, device)
 
