@@ -33,17 +33,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from benchmarks import quantities
-from benchmarks.quantities import (
-    SIGNS,
-    SPELLINGS,
-    Quantity,
-    Rules,
-    inside_brackets,
-    parse_expression,
-    pattern,
-    read_quantity,
-    same_quantity,
-)
+from benchmarks.quantities import Quantity, Rules, parse_expression, pattern, read_quantity
 from runtime import InputError
 
 MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold text itself
@@ -217,8 +207,8 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
 
 _INVISIBLE, _MARKUP = Rules("invisible"), Rules("markup", needs="\\$<")
 _ONE_SPELLING = (
-    SIGNS,
-    SPELLINGS,
+    quantities.SIGNS,
+    quantities.SPELLINGS,
     *(Rules(name, re.IGNORECASE) for name in ("numbers", "wording", "groups")),
 )
 # most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
@@ -230,7 +220,7 @@ _PLAIN_LETTER = re.compile("[A-N]")
 def undress(text: str) -> str:
     """NFKC, ASCII minus and quotes; no invisible characters, end tokens, marks and closing stop."""
     if not text.isascii():
-        text = SIGNS.apply(unicodedata.normalize("NFKC", SIGNS.apply(text)))
+        text = quantities.SIGNS.apply(unicodedata.normalize("NFKC", quantities.SIGNS.apply(text)))
     text = " ".join(_INVISIBLE.apply(text).split())
     for _ in range(8):  # layers
         bare = _EMPHASIS.apply(_MARKUP.apply(text.rstrip(".。;,、 ")))
@@ -308,7 +298,7 @@ def _split_top(text: str, joiner: re.Pattern) -> tuple[list[str], list[str]]:
     """(pieces, what stood between them), split outside brackets."""
     pieces, between, start = [], [], 0
     for match in joiner.finditer(text):
-        if not inside_brackets(text[: match.start()]):
+        if not quantities.inside_brackets(text[: match.start()]):
             pieces.append(text[start : match.start()].strip())
             between.append(match[0].strip().lower())
             start = match.end()
@@ -339,8 +329,8 @@ def _read_items(text: str, depth: int) -> Items | None:
     if "±" in text:
         signed = tuple(read(text.replace("±", sign), depth + 1) for sign in "+-")
         return None if None in signed else Items("", signed, unordered=True)
-    # not (1)(2)
-    enclosed = text[-1] in ")]}" and all(inside_brackets(text[:i]) for i in range(1, len(text)))
+    heads = itertools.accumulate(text[:-1])
+    enclosed = text[-1] in ")]}" and all(map(quantities.inside_brackets, heads))  # not (1)(2)
     parts, between = _split_top(text[1:-1] if enclosed else text, _JOINER)
     items = tuple(read(part, depth + 1) for part in parts) if len(parts) > 1 else (None,)
     if None in items:
@@ -422,7 +412,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Items) and isinstance(b, Items):
         return _same_items(a, b)
     a, b = (x.value if isinstance(x, Items) else x for x in (a, b))
-    return a is not None and b is not None and same_quantity(a, b)
+    return a is not None and b is not None and quantities.same_quantity(a, b)
 
 
 def _same_items(a: Items, b: Items) -> bool:
@@ -678,8 +668,7 @@ def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | 
         return None
     if bare_answer == bare_gold:
         return "equal"
-    tried = {MODES[mode]: mode for mode in reversed(modes)}  # each rule once, under its first name
-    return next((mode for rule, mode in reversed(tried.items()) if rule(answer, gold)), None)
+    return next((mode for mode in modes if MODES[mode](answer, gold)), None)
 
 
 def is_correct(answer: str | None, gold: str, modes: Iterable[str]) -> bool:
@@ -707,7 +696,10 @@ def _tokens(text: str) -> list[str | Fraction]:
     """Words in lower case without a plural's s, numbers by value."""
     text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()
     words = [t.removesuffix("s") if len(t) > 3 else t for t in _TOKEN.findall(text)]
-    return [Fraction(word) if word[-1:].isdecimal() else word for word in words]
+    return [
+        Fraction(*map(Fraction, word.split("/"))) if word[-1:].isdecimal() else word  # 3.5/7
+        for word in words
+    ]
 
 
 def _within_tokens(part: list, whole: list) -> bool:

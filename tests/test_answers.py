@@ -388,7 +388,7 @@ def test_hostile_golds_take_no_time():
         ("(A) and (B)", "A", True), ("三只猫", "三", True), ("dog or cat", "B. dog", True),
         ("0.333", "1/3", True), ("1.41", "\\sqrt{2}", True), ("9.8", "9.81", True),
         ("2014", "2015", False), ("7.5", "9.81", False), ("5 mm", "5 cm", False),
-        ("2, 1", "1, 2", True), ("A, D", "D", True), ("not D", "D", True),
+        ("2, 1", "1, 2", True), ("A, D", "D", True), ("not D", "D", True), ("3.5/7", "0.6", False),
     ],
 )  # fmt: skip
 def test_the_guard_looks_for_gold_as_whole_tokens(answer, gold, ambiguous):
