@@ -169,9 +169,7 @@ def read_questions(
     path: Path, name: str, versions: list[str], max_tiles: int, seed: int = 0, limit: int = 0
 ) -> list[tuple[str, dict]]:
     """The file's line, for errors, and the fields of each question under each prompt version."""
-    if unknown := [v for v in versions if v not in answers.PROMPTS]:
-        known = ", ".join(answers.PROMPTS)
-        raise InputError(f"unknown prompt version {unknown[0]!r}; known are {known}")
+    answers.check_known("prompt_version", versions, answers.PROMPTS)
     records = list(read_jsonl(path)) if path.is_file() else []
     if not records:
         raise InputError(f"{path}: no file with questions, a JSON object a line")
@@ -343,8 +341,7 @@ def sample(cfg: SampleConfig) -> None:
     name = cfg.name or cfg.questions.stem
     if Path(name).name != name or name.startswith("."):
         raise InputError(f"--name {name}: expected the name of one folder, without separators")
-    if unknown := [mode for mode in split_names(cfg.modes) if mode not in answers.MODES]:
-        raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(answers.MODES)}")
+    answers.check_known("mode", split_names(cfg.modes), answers.MODES)
     default_versions, default_tiles = DOMAINS[cfg.domain]
     chinese = "_zh_" in cfg.questions.name  # the official script's rule
     versions = split_names(cfg.prompts) or (["zh"] if chinese else list(default_versions))
@@ -355,8 +352,7 @@ def sample(cfg: SampleConfig) -> None:
     root = os.path.relpath(cfg.root.resolve(), folder.resolve())
     responses = share * len(questions)
     info = SampleInfo(root, cfg.domain, split_names(cfg.modes), responses, tiles)
-    text = json.dumps(asdict(info), indent=1, ensure_ascii=False)
-    runtime.write_atomic(folder / "info.json", text + "\n")
+    runtime.write_atomic(folder / "info.json", runtime.config_json(info))
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
         line = from_json(SampledLine, row, source)
@@ -407,12 +403,15 @@ def judge_group(
 ) -> tuple[list[Response], Counter]:
     """The responses to one question, each text once a prompt and verdict; what was counted."""
     judged: dict[tuple[str, str, str], Response] = {}
-    counts, verdicts = Counter(questions=1, responses=len(rows)), []
+    counts = Counter(questions=1, responses=len(rows))
     for number, row in enumerate(rows):
         text = row["response"]
         version = row.get("prompt_version", SampledLine.prompt_version)
         finish = row.get("finish_reason")
         verdict = answers.judge(text, str(row["answer"]), modes, version, finish)
+        counts[f"{verdict.label} responses"] += 1
+        counts[f"{verdict.label}: {verdict.reason}"] += 1
+        counts["cut off"] += finish == "length"
         if clean and verdict.answer is not None:
             text = answers.fix_answer(text)
         meta = {
@@ -420,7 +419,6 @@ def judge_group(
             "answer": verdict.answer, "prompt_version": version,
         }  # fmt: skip
         meta |= {name: row[name] for name in ("qid", "finish_reason", "tokens") if name in row}
-        verdicts.append((verdict.label, verdict.reason))
         key = row["question"], verdict.label, text
         if not text.strip():  # nothing to train on
             counts["empty responses"] += 1
@@ -428,10 +426,6 @@ def judge_group(
             counts["duplicate responses"] += 1
         else:
             judged[key] = Response(*key, meta)
-    counts["cut off"] = sum(row.get("finish_reason") == "length" for row in rows)
-    for (label, reason), number in Counter(verdicts).items():
-        counts[f"{label} responses"] += number
-        counts[f"{label}: {reason}"] += number
     solved = any(response.verdict == "correct" for response in judged.values())
     counts["questions all right"] += all(r.verdict == "correct" for r in judged.values())
     counts["questions never right"] += not solved
@@ -507,11 +501,11 @@ def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> tuple[dict, dict]:
     groups = grouped(data_set.files, response_key, cfg.workers, SAMPLED)
     pair = functools.partial(pair_question, cfg, name, modes)
     tally = write_groups(files, pair, groups, name, cfg.workers)
-    total, per_query = tally["counts"].pop("responses", 0), tally["pairs_per_query"]
+    total = tally["counts"].pop("responses", 0)
     if total < info.responses:
         print(f"{name}: {total} of {info.responses} responses so far")
     facts = {"modes": modes, "cap": cfg.pairs_per_query, "responses": total}
-    facts["pairs_per_query"] = {str(k): per_query[k] for k in sorted(per_query)}
+    facts["pairs_per_query"] = tally["pairs_per_query"]
     return outcome(cfg, data_set, stems, tally, facts)
 
 
@@ -529,7 +523,7 @@ def pair_question(
     counts += judged_counts
     counts["repeated lines"] += len(records) - len(rows)
     counts["questions without a pair"] += not any(drawn.values())
-    tally["pairs_per_query"][sum(map(len, drawn.values()))] += 1
+    tally["pairs_per_query"][str(sum(map(len, drawn.values())))] += 1
     gold, made = {"answer_gt": str(rows[0]["answer"])}, {}
     for kind, pairs in drawn.items():
         made[kind] = [
@@ -593,7 +587,7 @@ def outcome(
     stems: kind -> name of the annotation file.  Paths are relative to the folder of meta.json.
     """
     pairs, entries = {kind: tally["written"][kind] for kind in stems}, {}
-    report = {"pairs": pairs, "counts": dict(sorted(tally["counts"].items()))}
+    report = {"pairs": pairs, "counts": tally["counts"]}
     report["tokens"] = token_cost(tally["cost"], sum(pairs.values()))
     root = Path(os.path.relpath(data_set.root(cfg.root).resolve(), cfg.out_dir.resolve()))
     for kind, stem in stems.items():

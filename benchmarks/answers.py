@@ -38,6 +38,13 @@ from runtime import InputError
 
 MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold text itself
 
+
+def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """InputError names the first that is not known."""
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"unknown {kind} {unknown[0]!r}; known are {', '.join(known)}")
+
+
 # --------------------------------------------------------------------------- prompts
 
 # What a response is asked for decides how it is read below.  "en" is the wording of the official
@@ -70,9 +77,7 @@ def parse_answer(response: str, prompt_version: str) -> str | None:
 
 def parse_response(response: str, prompt_version: str, finish_reason: str | None = None) -> Parsed:
     """Rationale and answer of a response; `finish_reason` "length" says that it was cut off."""
-    if prompt_version not in _PARSERS:
-        known = ", ".join(_PARSERS)
-        raise InputError(f"unknown prompt_version {prompt_version!r}; known are {known}")
+    check_known("prompt_version", [prompt_version], _PARSERS)
     if finish_reason == "length":
         return Parsed(failure="cut off at the token limit")
     return _PARSERS[prompt_version](response)
@@ -318,8 +323,7 @@ def _read_chain(text: str, depth: int) -> Items | Quantity | None:
         if sign in "*x" or not (numbers[-1].unit or text[0] in "$€£") or "e" in text.split(sign)[0]:
             return None  # and so are 2*3 cm, 5 ms-2 and 3e-9 m
         numbers = [number._replace(unit=units[0]) for number in numbers]
-    arithmetic = not units and (sign == "*" or (sign == "-" and len(numbers) == 2))
-    value = read_quantity(text) if arithmetic else None
+    value = None if units else read_quantity(text)
     clock = ":0" if re.search(r":\s*0[0-9]", text) else ""  # 7:05 is no ratio 7:5
     return Items(clock or sign.replace("–", "-").replace("x", "*"), tuple(numbers), value=value)
 
@@ -397,12 +401,10 @@ def _same_plain(pred: str, gold: str) -> bool:
     a, b = read(pred), read(gold)
     if isinstance(a, Quantity) != isinstance(b, Quantity) and None in (a, b):  # a*b and ab
         a, b = a or read_quantity(pred), b or read_quantity(gold)
-    if a is not None and b is not None and not (theirs and len(theirs.letters) > 1):
-        if _same(a, b):
-            return True
-        if isinstance(a, Quantity) and isinstance(b, Quantity) and a.unit and b.unit:
-            return False  # mW is not MW
-    return _same_wording(pred, gold)
+    if theirs and len(theirs.letters) > 1:
+        return _same_wording(pred, gold)
+    units = [x.unit for x in (a, b) if isinstance(x, Quantity) and x.unit]
+    return _same(a, b) or (len(units) < 2 and _same_wording(pred, gold))  # mW is not MW
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -658,8 +660,7 @@ def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | 
     modes = list(modes)
     if answer is None:  # a format failure; its printed form would equal 0
         return None
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        raise InputError(f"unknown mode {unknown[0]!r}; known are {', '.join(MODES)}")
+    check_known("mode", modes, MODES)
     answer, gold = str(answer), str(gold)
     if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return "equal" if len(answer) == len(gold) and answer.lower() == gold.lower() else None
