@@ -304,10 +304,12 @@ def printable(text: str) -> str:
 
 
 def first_to_tell(message: str) -> bool:
-    """Whether no other process of the group has told this already; never waits for one."""
+    """Whether no other process of the group has told this already; waits for none to answer."""
     dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_initialized():
-        return rank_and_world()[0] == 0  # before the group stands all ranks fail alike
+    if dist is None or not dist.is_initialized():  # all ranks of a machine fail alike
+        first = int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0
+        time.sleep(0 if first else 3)  # torchrun stops all when one ends: the first tells before
+        return first
     with contextlib.suppress(RuntimeError):  # the store's process may be gone
         return dist.distributed_c10d._get_default_store().add(f"told {message}", 1) == 1
     return True
@@ -360,11 +362,9 @@ def local_device() -> Any:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     number, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= cards:
-        raise InputError(
-            f"process {number} of this machine has no GPU of its own, there are {cards}: at most "
-            f"--nproc_per_node {cards}; or CUDA_VISIBLE_DEVICES= for the CPU"
-        )
+    processes = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if processes > cards:  # the first process stops, too: it is the one that tells
+        raise InputError(f"{processes} processes for {cards} GPUs: pass --nproc_per_node {cards}")
     return torch.device("cuda", number)
 
 

@@ -18,8 +18,10 @@ from runtime import (
     clock,
     config_json,
     fingerprint,
+    first_to_tell,
     flag,
     from_json,
+    local_device,
     parse_cli,
     parse_command,
     parse_json,
@@ -255,6 +257,19 @@ def refuse(text):
 
 def exec_recursion():
     return exec_recursion()
+
+
+@pytest.mark.parametrize("rank", [8, 9])
+def test_every_process_refuses_too_few_gpus_and_the_first_of_its_machine_tells(monkeypatch, rank):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    names = {"RANK": rank, "LOCAL_RANK": rank - 8, "WORLD_SIZE": 10, "LOCAL_WORLD_SIZE": 2}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match="2 processes for 1 GPUs: pass --nproc_per_node 1"):
+        local_device()
+    assert first_to_tell("") == (rank == 8)
 
 
 def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):
