@@ -748,7 +748,7 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
     compiled = switched_on(cfg.compile, pack.tree.device)
     if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
         # tiles that no prompt shows, so that every process takes part in the same collectives and
-        # the ViT gets a gradient, zero: the smallest ones, or two (one is compiled apart)
+        # the ViT gets a gradient, zero: small ones, or as compiled for; two, one is compiled apart
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
         tiles = pack.tree.new_zeros((2, 3, size, size), dtype=torch.uint8)
         pack = replace(pack, tiles=tiles, tile_order=pack.tree.new_zeros(0))

@@ -143,6 +143,14 @@ def test_as_few_blocks_are_computed_again_as_the_plan_allows(
         assert plan_of(one_less, config, gpus, GPU).needed > memory * GB
 
 
+def test_one_gpu_that_computes_with_its_own_weights_keeps_no_others_for_a_step():
+    alike = [TrainConfig(state_dtype="bf16", sync=sync) for sync in ("pack", "step")]
+    pack, step = (plan_of(cfg, named_config("8b"), 1, GPU) for cfg in alike)
+    assert pack == step
+    pack, step = (plan_of(cfg, named_config("8b"), 2, GPU) for cfg in alike)
+    assert step.gathered > 5 * pack.gathered and step.gradients > pack.gradients
+
+
 def test_recompute_auto_takes_the_first_blocks_and_none_on_a_cpu():
     config = named_config("toy")
     cfg = settle(TrainConfig(), config, 1, CPU, print)

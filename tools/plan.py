@@ -275,8 +275,8 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     load = Load(cfg.pack_tokens, scored, tiles)
     compiled = switched_on(cfg.compile, device)
     kept, in_block, logits, head = activations_of(cfg, config, load, size, learns, compiled)
-    at_once = cfg.sync == "step"  # everything stays gathered, whole gradients add up in float32
-    together = shards * cfg.replicate > 1
+    together = shards * cfg.replicate > 1  # then whole gradients add up in float32
+    at_once = cfg.sync == "step" and (together or size < state)  # all stays gathered, or cast
     gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
     in_block += (size + 4) * max(learned)
