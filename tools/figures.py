@@ -7,9 +7,11 @@ import base64
 import html
 import importlib
 import io
+import math
 import re
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,38 +57,39 @@ def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> N
 
 
 def curve_panels(
-    panels: dict[str, dict[str, dict]],
+    panels: dict[str, dict[str, tuple[list[dict], str]]],
     cols: int,
     y_scale: str = "linear",  # symlog: logarithmic outside -1 ... 1
     dpi: int = 110,
 ) -> bytes:
-    """PNG: title -> curves of a panel, label -> (step -> value); what is empty is left out.
+    """PNG: title -> curves of a panel, label -> (rows of a run, the metric); empty ones left out.
 
     A label has one colour and dash in all panels and stands beside the end of its curve, too.
     """
-    panels = {
-        title: shown
-        for title, curves in panels.items()
-        if (shown := {label: points for label, points in curves.items() if points})
-    }
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    shown = defaultdict(dict)
+    for title, curves in panels.items():
+        for label, (rows, name) in curves.items():
+            known = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+            if known:
+                shown[title][label] = [row["step"] for row in known], [row[name] for row in known]
+    labels = list(dict.fromkeys(label for curves in shown.values() for label in curves))
     pens = {}
     for number, label in enumerate(labels):
         dashes = ("-", "--", ":", "-.")[number // 10 % 4]
         pens[label] = {"color": f"C{number % 10}", "linestyle": dashes}
-    rows, height = -(-len(panels) // cols), 3.2 if len(labels) < 10 else 5
-    figure, axes = new_figure(rows, cols, width=5, height=height, squeeze=False)
-    for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for label, points in curves.items():
-            marker = "o" if len(points) < 12 else ""
-            axis.plot(*zip(*points.items()), **pens[label], marker=marker, label=label)
+    lines, height = -(-len(shown) // cols), 3.2 if len(labels) < 10 else 5
+    figure, axes = new_figure(lines, cols, width=5, height=height, squeeze=False)
+    for axis, (title, curves) in zip(axes.flat, shown.items()):
+        for label, (steps, values) in curves.items():
+            marker = "o" if len(steps) < 12 else ""
+            axis.plot(steps, values, **pens[label], marker=marker, label=label)
         axis.set(title=title, xlabel="step")
         if y_scale == "symlog" and max(map(abs, axis.get_ylim())) > 10:
             axis.set_yscale("symlog", linthresh=1)
             axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         label_ends(axis)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     keys = [axes.flat[0].plot([], [], **pen)[0] for pen in pens.values()]
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(9, len(labels))}

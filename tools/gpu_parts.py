@@ -501,7 +501,7 @@ def mmpr(case: str) -> Iterator[Row]:
 @part(240, "training", "generation", toy=2)
 def peers(case: str) -> Iterator[Row]:
     """The lines of tools/race.py: transformers' InternVL of our shape, and ours, in seconds."""
-    if not race.installed("transformers"):
+    if not race.find_spec("transformers"):
         yield Row("transformers is not installed", None, "", "skipped")
         return
     ours = noise("3-2b")

@@ -8,7 +8,6 @@ The notebook holds no outputs; the page holds the code, what it printed and what
 import html
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -37,11 +36,9 @@ def read_cells(notebook: Path) -> list[tuple[str, str]]:
 
 def run_cells(codes: list[str]) -> list[str]:
     """What each cell prints.  Failure with the traceback's end where one fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "lecture.py"
-        script.write_text("\n".join(f"{code}\nprint({END!r})" for code in codes))
-        command = [sys.executable, str(script)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    script = "\n".join(f"{code}\nprint({END!r})" for code in codes)
+    command = [sys.executable, "-"]  # reads the script from its stdin
+    done = subprocess.run(command, input=script, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise Failure(f"cell {done.stdout.count(END) + 1} of code failed:\n{done.stderr[-2000:]}")
     return done.stdout.split(END + "\n")[:-1]

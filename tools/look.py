@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -296,25 +297,22 @@ def stats(cfg: StatsConfig) -> None:
         values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing, key
         return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values
 
-    groups = defaultdict(lambda: [Counter() for _ in range(len(PARTS) + len(COUNTED) + 1)])
+    groups = defaultdict(list)
     for gold, name, values in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
-        for columns in (groups[gold], groups[name]):
-            for column, value in zip(columns, values):
-                column[value] += 1
+        groups[gold].append(values)
+        groups[name].append(values)
     if not groups:
         raise InputError(f"{cfg.meta}: no pairs")
     rows = []
     for name in sorted(groups, key=lambda name: (name not in PAPER, name)):
-        *columns, questions = groups[name]
-        pairs = columns[0].total()
-        row = [name, pairs]
-        for lengths in columns[: len(PARTS)]:
-            mean = sum(length * number for length, number in lengths.items()) / pairs
-            row.append(f"{mean:.1f} ({min(lengths)} to {max(lengths)})")
-        rows.append(row + [f"{c[True]} ({c[True] / pairs:.1%})" for c in columns[len(PARTS) :]])
+        *columns, questions = zip(*groups[name])
+        row = [name, len(questions)]
+        row += [f"{fmean(n):.1f} ({min(n)} to {max(n)})" for n in columns[: len(PARTS)]]
+        row += [f"{sum(c)} ({fmean(c):.1%})" for c in columns[len(PARTS) :]]
+        rows.append(row)
         if name in PAPER:
             rows.append([f"  in the paper {name}", *PAPER[name], *"----"])
-            histogram = sorted(Counter(questions.values()).items())
+            histogram = sorted(Counter(Counter(questions).values()).items())
             print(f"{name}: pairs a question {dict(histogram)}")
     print(text_table((f"lengths in {unit}", "pairs", *PARTS, *COUNTED), rows))
 

@@ -11,7 +11,7 @@ other programs hardly count.  A line is printed as soon as it is measured.
 """
 
 import copy
-import importlib.util
+import importlib
 import platform
 import sys
 import tempfile
@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -105,7 +107,7 @@ def training(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator[L
         contestants: Contestants = {}
         if theirs:
             contestants["official"] = partial(two_passes, theirs, tree)
-        if theirs and not tiles and installed("trl") and theirs.device.type == "cpu":
+        if theirs and not tiles and find_spec("trl") and theirs.device.type == "cpu":
             contestants["TRL"] = trl_step(theirs, tree)
         for reference, recompute in (("online", "off"), ("cached", "off"), ("cached", "full")):
             step = our_step(ours, [tree], reference, recompute)
@@ -135,10 +137,6 @@ def our_step(
         own.zero_grad()
 
     return step
-
-
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def hf_model(ours: InternVL) -> nn.Module:
@@ -255,17 +253,10 @@ def hf_answers(model: nn.Module, asked: Asked) -> Tensor:
     return model.eval().generate(ids, **options)
 
 
-class NoText:
-    """In the place of a tokenizer: answers are ids alone and never end early."""
-
-    im_end_id = -1
-
-    def banned_ids(self, vocab: int) -> list[int]:
-        return []
-
-
 def our_scheduler(model: InternVL, asked: Asked) -> Scheduler:
-    generator = Generator(model, NoText(), temperature=asked.temperature)
+    """Answers are ids alone, and never end early."""
+    tokenizer = SimpleNamespace(im_end_id=-1, banned_ids=lambda vocab: [])
+    generator = Generator(model, tokenizer, temperature=asked.temperature)
     generator.tiles = lambda prompt: asked.pixels
     groups = (
         Group(Prompt(str(n), ""), ids, [], 0, new, list(range(asked.samples)))
@@ -286,7 +277,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ours = noise_model(shapes(cfg.tiny), torch.float32, torch.device("cpu"))
-    theirs = hf_model(ours) if installed("transformers") else None
+    theirs = hf_model(ours) if find_spec("transformers") else None
     print(f"torch {torch.__version__}, one thread, {platform.machine()}; medians\n")
     print(markdown_table(HEADER, []), flush=True)
     for name in cfg.only or SECTIONS:

@@ -5,11 +5,6 @@
 Source: the releases' config.json; of 2.5-38B, 3-38B and 3.5-38B those of their language models.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from config import InternVLConfig, LLMConfig
 from runtime import InputError
 from vision import VisionConfig

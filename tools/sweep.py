@@ -113,10 +113,7 @@ def table_of_rows(curves: dict[str, list[dict]]) -> str:
 def draw_rows(curves: dict[str, list[dict]]) -> bytes:
     """PNG: a panel a metric, a line a row, each row's name at the line's end."""
     panels = {
-        metric: {
-            name: {row["step"]: row[metric] for row in curve if metric in row}
-            for name, curve in curves.items()
-        }
+        metric: {name: (rows, metric) for name, rows in curves.items()}
         for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
     }
     return curve_panels(panels, 2, y_scale="symlog")

@@ -8,7 +8,6 @@ into out_dir/tensorboard; WANDB_MODE=offline); curves.png needs matplotlib.
 
 import contextlib
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -73,10 +72,7 @@ def draw_curves(rows: list[Row]) -> bytes:
     """PNG with a panel a kind of metric, over the steps."""
     terms = {name[5:]: name for name in rows[-1] if name.startswith("loss/")}
     panels = {
-        title: {
-            label: {r["step"]: r[name] for r in rows if math.isfinite(r.get(name, math.nan))}
-            for label, name in curves.items()
-        }
+        title: {label: (rows, name) for label, name in curves.items()}
         for title, curves in (PANELS | {"terms of the loss": terms}).items()
     }
     return curve_panels(panels, 3, dpi=80)
