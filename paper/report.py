@@ -371,7 +371,7 @@ def write_report(folder: Path) -> str:
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))
     markdown = report_of(results)
     write_atomic(folder / "report.md", markdown)
-    write_atomic(folder / "report.html", figures.markdown_page(markdown, folder))
+    write_atomic(folder / "report.html", figures.page(figures.markdown_html(markdown, folder)))
     return markdown
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import lay_out
 from model import InternVL, TreeAttention
 from runtime import InputError, start_process, stop_process
+from tools import race
 from tools.bench import (
     MODES,
     example_pack,
@@ -177,6 +178,12 @@ def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     assert lines[-1] == "fits into 80 GB"
     words = "weights gradients optimizer gathered activations logits reference reserve"
     assert all(word in str(lines[-2]) for word in words.split())
+
+
+def test_the_race_names_a_section_that_it_does_not_have(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["race.py", "--only", "sprint"])
+    with pytest.raises(InputError, match="sprint: expected one of training, length, generation"):
+        race.main()
 
 
 # --------------------------------------------------------------------------- FLOPs

@@ -3,12 +3,10 @@
     python tools/convert.py pairs.parquet --out mine             -> mine/meta.json for train.py
     python tools/convert.py MMPR/meta.json --out pairs.jsonl --to ms-swift
 
-Reads TRL (`prompt`, `chosen`, `rejected` as texts or messages), ms-swift (`messages`,
-`rejected_response`), LLaMA-Factory (`conversations` of ShareGPT, or `instruction`), and plain keys
-(`question`, `chosen`, `rejected`, `image`: RLAIF-V, CSV, MMPR itself), told apart by their keys,
-from .jsonl, .json, .csv and .parquet.  What cannot be a pair is left out and listed with its reason
-in `report.json` (of a file NAME.jsonl: NAME.report.json).  Earlier turns are refused, or written
-into the question by --flatten.  Nothing that is there already is written over.
+Records of TRL, ms-swift, LLaMA-Factory (ShareGPT or Alpaca) and plain ones (RLAIF-V, CSV, MMPR
+itself) are told apart by their keys: see FORMATS.  What cannot be a pair is left out and listed
+with its reason in `report.json` (of a file NAME.jsonl: NAME.report.json).  Nothing that is there
+already is written over.
 """
 
 import csv
@@ -252,7 +250,7 @@ def convert(cfg: ConvertConfig) -> dict:
 
 def main() -> None:
     report = convert(parse_cli(ConvertConfig))
-    print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}; see report.json")
+    print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}; see the report")
 
 
 if __name__ == "__main__":

@@ -17,24 +17,19 @@ from pathlib import Path
 from typing import Any
 
 
-def new_figure(rows: int = 1, cols: int = 1, width: float = 6, height: float = 4, **how: Any):
-    """(figure, axes) with panels of `width` x `height` inches; how: matplotlib.pyplot.subplots'."""
-    import matplotlib  # noqa: PLC0415  (a command that draws nothing does not need it)
+def new_figure(rows: int = 1, cols: int = 1, width: float = 6, height: float = 4, **options: Any):
+    """(figure, axes) with panels of `width` x `height` inches; options: of Figure.subplots."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (a command that draws nothing needs none)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    return plt.subplots(rows, cols, figsize=(cols * width, rows * height), **how)
+    figure = Figure(figsize=(cols * width, rows * height))
+    return figure, figure.subplots(rows, cols, **options)
 
 
 def png(figure: Any, dpi: int = 110) -> bytes:
-    """The figure as a PNG file's bytes; the figure is closed."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
+    """The figure as a PNG file's bytes."""
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")  # legends outside, too
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -138,12 +133,13 @@ code, pre { background: #f4f4f4 }  pre b { white-space: pre-wrap }
 pre { overflow-x: auto; padding: .5rem; font-size: .85rem }"""
 
 
-def page(title: str, body: str, style: str = "") -> str:
-    """One self-contained HTML page; `body` is HTML already."""
+def page(body: str, style: str = "") -> str:
+    """One self-contained HTML page; `body` is HTML already, its first heading is the title."""
+    title = re.search("<h1>(.*?)</h1>", body)[1]
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
     )
 
 
@@ -166,13 +162,8 @@ def show(content: bytes | str) -> None:
         print(SHOWN + text)
 
 
-def markdown_page(text: str, folder: Path) -> str:
-    """One self-contained HTML page of a Markdown text, with the pictures of `folder` inside."""
-    return page(text.partition("\n")[0].lstrip("# "), markdown_html(text, folder))
-
-
 def markdown_html(text: str, folder: Path = Path()) -> str:
-    """HTML of Markdown whose blocks, between empty lines, are of one kind each.
+    """HTML of Markdown whose blocks, between empty lines, are of one kind each; pictures inside.
 
     A heading, a table, a picture, a list (`- `), code (four blanks before each line), or words.
     """

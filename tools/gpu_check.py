@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +48,6 @@ from tools import gpu_parts
 from tools.figures import markdown_table
 from tools.gpu_parts import PARTS, ROOT, TOY, Row
 
-Check = Callable[[str], Iterator[Row]]
-
 
 def output_of(*command: str) -> str:
     """What a command prints; empty where it is missing or fails."""
@@ -59,7 +57,7 @@ def output_of(*command: str) -> str:
     return ended.stdout.strip() if ended.returncode == 0 else ""
 
 
-def in_child(folder: Path, check: Check, case: str, log: Path) -> None:
+def in_child(folder: Path, check: Callable, case: str, log: Path) -> None:
     """One case: what it prints goes to the log, its rows to a file as they come."""
     os.setsid()  # the parent ends this whole group
     with open(log, "a") as file:
@@ -72,7 +70,7 @@ def in_child(folder: Path, check: Check, case: str, log: Path) -> None:
             print(json.dumps(row._asdict()), file=file, flush=True)
 
 
-def run_case(folder: Path, check: Check, case: str, seconds: float, log: Path) -> list[Row]:
+def run_case(folder: Path, check: Callable, case: str, seconds: float, log: Path) -> list[Row]:
     """The rows of a case; one more that fails where it crashed or took too long."""
     rows = folder / "rows.jsonl"
     rows.unlink(missing_ok=True)

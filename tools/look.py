@@ -205,10 +205,9 @@ def write_page(cfg: ShowConfig) -> None:
             kind = pair_kind(data_set.name, raw)
             choices |= {data_set.name, kind}
             cards.append(pair_card(data_set.name, kind, raw, record.images))
-    title = f"{len(cards)} preference pairs"
     options = "".join(f"<option>{html.escape(choice)}</option>" for choice in sorted(choices))
-    body = "\n".join([f"<b>{title}</b> {FILTER}{options}</select>", *cards])
-    write_atomic(cfg.out, page(title, body, STYLE))
+    head = f"<h1>{len(cards)} preference pairs</h1>{FILTER}{options}</select>"
+    write_atomic(cfg.out, page("\n".join([head, *cards]), STYLE))
     print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
 
 
@@ -218,10 +217,9 @@ def pair_card(name: str, kind: str, raw: dict, images: tuple[Path, ...]) -> str:
     The part in which a response differs from the other is marked.
     """
     same = len(os.path.commonprefix([raw[side] for side in SIDES]))
-    columns = ["".join(picture(path, raw) for path in images)]
-    columns[0] += f"<pre>{html.escape(raw['question'])}</pre>{html.escape(name)}"
-    if "answer_gt" in raw:
-        columns[0] += f"<p>gold: <b>{html.escape(str(raw['answer_gt']))}</b>"
+    pictures = "".join(picture(path, raw) for path in images)
+    gold = f"<p>gold: <b>{html.escape(str(raw['answer_gt']))}</b>" if "answer_gt" in raw else ""
+    columns = [f"{pictures}<pre>{html.escape(raw['question'])}</pre>{html.escape(name)}{gold}"]
     for side in SIDES:
         start, rest = html.escape(raw[side][:same]), html.escape(raw[side][same:])
         about = ", ".join(f"{key}: {value}" for key, value in meta_of(raw, side).items())
@@ -279,15 +277,13 @@ COUNTED = ("chosen longer", "cut off", "several images", "missing an image")
 
 def stats(cfg: StatsConfig) -> None:
     """Print numbers of the pairs, with and without gold answer beside the paper's, and by set."""
-    unit, count = "words", lambda text: len(text.split())
-    if cfg.model_dir:
-        encode = load_tokenizer(cfg.model_dir).encode_plain
-        unit, count = "tokens", lambda text: len(encode(text))
+    unit = "tokens" if cfg.model_dir else "words"
+    split = load_tokenizer(cfg.model_dir).encode_plain if cfg.model_dir else str.split
 
     def measure(data_set: DataSet, number: int) -> tuple[str, str, tuple]:
         """(gold kind, data set / kind / version of its prompt, three lengths, counted, question)"""
         record, raw = data_set[number], data_set.lines[number]
-        lengths = [count(raw[part].replace(IMAGE, "").strip()) for part in PARTS]
+        lengths = [len(split(raw[part].replace(IMAGE, "").strip())) for part in PARTS]
         metas = [meta_of(raw, side) for side in SIDES]
         cut = any(meta.get("finish_reason") == "length" for meta in metas)
         missing = not all(path.is_file() for path in record.images)

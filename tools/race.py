@@ -5,9 +5,8 @@
 Training is a pair's step without the optimizer.  `official` scores chosen and rejected as two
 padded rows with an image each, by the reference and then by the policy, as InternVL's trainer does,
 on transformers' InternVL; TRL's DPOTrainer does its own step on the language model alone.
-Generation is transformers' `generate`.  Whoever is not installed does not race.  Weights are
-random, all models have one shape, and they take turns on one thread; seconds are the CPU's, so that
-other programs hardly count.  A line is printed as soon as it is measured.
+Generation is transformers' `generate`.  Whoever is not installed does not race.  All take turns on
+one thread; seconds are the CPU's, so that other programs hardly count.
 """
 
 import copy
@@ -27,7 +26,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import flag, parse_cli, run
+from runtime import InputError, flag, parse_cli, run
 
 
 @dataclass(frozen=True)
@@ -274,6 +273,8 @@ SECTIONS = {"training": training, "length": length, "generation": generation}
 
 def main() -> None:
     cfg = parse_cli(RaceConfig)
+    if unknown := set(cfg.only) - set(SECTIONS):
+        raise InputError(f"--only {', '.join(unknown)}: expected one of {', '.join(SECTIONS)}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ours = noise_model(shapes(cfg.tiny), torch.float32, torch.device("cpu"))

@@ -9,24 +9,19 @@ from config import InternVLConfig, LLMConfig
 from runtime import InputError
 from vision import VisionConfig
 
-# release -> its language model: architecture, vocabulary, hidden, MLP, layers, heads, key/value
+# releases -> their language model: architecture, vocabulary, hidden, MLP, layers, heads, key/value
 # heads, channels a head
-RELEASES = {
+LANGUAGE_MODELS = {
     "2-1b": ("qwen2", 151655, 896, 4864, 24, 14, 2, 64),
-    "2-2b": ("internlm2", 92553, 2048, 8192, 24, 16, 8, 128),
-    "2-8b": ("internlm2", 92553, 4096, 14336, 32, 32, 8, 128),
-    "2-26b": ("internlm2", 92553, 6144, 16384, 48, 48, 8, 128),
-    "2.5-1b": ("qwen2", 151674, 896, 4864, 24, 14, 2, 64),
-    "2.5-2b": ("internlm2", 92553, 2048, 8192, 24, 16, 8, 128),
+    "2-2b 2.5-2b": ("internlm2", 92553, 2048, 8192, 24, 16, 8, 128),
+    "2-8b 2.5-8b": ("internlm2", 92553, 4096, 14336, 32, 32, 8, 128),
+    "2-26b 2.5-26b": ("internlm2", 92553, 6144, 16384, 48, 48, 8, 128),
+    "2.5-1b 3-1b": ("qwen2", 151674, 896, 4864, 24, 14, 2, 64),
     "2.5-4b": ("qwen2", 151674, 2048, 11008, 36, 16, 2, 128),
-    "2.5-8b": ("internlm2", 92553, 4096, 14336, 32, 32, 8, 128),
-    "2.5-26b": ("internlm2", 92553, 6144, 16384, 48, 48, 8, 128),
-    "2.5-38b": ("qwen2", 151674, 5120, 27648, 64, 40, 8, 128),
-    "3-1b": ("qwen2", 151674, 896, 4864, 24, 14, 2, 64),
+    "2.5-38b 3-38b": ("qwen2", 151674, 5120, 27648, 64, 40, 8, 128),
     "3-2b": ("qwen2", 151674, 1536, 8960, 28, 12, 2, 128),
     "3-8b": ("qwen2", 151674, 3584, 18944, 28, 28, 4, 128),
     "3-14b": ("qwen2", 151674, 5120, 13824, 48, 40, 8, 128),
-    "3-38b": ("qwen2", 151674, 5120, 27648, 64, 40, 8, 128),
     "3.5-1b": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128),
     "3.5-2b": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128),
     "3.5-4b": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128),
@@ -35,6 +30,7 @@ RELEASES = {
     "3.5-38b": ("qwen3", 151936, 5120, 25600, 64, 64, 8, 128),
     "toy": ("internlm2", 2049, 256, 768, 6, 8, 4, 32),
 }
+RELEASES = {name: llm for names, llm in LANGUAGE_MODELS.items() for name in names.split()}
 
 
 def named_config(size: str) -> InternVLConfig:

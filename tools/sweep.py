@@ -55,13 +55,12 @@ def train_rows(cfg: TrainConfig, own: list[str], process: Process) -> None:
     cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
     total = open_data(replace(cfg, loss="dpo"), parse_objective("dpo"), process).steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
-    runs = {}
-    for name, flags in (ROWS | {name: {"loss": name} for name in own}).items():
-        flags = dict(flags)
-        if (every := flags.get("reference_update_every", 0)) > total:
-            flags["reference_update_every"] = max(1, total // 4)
-            process.say(f"{name}: updates every {total // 4} steps, since {every} would never come")
-        runs[name] = replace(cfg, **flags)
+    rows = ROWS | {name: {"loss": name} for name in own}
+    runs = {name: replace(cfg, **flags) for name, flags in rows.items()}
+    every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
+    if every > total:
+        process.say(f"TR-DPO: updates every {often} steps, since {every} would never come")
+        runs["TR-DPO"] = replace(runs["TR-DPO"], reference_update_every=often)
     train_all(runs, cfg, process)
 
 
