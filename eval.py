@@ -38,6 +38,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
+from benchmarks.tables import SETTINGS
 from runtime import InputError, flag, write_atomic
 
 TABLE = (
@@ -72,10 +73,6 @@ class Ask:
         return files.load_items(self.benchmark, self.data, self.ids)
 
 
-def setting(cot: bool) -> str:
-    return "CoT" if cot else "Direct"
-
-
 # --------------------------------------------------------------------------- generate
 
 
@@ -100,7 +97,7 @@ def generate(cfg: Generate) -> Path:
     bench, (rank, world) = cfg.benchmark, runtime.rank_and_world()
     items = [item for item in cfg.items() if not item.get("_left_out")]
     model, weights = cfg.model_dir.resolve().name, weights_of(cfg.model_dir)
-    place = f"{model}-{weights[:8]}/{bench.name}-{setting(cfg.cot).lower()}"
+    place = f"{model}-{weights[:8]}/{bench.name}-{SETTINGS[cfg.cot].lower()}"
     out = cfg.out or Path("results") / place
     images = image_paths(bench, items, cfg.images, out)
     questions = [bench.ask(item, cfg.cot) for item in items]
@@ -108,7 +105,7 @@ def generate(cfg: Generate) -> Path:
     asked = json.dumps([[i["id"], q, p and p.name] for i, q, p in zip(items, questions, images)])
     facts = {
         "benchmark": bench.name,
-        "setting": setting(cfg.cot),
+        "setting": SETTINGS[cfg.cot],
         "prompts": PROMPTS,
         "model": model,
         "weights": weights,
@@ -147,7 +144,7 @@ def generate(cfg: Generate) -> Path:
         return out
     lines = [json.dumps(done[item["id"]], ensure_ascii=False) + "\n" for item in items]
     write_atomic(out / "answers.jsonl", "".join(lines))
-    print(f"{out / 'answers.jsonl'}: {len(items)} replies, {setting(cfg.cot)}", file=sys.stderr)
+    print(f"{out / 'answers.jsonl'}: {len(items)} replies, {SETTINGS[cfg.cot]}", file=sys.stderr)
     return out
 
 
@@ -247,7 +244,7 @@ class RunFile:
     """How answers were made: what `generate` says in its folder's run.json."""
 
     benchmark: str
-    setting: Literal["Direct", "CoT"]
+    setting: Literal[SETTINGS]
     prompts: str
     model: str
     weights: str | None = None
@@ -259,7 +256,7 @@ def read_run(cfg: Replies) -> tuple[RunFile, Path | None]:
     path = folders.pop() / "run.json" if len(folders) == 1 else None
     if path is None or not path.is_file():
         model = (cfg.answers or cfg.judgements)[0].stem
-        return RunFile(cfg.bench, setting(cfg.cot), "not ours", model), None
+        return RunFile(cfg.bench, SETTINGS[cfg.cot], "not ours", model), None
     made_by = runtime.from_json(RunFile, runtime.read_json(path), path)
     if made_by.benchmark != cfg.bench:
         raise InputError(f"these answers are to {made_by.benchmark}, not to {cfg.bench}")

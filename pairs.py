@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import repeat
 from pathlib import Path
@@ -111,6 +111,8 @@ from weights import weight_files
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
 Request = tuple[Prompt, Any]  # and what it asks about
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
+# of a data set: kind -> name of its annotation file, what was counted, and more for the report
+Outcome = tuple[dict[str, str], Tally, dict[str, Any]]
 # what `sample` adds to the fields of a question, in this order
 SAMPLED = "k seed response tiles finish_reason tokens prompt_tokens image_tokens".split()
 
@@ -487,12 +489,13 @@ def response_key(record: dict, name: str) -> str:
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
-    sets = {s.name: functools.partial(pair_set, cfg, s) for s in find_sets(cfg.samples)}
+    pair = functools.partial(pair_set, cfg)
+    sets = [(data_set, pair) for data_set in find_sets(cfg.samples)]
     make_pairs(cfg, "correctness", sets, cfg.max_format_share)
 
 
-def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> tuple[dict, dict]:
-    """Judge and pair one data set; see `outcome`."""
+def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> Outcome:
+    """Judge and pair one data set."""
     name, info = data_set.name, data_set.info
     modes = split_names(cfg.modes) or info.modes or answers.get_mode(name)
     stems = {kind: f"{name}_pairs_vqa_{kind}_rules" for kind in KINDS}
@@ -506,7 +509,7 @@ def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> tuple[dict, dict]:
         print(f"{name}: {total} of {info.responses} responses so far")
     facts = {"modes": modes, "cap": cfg.pairs_per_query, "responses": total}
     facts["pairs_per_query"] = tally["pairs_per_query"]
-    return outcome(cfg, data_set, stems, tally, facts)
+    return stems, tally, facts
 
 
 def pair_question(
@@ -579,37 +582,29 @@ def annotation_file(cfg: Any, stem: str) -> Path:
     return cfg.out_dir / "annotations" / f"{stem}.jsonl"
 
 
-def outcome(
-    cfg: Any, data_set: SampleSet, stems: dict[str, str], tally: Tally, facts: dict
-) -> tuple[dict, dict]:
-    """A data set's report, `facts` in it, and its entries of meta.json, None without pairs.
-
-    stems: kind -> name of the annotation file.  Paths are relative to the folder of meta.json.
-    """
-    pairs, entries = {kind: tally["written"][kind] for kind in stems}, {}
-    report = {"pairs": pairs, "counts": tally["counts"]}
-    report["tokens"] = token_cost(tally["cost"], sum(pairs.values()))
-    root = Path(os.path.relpath(data_set.root(cfg.root).resolve(), cfg.out_dir.resolve()))
-    for kind, stem in stems.items():
-        entry = {"root": root.as_posix(), "annotation": f"annotations/{stem}.jsonl"}
-        entry |= {"data_augment": False, "repeat_time": 1, "length": pairs[kind]}
-        entries[stem] = entry if pairs[kind] else None
-    return facts | report, entries
-
-
 def make_pairs(
-    cfg: Any, verb: str, sets: dict[str, Callable[[], tuple]], max_format_share: float = 1.0
+    cfg: Any, verb: str, sets: Iterable[tuple[SampleSet, Callable]], max_format_share: float = 1.0
 ) -> None:
-    """Call the function of each data set and write what it gives: its report, entries of meta.json.
+    """Call the function of each data set and write what it gives: an `Outcome`.
 
-    Entries and reports of other verbs stay; an entry of None goes.  Exit 1 where a set has no pair
-    or too many format failures.
+    Entries and reports of other verbs stay; the entry of an empty annotation file goes.  Paths are
+    relative to the folder of meta.json.  Exit 1 where a set has no pair, or too many format
+    failures.
     """
     reports, entries, bad = {}, {}, []
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
-        for name, pair in sets.items():
-            reports[name], made = pair()
-            entries |= made
+        for data_set, pair in sets:
+            stems, tally, facts = pair(data_set)
+            lengths = {kind: tally["written"][kind] for kind in stems}
+            report = {"pairs": lengths, "counts": tally["counts"]}
+            report["tokens"] = token_cost(tally["cost"], sum(lengths.values()))
+            reports[data_set.name] = facts | report
+            images = data_set.root(cfg.root).resolve()
+            root = Path(os.path.relpath(images, cfg.out_dir.resolve())).as_posix()
+            for kind, stem in stems.items():
+                entry = {"root": root, "annotation": f"annotations/{stem}.jsonl"}
+                entry |= {"data_augment": False, "repeat_time": 1, "length": lengths[kind]}
+                entries[stem] = entry if lengths[kind] else None
         settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
         report = {verb: {"settings": settings, "sets": reports}}
         for name, new in (("meta.json", entries), ("pairs.report.json", report)):
@@ -637,7 +632,7 @@ def pair_with_model(
 
     `names`, with {} for the data set: the folder of its part files, and the annotation file.
     """
-    (work, pair), ready = steps, {}
+    (work, pair), ready = steps, []
     for data_set in find_sets(cfg.samples):
         part_folder, stem = (name.format(data_set.name) for name in names)
         folder = cfg.out_dir / part_folder
@@ -646,7 +641,7 @@ def pair_with_model(
         if owed := work(cfg, data_set, folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
         else:
-            ready[data_set.name] = functools.partial(pair, cfg, data_set, folder, stem)
+            ready.append((data_set, functools.partial(pair, cfg, folder=folder, stem=stem)))
     if ready:
         make_pairs(cfg, verb, ready)
 
@@ -772,15 +767,13 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
     return sum(draws[row["rid"]] < MAX_DRAWS for row in cut_responses(data_set, cfg, Counter()))
 
 
-def pair_continuations(
-    cfg: DropoutConfig, data_set: SampleSet, folder: Path, stem: str
-) -> tuple[dict, dict]:
-    """Pairs from complete continuations; see `outcome`."""
+def pair_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path, stem: str) -> Outcome:
+    """Pairs from complete continuations."""
     groups = grouped(part_files(folder), lambda record, _: record["rid"])
     files, pair = {"dropout_ntp": annotation_file(cfg, stem)}, functools.partial(pair_draws, cfg)
     tally = write_groups(files, pair, groups, data_set.name)
     responses = sum(1 for _ in cut_responses(data_set, cfg, tally["counts"]))
-    return outcome(cfg, data_set, {"dropout_ntp": stem}, tally, {"responses": responses})
+    return {"dropout_ntp": stem}, tally, {"responses": responses}
 
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:

@@ -218,7 +218,6 @@ _ONE_SPELLING = (
 )
 # most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
-_PLAIN_LETTER = re.compile("[A-N]")
 
 
 @functools.lru_cache(maxsize=8192)
@@ -241,7 +240,7 @@ def undress(text: str) -> str:
 def plain_text(text: str) -> str:
     """The answer undressed and in one spelling: LaTeX as plain signs, numbers in digits."""
     text = undress(text)
-    if _PLAIN_NUMBER.fullmatch(text) or _PLAIN_LETTER.fullmatch(text):
+    if _PLAIN_NUMBER.fullmatch(text):
         return text
     for rules in _ONE_SPELLING:
         text = rules.apply(text)
@@ -399,12 +398,12 @@ def _same_plain(pred: str, gold: str) -> bool:
     if theirs and theirs.text:  # the gold is "B. dog"
         return _same_plain(pred, theirs.text)
     a, b = read(pred), read(gold)
-    if isinstance(a, Quantity) != isinstance(b, Quantity) and None in (a, b):  # a*b and ab
+    if isinstance(a, Quantity) != isinstance(b, Quantity):  # a*b and ab
         a, b = a or read_quantity(pred), b or read_quantity(gold)
     if theirs and len(theirs.letters) > 1:
         return _same_wording(pred, gold)
-    units = [x.unit for x in (a, b) if isinstance(x, Quantity) and x.unit]
-    return _same(a, b) or (len(units) < 2 and _same_wording(pred, gold))  # mW is not MW
+    units = isinstance(a, Quantity) and isinstance(b, Quantity) and a.unit and b.unit
+    return _same(a, b) or (not units and _same_wording(pred, gold))  # mW is not MW
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -501,8 +500,6 @@ def read_options(text: str, strict: bool = False) -> Options | None:
     """The option letters A-N that a plain answer clearly names; `strict` for gold answers."""
     if _PLAIN_NUMBER.fullmatch(text):
         return None
-    if _PLAIN_LETTER.fullmatch(text):
-        return Options(frozenset(text))
     for body in dict.fromkeys((_LEAD.apply(text), text)):
         if letters := _option_set(body, strict):
             return Options(letters)
@@ -697,10 +694,7 @@ def _tokens(text: str) -> list[str | Fraction]:
     """Words in lower case without a plural's s, numbers by value."""
     text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()
     words = [t.removesuffix("s") if len(t) > 3 else t for t in _TOKEN.findall(text)]
-    return [
-        Fraction(*map(Fraction, word.split("/"))) if word[-1:].isdecimal() else word  # 3.5/7
-        for word in words
-    ]
+    return [Fraction(word) if word[-1:].isdecimal() else word for word in words]
 
 
 def _within_tokens(part: list, whole: list) -> bool:
@@ -708,7 +702,6 @@ def _within_tokens(part: list, whole: list) -> bool:
     return n > 0 and any(whole[i : i + n] == part for i in range(len(whole) - n + 1))
 
 
-@functools.lru_cache(maxsize=8192)
 def is_ambiguous(answer: str, gold: str) -> bool:
     """A wrong answer that may be meant right: it holds the gold answer as whole tokens (`12 or 13`
     for 12), is a number within a hundredth of it, or the same list in another order."""

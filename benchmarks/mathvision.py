@@ -60,17 +60,12 @@ def clean_answer(reply: str) -> str:
 
 
 def brace_arguments(text: str) -> str:
-    r"""\sqrt2 -> \sqrt{2}, then \frac12 -> \frac{1}{2}."""
-    head, *parts = text.split("\\sqrt")
-    roots = [f"{{{p[0]}}}{p[1:]}" if p[:1] not in ("", "{") else p for p in parts]
-    text = "\\sqrt".join([head, *roots])
-    head, *parts = text.split("\\frac")
-    for i, p in enumerate(parts):
-        if p[:1] != "{":
-            if len(p) < 2:
-                return text
-            parts[i] = f"{{{p[0]}}}" + (p[1:] if p[1] == "{" else f"{{{p[1]}}}{p[2:]}")
-    return "\\frac".join([head, *parts])
+    r"""\sqrt2 -> \sqrt{2}, then \frac12 -> \frac{1}{2} unless a fraction lacks its second one."""
+    text = re.sub(r"\\sqrt(?!\\sqrt)([^{])", r"\\sqrt{\1}", text)
+    if re.search(r"(?s)\\frac(?!\{).?(?:\\frac|\Z)", text):
+        return text
+    text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
+    return re.sub(r"\\frac([^{])(?=\{)", r"\\frac{\1}", text)
 
 
 def clean_math(text: str) -> str:

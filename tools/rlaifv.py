@@ -156,8 +156,8 @@ def length_limit(lengths: list[tuple[int, int]]) -> float:
 
 def pair_candidates(
     cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path, stem: str
-) -> tuple[dict, dict]:
-    """Pairs by score, then without those that would teach length; see `pairs.outcome`."""
+) -> pairs.Outcome:
+    """Pairs by score, then without those that would teach length."""
     counts, cost, drawn = Counter(), Counter(), []
     for group in grouped(part_files(folder), lambda record, _: pairs.digest(record["qid"])):
         rows = pairs.drop_repeats(group.records(), data_set.name)
@@ -179,7 +179,7 @@ def pair_candidates(
             write(pairs.pair_record(pair[0], pair[0]["question"], *sides, {}))
     tally = {"counts": counts, "cost": cost, "written": {"divide_and_conquer": len(kept)}}
     facts = {"responses": counts["candidates"], "length_limit": limit}
-    return pairs.outcome(cfg, data_set, {"divide_and_conquer": stem}, tally, facts)
+    return {"divide_and_conquer": stem}, tally, facts
 
 
 def divide_and_conquer(cfg: DivideConfig) -> None:
