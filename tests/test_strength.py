@@ -209,6 +209,22 @@ def test_exchanging_once_a_step_sends_less_and_trains_alike(base, toy, tmp_path)
         assert calls < 0.6 * traffic["pack"][name][0] and size < 0.6 * traffic["pack"][name][1]
 
 
+def test_casting_weights_once_a_step_trains_bit_for_bit_alike(base, tmp_path):
+    """One process; held-out pairs are scored after a step; then continued from a checkpoint."""
+    cfg = replace(base, dtype="bf16", drop_path=0.2, batch_size=4, pack_tokens=200, warmup=0.0)
+    cfg = replace(cfg, max_steps=2, save_every=1, heldout=cfg.meta, heldout_every=1)
+    cfg = replace(cfg, reference_cache=tmp_path / "reference")
+    packed, stepped = (
+        replace(cfg, sync=sync, out_dir=tmp_path / sync) for sync in ("pack", "step")
+    )
+    expected = run_here(packed), weights(packed)
+    for _ in range(2):
+        metrics, found = run_here(stepped), weights(stepped)
+        assert metrics == expected[0]
+        assert all(torch.equal(found[name], w) for name, w in expected[1].items())
+        shutil.rmtree(newest_checkpoint(stepped.out_dir / "checkpoints"))
+
+
 # --------------------------------------------------------------------------- bushes
 
 
