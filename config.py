@@ -38,14 +38,6 @@ class LLMConfig:
     tied: bool = False  # the embedding matrix is the head
     pad_token_id: int | None = None  # this row of the embedding matrix gets no gradient
 
-    @property
-    def qkv_bias(self) -> bool:
-        return self.architecture == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.architecture == "qwen3"
-
 
 @dataclass(frozen=True)
 class InternVLConfig:
@@ -236,15 +228,14 @@ class Recipe:
     lr: float
     max_length: int  # tokens of prompt and response
     drop_path: float  # stochastic depth of the ViT
-    max_tiles: int
     source: str  # folder of the script in OpenGVLab/InternVL
 
 
 RECIPES = {
-    "2": Recipe(5e-6, 6144, 0.1, 12, "internvl_chat/shell/internvl2.0_mpo"),
-    "2.5": Recipe(1e-6, 8192, 0.1, 12, "internvl_chat/shell/internvl2.5_mpo"),
-    "3": Recipe(2e-7, 12288, 0.1, 12, "internvl_chat/shell/internvl3.0/mpo"),
-    "3.5": Recipe(2e-7, 16384, 0.1, 12, "internvl_chat_gpt_oss/shell/internvl3_5_qwen3"),
+    "2": Recipe(5e-6, 6144, 0.1, "internvl_chat/shell/internvl2.0_mpo"),
+    "2.5": Recipe(1e-6, 8192, 0.1, "internvl_chat/shell/internvl2.5_mpo"),
+    "3": Recipe(2e-7, 12288, 0.1, "internvl_chat/shell/internvl3.0/mpo"),
+    "3.5": Recipe(2e-7, 16384, 0.1, "internvl_chat_gpt_oss/shell/internvl3_5_qwen3"),
 }
 
 

@@ -90,14 +90,10 @@ class Tree:
 
 
 def encode_tree(
-    record: PairRecord,
-    tokenizer: Tokenizer,
-    config: InternVLConfig,
-    max_tiles: int | None = None,
-    only_chosen: bool = False,
+    record: PairRecord, tokenizer: Tokenizer, config: InternVLConfig, only_chosen: bool = False
 ) -> Tree:
     """Token ids of one record; reads image sizes, not pixels.  Errors name the record."""
-    limit = max_tiles or record.max_tiles
+    limit = record.max_tiles
     with named(record.name):
         question = training_text(config.template, record.question)
         tiles = []
@@ -252,10 +248,10 @@ def add_tiles(
     pack: Pack, trees: list[Tree], tile_size: int, share: bool = True, share_prefix: bool = True
 ) -> Pack:
     """Decode each distinct image of the pack once (with share=False: wherever it stands)."""
-    first_tile: dict[tuple, int] = {}
+    first_tile: dict[tuple | int, int] = {}
     parts, order = [], []
-    for image, tiles, place in images_of(trees, share_prefix):
-        key = image if share else place
+    for image, tiles in images_of(trees, share_prefix):
+        key = image if share else len(order)
         if key not in first_tile:
             first_tile[key] = len(parts)
             parts += image_tiles(*image, tile_size)
@@ -266,12 +262,11 @@ def add_tiles(
     return pack
 
 
-def images_of(trees: list[Tree], share_prefix: bool = True) -> Iterator[tuple[tuple, int, tuple]]:
-    """(image, its tiles, its place) in the order of the prompts as `lay_out` writes them."""
-    for number, t in enumerate(trees):
-        for copy in range(1 if share_prefix else len(t.responses)):
-            for slot, (image, tiles) in enumerate(zip(t.images, t.tiles)):
-                yield image, tiles, (number, copy, slot)
+def images_of(trees: list[Tree], share_prefix: bool = True) -> Iterator[tuple[tuple, int]]:
+    """(image, its tiles) in the order of the prompts as `lay_out` writes them."""
+    for t in trees:
+        for _ in range(1 if share_prefix else len(t.responses)):
+            yield from zip(t.images, t.tiles)
 
 
 def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> list[Image.Image]:
@@ -395,10 +390,7 @@ class PairData:
 
     def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        orders = [self.order(epoch) for epoch in range(epochs)]
-        orders += [self.order(epochs)[: rest * self.batch_size]] if rest else []
-        rows = np.concatenate(orders)
+        rows = np.concatenate([self.rows(step) for step in range(steps)])
         _, first = np.unique(rows @ np.array([1 << 32, 1]), return_index=True)
         return rows[np.sort(first)]
 
@@ -424,17 +416,17 @@ class PairData:
         record whose prompt alone is too long, or whose responses begin alike up to there, is
         dropped.
         """
-        limit, encode = record.max_tiles, (record, self.tokenizer, self.config)
-        tree = encode_tree(*encode, limit, self.only_chosen)
-        while self.overlong == "fewer_tiles" and tree.longest > self.max_length and limit > 1:
-            limit //= 2
-            tree = encode_tree(*encode, limit, self.only_chosen)
+        tree = encode_tree(record, self.tokenizer, self.config, self.only_chosen)
+        if tree.longest <= self.max_length:
+            return tree
         room = self.max_length - len(tree.trunk)
-        if tree.longest > self.max_length and self.overlong == "cut" and room > 0:
+        if self.overlong == "cut" and room > 0:
             tree = replace(tree, responses=[response[:room] for response in tree.responses])
             alike = len(tree.responses) == 2 and tree.responses[0] == tree.responses[1]
             return None if alike else tree
-        return tree if tree.longest <= self.max_length else None
+        if self.overlong == "fewer_tiles" and record.max_tiles > 1:
+            return self.fit(replace(record, max_tiles=record.max_tiles // 2))
+        return None
 
     def build(self, trees: list[Tree]) -> Pack:
         pack = lay_out(trees, self.share_prefix)

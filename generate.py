@@ -139,7 +139,7 @@ def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab
     llm = model.language_model
     tokens, positions, attend = cache.decode(plan)
     x = llm.model.tok_embeddings(tokens[:, None])
-    x = llm.model(x, positions[:, None], positions + 1, attend)
+    x = llm.model(x, positions[:, None], attend)
     return torch.mm(x[:, 0], llm.head.T, out=aligned(x[:, 0], len(llm.head))).float()
 
 

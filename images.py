@@ -135,11 +135,6 @@ def eight_bits(image: Image.Image) -> np.ndarray:  # (row col) uint8
     return np.where(transparent, 255, np.rint(levels / 257)).astype(np.uint8)
 
 
-def is_flat(image: Image.Image) -> bool:
-    """Whether all pixels of an RGB image are equal: nothing can be seen."""
-    return all(low == high for low, high in image.getextrema())
-
-
 def jpeg(tile: Image.Image, quality: int) -> Image.Image:
     """The tile after a round through JPEG (the official `data_augment`)."""
     buffer = io.BytesIO()

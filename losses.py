@@ -397,20 +397,11 @@ def whole_step(terms: Terms) -> bool:
     return any(LOSSES[name].whole_step for _, name in terms)
 
 
-def check_hyperparameters(
-    terms: Terms, beta: float = 0.1, label_smoothing: float | None = None
-) -> dict[str, float]:
-    """The hyper-parameters to pass to `objective`, checked; label_smoothing None = not given."""
-    if not 0 < beta < math.inf:
-        raise InputError(f"beta must be finite and above 0, got {beta}")
-    if label_smoothing is None:
-        return {"beta": beta, "label_smoothing": 0.1}
-    if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
+def check_smoothing(terms: Terms) -> None:
+    """InputError where no term would look at the label smoothing that somebody gives."""
     takers = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.keywords]
     if not any(name in takers for _, name in terms):
         raise InputError(f"label_smoothing: the objective does not use it; {', '.join(takers)} do")
-    return {"beta": beta, "label_smoothing": label_smoothing}
 
 
 # --------------------------------------------------------------------------- the step's loss

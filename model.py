@@ -36,8 +36,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # --------------------------------------------------------------------------- rotary positions
 
 
-def rotary(config: LLMConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (b s d) float32, of positions (b s) when row b attends lengths[b] keys.
+def rotary(config: LLMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (b s d) float32, of positions (b s); a row attends keys up to its last one.
 
     The first half of sin is negated, as `rotate` wants it.
 
@@ -46,9 +46,9 @@ def rotary(config: LLMConfig, positions: Tensor, lengths: Tensor) -> tuple[Tenso
     query and key.  Stateless, unlike the official module, which keeps a stretched table.
     """
     d, limit, factor = config.head_dim, config.max_position_embeddings, config.rope_factor
-    stretch = factor * lengths.double() / limit - (factor - 1) if factor else lengths.double() * 0
+    lengths = (positions.amax(dim=1) + 1).double()
+    stretch = factor * lengths / limit - (factor - 1) if factor else torch.ones_like(lengths)
     base = config.rope_theta * torch.where(lengths > limit, stretch, 1.0) ** (d / (d - 2))
-    base = base if factor else torch.full_like(base, config.rope_theta)
     exponent = torch.arange(0, d, 2, device=positions.device).float() / d
     inverse = 1.0 / base.float()[:, None] ** exponent  # (b d/2)
     angle = positions.float()[..., None] * inverse[:, None]  # (b s d/2)
@@ -206,13 +206,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.qk_norm = layer, config.head_dim, config.qk_norm
+        self.layer, self.head_dim = layer, config.head_dim
+        self.qk_norm = config.architecture == "qwen3"
         self.num_kv_heads = config.num_key_value_heads
         heads, d = config.num_attention_heads, config.head_dim
         packed = (heads + 2 * self.num_kv_heads) * d
-        self.wqkv = nn.Linear(config.hidden_size, packed, bias=config.qkv_bias)
+        self.wqkv = nn.Linear(config.hidden_size, packed, bias=config.architecture == "qwen2")
         self.wo = nn.Linear(heads * d, config.hidden_size, bias=False)
-        if config.qk_norm:
+        if self.qk_norm:
             self.q_norm = RMSNorm(d, config.rms_norm_eps)
             self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
@@ -280,16 +281,15 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        lengths: Tensor,
         attend: Attend,
         wanted: Tensor | slice = ALL,
     ) -> Tensor:
-        """x (b s d), positions (b s), lengths (b) keys a row attends -> normed hidden (b s d).
+        """x (b s d), positions (b s) -> normed hidden (b s d).
 
         wanted: indices of the tokens that are asked for; of the others the last layer computes
         keys and values alone, which is most of its work saved.
         """
-        turns = rotary(self.config, positions, lengths)
+        turns = rotary(self.config, positions)
         cos, sin = (t.to(x.dtype)[:, :, None, None] for t in turns)  # for each head and slot
         *layers, last = self.layers
         for layer in layers:
@@ -389,11 +389,8 @@ class InternVL(nn.Module):
         b, s = input_ids.shape
         if positions is None:
             positions = torch.arange(s, device=input_ids.device).expand(b, s)
-            lengths = torch.full((b,), s, device=input_ids.device)
-        else:
-            lengths = positions.max(dim=1).values + 1
         x = self.embed(input_ids, tiles, tile_order)
-        x = self.language_model.model(x, positions, lengths, attend, wanted)
+        x = self.language_model.model(x, positions, attend, wanted)
         if head is not None:
             return head(x, self.language_model.head)
         return F.linear(x, self.language_model.head).float()

@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,6 @@ from runtime import (
     new_file,
     open_file,
     parse_json,
-    parse_json_line,
     rank_and_world,
     read_json,
     start_worker,
@@ -68,16 +67,10 @@ class JsonLines:
         return len(self.numbers)
 
     def __getitem__(self, n: int) -> dict:
-        return parse_json_line(self.path, int(self.numbers[n]), self.line(n))
+        return parse_json(self.line(n), self.name(n))
 
     def line(self, n: int) -> bytes:
         return self.read(self.starts[n], self.ends[n])
-
-    def neighbours(self, first: int, last: int) -> list[bytes]:
-        """The lines from one to another."""
-        starts, ends = (at[first : last + 1].tolist() for at in (self.starts, self.ends))
-        block = self.read(starts[0], ends[-1])
-        return [block[s - starts[0] : e - starts[0]] for s, e in zip(starts, ends)]
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         """("file line N", object) of each line."""
@@ -100,15 +93,6 @@ def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
 Place = tuple[JsonLines, int]
 
 
-def lines_at(places: list[Place]) -> Iterator[bytes]:
-    """The lines at these places; neighbours are read at once."""
-    begin = 0
-    for end, (lines, n) in enumerate(places, 1):
-        if end == len(places) or places[end] != (lines, n + 1):
-            yield from lines.neighbours(places[begin][1], n)
-            begin = end
-
-
 def grouped(
     files: list[Path],
     key_of: Callable[[dict, str], str],
@@ -126,7 +110,8 @@ def grouped(
 
     def keys_of(places: list[Place]) -> list[str]:
         keys, known = [], {}
-        for (lines, n), line in zip(places, lines_at(places)):
+        for lines, n in places:
+            line = lines.line(n)
             start, cut, _ = line.partition(end) if end else (line, b"", b"")
             if (key := known.get(start)) is None:
                 record = lines[n]
@@ -153,9 +138,9 @@ class Group(NamedTuple):
     def records(self) -> list[dict]:
         """InputError names a line that is broken, or of another key."""
         rows = []
-        for (lines, n), line in zip(self.places, lines_at(self.places)):
+        for lines, n in self.places:
             name = lines.name(n)
-            rows.append(parse_json(line, name))
+            rows.append(lines[n])
             if self.key_of(rows[-1], name) != self.key:
                 raise InputError(f"{name}: write its fields in the order of the other lines")
         return rows
@@ -208,28 +193,18 @@ def new_lines(path: Path) -> Iterator[Callable[[dict | bytes], int]]:
 
 
 @dataclass(frozen=True)
-class PairLine:
-    """The keys of a line in a jsonl file of pairs that are read; `image` is read in images.py."""
-
-    question: str
-    chosen: str
-    rejected: str
-    system_prompt: str | None = None  # in the place of the model's system message
-
-
-@dataclass(frozen=True)
 class PairRecord:
-    """One preference pair, checked."""
+    """One preference pair, checked: a line of a jsonl file, and what its data set says of it."""
 
-    name: str  # "set name, file line N": for errors and the run record
     question: str
     chosen: str
     rejected: str
+    name: str  # "set name, file line N": for errors and the run record
     images: tuple[Path, ...]
     max_tiles: int
     augment: bool
-    system_prompt: str | None = None
-    data_set: str = ""  # its name
+    data_set: str  # its name
+    system_prompt: str | None = None  # in the place of the model's system message
 
 
 @dataclass(frozen=True)
@@ -257,17 +232,17 @@ def check_pair(
     raw: dict, name: str, root: Path, max_tiles: int = 12, augment: bool = False, data_set: str = ""
 ) -> PairRecord:
     """A record as it stands in a file, checked; `name` is for errors."""
-    line, names = from_json(PairLine, raw, name), image_names(raw, name)
+    names = image_names(raw, name)
+    images, max_tiles = image_paths(root, names, name), max(1, max_tiles // max(1, len(names)))
+    ours = {"name": name, "images": images, "max_tiles": max_tiles, "augment": augment}
+    record = from_json(PairRecord, raw | ours | {"data_set": data_set}, name)
     for key in ("question", "chosen", "rejected"):
         if not raw[key].strip():
             raise InputError(f"{name}: {key} is empty")
-    if line.chosen.strip() == line.rejected.strip():
+    if record.chosen.strip() == record.rejected.strip():
         raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
     with named(name):
-        question = with_image_placeholders(line.question, len(names))
-    images, max_tiles = image_paths(root, names, name), max(1, max_tiles // max(1, len(names)))
-    texts = question, line.chosen, line.rejected
-    return PairRecord(name, *texts, images, max_tiles, augment, line.system_prompt, data_set)
+        return replace(record, question=with_image_placeholders(record.question, len(names)))
 
 
 # --------------------------------------------------------------------------- meta.json

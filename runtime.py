@@ -251,8 +251,7 @@ class EngineConfig(Settings):
 
 def config_json(cfg: Any) -> str:
     """The dataclass as the text of a config.json that `--config` replays."""
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
-    return json.dumps(values, indent=1, default=str) + "\n"
+    return json.dumps(dataclasses.asdict(cfg), indent=1, default=str) + "\n"
 
 
 # errors of the file system that are about what the user named; all others are failures
@@ -335,17 +334,6 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def broadcast(self, number: int) -> int:
-        """Rank 0's number, on every rank; all of them wait for each other here."""
-        if self.world == 1:
-            return number
-        import torch  # noqa: PLC0415  (see the module docstring)
-        import torch.distributed as dist  # noqa: PLC0415
-
-        shared = torch.tensor(int(number), device=self.device)
-        dist.broadcast(shared, 0)
-        return int(shared)
-
     def say(self, *words: Any) -> None:
         """Print on rank 0 only, to stderr: stdout belongs to results."""
         if self.is_main:
@@ -353,6 +341,18 @@ class Process:
 
 
 ALONE = Process(0, 1, None)  # in no group
+
+
+def all_of(here: bool) -> bool:
+    """Whether it holds in every process of the group, if there is one; all wait for each other."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        return here
+    import torch  # noqa: PLC0415  (see the module docstring)
+
+    votes = torch.tensor(float(here))  # gloo counts them, also beside NCCL
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
 
 
 def local_device() -> Any:
@@ -419,7 +419,10 @@ def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
     """One JSON object or list: equal keys refused, a byte-order mark taken; `name`: for errors."""
     try:
         text = content.decode() if isinstance(content, bytes) else content
-        record = _EACH_KEY_ONCE.decode(text.removeprefix("\ufeff"))
+        text = text.removeprefix("\ufeff")
+        if kind is dict and text.lstrip().startswith("["):
+            raise InputError("expected a JSON object, got list; in jsonl write one object a line")
+        record = _EACH_KEY_ONCE.decode(text)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -443,13 +446,6 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return parse_json(file.read(), path, kind)
 
 
-def parse_json_line(path: Path, number: int, line: bytes) -> dict:
-    """One line of a jsonl file as an object; the error names file and line."""
-    if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        raise InputError(f"{path}: this is a JSON list; write one object a line (jsonl)")
-    return parse_json(line, f"{path} line {number}")
-
-
 def read_jsonl(path: Path, part: bool = False) -> Iterator[tuple[int, dict]]:
     """(line number from 1, object) of each non-empty line; a broken line is an InputError.
 
@@ -458,7 +454,7 @@ def read_jsonl(path: Path, part: bool = False) -> Iterator[tuple[int, dict]]:
     with open_file(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip() and (line.endswith(b"\n") or not part):
-                yield number, parse_json_line(path, number, line)
+                yield number, parse_json(line, f"{path} line {number}")
 
 
 def read_whole_lines(path: Path) -> list[dict]:
@@ -597,8 +593,8 @@ def alone_in(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "wb") as file:
         end, waiting = time.monotonic() + seconds, False
-        while not process.broadcast(process.is_main and _lock(file)):
-            if process.broadcast(time.monotonic() >= end):
+        while not all_of(not process.is_main or _lock(file)):
+            if all_of(time.monotonic() >= end):
                 raise InputError(f"{folder}: another run works there; wait for it, or {remedy}")
             if not waiting:
                 process.say(f"{folder}: waiting for another run that works there")

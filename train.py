@@ -51,7 +51,7 @@ class TrainConfig:
     )
     mine: Path | None = flag(None, "Python file with objectives of your own")
     beta: float = flag(0.1, "KL coefficient", low=1e-9)
-    label_smoothing: float = flag(-1.0, "for cdpo and robust; -1 = the objective's default")
+    label_smoothing: float = flag(-1.0, "for cdpo, robust; -1 = the objective's own", -1, 0.499)
     reference: Literal["cached", "online"] = flag("cached", "scored once, or a second model")
     reference_cache: Path | None = flag(None, "folder to share; default out_dir/reference")
     reference_update_every: int = flag(0, "TR-DPO: steps between updates; 0 = off", low=0)
@@ -242,14 +242,16 @@ class Run:
         config = load_config(cfg.model_dir)
         asked = with_recipe(cfg, config, process.say)
         self.process, self.terms = process, parse_objective(cfg.loss)
-        smoothing = None if cfg.label_smoothing < 0 else cfg.label_smoothing
-        self.constants = losses.check_hyperparameters(self.terms, cfg.beta, smoothing)
+        self.constants = {"beta": cfg.beta}
+        if cfg.label_smoothing >= 0:
+            losses.check_smoothing(self.terms)
+            self.constants["label_smoothing"] = cfg.label_smoothing
         self.data, self.heldout = open_data(asked, self.terms, process), None
         if cfg.heldout:
             sets = read_meta(cfg.heldout, cfg.max_tiles or config.max_tiles)
             self.heldout = replace(self.data, sets=sets, limit=0)
         cfg = settle(asked, config, process.world, process.device, process.say)
-        cfg = replace(cfg, sync="step" if process.broadcast(cfg.sync == "step") else "pack")
+        cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
         self.cfg, self.total = cfg, min(total, cfg.max_steps or total)
         if not any(lr_at(step, self.total, cfg) for step in range(min(self.total, 99))):
@@ -561,7 +563,6 @@ class CachedReference:
         if self.process.is_main:
             facts = cache_facts(self.cfg, self.process.device)
             runtime.claim(self.folder, facts, "pass another --reference_cache")
-        dist.barrier()
         wanted = [(run.data, run.total)]
         if run.heldout:
             wanted.append((run.heldout, run.heldout.steps_per_epoch))
@@ -569,7 +570,7 @@ class CachedReference:
             self.read()  # another run may have scored them meanwhile
             for data, steps in wanted:
                 mark = self.folder / f"covers-{data.digest(steps)}.json"
-                if not self.process.broadcast(mark.exists()):
+                if not runtime.all_of(mark.exists()):
                     with scoring(run.policy):
                         self.score_missing(run.policy, data, steps)
                     self.read()
@@ -587,7 +588,6 @@ class CachedReference:
         keys = np.frombuffer(keys, "S16")
         order = keys.argsort(kind="stable")
         self.keys, self.logps = keys[order], np.frombuffer(logps, np.float32)[order]
-        dist.barrier()  # nobody appends before everybody has read
 
     def look_up(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(log-prob of each response, whether it is there at all)."""
@@ -608,7 +608,7 @@ class CachedReference:
         trees = (trees for planned in plans for trees in planned if not self.has(trees))
         packs, blank = prefetch(map(data.build, trees)), data.build([BLANK])
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
-        while not weights.all_of((pack := next(packs, None)) is None):
+        while not runtime.all_of((pack := next(packs, None)) is None):
             pack = (pack or blank).to(self.process.device)
             sums, lengths = score(policy, pack, self.cfg)
             rows = zip(pack.keys, sums.tolist(), lengths.int().tolist())
@@ -898,7 +898,7 @@ def ask_to_stop(number: int, frame: Any) -> None:
 
 def asked_to_stop() -> bool:
     """Whether any process was asked; all of them learn it at the same step."""
-    return not weights.all_of(not _STOP)
+    return not runtime.all_of(not _STOP)
 
 
 @contextlib.contextmanager

@@ -133,11 +133,6 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     drop_path_rate: float = 0.0
 
-    @property
-    def grid(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
-
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm; statistics and scaling in fp32 (torch's way), then times weight."""
@@ -151,11 +146,7 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
-def make_norm(config: VisionConfig) -> nn.Module:
-    """LayerNorm (InternViT-300M) or RMSNorm (InternViT-6B)."""
-    if config.norm_type == "layer_norm":
-        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-    return RMSNorm(config.hidden_size, config.layer_norm_eps)
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}  # of InternViT-300M, InternViT-6B
 
 
 class VisionEmbeddings(nn.Module):
@@ -164,7 +155,7 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         d = config.hidden_size
-        self.grid = config.grid
+        self.grid = config.image_size // config.patch_size  # patches along one side of a tile
         self.class_embedding = nn.Parameter(torch.randn(1, 1, d))
         self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Parameter(torch.randn(1, self.grid**2 + 1, d))
@@ -233,7 +224,9 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig, drop_rate: float) -> None:
         super().__init__()
         self.attn, self.mlp = VisionAttention(config), VisionMLP(config)
-        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        norm = NORMS[config.norm_type]
+        self.norm1 = norm(config.hidden_size, config.layer_norm_eps)
+        self.norm2 = norm(config.hidden_size, config.layer_norm_eps)
         self.ls1 = nn.Parameter(torch.ones(config.hidden_size))
         self.ls2 = nn.Parameter(torch.ones(config.hidden_size))
         self.drop_rate = drop_rate
@@ -246,14 +239,6 @@ class VisionBlock(nn.Module):
         return x + self.branch(self.ls2 * self.mlp(self.norm2(x)))
 
 
-class VisionEncoder(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        count = config.num_hidden_layers
-        rates = [config.drop_path_rate * i / max(1, count - 1) for i in range(count)]
-        self.layers = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
-
-
 class InternViT(nn.Module):
     """InternViT (`modeling_intern_vit.py`): no final norm, class token first."""
 
@@ -261,7 +246,10 @@ class InternViT(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.encoder = nn.Module()  # of which checkpoints have the name, and nothing else
+        self.encoder.layers = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
 
     def forward(self, tiles: Tensor, select_layer: int = -1) -> Tensor:  # (tile 1+patch d)
         """Output of block `select_layer`: -1 the last, 0 the embeddings, -2 the last but one."""

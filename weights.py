@@ -13,7 +13,6 @@ reads only its own rows of each tensor, so nobody ever holds the model twice.
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
 from model import InternVL
-from runtime import Failure, InputError, fingerprint, read_json, write_atomic
+from runtime import Failure, InputError, all_of, fingerprint, read_json, write_atomic
 from tokenizer import TOKENIZERS, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -207,16 +206,6 @@ def is_writer() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def all_of(here: bool) -> bool:
-    """Whether it holds in every process."""
-    if not dist.is_initialized():
-        return here
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor(float(here), device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
-    return bool(votes)
-
-
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -328,9 +317,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> 
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        message = f"cannot write {path}: {error}; what was saved before is intact"
-        raise OSError(number, message) from error
+        raise Failure(f"cannot write {path}: {error}; what was saved before is intact") from error
 
 
 def replace_folder(partial: Path, final: Path) -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import images
 from images import image_paths, load_image
 from runtime import InputError, fingerprint
 
@@ -165,12 +164,3 @@ def test_a_key_follows_content_and_is_remembered_by_path_size_and_time(tmp_path,
     assert keys[0] == keys[2] != keys[1]
     (tmp_path / "a" / "x.png").write_bytes(b"3")
     assert fingerprint([tmp_path / "a" / "x.png"]) not in keys
-
-
-def test_a_flat_image_is_told_from_one_with_a_drawing():
-    assert images.is_flat(Image.new("RGB", (8, 8), "white"))
-    assert not images.is_flat(load_image_of(drawing("RGBA")))
-
-
-def load_image_of(image):
-    return images.to_rgb(image)

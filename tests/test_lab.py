@@ -185,9 +185,11 @@ def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry
     assert registry == before
 
 
-def test_a_missing_own_file_and_a_wrong_flag_end_with_status_2(tmp_path, monkeypatch):
+def test_a_missing_own_file_and_a_wrong_flag_end_with_status_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="expected an existing .py file"):
         mine.register_file(tmp_path / "absent.py")
-    monkeypatch.setattr(sys, "argv", ["lab.py", "--label_smoothing=0.7"])
-    with pytest.raises(InputError, match="label_smoothing must be at least 0 and below 0.5"):
-        lab.main()
+    for wrong in ("label_smoothing=0.7", "label_smoothing=-0.1", "beta=0", "beta=nan"):
+        monkeypatch.setattr(sys, "argv", ["lab.py", f"--{wrong}"])
+        with pytest.raises(SystemExit, match="2"):
+            lab.main()
+        assert f"{wrong.split('=')[0]} must be >= " in capsys.readouterr().err

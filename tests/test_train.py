@@ -433,7 +433,9 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
     [
         ({"loss": "dop"}, "unknown objective 'dop'; did you mean dpo"),
         ({"loss": "dpo", "label_smoothing": 0.1}, "does not use it"),
-        ({"loss": "cdpo", "label_smoothing": 0.5}, "below 0.5"),
+        ({"loss": "cdpo", "label_smoothing": 0.5}, "label_smoothing must be >= -1 and <= 0.499"),
+        ({"beta": 0.0}, "beta must be >= 1e-09"),
+        ({"beta": math.nan}, "beta must be"),
         ({"reference_update_every": 2}, "needs .*--reference online"),
         ({"reference_update_every": 9, "reference": "online"}, r"a run of 9 steps \(this: 4\)"),
         ({"loss": "sft", "reference_update_every": 2}, "needs an objective with a reference"),
@@ -580,8 +582,8 @@ def two_wait_for_a_lock(folder):
     """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
     process = start_process(0)
     votes = []
-    broadcast = runtime.Process.broadcast
-    runtime.Process.broadcast = lambda self, vote: votes.append(1) or broadcast(self, vote)
+    all_of = runtime.all_of
+    runtime.all_of = lambda vote: votes.append(1) or all_of(vote)
     with runtime.alone_in(folder, 30, "end it", process):
         assert len(votes) >= 5, votes
     stop_process()

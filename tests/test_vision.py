@@ -177,5 +177,5 @@ def test_impossible_tilings_are_refused():
 def test_shapes_of_both_vision_towers_come_from_the_golden_files():
     for size in ("internvl2-8b", "internvl2-2b"):
         config = parse_config(json.loads((OURS / size / "config.json").read_text()))
-        assert config.vision.grid == 32
+        assert config.vision.image_size // config.vision.patch_size == 32
         assert config.tokens_per_tile == 256

@@ -401,7 +401,7 @@ def test_a_full_disk_in_the_background_is_told_and_spares_the_last_one(tmp_path,
 
     monkeypatch.setattr(weights, "save_file", full)
     writer.save(2, {"a": torch.ones(3)}, {})
-    with pytest.raises(OSError, match="shard-000-of-001.*No space.*saved before is intact"):
+    with pytest.raises(Failure, match="shard-000-of-001.*No space.*saved before is intact"):
         writer.finish()
     assert newest_checkpoint(tmp_path).name == "step-00000001"
 
@@ -430,7 +430,10 @@ def set_step(checkpoint):
         (lambda c: (c / "shard-000-of-001.safetensors").unlink(), "shard-000.* is not what"),
         (set_step, "step-00000002: state.json is not what was saved"),
         (lambda c: c.rename(c.with_name("step-00000007")), "step-00000007: state.json is not what"),
-        (lambda c: (c / "state.json").write_text("[" * 99999), "state.json: not valid JSON"),
+        (
+            lambda c: (c / "state.json").write_text('{"a": ' + "[" * 99999),
+            "state.json: not valid JSON",
+        ),
         (lambda c: (c / "state.checksum").unlink(), "state.json is not what was saved"),
         (lambda c: (c / "shard-000-of-001.checksum").unlink(), "shard-000.* is not what"),
     ],

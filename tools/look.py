@@ -70,7 +70,7 @@ from PIL import ImageDraw
 
 from config import load_config
 from data import encode_tree, epoch_order, seeded
-from images import is_flat, load_image
+from images import load_image
 from records import DataSet, in_order, read_meta
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
 from tools.figures import inline_image, page, text_table
@@ -106,7 +106,7 @@ def check(cfg: CheckConfig) -> None:
             record = data_set[number]
             tree = encode_tree(record, tokenizer, config)
             with named(record.name):
-                flat = [path for path in record.images if is_flat(load_image(path))]
+                flat = [path for path in record.images if load_image(path).getcolors(1)]
         except InputError as error:
             return [f"bad: {error}"], None
         odd = [f"look: {record.name}: image {path} is of one colour" for path in flat]

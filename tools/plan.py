@@ -53,7 +53,7 @@ def load_of(*packs: list[Tree], share_prefix: bool = True, share_images: bool = 
     tokens = scored = tiles = pairs = 0
     for trees in packs:
         images = images_of(trees, share_prefix)
-        tiles += sum({image if share_images else place: n for image, n, place in images}.values())
+        tiles += sum(n for _, n in (set(images) if share_images else images))
         for tree in trees:
             trunk, answers = len(tree.trunk), [len(r) for r in tree.responses]
             copies = 1 if share_prefix else len(answers)
@@ -207,7 +207,8 @@ def activations_of(
     q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     inputs, normed = learns["language_model"]
     # a token in a DecoderBlock: two norms' float32 input, normed values, output; those of q and k
-    token = 2 * d * (4 + size * (normed + inputs)) + llm.qk_norm * (q + kv) * (4 + size * normed)
+    token = 2 * d * (4 + size * (normed + inputs))
+    token += (llm.architecture == "qwen3") * (q + kv) * (4 + size * normed)  # norms of q and k
     token += size * (3 * q + 3 * kv)  # wqkv's output; rotated q and k; what attention gives
     token += size * f * (3 + inputs)  # w1 x; silu of it; w3 x; their product
     if compiled:  # neither the silu nor the norms' float32 input is kept (seen on an H100)
