@@ -43,7 +43,7 @@ def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkey
     names = list(sweep.combinations(swept))
     assert status == 0 and [line.split()[0] for line in table.splitlines()] == ["row", *names]
     assert (tmp_path / "sweep/rows.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(sweep, "draw_rows", lambda curves: b"drawn again")
+    monkeypatch.setattr(sweep, "curve_panels", lambda *_, **__: b"drawn again")
     assert len(list((tmp_path / "sweep").rglob("part-*.jsonl"))) == 1
     losses = [row["loss"] for _, row in read_jsonl(tmp_path / "sweep" / names[0] / "metrics.jsonl")]
     assert len(losses) == 2

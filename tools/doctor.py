@@ -255,7 +255,11 @@ def examine(case: Case) -> list[dict[str, str]]:
 MARKS: dict[str, Callable[[str, str], object]] = {
     "length": lambda text, other: len(text) > len(other),
     "the first two words": lambda text, other: tuple(text.split()[:2]),
-    "the final answer's form": lambda text, other: answer_form(text),
+    "the final answer's form": lambda text, other: (  # a line of its own, a box, a few words
+        re.search(r"final answer\s*:", text, re.I) is not None,
+        "\\boxed" in text,
+        len(text.split()) < 5,
+    ),
 }
 
 
@@ -272,13 +276,6 @@ def surface_marks(records: list[PairRecord]) -> list[str]:
         if share > 0.85:
             lines.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")
     return lines
-
-
-def answer_form(text: str) -> str:
-    """How a response gives its answer."""
-    if re.search(r"final answer\s*:", text, re.I):
-        return "a line"
-    return "a box" if "\\boxed" in text else "a few words" if len(text.split()) < 5 else "none"
 
 
 def diagnose(history: Rows, total: int) -> dict[str, str]:

@@ -25,7 +25,6 @@ END = "\x1e"  # printed after each cell
 class LectureConfig:
     """Run the lecture's cells and write them with their outputs as one page."""
 
-    notebook: Path = flag(ROOT / "docs/lecture.ipynb", "the cells")
     out: Path = flag(ROOT / "docs/lecture.html", "the page")
 
 
@@ -56,7 +55,7 @@ def output_html(printed: str) -> str:
 
 def main() -> None:
     cfg = parse_cli(LectureConfig)
-    cells = read_cells(cfg.notebook)
+    cells = read_cells(ROOT / "docs/lecture.ipynb")
     outputs = iter(run_cells([text for kind, text in cells if kind == "code"]))
     body = []
     for kind, text in cells:

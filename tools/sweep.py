@@ -93,7 +93,11 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, process: Process)
         curves[name] = read_whole_lines(folder / "metrics.jsonl")
     if process.is_main:
         print(table_of_rows(curves))
-        write_atomic(base.out_dir / "rows.png", draw_rows(curves))
+        panels = {  # a line a run, its name at the line's end
+            metric: {name: (rows, metric) for name, rows in curves.items()}
+            for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
+        }
+        write_atomic(base.out_dir / "rows.png", curve_panels(panels, 2, y_scale="symlog"))
         process.say(f"curves: {base.out_dir / 'rows.png'}")
 
 
@@ -107,15 +111,6 @@ def table_of_rows(curves: dict[str, list[dict]]) -> str:
     ]
     titles = [column.replace("rewards/", "").replace("heldout/", "held-out ") for column in columns]
     return text_table(["row", *titles], rows)
-
-
-def draw_rows(curves: dict[str, list[dict]]) -> bytes:
-    """PNG: a panel a metric, a line a row, each row's name at the line's end."""
-    panels = {
-        metric: {name: (rows, metric) for name, rows in curves.items()}
-        for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
-    }
-    return curve_panels(panels, 2, y_scale="symlog")
 
 
 @dataclass(frozen=True)

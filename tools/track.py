@@ -68,16 +68,6 @@ def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
     return writers
 
 
-def draw_curves(rows: list[Row]) -> bytes:
-    """PNG with a panel a kind of metric, over the steps."""
-    terms = {name[5:]: name for name in rows[-1] if name.startswith("loss/")}
-    panels = {
-        title: {label: (rows, name) for label, name in curves.items()}
-        for title, curves in (PANELS | {"terms of the loss": terms}).items()
-    }
-    return curve_panels(panels, 3, dpi=80)
-
-
 class Tracker:
     """Has each new row of a run's metrics diagnosed, handed on and drawn; on rank 0 alone.
 
@@ -102,7 +92,13 @@ class Tracker:
     def draw(self, last: bool) -> None:
         """Write out_dir/curves.png, which is called for with every checkpoint."""
         soon = time.monotonic() - self.drawn < SECONDS_APART
-        if self.is_main and len(self.rows) >= FEWEST_ROWS and (last or not soon):
-            with contextlib.suppress(ModuleNotFoundError):  # no matplotlib here
-                write_atomic(self.picture, draw_curves(self.rows))
-            self.drawn = time.monotonic()
+        if not self.is_main or len(self.rows) < FEWEST_ROWS or (soon and not last):
+            return
+        terms = {name[5:]: name for name in self.rows[-1] if name.startswith("loss/")}
+        panels = {
+            title: {label: (self.rows, name) for label, name in curves.items()}
+            for title, curves in (PANELS | {"terms of the loss": terms}).items()
+        }
+        with contextlib.suppress(ModuleNotFoundError):  # no matplotlib here
+            write_atomic(self.picture, curve_panels(panels, 3, dpi=80))
+        self.drawn = time.monotonic()
