@@ -428,8 +428,9 @@ def judge_group(
             counts["duplicate responses"] += 1
         else:
             judged[key] = Response(*key, meta)
-    solved = any(response.verdict == "correct" for response in judged.values())
-    counts["questions all right"] += all(r.verdict == "correct" for r in judged.values())
+    labels = {label for _, label, _ in judged}
+    solved = "correct" in labels
+    counts["questions all right"] += labels <= {"correct"}
     counts["questions never right"] += not solved
     wanted = rationales == "all" or (rationales == "unsolved" and not solved)
     if wanted and isinstance(rows[0].get("rationale"), str):
@@ -529,10 +530,8 @@ def pair_question(
     tally["pairs_per_query"][str(sum(map(len, drawn.values())))] += 1
     gold, made = {"answer_gt": str(rows[0]["answer"])}, {}
     for kind, pairs in drawn.items():
-        made[kind] = [
-            pair_record(rows[0], c.question, (c.text, c.meta), (r.text, r.meta), gold)
-            for c, r in pairs
-        ]
+        sides = [(c.question, (c.text, c.meta), (r.text, r.meta)) for c, r in pairs]
+        made[kind] = [pair_record(rows[0], *side, gold) for side in sides]
     if all(response.verdict != "correct" for response in judged):
         names = "qid image question question_orig answer prompt_version system_prompt".split()
         made["all wrong"] = [{n: rows[0][n] for n in names if n in rows[0]}]

@@ -292,10 +292,8 @@ def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
         return parse_expression(text)
     if len(text) > quantities.MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
         return None
-    for reader in (_read_chain, quantities.read_sum, _read_items, _read_relation):
-        if (reading := reader(text, depth)) is not None:
-            return reading
-    return read_quantity(text)
+    reading = _read_chain(text) or quantities.read_sum(text) or _read_items(text, depth)
+    return reading or _read_relation(text, depth) or read_quantity(text)
 
 
 def _split_top(text: str, joiner: re.Pattern) -> tuple[list[str], list[str]]:
@@ -309,7 +307,7 @@ def _split_top(text: str, joiner: re.Pattern) -> tuple[list[str], list[str]]:
     return [*pieces, text[start:].strip()], between
 
 
-def _read_chain(text: str, depth: int) -> Items | Quantity | None:
+def _read_chain(text: str) -> Items | None:
     """7-8 cm, 3:15, 12/03/1998, 2 m x 3 m: a unit at the end is that of all."""
     if (match := _CHAIN.fullmatch(text)) is None:
         return None
@@ -360,7 +358,7 @@ def _read_relation(text: str, depth: int) -> Any:
     sides = tuple(read(t, depth + 1) or read_quantity(t) for t in texts)
     if None in sides:
         return None
-    if signs and set(signs) <= set(_FLIPPED):
+    if set(signs) <= set(_FLIPPED):
         sides, signs = sides[::-1], [_FLIPPED[sign] for sign in reversed(signs)]
     return Relation(name, tuple(signs), sides)
 

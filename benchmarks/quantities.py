@@ -516,9 +516,8 @@ def read_quantity(text: str) -> Quantity | None:
         product = not apart and len(tail) == 1 and tail not in _GLUED  # 2x
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
         decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
-        if product or angle or decade or word == "th":
-            continue
-        if tail[:1] == "/" and len(word) < 4:  # 2/h
+        divided = tail[:1] == "/" and len(word) < 4  # 2/h
+        if product or angle or decade or divided or word == "th":
             continue
         unit = read_unit(tail, apart or (len(tail) > 3 and tail[:3].isalpha())) if tail else None
         expression = parse_expression(head)
@@ -528,7 +527,7 @@ def read_quantity(text: str) -> Quantity | None:
     return parse_expression(text)
 
 
-def read_sum(text: str, depth: int = 0) -> Quantity | None:
+def read_sum(text: str) -> Quantity | None:
     """1 hour 30 minutes, 5 ft 10 in: falling units of one kind."""
     parts = [(Fraction(m[1]), _known_unit(m[2])) for m in _SUM.finditer(text)]
     if not 1 < len(parts) < 5 or _SUM.sub("", text) or not all(unit for _, unit in parts):
