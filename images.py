@@ -85,11 +85,10 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"image {path} has more than {MAX_BYTES} bytes")
     try:
         image = Image.open(path, formats=FORMATS)
-    except UnidentifiedImageError:
-        reason = f"it is none of {', '.join(FORMATS)}; convert it"
-        raise InputError(f"image {path} cannot be read: {reason}") from None
     except DECODER_ERRORS as error:
-        raise InputError(f"image {path} cannot be read: {error}") from None
+        unknown = f"it is none of {', '.join(FORMATS)}; convert it"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"image {path} cannot be read: {reason}") from None
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"image {path} has more than {MAX_PIXELS} pixels")
     return image

@@ -55,13 +55,11 @@ class JsonLines:
         bounds = np.concatenate(ends)  # a line stands between two of them
         if bounds[-1] < size and not part:
             bounds = np.append(bounds, size)
+        self.starts, self.ends = bounds[:-1], bounds[1:]
         short = np.flatnonzero(np.diff(bounds) < 64)  # no record fits there, only blanks
-        empty = [n for n in short if not self.read(bounds[n], bounds[n + 1]).strip()]
-        self.starts, self.ends = np.delete(bounds[:-1], empty), np.delete(bounds[1:], empty)
+        empty = [n for n in short if not self.line(n).strip()]
+        self.starts, self.ends = (np.delete(x, empty) for x in (self.starts, self.ends))
         self.numbers = np.delete(np.arange(1, len(bounds)), empty)
-
-    def read(self, start: int, end: int) -> bytes:
-        return os.pread(self.file.fileno(), int(end - start), int(start))  # threads share the file
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -70,7 +68,8 @@ class JsonLines:
         return parse_json(self.line(n), self.name(n))
 
     def line(self, n: int) -> bytes:
-        return self.read(self.starts[n], self.ends[n])
+        start, end = int(self.starts[n]), int(self.ends[n])
+        return os.pread(self.file.fileno(), end - start, start)  # threads share the file
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         """("file line N", object) of each line."""

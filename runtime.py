@@ -5,7 +5,7 @@ A closed list, never "utils": a thing enters here when two rooms need it.
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
     Settings, EngineConfig           flags that several scripts have
     InputError, Failure, run         what people must know ends in one line
-    start_process, Process           the process group: always one, also alone
+    start_process, Process, all_of   the process group: always one, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
     new_file, write_atomic           whole files or none
     AppendLog, read_whole_lines      whole lines or none

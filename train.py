@@ -161,7 +161,7 @@ from config import InternVLConfig, load_config, recipe
 from data import BLANK, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
-from records import read_meta
+from records import part_files, read_meta, read_parts
 from tokenizer import load_tokenizer
 from weights import local
 
@@ -419,10 +419,9 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
     if cfg.lora_rank and trained:
         parts = [getattr(model, name) for name in PARTS if name in cfg.learning_parts]
         memory.add_adapters(parts, cfg.lora_rank, cfg.lora_alpha)
-    blocks = units_of(model)
-    again = len(blocks) if cfg.recompute_blocks < 0 else cfg.recompute_blocks
-    for number, block in enumerate(blocks):
-        memory.recompute_in_backward(block, cfg.recompute if trained and number < again else "off")
+    blocks = units_of(model) if trained else []
+    for block in blocks if cfg.recompute_blocks < 0 else blocks[: cfg.recompute_blocks]:
+        memory.recompute_in_backward(block, cfg.recompute)
     return model
 
 
@@ -579,12 +578,11 @@ class CachedReference:
 
     def read(self) -> None:
         keys, logps = bytearray(16), array("f", [math.nan])  # a first row that no key comes before
-        for part in sorted(self.folder.glob("part-*.jsonl")):
-            for number, row in runtime.read_jsonl(part, part=True):
-                if row.pop("checksum", None) != checksum(row):
-                    raise InputError(f"{part} line {number}: not as it was written; delete {part}")
-                keys += bytes.fromhex(row["key"])
-                logps.append(row["logp"])
+        for name, row in read_parts(part_files(self.folder)):
+            if row.pop("checksum", None) != checksum(row):
+                raise InputError(f"{name}: not as it was written; delete this part")
+            keys += bytes.fromhex(row["key"])
+            logps.append(row["logp"])
         keys = np.frombuffer(keys, "S16")
         order = keys.argsort(kind="stable")
         self.keys, self.logps = keys[order], np.frombuffer(logps, np.float32)[order]
