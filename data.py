@@ -386,9 +386,15 @@ class PairData:
 
     def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
-        rows = np.concatenate([self.rows(step) for step in range(steps)])
-        _, first = np.unique(rows @ np.array([1 << 32, 1]), return_index=True)
-        return rows[np.sort(first)]
+        sizes = [len(data_set) for data_set in self.sets]
+        starts, seen, parts = np.cumsum([0, *sizes[:-1]]), np.zeros(sum(sizes), bool), []
+        for epoch in range(-(-steps // self.steps_per_epoch)):
+            rows = self.order(epoch)[: (steps - epoch * self.steps_per_epoch) * self.batch_size]
+            places = starts[rows[:, 0]] + rows[:, 1]
+            first = np.sort(np.unique(places, return_index=True)[1])
+            parts.append(rows[first[~seen[places[first]]]])
+            seen[places] = True
+        return np.concatenate(parts)
 
     def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
         """(packs of trees of these pairs, names of the records dropped as too long).
