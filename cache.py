@@ -238,14 +238,15 @@ class KVCache:
             numbers = (
                 table.clamp(min=0) * (j * g) + torch.arange(j * g, device=self.device)[:, None]
             )
-            spans.append((span, part, readers, mask, numbers, table < 0))
+            bags = torch.arange(0, numbers.numel(), span.width, device=self.device)
+            spans.append((span, part, readers, mask, numbers, table < 0, bags))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.memory[layer]
             keys.index_put_(index, k[:, 0])
             values.index_put_(index, v[:, 0])
             q, outs, sums = q.view(rows, g, j, d).transpose(1, 2), [], []
-            for span, part, readers, mask, numbers, absent in spans:
+            for span, part, readers, mask, numbers, absent, _ in spans:
                 asked = q.index_select(0, readers).view(span.blocks, -1, g, d).transpose(1, 2)
                 out, logsum = attend_blocks(asked, keys[part], values[part], mask)
                 outs.append(out.transpose(1, 2).reshape(-1, d).float())  # (block seat query head) d
@@ -253,11 +254,13 @@ class KVCache:
                 sums.append(logsum.masked_fill(absent, 2 * HIDDEN) if span.ragged else logsum)
             weights = torch.cat(sums, -1).softmax(-1).split([span.width for span, *_ in spans], -1)
             # each row and head gathers its partial sums and weighs them, in one operation
-            bags = (n.flatten(0, 1) for *_, n, _ in spans)
-            out = sum(
-                F.embedding_bag(bag, out, mode="sum", per_sample_weights=weight.flatten(0, 1))
-                for bag, out, weight in zip(bags, outs, weights)
+            first, *others = (
+                F.embedding_bag(
+                    n.flatten(), out, bags, mode="sum", per_sample_weights=weight.flatten()
+                )
+                for (*_, n, _, bags), out, weight in zip(spans, outs, weights)
             )
+            out = sum(others, first)
             return out.to(self.dtype).view(rows, j, g, d).transpose(1, 2).reshape(rows, 1, g * j, d)
 
         return tokens, positions, attend
