@@ -106,7 +106,8 @@ def test_scores_losses_and_the_optimizer_stay_on_the_card(world, fake):
 def test_prefill_decode_and_choice_stay_on_the_card(fake, temperature, top_k, top_p):
     mode, policy = fake
     kv = cache.KVCache(policy.config.llm, 64, CUDA, torch.bfloat16, rounded=True)
-    prompt, answers = cache.Room(), [cache.Room() for _ in range(3)]
+    prompt, answers, left = cache.Room(), [cache.Room() for _ in range(3)], cache.Room()
+    kv.enlarge(left, 40 * cache.KEYS, prompt=True)
     ids = [policy.image_context_id] * policy.config.tokens_per_tile + [5] * 40
     kv.enlarge(prompt, len(ids), prompt=True)
     tiles = torch.empty(1, 3, policy.config.tile_size, policy.config.tile_size, device=CUDA)
@@ -115,7 +116,9 @@ def test_prefill_decode_and_choice_stay_on_the_card(fake, temperature, top_k, to
     assert logits.device == CUDA and logits.shape == (policy.config.llm.vocab_size,)
     for answer in answers:
         kv.enlarge(answer, 1)
+    kv.release(left)  # so that the prompt's blocks move
     plan = kv.plan([(prompt, answer) for answer in answers], [1, 2, 3])
+    assert prompt.blocks.max() < 40
     logits = generate.decode(policy, kv, plan)[:3]
     assert logits.device == CUDA and logits.shape == (3, policy.config.llm.vocab_size)
     uniforms = torch.empty(3, device=CUDA)
