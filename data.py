@@ -405,8 +405,7 @@ class PairData:
         trees = [self.fit(record) for record in records]
         dropped = [record.name for record, tree in zip(records, trees) if tree is None]
         kept = [tree for tree in trees if tree is not None]
-        if self.pairs_per_prompt > 1:
-            kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)
+        kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)
         sizes = [tree.size if self.share_prefix else tree.size_apart for tree in kept]
         packs = first_fit(sizes, self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped

@@ -165,11 +165,9 @@ def greedy_ids(
 ) -> list[int]:
     """The likeliest next token again and again, each time from the whole text so far."""
     answer: list[int] = []
-    while len(answer) < max_new_tokens:
+    while len(answer) < max_new_tokens and stop not in answer:
         logits = model(torch.tensor([prompt + answer]), tiles)[0, -1]
         answer.append(int(logits.argmax()))
-        if answer[-1] == stop:
-            break
     return answer
 
 

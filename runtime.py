@@ -567,9 +567,9 @@ def _digest(path: Path, size: int, time: int) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
-def claim(folder: Path, facts: dict[str, Any], remedy: str, name: str = "run.json") -> None:
+def claim(folder: Path, facts: dict[str, Any], remedy: str) -> None:
     """Say in `folder`/run.json what its content depends on; refuse other values by name."""
-    about = Path(folder) / name
+    about = Path(folder) / "run.json"
     if not about.exists():
         write_atomic(about, json.dumps(facts, indent=1) + "\n")
     known = read_json(about)

@@ -42,9 +42,7 @@ class TrainConfig:
     meta: Path = flag(Path("MMPR/meta.json"), "MMPR's meta.json: the preference data")
     heldout: Path | None = flag(None, "pairs, as --meta, that are scored and never trained on")
     heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
-    keep_best: bool = flag(
-        False, "keep the best step by --heldout as a checkpoint, in out_dir/best"
-    )
+    keep_best: bool = flag(False, "keep the checkpoint of the best step by --heldout: out_dir/best")
     out_dir: Path = flag(Path("runs/mpo"), "metrics, checkpoints and the final model go here")
     loss: str = flag(
         "mpo", "weighted sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows"
@@ -450,10 +448,8 @@ def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
     if cfg.replicate > 1:
         shape, names = (cfg.replicate, process.world // cfg.replicate), ("replicate", "shard")
     mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
-    options: dict[str, Any] = {"mesh": mesh}
-    if dtype is torch.bfloat16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        options["mp_policy"] = policy
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     if cfg.sync == "step" and any(p.requires_grad for p in model.parameters()):
         options["reshard_after_forward"] = False
     for unit in [*units_of(model), model]:
