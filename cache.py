@@ -120,8 +120,11 @@ class KVCache:
         room.blocks, room.length = room.blocks[:0], 0
 
     def compact(self, rooms: set[Room], high: bool) -> None:
-        """Move blocks of these rooms, the outermost first, to free places nearer to their end."""
-        blocks = np.unique(np.concatenate([room.blocks for room in rooms]))
+        """Where a step would read a quarter of its blocks in vain, move the outermost inwards."""
+        blocks = np.sort(np.concatenate([room.blocks for room in rooms]))
+        used = self.num_blocks - blocks[0] if high else 1 + blocks[-1]
+        if used >= 4 * self.free[:: -1 if high else 1][:used].sum():
+            return
         free, step = np.flatnonzero(self.free), 1 if high else -1
         count = min(len(blocks), len(free))
         source, target = blocks[::step][:count], free[::-step][:count]
@@ -199,17 +202,14 @@ class KVCache:
         each row (row width), as the number of the first partial sum that they give it, or -1.
         """
         flat = [room for row in rooms for room in row]
+        self.compact(set(flat), high)
         block = np.concatenate([room.blocks for room in flat])
-        used = self.num_blocks - block.min() if high else 1 + block.max()
-        if used < 4 * self.free[:: -1 if high else 1][:used].sum():  # read in vain
-            self.compact(set(flat), high)
-            block = np.concatenate([room.blocks for room in flat])
-            used = self.num_blocks - block.min() if high else 1 + block.max()
         in_room = np.array([len(room.blocks) for room in flat])
         in_row = in_room.reshape(len(rooms), -1).sum(1)
         length = np.repeat([room.length for room in flat], in_room) - KEYS * counted(in_room)
         row = np.repeat(np.arange(len(rooms)), in_row)
 
+        used = self.num_blocks - block.min() if high else 1 + block.max()
         blocks, width = min(self.round(used), self.num_blocks), self.round(in_row.max())
         ragged = padded > len(rooms) or bool((in_row < width).any())
         span = Span(self.num_blocks - blocks if high else 0, blocks, seats, width, ragged)
