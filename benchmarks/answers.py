@@ -365,7 +365,6 @@ def _read_relation(text: str, depth: int) -> Any:
 
 # --------------------------------------------------------------------------- comparing
 
-
 _EVENING = re.compile(r"(?:1[3-9]|2[0-3]):[0-5][0-9]$")
 _PM = re.compile(r"([1-9]|1[01])(:[0-5][0-9])? pm$", re.IGNORECASE)
 
@@ -400,8 +399,9 @@ def _same_plain(pred: str, gold: str) -> bool:
         a, b = a or read_quantity(pred), b or read_quantity(gold)
     if theirs and len(theirs.letters) > 1:
         return _same_wording(pred, gold)
-    units = isinstance(a, Quantity) and isinstance(b, Quantity) and a.unit and b.unit
-    return _same(a, b) or (not units and _same_wording(pred, gold))  # mW is not MW
+    if isinstance(a, Quantity) and isinstance(b, Quantity) and not a.letters | b.letters:
+        return _same(a, b)  # by value alone: mW is not MW
+    return _same(a, b) or _same_wording(pred, gold)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -544,7 +544,6 @@ def _wording(text: str) -> list[str]:
 
 
 # --------------------------------------------------------------------------- official rules
-
 
 multi_choice_score = same_answer  # mc_score: the same letter, or the wording of the gold option
 
@@ -704,6 +703,8 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     """A wrong answer that may be meant right: it holds the gold answer as whole tokens (`12 or 13`
     for 12), is a number within a hundredth of it, or the same list in another order."""
     answer, gold = plain_text(answer[:MAX_ANSWER]), plain_text(str(gold))
+    if answer.isdecimal() and gold.isdecimal():
+        return int(answer) == int(gold)  # most answers
     option, ours = read_options(gold, strict=True), read_options(answer)
     if option and len(option.letters) == 1 and (ours is None or ours.letters > option.letters):
         if re.search(rf"\b{min(option.letters)}\b", answer):

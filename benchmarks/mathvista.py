@@ -16,6 +16,8 @@ from benchmarks.common import Benchmark, Item, Judge, Reading, Reply, final_answ
 from benchmarks.quantities import SIGNS
 from runtime import InputError
 
+RULES_GIVE_LESS = "the paper's Direct figure is extracted by GPT: rules give less"
+
 
 def item(row: Item) -> None:
     row["answer"], row["choices"] = str(row["answer"]), list(row["choices"] or [])
@@ -103,12 +105,6 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def notes(items: list[Item], mode: str, cot: bool) -> list[str]:
-    if mode == "judge" or cot:
-        return []
-    return ["the paper's Direct figure is extracted by GPT: rules give less"]
-
-
 BENCHMARK = Benchmark(
     name="mathvista", files=("testmini.json", "testmini.jsonl"),
     fields={"question": str, "question_type": str, "answer_type": str,
@@ -117,5 +113,6 @@ BENCHMARK = Benchmark(
     judge=Judge(
         messages, max_tokens=256, settled=lambda item, reply: read_exactly(item, reply) is not None
     ),
-    n_expected=1000, split="testmini", groups=("task", "answer_type"), notes=notes,
+    n_expected=1000, split="testmini", groups=("task", "answer_type"),
+    notes=lambda items, mode, cot: [RULES_GIVE_LESS] if mode != "judge" and not cot else [],
 )  # fmt: skip
