@@ -48,11 +48,11 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     rows = []
     for i, data_set in enumerate(sets):
         copies, part = divmod(data_set.repeat_time, 1)
-        every = np.arange(len(data_set))
-        drawn = seeded(seed, data_set.name, epoch).permutation(len(data_set))
+        every = np.arange(len(data_set), dtype=np.int32)
+        drawn = seeded(seed, data_set.name, epoch).permutation(every)
         drawn = np.sort(drawn[: int(part * len(data_set))])
         records = np.concatenate([np.tile(every, int(copies)), drawn])
-        rows.append(np.stack([np.full_like(records, i), records], axis=1, dtype=np.int32))
+        rows.append(np.stack([np.full_like(records, i), records], axis=1))
     rows = np.concatenate(rows)
     return rows[seeded(seed, "order", epoch).permutation(len(rows))]
 
@@ -379,8 +379,7 @@ class PairData:
         sets = [name for pack in planned for tree in pack for name in tree.sets]
         trees = planned + [[BLANK]] * (-len(planned) % world)
         firsts = [0, *accumulate(sum(len(tree.names) for tree in pack) for pack in trees)]
-        own = range(rank, len(trees), world)
-        packs = [(self.build(trees[n]), n, firsts[n]) for n in own]
+        packs = [(self.build(trees[n]), n, firsts[n]) for n in range(rank, len(trees), world)]
         return Step(number, packs, len(records), planned, dropped, records, sets)
 
     def rows(self, step: int) -> np.ndarray:  # (pair 2)
@@ -392,12 +391,15 @@ class PairData:
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
         sizes = [len(data_set) for data_set in self.sets]
         starts, seen, parts = np.cumsum([0, *sizes[:-1]]), np.zeros(sum(sizes), bool), []
+        first = np.empty(len(seen), np.int32)  # record -> its first row of an epoch
         for epoch in range(-(-steps // self.steps_per_epoch)):
             rows = self.order(epoch)[: (steps - epoch * self.steps_per_epoch) * self.batch_size]
-            places = starts[rows[:, 0]] + rows[:, 1]
-            first = np.sort(np.unique(places, return_index=True)[1])
-            parts.append(rows[first[~seen[places[first]]]])
+            places, number = starts[rows[:, 0]] + rows[:, 1], np.arange(len(rows), dtype=np.int32)
+            first[places[::-1]] = number[::-1]  # what is written last stays
+            parts.append(rows[(first[places] == number) & ~seen[places]])
             seen[places] = True
+            if seen.all():
+                break  # later epochs bring nothing new
         return np.concatenate(parts)
 
     def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
@@ -408,8 +410,7 @@ class PairData:
         records = [self.sets[i][int(n)] for i, n in rows]
         trees = [self.fit(record) for record in records]
         dropped = [record.name for record, tree in zip(records, trees) if tree is None]
-        kept = [tree for tree in trees if tree is not None]
-        kept = grow_bushes(kept, self.pairs_per_prompt, self.pack_tokens)
+        kept = grow_bushes(list(filter(None, trees)), self.pairs_per_prompt, self.pack_tokens)
         sizes = [tree.size if self.share_prefix else tree.size_apart for tree in kept]
         packs = first_fit(sizes, self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped
@@ -436,8 +437,7 @@ class PairData:
     def build(self, trees: list[Tree]) -> Pack:
         pack = lay_out(trees, self.share_prefix)
         pack.keys = [key for t in trees for key in response_keys(t)]
-        size = self.config.tile_size
-        return add_tiles(pack, trees, size, self.share_images, self.share_prefix)
+        return add_tiles(pack, trees, self.config.tile_size, self.share_images, self.share_prefix)
 
 
 def prefetch(items: Iterable) -> Iterator:
