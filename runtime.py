@@ -177,13 +177,13 @@ def _options(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
     if hint is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return _options(f, inner[0]) | {"action": "append"}
     if origin is Literal:
         return options | {"choices": inner, "metavar": "|".join(inner)}
     kind = inner[0] if inner else hint
     options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")}
-    if origin is tuple:
-        options["action"] = "append"
-    elif origin is types.UnionType:
+    if origin is types.UnionType:
         options["type"] = lambda text: kind(text) if text else None
         options["type"].__name__ = kind.__name__  # for "invalid float value"
     return options

@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
-from toy import write_world
+from tools.gpu_check import PARTS, run_case
+from tools.gpu_parts import Row
 
 slow = pytest.mark.skipif(
     not os.environ.get("SLOW"), reason="87 s on two cores: set SLOW=1; make gpu runs it on a GPU"
 )
-PARTS = "start flex golden steps ids resume bench tiles mpo sample vit mmpr peers loader".split()
+DOCUMENTED = "start flex golden steps ids resume bench tiles mpo sample vit mmpr peers loader"
 
 
 def check(out, *flags):
@@ -26,14 +28,14 @@ def check(out, *flags):
 
 @slow
 def test_every_part_runs_at_toy_size_and_every_row_has_a_verdict(tmp_path):
-    write_world(tmp_path / "world", 16, 0)
-    ended = check(tmp_path / "gpu", "--world", str(tmp_path / "world"))
+    ended = check(tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    report = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(PARTS) == DOCUMENTED.split()
     assert {row["part"] for row in report["rows"]} == set(PARTS)
     assert {row["verdict"] for row in report["rows"]} <= {"ok", "measured", "skipped"}
     assert {"device", "torch", "commit", "command"} <= report.keys()
-    lines = (tmp_path / "gpu" / "gpu.md").read_text().splitlines()
+    lines = (tmp_path / "gpu.md").read_text().splitlines()
     assert len(lines) == 4 + len(report["rows"])
 
 
@@ -44,14 +46,24 @@ def test_the_golden_cases_are_a_part(tmp_path):
     assert rows and {row["verdict"] for row in rows} == {"ok"}
 
 
-@slow
-def test_a_case_that_fails_is_a_row_and_the_next_still_runs(tmp_path):
-    world = tmp_path / "world"
-    (world / "model").mkdir(parents=True)  # no weights: nothing can train
-    ended = check(tmp_path / "gpu", "--world", str(world), "--only", "start", "--only", "loader")
-    assert ended.returncode == 1
-    rows = json.loads((tmp_path / "gpu" / "gpu.json").read_text())["rows"]
-    assert [(row["part"], row["verdict"]) for row in rows[:2]] == [
-        ("start", "FAIL"),
-        ("loader", "measured"),
-    ]
+def crash(case):
+    yield Row("before", 1.0)
+    raise ValueError(f"no luck with {case}")
+
+
+def hang(case):
+    yield Row("before", 1.0)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    "part, limit, words",
+    [
+        (crash, 30, "ended with 1: ValueError: no luck with 8b"),
+        (hang, 1, "still running after 1 s"),
+    ],
+)
+def test_a_case_that_fails_is_a_row_after_those_that_it_gave(part, limit, words, tmp_path, capfd):
+    with capfd.disabled():  # so that a traceback goes to the log
+        rows = run_case(tmp_path, part, "8b", limit, tmp_path / "log")
+    assert rows == [Row("before", 1.0), Row(words, None, "", "FAIL")]

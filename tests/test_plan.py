@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import lay_out
 from model import InternVL, TreeAttention
-from runtime import InputError, start_process, stop_process
+from runtime import InputError, parse_cli, start_process, stop_process
 from tools import race
 from tools.bench import (
     MODES,
@@ -21,11 +21,17 @@ from tools.bench import (
     paper_tree,
     run_bench,
 )  # fmt: skip
-from tools.plan import GB, PARTS, RESERVE, flops, load_of, plan_of, say_plan, settle
+from tools.plan import GB, RESERVE, flops, load_of, plan_of, say_plan, settle
 from tools.releases import named_config
-from train import TrainConfig, prepare, score, shard, units_of
+from train import TrainConfig, prepare, score, shard, units_of, with_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def asked_of(size, **flags):
+    """Flags with the recipe of that size, and its shapes."""
+    config = named_config(size)
+    return with_recipe(TrainConfig(**flags), config, print), config
 
 
 # --------------------------------------------------------------------------- bytes
@@ -42,8 +48,8 @@ def process():
     [{"recompute": "full"}, {"recompute": "off"}, {"recompute": "selective", "pack_tokens": 512}],
 )
 def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
-    cfg = replace(TrainConfig(pack_tokens=256, head_rows=64, dtype="fp32", drop_path=0.1), **change)
-    config = named_config("toy")
+    flags = {"pack_tokens": 256, "head_rows": 64, "dtype": "fp32", "drop_path": 0.1}
+    cfg, config = asked_of("toy", **flags | change)
     scored = cfg.pack_tokens // 8
     tiles = (cfg.pack_tokens - 2 * scored - 8) // config.tokens_per_tile
     prompt = cfg.pack_tokens - 2 * scored - tiles * config.tokens_per_tile
@@ -93,8 +99,8 @@ DRY_RUNS = [  # size, GPUs, flags, GB
 
 @pytest.mark.parametrize("size, gpus, change, expected", DRY_RUNS)
 def test_the_plan_is_within_10_percent_of_a_dry_run_of_the_code(size, gpus, change, expected):
-    cfg = TrainConfig(recompute="full", head_rows=128, compile="off")  # the dry run's own
-    plan = plan_of(replace(cfg, **change), named_config(size), gpus, GPU)
+    own = {"recompute": "full", "head_rows": 128, "compile": "off"}  # the dry run's
+    plan = plan_of(*asked_of(size, **own | change), gpus, GPU)
     assert plan.total / GB == pytest.approx(expected, rel=0.1)
     assert plan.needed == pytest.approx((1 + RESERVE) * plan.total)
 
@@ -115,8 +121,8 @@ ON_AN_H100 = [  # size, flags, GB that tools/gpu_check.py --only mpo measured on
 
 @pytest.mark.parametrize("size, change, measured", ON_AN_H100)
 def test_the_plan_is_within_4_percent_of_what_an_h100_measured(size, change, measured):
-    cfg = replace(TrainConfig(recompute="full", head_rows=128), **change)
-    assert plan_of(cfg, named_config(size), 1, GPU).total / GB == pytest.approx(measured, rel=0.04)
+    asked = asked_of(size, **{"recompute": "full", "head_rows": 128} | change)
+    assert plan_of(*asked, 1, GPU).total / GB == pytest.approx(measured, rel=0.04)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +139,8 @@ def test_the_plan_is_within_4_percent_of_what_an_h100_measured(size, change, mea
 def test_as_few_blocks_are_computed_again_as_the_plan_allows(
     size, gpus, memory, change, again, sync
 ):
-    cfg, config, lines = TrainConfig(gpu_memory=memory, plan=True), named_config(size), []
-    cfg = settle(replace(cfg, **change), config, gpus, GPU, lines.append)
+    (cfg, config), lines = asked_of(size, gpu_memory=memory, plan=True, **change), []
+    cfg = settle(cfg, config, gpus, GPU, lines.append)
     assert (cfg.recompute, cfg.recompute_blocks, cfg.sync) == ("full", again, sync)
     assert lines[0].startswith(f"recompute auto: {again} of ")
     if memory:
@@ -145,16 +151,16 @@ def test_as_few_blocks_are_computed_again_as_the_plan_allows(
 
 
 def test_one_gpu_that_computes_with_its_own_weights_keeps_no_others_for_a_step():
-    alike = [TrainConfig(state_dtype="bf16", sync=sync) for sync in ("pack", "step")]
-    pack, step = (plan_of(cfg, named_config("8b"), 1, GPU) for cfg in alike)
+    alike = [asked_of("8b", state_dtype="bf16", sync=sync) for sync in ("pack", "step")]
+    pack, step = (plan_of(*asked, 1, GPU) for asked in alike)
     assert pack == step
-    pack, step = (plan_of(cfg, named_config("8b"), 2, GPU) for cfg in alike)
+    pack, step = (plan_of(*asked, 2, GPU) for asked in alike)
     assert step.gathered > 5 * pack.gathered and step.gradients > pack.gradients
 
 
 def test_recompute_auto_takes_the_first_blocks_and_none_on_a_cpu():
-    config = named_config("toy")
-    cfg = settle(TrainConfig(), config, 1, CPU, print)
+    cfg, config = asked_of("toy")
+    cfg = settle(cfg, config, 1, CPU, print)
     assert (cfg.recompute_blocks, cfg.sync) == (0, "pack")
     for blocks, first in ((0, []), (2, [True, True]), (-1, [True] * 99)):
         model = prepare(InternVL(config, 1), replace(cfg, recompute_blocks=blocks))
@@ -164,15 +170,15 @@ def test_recompute_auto_takes_the_first_blocks_and_none_on_a_cpu():
 
 def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     lines = []
-    cfg, config = TrainConfig(gpu_memory=24.0, recompute="full"), named_config("8b")
+    cfg, config = asked_of("8b", gpu_memory=24.0, recompute="full")
     with pytest.raises(InputError, match="the plan needs 28.02 GB a GPU .*--state_dtype bf16"):
         say_plan(cfg, config, 8, GPU, lines.append)
-    toy = TrainConfig(pack_tokens=2048, recompute="off", gpu_memory=0.25)
+    toy, small = asked_of("toy", pack_tokens=2048, recompute="off", gpu_memory=0.25)
     with pytest.raises(InputError, match="would fit: --recompute full.*--lora_rank 16"):
-        say_plan(toy, named_config("toy"), 1, GPU, lines.append)
+        say_plan(toy, small, 1, GPU, lines.append)
     moving = replace(toy, reference="online", reference_update_every=2)
     with pytest.raises(InputError) as refusal:
-        say_plan(moving, named_config("toy"), 1, GPU, lines.append)
+        say_plan(moving, small, 1, GPU, lines.append)
     assert "cached" not in str(refusal.value) and "lora" not in str(refusal.value)
     say_plan(replace(cfg, gpu_memory=80.0), config, 8, GPU, lines.append)
     assert lines[-1] == "fits into 80 GB"
@@ -180,10 +186,11 @@ def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     assert all(word in str(lines[-2]) for word in words.split())
 
 
-def test_the_race_names_a_section_that_it_does_not_have(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["race.py", "--only", "sprint"])
-    with pytest.raises(InputError, match="sprint: expected one of training, length, generation"):
-        race.main()
+def test_the_race_names_a_section_that_it_does_not_have(capsys):
+    with pytest.raises(SystemExit):
+        parse_cli(race.RaceConfig, ["--only", "sprint"])
+    sections = ", ".join(map(repr, race.SECTIONS))
+    assert f"invalid choice: 'sprint' (choose from {sections})" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- FLOPs
@@ -211,17 +218,15 @@ def test_useful_flops_are_those_that_torch_counts(config, frozen):
     segments = TreeAttention(pack.tree, pack.branch).segments
     pairs = sum(n * (n if mask is None else mask.shape[1]) for n, mask in segments)
     load = replace(load, pairs=pairs)  # masked ones too
-    trained = set(PARTS) - {f"{frozen}_model"}
-    assert sum(flops(config, load, trained)) == counted.get_total_flops()
+    assert sum(flops(cfg, config, load)) == counted.get_total_flops()
 
 
 def test_backward_passes_through_frozen_layers_that_have_adapters():
     config, load = named_config("8b"), load_of([paper_tree(named_config("8b"))])
-    forward, everything = flops(config, load)
-    vision_alone = flops(config, load, {"vision_model"})[1]
+    forward, everything = flops(TrainConfig(), config, load)
+    vision_alone = flops(TrainConfig(lr_projector=0.0, lr_language=0.0), config, load)[1]
     for parts, least, most in (("language", 0.7, 1), ("both", 1, 1.2), ("vision", 1, 1.2)):
-        cfg = TrainConfig(lora_rank=8, lora_parts=parts)
-        backward = flops(config, load, cfg.trained_parts, cfg.learning_parts)[1]
+        backward = flops(TrainConfig(lora_rank=8, lora_parts=parts), config, load)[1]
         assert least < backward / forward < most, parts
         assert backward < vision_alone < everything
 

@@ -18,8 +18,8 @@ def test_flags_with_several_values_are_run_in_every_combination():
         "lr=1e-4,loss=mpo", "lr=1e-4,loss=0.5xdpo+sft",
         "lr=1e-3,loss=mpo", "lr=1e-3,loss=0.5xdpo+sft",
     ]  # fmt: skip
-    fixed = ["--config=a.json", "--mine=m.py", "--no-compile"]
-    assert runs["lr=1e-3,loss=0.5xdpo+sft"] == [*fixed, "--lr=1e-3", "--loss=0.5*dpo+sft"]
+    flags = "--config=a.json --lr=1e-3 --loss=0.5*dpo+sft --mine=m.py --no-compile".split()
+    assert runs["lr=1e-3,loss=0.5xdpo+sft"] == flags
 
 
 def sweep_here(monkeypatch, capsys, *argv):

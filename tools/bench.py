@@ -11,7 +11,6 @@ scores and shards is train.py's own, so what is measured is what trains.
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from data import Pack, Tree, lay_out
 from model import InternVL
 from tools import plan
 from tools.releases import named_config
-from train import PARTS, TrainConfig, compile_blocks, compute_dtype, prepare, score, switched_on
+from train import TrainConfig, compile_blocks, compute_dtype, prepare, score, switched_on
 
 Row = dict[str, float]  # a table's column -> its value
 # a mode's name -> the flags that it changes; each goes on from the one before
@@ -51,11 +50,11 @@ def modes_of(cfg: TrainConfig, device: torch.device) -> list[tuple[str, TrainCon
     return modes if compiled else modes[:-1]
 
 
-def packs_of(cfg: TrainConfig, tree: Tree) -> list[list[Tree]]:
+def packs_of(cfg: TrainConfig, trees: list[Tree]) -> list[list[Tree]]:
     """The trees of each pack: the plain way takes each (prompt, response) alone."""
-    if cfg.share_images:
-        return [[tree]]
-    return [[replace(tree, responses=[r], chosen=[0], rejected=[])] for r in tree.responses]
+    alone = {"chosen": [0], "rejected": []}
+    apart = [[replace(tree, responses=[r], **alone)] for tree in trees for r in tree.responses]
+    return [trees] if cfg.share_images else apart
 
 
 def example_tree(config: InternVLConfig, tiles: int, prompt: int, answers: tuple[int, ...]) -> Tree:
@@ -84,20 +83,26 @@ def example_pack(config: InternVLConfig, trees: list[Tree], share_prefix: bool =
     return pack
 
 
-def at_every_token(pack: Pack) -> Pack:
-    """As the plain head does it: the logits of every position."""
-    ids = pack.input_ids[0]
-    everywhere, owner = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.long)
-    return replace(pack, predictor=everywhere, target=ids, response=owner, num_responses=1)
+def step_of(cfg: TrainConfig, model: InternVL, trees: list[Tree]) -> Callable[[], None]:
+    """Scores and goes backward: the reference (here of the same weights), then the policy."""
+    packs = []
+    for part in packs_of(cfg, trees):
+        pack = example_pack(model.config, part, cfg.share_prefix)
+        if not cfg.head_rows:  # as the plain head does it: the logits of every position
+            ids = pack.input_ids[0]
+            every = {"predictor": torch.arange(len(ids)), "target": ids, "num_responses": 1}
+            pack = replace(pack, response=torch.zeros_like(ids), **every)
+        packs.append(pack.to(model.language_model.head.device))
 
+    def step() -> None:
+        for pack in packs:
+            if cfg.reference == "online":
+                with torch.no_grad():
+                    score(model, pack, cfg)
+            score(model, pack, cfg)[0].sum().backward()
+        model.zero_grad()
 
-def run_mode(cfg: TrainConfig, model: InternVL, packs: list[Pack]) -> None:
-    """One pair: the reference's forward (here of the same weights), the policy's, backward."""
-    for pack in packs:
-        if cfg.reference == "online":
-            with torch.no_grad():
-                score(model, pack, cfg)
-        score(model, pack, cfg)[0].sum().backward()
+    return step
 
 
 def measured_peak(function: Callable[[], Any], device: torch.device) -> int:
@@ -145,15 +150,15 @@ def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
 
 
 def formula_row(cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int) -> Row:
-    """Of a pair's step, everything trained; size: bytes of a number."""
-    tflop, rooms, learns = 0.0, [], dict.fromkeys(PARTS, (True, True))
-    for trees in packs_of(cfg, tree):
+    """Of a pair's step; size: bytes of a number."""
+    tflop, rooms = 0.0, []
+    for trees in packs_of(cfg, [tree]):
         load = plan.load_of(trees, share_prefix=cfg.share_prefix)
         if not cfg.head_rows:
-            load = replace(load, scored=load.tokens)  # see at_every_token
-        forward, backward = plan.flops(config, load)
+            load = replace(load, scored=load.tokens)  # see step_of
+        forward, backward = plan.flops(cfg, config, load)
         tflop += (forward * (1 + (cfg.reference == "online")) + backward) / 1e12
-        kept, block, logits, head = plan.activations_of(cfg, config, load, size, learns)
+        kept, block, logits, head = plan.activations_of(cfg, config, load, size)
         rooms.append((kept + max(block, logits + head), logits))
     peak, logits = max(rooms)
     return {"tflop": tflop, "head GB": logits / plan.GB, "peak GB": peak / plan.GB}
@@ -170,12 +175,9 @@ def measured_rows(
     for name, cfg in modes:
         if cfg.compile == "on":
             compile_blocks(model)
-        packs = [example_pack(config, trees, cfg.share_prefix) for trees in packs_of(cfg, tree)]
-        packs = packs if cfg.head_rows else [at_every_token(pack) for pack in packs]
-        once = partial(run_mode, cfg, model, [pack.to(device) for pack in packs])
-        row = formula_row(cfg, config, tree, dtype.itemsize)
-        row["peak GB"] = measured_peak(once, device) / plan.GB
-        yield name, row | {"seconds": min(plan.seconds_of(once, device) for _ in range(3))}
+        step, row = step_of(cfg, model, [tree]), formula_row(cfg, config, tree, dtype.itemsize)
+        row["peak GB"] = measured_peak(step, device) / plan.GB
+        yield name, row | {"seconds": min(plan.seconds_of(step, device) for _ in range(3))}
 
 
 def say_size(config: InternVLConfig, tree: Tree, place: str) -> None:

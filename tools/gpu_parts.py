@@ -3,15 +3,13 @@
     start ... resume    right: against a dense mask, official numbers, plain.py, itself
     bench ... loader    fast: at random weights, since speed does not depend on them
 
-Each case of a part runs in a process of its own, in a folder with the toy's world in world/.
+Each is called with a case of gpu_check.PARTS, in a folder with the toy's world in world/.
 Without a GPU shapes are small, nothing is compiled or captured, and aims do not count.  A figure
 without a bound is only measured.
 """
 
 import multiprocessing
 import os
-import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,6 +57,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 TOY = DEVICE == CPU
 DTYPE = torch.float32 if TOY else torch.bfloat16  # where speed is measured
 SHORTER = 32 if TOY else 1  # what lengths are divided by
+Trained = tuple[Tensor, dict[str, Tensor]]  # losses (step) and final weights of a run
 
 
 class Row(NamedTuple):
@@ -92,35 +91,13 @@ def relative(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
     return largest(*((a - b) / b.abs().max().clamp(min=1) for a, b in zip(ours, theirs)))
 
 
-class Part(NamedTuple):
-    """A function, the cases it is called with, and the seconds that one of them may take."""
-
-    check: Callable[[str], Iterator[Row]]
-    cases: tuple[str, ...]
-    seconds: int
-
-
-PARTS: dict[str, Part] = {}  # in order of worth
-
-
-def part(seconds: int, *cases: str, toy: int = 1) -> Callable:
-    """The function below is a part; `toy`: how many of its cases run at toy size."""
-
-    def register(check: Callable[[str], Iterator[Row]]) -> Callable:
-        PARTS[check.__name__] = Part(check, cases[: toy if TOY else None], seconds)
-        return check
-
-    return register
-
-
 # ------------------------------------------------------------------------- right: attention, model
 
 
-@part(90, "--compile off", "")
 def start(case: str) -> Iterator[Row]:
     """The first steps of a run with default flags, each kernel's error at its own line."""
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
-    losses, _ = train_toy(f"--max_steps 3 {case}")
+    losses, _ = run_toy(toy_config(f"--max_steps 3 {case}"))
     yield at_most("steps without a finite loss", 3 - losses.isfinite().sum().item(), 0)
 
 
@@ -130,7 +107,6 @@ def three_trees(length: int) -> tuple[Tensor, Tensor]:
     return token * 3 // length, token * 9 // length % 3
 
 
-@part(90, "300", "2", "40", "127", "128", "1000", "8191")
 def flex(case: str) -> Iterator[Row]:
     """FlexAttention against the dense mask, in the shape of the 2B's layers."""
     length, heads, d = int(case), *((4, 16) if TOY else (16, 128))
@@ -153,7 +129,6 @@ def flex(case: str) -> Iterator[Row]:
         yield at_most(f"gradients, {dtype}, of the largest", relative(ours, theirs), bound)
 
 
-@part(60, "internvl2-micro", "qwen3-micro", "qwen2-micro")
 def golden(case: str) -> Iterator[Row]:
     """Logits, loss and gradients of the official code and of transformers, from tests/golden."""
     folder = ROOT / "tests" / "golden" / case
@@ -202,13 +177,10 @@ def golden(case: str) -> Iterator[Row]:
 # --------------------------------------------------------------------------- right: runs, answers
 
 
-def make_world(source: str) -> Iterator[Row]:
+def make_world(case: str) -> Iterator[Row]:
     """The toy world, its weights in float32 so that saved ones keep every bit."""
-    if source:
-        shutil.copytree(source, WORLD)
-    else:
-        command = [sys.executable, str(ROOT / "toy.py"), "--out", str(WORLD), "--pairs", "32"]
-        subprocess.run(command, check=True)
+    command = [sys.executable, str(ROOT / "toy.py"), "--out", str(WORLD), "--pairs", "32"]
+    subprocess.run(command, check=True)
     files = list((WORLD / "model").glob("*.safetensors"))
     for path in files:
         tensors = {name: w.float() for name, w in load_file(path).items()}
@@ -223,42 +195,31 @@ def toy_config(flags: str) -> train.TrainConfig:
     return parse_cli(train.TrainConfig, [*fixed.split(), tempfile.mkdtemp(dir="."), *flags.split()])
 
 
-def run_toy(cfg: train.TrainConfig, device: torch.device = DEVICE) -> None:
+def run_toy(cfg: train.TrainConfig, device: torch.device = DEVICE) -> Trained:
     train.train(cfg, replace(start_process(cfg.seed), device=device))
     stop_process()
+    return results(cfg)
 
 
-def results(cfg: train.TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (step) and final weights of a run."""
+def results(cfg: train.TrainConfig) -> Trained:
     losses = [row["loss"] for _, row in read_jsonl(cfg.out_dir / "metrics.jsonl")]
     return torch.tensor(losses), load_model(cfg.out_dir / "model").state_dict()
 
 
-def train_toy(flags: str, device: torch.device = DEVICE) -> tuple[Tensor, dict[str, Tensor]]:
-    run_toy(cfg := toy_config(flags), device)
-    return results(cfg)
-
-
-def train_plainly(count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of plain.py, which has no switches."""
-    cfg = toy_config("")
-    files = cfg.model_dir, cfg.meta
-    policy, losses = plain.train(plain.PlainConfig(*files, count, cfg.batch_size, lr=cfg.lr))
+def run_plainly(cfg: train.TrainConfig) -> Trained:
+    """The same steps by plain.py, which has no switches."""
+    plainly = plain.PlainConfig(cfg.model_dir, cfg.meta, cfg.max_steps, cfg.batch_size, lr=cfg.lr)
+    policy, losses = plain.train(plainly)
     return torch.tensor(losses), policy.state_dict()
 
 
-SWITCHES = ("", "--lora_rank 4", "--compile off", "--recompute selective", "--state_dtype bf16")
-SWITCHES += ("--recompute full", "--reference online", "--lora_rank 4 --reference online")
-
-
-@part(180, *SWITCHES, toy=2)
 def steps(case: str) -> Iterator[Row]:
     """plain.py on the CPU against train.py here; switches plain.py lacks, against our CPU run."""
     count, bf16 = 2 if TOY else 8, "bf16" in case
     flags = f"--max_steps {count} {'' if bf16 else '--dtype fp32'} {case}"
-    losses, weights = train_toy(flags)
-    alone = bf16 or "lora" in case
-    expected_losses, expected = train_toy(flags, CPU) if alone else train_plainly(count)
+    losses, weights = run_toy(toy_config(flags))
+    expected_run = partial(run_toy, device=CPU) if bf16 or "lora" in case else run_plainly
+    expected_losses, expected = expected_run(toy_config(flags))
     bound = 0.1 if bf16 else 1e-5 if TOY else 1e-4
     yield at_most(f"losses of {count} steps", largest(losses - expected_losses), bound)
     differences = {name: weights[name] - expected[name] for name in weights}
@@ -272,48 +233,41 @@ def steps(case: str) -> Iterator[Row]:
     yield at_most("weights, largest difference", largest(*differences.values()), bound)
 
 
-@part(90, "1", "0")
 def ids(case: str) -> Iterator[Row]:
     """Answers of captured decoding against eager decoding here and on the CPU, fp32."""
     settings = {"temperature": float(case), "max_new_tokens": 8 if TOY else 64}
-    settings["cache_tokens"] = 8192
     records = [data_set[0] for data_set in read_meta(WORLD / "meta.json", 12)]
     prompts = [
         Prompt(str(n), r.question, r.images, max_tiles=r.max_tiles, num_samples=4)
         for n, r in enumerate(records[: 2 if TOY else None])
     ]
 
-    def answers(device: torch.device = DEVICE, together: int = 99) -> list[tuple]:
+    def answers(device: torch.device = DEVICE, batches: Iterable[list] = (prompts,)) -> set[tuple]:
         policy, tokenizer = load_model(WORLD / "model", device), load_tokenizer(WORLD / "model")
-        generator = Generator(policy, tokenizer, **settings)
-        batches = [prompts[n : n + together] for n in range(0, len(prompts), together)]
+        generator = Generator(policy, tokenizer, cache_tokens=8192, **settings)
         samples = [sample for batch in batches for sample in generator.run(batch)]
-        return sorted((sample.prompt_id, sample.sample, sample.ids) for sample in samples)
+        return {(sample.prompt_id, sample.sample, sample.ids) for sample in samples}
 
     expected = answers()
-
-    def differing(other: list[tuple]) -> int:
-        return sum(a != b for a, b in zip(expected, other, strict=True))
-
     name = f"answers of {len(expected)} that differ: "
-    yield Row(f"{name}decoding on the CPU", differing(answers(CPU)))
-    yield Row(f"{name}one prompt at a time", differing(answers(together=1)))
+    yield Row(f"{name}decoding on the CPU", len(expected - answers(CPU)))
+    one_at_a_time = [[prompt] for prompt in prompts]
+    yield Row(f"{name}one prompt at a time", len(expected - answers(batches=one_at_a_time)))
     generate.Captured = lambda step: step
-    yield at_most(f"{name}eager decoding", differing(answers()), 0)
+    yield at_most(f"{name}eager decoding", len(expected - answers()), 0)
 
 
-@part(180, "", "--async_save off")
 def resume(case: str) -> Iterator[Row]:
     """A run killed after a checkpoint and continued, against one that was never stopped."""
     models, context = [], multiprocessing.get_context("fork")  # so CUDA may not start here
-    for killed in (False, False, True):  # the first run only chooses kernels, by their speed
+    for starts in ("whole", "whole", "killed, whole"):  # the first only chooses kernels, by speed
         cfg = toy_config(f"--save_every 1 --max_steps 3 {case}")
-        for kill in (True, False) if killed else (False,):
+        for start in starts.split(", "):
             child = context.Process(target=run_toy, args=(cfg,))
             child.start()
-            while kill and child.is_alive() and not list(cfg.out_dir.glob("checkpoints/step-*1")):
-                time.sleep(0.005)
-            if kill:
+            if start == "killed":
+                while child.is_alive() and not list(cfg.out_dir.glob("checkpoints/step-*1")):
+                    time.sleep(0.005)
                 child.kill()
             child.join()
         losses, weights = results(cfg)
@@ -340,14 +294,11 @@ def seconds(work: Callable[[], object], count: int) -> float:
     return plan.seconds_of(lambda: [work() for _ in range(count)], DEVICE) / count
 
 
-def peak() -> float:
-    """Bytes of the GPU, or of this process, at their most so far."""
-    if TOY:
-        return 1000 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return torch.cuda.max_memory_allocated()
+def peak() -> Row:
+    """What the GPU has held at most; a CPU does not count it."""
+    return Row("peak GB", None if TOY else torch.cuda.max_memory_allocated() / plan.GB)
 
 
-@part(180, "2b")
 def bench(case: str) -> Iterator[Row]:
     """train.py --bench: a pair's step with each idea switched on in turn."""
     config = shape(case)
@@ -358,7 +309,6 @@ def bench(case: str) -> Iterator[Row]:
         yield Row(f"{name}: peak GB", row["peak GB"])
 
 
-@part(60, "8192", "8191")
 def tiles(case: str) -> Iterator[Row]:
     """FlexAttention of the 8B's shape, at a multiple of its block and one token less."""
     length = int(case) // SHORTER
@@ -372,12 +322,6 @@ def tiles(case: str) -> Iterator[Row]:
         yield Row("forward and backward, ms", 1e3 * seconds(both, 5))
 
 
-STEPS = ("2b", "2b --compile off", "1b", "2b --recompute selective", "2b --recompute full")
-STEPS += ("2b --head_rows 1024", "2b --sync pack")
-STEPS += ("8b --lora_rank 16 --state_dtype bf16", "8b --state_dtype bf16")
-
-
-@part(180, *STEPS)
 def mpo(case: str) -> Iterator[Row]:
     """A full MPO step at random weights: ten packs, gradient, clipping, AdamW."""
     size, *flags = case.split()
@@ -418,11 +362,12 @@ def mpo(case: str) -> Iterator[Row]:
     yield Row("tokens/s", figures["tokens_per_s"])
     yield Row("pairs/s", figures["pairs_per_s"])
     yield at_least("MFU", figures["mfu"], 0.4 if size == "2b" else None)
-    yield Row("peak GB", peak() / plan.GB)
+    yield peak()
     yield Row("blocks computed again", cfg.recompute_blocks)
     if not TOY:
         planned = plan.plan_of(cfg, config, 1, DEVICE).total
-        yield at_most("peak off the plan, share", abs(peak() / planned - 1), 0.1)
+        off = abs(torch.cuda.max_memory_allocated() / planned - 1)
+        yield at_most("peak off the plan, share", off, 0.1)
     yield Row("graphs compiled in the first step", compiled)
     yield at_most("graphs compiled later", graphs["unique_graphs"] - compiled, 0)
     with warnings.catch_warnings(record=True) as caught:
@@ -436,7 +381,6 @@ def mpo(case: str) -> Iterator[Row]:
 # --------------------------------------------------------------------------- fast: answers, images
 
 
-@part(120, "8b 1", "8b 256", "8b 8", "8b 64")
 def sample(case: str) -> Iterator[Row]:
     """Prefill and captured decoding of the 8B, each step with the choice of its tokens."""
     size, rows = case.split()
@@ -459,10 +403,9 @@ def sample(case: str) -> Iterator[Row]:
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source), 5)
     yield Row("share of copy bandwidth", read / step / bandwidth)
-    yield Row("peak GB", peak() / plan.GB)
+    yield peak()
 
 
-@part(120, "eager", "compiled")
 def vit(case: str) -> Iterator[Row]:
     """Tiles a second through the 300M encoder, eager and compiled, forward and with backward."""
     policy, count = noise("2b"), 2 if TOY else 64
@@ -476,7 +419,6 @@ def vit(case: str) -> Iterator[Row]:
     yield Row("tiles/s, forward and backward", count / seconds(both, 3))
 
 
-@part(240, "8b")
 def mmpr(case: str) -> Iterator[Row]:
     """Sampling at MMPR's lengths, end to end: 300 tokens in the mean, one in a hundred 4,097."""
     questions, samples, limit, prompt = (2, 3, 12, 40) if TOY else (16, 32, 4097, 1900)
@@ -495,10 +437,9 @@ def mmpr(case: str) -> Iterator[Row]:
     scheduler.generator.push = push
     whole = plan.seconds_of(lambda: list(scheduler.run()), DEVICE)
     yield Row("tokens/s, end to end", lengths.sum() / whole)
-    yield Row("peak GB", peak() / plan.GB)
+    yield peak()
 
 
-@part(240, "training", "generation", toy=2)
 def peers(case: str) -> Iterator[Row]:
     """The lines of tools/race.py: transformers' InternVL of our shape, and ours, in seconds."""
     if not race.find_spec("transformers"):
@@ -512,7 +453,6 @@ def peers(case: str) -> Iterator[Row]:
             yield Row(f"{line}: {who}, seconds", seconds(work, 1))
 
 
-@part(60, "one process")
 def loader(case: str) -> Iterator[Row]:
     """Reading and cutting a photo's worth of pixels in one process, as the prefetch thread does."""
     path, dots = Path("photo.jpg"), torch.randint(0, 255, (84, 112, 3)).byte()

@@ -28,10 +28,11 @@ from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, Process
-from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of, with_recipe
+from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of
 from weights import Undrawn
 
 GB = 1e9
+VISION, PROJECTOR, LANGUAGE = PARTS
 RESERVE = 0.08  # of the plan: CUDA's context, NCCL's buffers, fragmentation
 
 
@@ -64,12 +65,7 @@ def load_of(*packs: list[Tree], share_prefix: bool = True, share_images: bool = 
     return Load(tokens, scored, tiles, pairs)
 
 
-def flops(
-    config: InternVLConfig,
-    load: Load,
-    trained: set[str] = frozenset(PARTS),
-    adapted: set[str] = frozenset(),
-) -> tuple[int, int]:
+def flops(cfg: TrainConfig, config: InternVLConfig, load: Load) -> tuple[int, int]:
     """(forward, backward) FLOPs of the products, a multiply and an add counted as two.
 
     Backward has one product for a weight's gradient, if it is trained, and one for its input's, if
@@ -81,8 +77,6 @@ def flops(
     patches = (config.tile_size // v.patch_size) ** 2
     depth = config.select_layer % (v.num_hidden_layers + 1)
     rows = load.tiles * (patches + 1)
-    vision, projector, language = (part in trained for part in PARTS)
-
     patching = 2 * load.tiles * patches * 3 * v.patch_size**2 * d
     vit = 2 * rows * depth * (4 * d * d + 2 * d * v.intermediate_size)
     vit_attention = 4 * load.tiles * (patches + 1) ** 2 * d * depth
@@ -92,13 +86,17 @@ def flops(
     decoder = 2 * load.tokens * llm.num_hidden_layers * layer
     attention = 4 * load.pairs * q * llm.num_hidden_layers
     head = 2 * load.scored * llm.vocab_size * wide
-    through_vit, _, through_llm = (part in trained | adapted for part in PARTS)
-    before = through_vit or projector
-    through = through_llm or before
-    backward = vision * (patching + vit) + through_vit * (vit + 2 * vit_attention)
-    backward += project * (projector + before)
-    backward += (decoder + head) * (language + through) + 2 * attention * through
-    return patching + vit + vit_attention + project + decoder + attention + head, backward
+    forward = patching + vit + vit_attention + project + decoder + attention + head
+
+    weights = {VISION: patching + vit, PROJECTOR: project, LANGUAGE: decoder + head}
+    through_vit = VISION in cfg.learning_parts
+    through_projector = through_vit or PROJECTOR in cfg.learning_parts
+    through_llm = through_projector or LANGUAGE in cfg.learning_parts
+    backward = sum(weights[part] for part in cfg.trained_parts)
+    backward += through_vit * (vit + 2 * vit_attention)
+    backward += through_projector * project
+    backward += through_llm * (decoder + head + 2 * attention)
+    return forward, backward
 
 
 # dense bf16, without sparsity, from the vendor's data sheets
@@ -142,7 +140,7 @@ class Meter:
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
         cfg = self.cfg
         load = load_of(*step.trees, share_prefix=cfg.share_prefix, share_images=cfg.share_images)
-        forward, backward = flops(self.config, load, cfg.trained_parts, cfg.learning_parts)
+        forward, backward = flops(cfg, self.config, load)
         online = cfg.reference == "online" and reference is not None
         return {
             "pairs": step.pairs,
@@ -187,25 +185,22 @@ class Plan:
 
 
 def activations_of(
-    cfg: TrainConfig,
-    config: InternVLConfig,
-    load: Load,
-    size: int,
-    learns: dict[str, tuple],
-    compiled: bool = False,
+    cfg: TrainConfig, config: InternVLConfig, load: Load, size: int, compiled: bool = False
 ) -> tuple[int, int, int, int]:
     """Bytes that a pack takes beside weights and gradients: (kept, block, logits, head).
 
     kept: by all blocks, until backward reaches them.  block: by the language model's last block at
     work.  logits: by the vocabulary at work, before that.  head: the gradient of the head's weight,
-    added up over chunks in float32.  size: bytes of a number.  learns: part -> whether its linear
-    layers get gradients, so that their inputs are kept; its norms, so that normed values are.
+    added up over chunks in float32.  size: bytes of a number.
+
+    A part that learns keeps the inputs of its linear layers; only one whose own weights do, not
+    adapters, keeps what its norms are multiplied with.
     """
     v, llm = config.vision, config.llm
     d, f = llm.hidden_size, llm.intermediate_size
     layers, depth = llm.num_hidden_layers, v.num_hidden_layers
     q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
-    inputs, normed = learns["language_model"]
+    inputs, normed = (LANGUAGE in parts for parts in (cfg.learning_parts, cfg.trained_parts))
     # a token in a DecoderBlock: two norms' float32 input, normed values, output; those of q and k
     token = 2 * d * (4 + size * (normed + inputs))
     token += (llm.architecture == "qwen3") * (q + kv) * (4 + size * normed)  # norms of q and k
@@ -213,7 +208,7 @@ def activations_of(
     token += size * f * (3 + inputs)  # w1 x; silu of it; w3 x; their product
     if compiled:  # neither the silu nor the norms' float32 input is kept (seen on an H100)
         token -= size * f + 2 * d * (4 - size)
-    inputs, normed = learns["vision_model"]
+    inputs, normed = (VISION in parts for parts in (cfg.learning_parts, cfg.trained_parts))
     rms, patches = v.norm_type == "rms_norm", (config.tile_size // v.patch_size) ** 2
     # a row in a VisionBlock: the same; of layer norms the normed values are not kept twice
     row = 2 * (4 + size * normed if rms else size) + 2 * size * inputs
@@ -238,7 +233,7 @@ def activations_of(
     # a chunk's product and probabilities, those of the chunk before; every hidden state
     logits = min(cfg.head_rows, load.scored) * llm.vocab_size * (12 + 4 * (size == 2))
     logits += 2 * size * load.scored * d
-    head = (4 + size) * llm.vocab_size * d * learns["language_model"][1]
+    head = (4 + size) * llm.vocab_size * d * (LANGUAGE in cfg.trained_parts)
     return kept, load.tokens * at_work, logits, head
 
 
@@ -254,34 +249,32 @@ def count(module: nn.Module, trained: bool = False) -> int:
 
 
 @functools.cache
-def sizes_of(cfg: TrainConfig, config: InternVLConfig) -> tuple[int, int, list, list, dict]:
-    """Parameters of all and trained ones, those of each block, and which parts learn any, all."""
+def sizes_of(cfg: TrainConfig, config: InternVLConfig) -> tuple[int, int, list, list]:
+    """Parameters of all and trained ones, and those of each block."""
     model = prepare(meta_model(config), cfg)
     blocks = [[count(unit, trained) for unit in units_of(model)] for trained in (False, True)]
-    grads = {part: [p.requires_grad for p in getattr(model, part).parameters()] for part in PARTS}
-    learns = {part: (any(flags), all(flags)) for part, flags in grads.items()}
-    return count(model), count(model, True), *blocks, learns
+    return count(model), count(model, True), *blocks
 
 
 def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device) -> Plan:
     """What a GPU needs for packs full of image tokens, a quarter of them responses."""
-    cfg = with_recipe(cfg, config, lambda text: None)
     size = compute_dtype(cfg, device).itemsize
     state = 2 if cfg.state_dtype == "bf16" else 4
     same = replace(cfg, recompute="off", recompute_blocks=-1, sync="pack")
-    everything, trained, blocks, learned, learns = sizes_of(same, config)
+    everything, trained, blocks, learned = sizes_of(same, config)
     root, root_learned = everything - sum(blocks), trained - sum(learned)
     scored = 2 * max(1, cfg.pack_tokens // 8)
     tiles = max(1, (cfg.pack_tokens - scored - 8) // config.tokens_per_tile)
     load = Load(cfg.pack_tokens, scored, tiles)
     compiled = switched_on(cfg.compile, device)
-    kept, in_block, logits, head = activations_of(cfg, config, load, size, learns, compiled)
+    kept, in_block, logits, head = activations_of(cfg, config, load, size, compiled)
     together = shards * cfg.replicate > 1  # then whole gradients add up in float32
     at_once = cfg.sync == "step" and (together or size < state)  # all stays gathered, or cast
     gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
     in_block += (size + 4) * max(learned)
-    in_block += size * config.llm.vocab_size * config.llm.hidden_size * learns["language_model"][1]
+    if LANGUAGE in cfg.trained_parts:
+        in_block += size * config.llm.vocab_size * config.llm.hidden_size
     in_backward = kept + max(in_block, logits + head)
     at_end = (size + 4) * root_learned - 2 * size * max(blocks)
     terms = parse_objective(cfg.loss if cfg.loss != "all" else "mpo")
@@ -304,6 +297,14 @@ def memory_of(cfg: TrainConfig, device: torch.device) -> float:
     return cfg.gpu_memory * GB
 
 
+def fits(
+    cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, **change: Any
+) -> bool:
+    """Whether the plan does, with some flags changed; where no memory is known every plan does."""
+    needed = plan_of(replace(cfg, **change), config, shards, device).needed
+    return needed <= (memory_of(cfg, device) or math.inf)
+
+
 def settle(
     cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device, say: Callable
 ) -> TrainConfig:
@@ -313,27 +314,26 @@ def settle(
     so it waits where there is still room.  On one GPU the casts of all weights in each pack, a
     tenth of a 2B's step, hide behind nothing: there they come first.
     """
-    shards, memory = gpus // cfg.replicate, memory_of(cfg, device)
-
-    def fits(**change: Any) -> bool:
-        plan = plan_of(replace(cfg, **change), config, shards, device)
-        return plan.needed <= (memory or math.inf)
-
+    memory, place = memory_of(cfg, device), (config, gpus // cfg.replicate, device)
     casts = compute_dtype(cfg, device) is torch.bfloat16 and cfg.state_dtype == "fp32"
     if gpus == 1 and cfg.sync == "auto" and casts:
         least = {"recompute": cfg.recompute.replace("auto", "full")}
-        cfg = replace(cfg, sync="step" if memory and fits(sync="step", **least) else "pack")
+        room = memory and fits(cfg, *place, sync="step", **least)
+        cfg = replace(cfg, sync="step" if room else "pack")
     if cfg.recompute == "auto":
         cfg = replace(cfg, recompute="full")
         blocks = config.vision.num_hidden_layers + config.llm.num_hidden_layers
-        again = bisect_left(range(blocks), True, key=lambda n: fits(recompute_blocks=n))
-        reason = f"as few as fit into {memory / GB:.4g} GB"
-        if not memory:
-            again, reason = (blocks, "the memory is not known") if cfg.plan else (0, "on a CPU")
+        enough = lambda again: fits(cfg, *place, recompute_blocks=again)  # noqa: E731
+        again, reason = bisect_left(range(blocks), True, key=enough), "on a CPU"
+        if memory:
+            reason = f"as few as fit into {memory / GB:.4g} GB"
+        elif cfg.plan:
+            again, reason = blocks, "the memory is not known"
         cfg = replace(cfg, recompute_blocks=again)
         say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
     if cfg.sync == "auto":
-        cfg = replace(cfg, sync="step" if gpus > 1 and memory and fits(sync="step") else "pack")
+        room = gpus > 1 and memory and fits(cfg, *place, sync="step")
+        cfg = replace(cfg, sync="step" if room else "pack")
         if gpus > 1:
             say(f"sync auto: weights and gradients are exchanged once a {cfg.sync}")
     return cfg
@@ -343,31 +343,25 @@ def say_plan(
     cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, say: Callable
 ) -> None:
     """Print the plan; InputError where it exceeds the GPU's memory, with flags that would help."""
-    cfg, memory = with_recipe(cfg, config, lambda text: None), memory_of(cfg, device)
-
-    def plan(gpus: int = shards, **change: Any) -> Plan:
-        return plan_of(replace(cfg, **change), config, gpus, device)
-
-    needed = plan().needed
-    say(plan())
-    if memory and needed <= memory:
+    memory, plan = memory_of(cfg, device), plan_of(cfg, config, shards, device)
+    say(plan)
+    if memory and plan.needed <= memory:
         say(f"fits into {memory / GB:.4g} GB")
-    if not memory or needed <= memory:
+    if not memory or plan.needed <= memory:
         return
     fewer = max(1, cfg.pack_tokens // 2)
-    ways = {
-        "--recompute full": plan(recompute="full", recompute_blocks=-1),
-        "--sync pack": plan(sync="pack"),
-        "--state_dtype bf16 --dtype auto": plan(state_dtype="bf16", dtype="auto"),
-        f"--pack_tokens {fewer}": plan(pack_tokens=fewer),
+    ways: dict[str, dict[str, Any]] = {
+        "--recompute full": {"recompute": "full", "recompute_blocks": -1},
+        "--sync pack": {"sync": "pack"},
+        "--state_dtype bf16 --dtype auto": {"state_dtype": "bf16", "dtype": "auto"},
+        f"--pack_tokens {fewer}": {"pack_tokens": fewer},
     }
     if not cfg.reference_update_every:  # a moving reference is a second model
-        ways["--reference cached"] = plan(reference="cached")
-        ways["--lora_rank 16"] = plan(lora_rank=16)
-    helpful = [way for way, other in ways.items() if other.needed <= memory]
-    more = [n * shards for n in (2, 4, 8, 16) if plan(n * shards).needed <= memory]
+        ways |= {"--reference cached": {"reference": "cached"}, "--lora_rank 16": {"lora_rank": 16}}
+    helpful = [way for way, change in ways.items() if fits(cfg, config, shards, device, **change)]
+    more = [n * shards for n in (2, 4, 8, 16) if fits(cfg, config, n * shards, device)]
     helpful += [f"{n} GPUs a model copy" for n in more[:1]]
     raise InputError(
-        f"the plan needs {needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; this "
+        f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; this "
         f"would fit: {', or '.join(helpful) or 'several of ' + ', '.join(ways)}"
     )

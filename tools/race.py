@@ -22,18 +22,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, flag, parse_cli, run
+from runtime import flag, parse_cli, run
 
 
 @dataclass(frozen=True)
 class RaceConfig:
     """Do the same work as the peers, in turns, and print the tables of docs/speed.md."""
 
-    only: tuple[str, ...] = flag((), "training, length or generation; may be repeated; default all")
+    only: tuple[Literal["training", "length", "generation"], ...] = flag((), "may be repeated")
     seconds: int = flag(40, "of CPU for the turns of a line; each has one at least", 1)
     tiny: bool = flag(False, "short lengths and a smaller model: does it run?")
 
@@ -50,7 +50,7 @@ from config import InternVLConfig
 from data import Tree
 from generate import Generator, Group, Prompt, Scheduler
 from model import InternVL
-from tools.bench import example_pack, example_tree, measured_peak, noise_model, run_mode
+from tools.bench import example_tree, measured_peak, noise_model, step_of
 from tools.export import hf_config, text_config
 from tools.figures import markdown_table
 from tools.releases import named_config
@@ -128,14 +128,7 @@ def our_step(
 ) -> Callable[[], None]:
     size = sum(tree.size for tree in trees)
     cfg = TrainConfig(recompute=recompute, reference=reference, pack_tokens=size)
-    own = prepare(copy.deepcopy(model), cfg).train()
-    pack = example_pack(model.config, trees).to(model.language_model.head.device)
-
-    def step() -> None:
-        run_mode(cfg, own, [pack])
-        own.zero_grad()
-
-    return step
+    return step_of(cfg, prepare(copy.deepcopy(model), cfg).train(), trees)
 
 
 def hf_model(ours: InternVL) -> nn.Module:
@@ -171,31 +164,27 @@ def two_passes(model: nn.Module, tree: Tree) -> None:
 
 
 def trl_step(theirs: nn.Module, tree: Tree) -> Callable[[], None]:
-    """DPOTrainer's loss and backward, its reference a second model, on texts of these lengths."""
+    """DPOTrainer's loss and backward, its reference a second model."""
     hf, trl, datasets = map(importlib.import_module, ("transformers", "trl", "datasets"))
     words = tokenizers.models.WordLevel({"w": 0, "</s>": 1}, unk_token="w")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    texts = {"prompt": "w " * len(tree.trunk)}
-    for side, response in zip(("chosen", "rejected"), tree.responses):
-        texts[side] = "w " * (len(response) - 1) + "</s>"
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), eos_token="</s>", pad_token="</s>"
+    )
     datasets.disable_progress_bars()
+    any_text = datasets.Dataset.from_dict({"prompt": ["w"], "chosen": ["w"], "rejected": ["w"]})
     options = {"gradient_checkpointing": False, "bf16": False, "max_length": None}
     options |= {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 1}
     build = hf.AutoModelForCausalLM.from_config
     policy, reference = (build(theirs.config.text_config) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
+        args = trl.DPOConfig(folder, **options)
         trainer = trl.DPOTrainer(
-            policy,
-            reference,
-            args=trl.DPOConfig(folder, **options),
-            train_dataset=datasets.Dataset.from_list([texts]),
-            processing_class=hf.PreTrainedTokenizerFast(
-                tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>"
-            ),
+            policy, reference, args, train_dataset=any_text, processing_class=tokenizer
         )
-    [pair] = trainer.get_train_dataloader()
-    assert pair["attention_mask"].sum() == tree.size_apart
+    chosen, rejected = tree.responses
+    pair = trainer.data_collator(
+        [{"prompt_ids": tree.trunk, "chosen_ids": chosen, "rejected_ids": rejected}]
+    )
 
     def step() -> None:
         trainer.compute_loss(trainer.model, dict(pair)).backward()
@@ -273,8 +262,6 @@ SECTIONS = {"training": training, "length": length, "generation": generation}
 
 def main() -> None:
     cfg = parse_cli(RaceConfig)
-    if unknown := set(cfg.only) - set(SECTIONS):
-        raise InputError(f"--only {', '.join(unknown)}: expected one of {', '.join(SECTIONS)}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ours = noise_model(shapes(cfg.tiny), torch.float32, torch.device("cpu"))

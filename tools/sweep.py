@@ -66,19 +66,16 @@ def train_rows(cfg: TrainConfig, own: list[str], process: Process) -> None:
 
 def combinations(argv: list[str]) -> dict[str, list[str]]:
     """Name of each run -> its flags, from flags of which some have several values."""
-    fixed, swept, words = [], [], list(argv)
+    values, words, runs = [], list(argv), {}  # values: of each flag, "--lr=1e-4" and "--lr=1e-3"
     while words:
         name, equals, value = words.pop(0).partition("=")
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-        flags = [f"{name}={one.strip()}" if one else name for one in value.split(",")]
-        fixed += flags if len(flags) == 1 else []
-        swept += [flags] if len(flags) > 1 else []
-    # a folder's name has no asterisk
-    return {
-        ",".join(flag.lstrip("-") for flag in flags).replace("*", "x"): [*fixed, *flags]
-        for flags in product(*swept)
-    }
+        values.append([f"{name}={one.strip()}" if one else name for one in value.split(",")])
+    for flags in product(*values):
+        swept = [flag.lstrip("-") for flag, several in zip(flags, values) if len(several) > 1]
+        runs[",".join(swept).replace("*", "x")] = list(flags)  # a folder's name has no asterisk
+    return runs
 
 
 def train_all(runs: dict[str, TrainConfig], base: TrainConfig, process: Process) -> None:
