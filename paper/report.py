@@ -9,7 +9,8 @@ holds: in a folder that has that file alone, as paper/ has, the report is writte
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,65 +27,39 @@ PAPER = {  # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7
 }  # fmt: skip
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
+MEASURES = (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift")
 COMMITTED = Path(__file__).parent / "results.json"
 
 
-Rows = dict[str, dict[int, dict]]  # row -> seed -> what its result.json holds
+def collect(folder: Path) -> tuple[dict, dict, dict, dict]:
+    """(story.json, row -> flags in the paper's order, numbers, seed -> its pairs.json).
 
-
-def collect(folder: Path) -> tuple[dict, Rows, dict[int, dict]]:
-    """What story.json tells of the story, its rows in the paper's order, and each seed's pairs."""
+    numbers: "row measure" -> seed -> (its value, question -> the value there if it is a mean).
+    """
     about = read_json(folder / "story.json") if (folder / "story.json").exists() else {"seeds": ()}
-    rows, pairs = {}, {}
+    flags, numbers, pairs = {}, defaultdict(dict), {}
     for seed in about["seeds"]:
         start = folder / f"seed-{seed}"
-        for path in (start / "base/result.json", *sorted(start.glob("rows/*/result.json"))):
-            if path.exists():
-                result = read_json(path)
-                rows.setdefault(result["row"], {})[seed] = result
+        for path in (*start.glob("base/result.json"), *sorted(start.glob("rows/*/result.json"))):
+            result = read_json(path)
+            flags.setdefault(result["row"], result["flags"])
+            for name, value in result["measures"].items():
+                if value is not None:
+                    of_questions = result["questions"].get(name, {})
+                    numbers[f"{result['row']} {name}"][seed] = value, of_questions
         if (start / "pairs.json").exists():
             pairs[seed] = read_json(start / "pairs.json")
-    if "base" not in rows:
+            made_up = pairs[seed]["dropout"]
+            numbers["pairs twice"][seed] = made_up["rejected"] - 2 * made_up["chosen"], {}
+    if "base" not in flags:
         raise InputError(f"{folder}: no finished base model; run `python -m paper.story` first")
-    order = [*PAPER, WITH_NTP, *rows]
-    return about, {name: rows[name] for name in sorted(rows, key=order.index)}, pairs
+    order = [*PAPER, WITH_NTP, *flags]
+    return about, {row: flags[row] for row in sorted(flags, key=order.index)}, numbers, pairs
 
 
-# --------------------------------------------------------------------------- claims
+# --------------------------------------------------------------------------- numbers over seeds
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper about `one` minus `other`, each a (row, measure), of the same seed."""
-
-    text: str
-    one: tuple[str, str]
-    other: tuple[str, str] | None
-    needed: str
-    open: bool = False  # not expected of a toy: an open question
-
-
-LOWER = "DropoutNTP pairs lower hallucination (made-up mentions, %, MPO+NTP - "
-CLAIMS = (
-    Claim("The base answers worse with a chain of thought than directly (CoT - Direct)",
-          ("base", "cot"), ("base", "direct"), "<= -5"),
-    Claim("MPO improves chain of thought (CoT, MPO - base)",
-          ("MPO", "cot"), ("base", "cot"), ">= +12"),
-    Claim("MPO beats SFT on the chosen answers (CoT, MPO - SFT)",
-          ("MPO", "cot"), ("SFT", "cot"), ">= +2"),
-    Claim("MPO beats DPO (CoT, MPO - DPO)",
-          ("MPO", "cot"), ("DPO", "cot"), ">= +8"),
-    Claim("MPO keeps the format of answers (malformed answers, %, worse of the two settings)",
-          ("MPO", "malformed"), None, "<= +2"),
-    Claim("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
-          ("DPO", "chosen_shift"), ("MPO", "chosen_shift"), "<= +0"),
-    Claim("DropoutNTP: rejected answers make up twice what chosen ones do (mentions, %, rejected "
-          "- 2 x chosen)", ("pairs", "twice"), None, ">= +0"),
-    Claim("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
-          ("MPO", "cot"), ("MPO", "direct"), ">= +0", open=True),
-    Claim(f"{LOWER}MPO)", (WITH_NTP, "mentions"), ("MPO", "mentions"), "<= +0", open=True),
-    Claim(f"{LOWER}base)", (WITH_NTP, "mentions"), ("base", "mentions"), "<= +0", open=True),
-)  # fmt: skip
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -97,40 +72,101 @@ def half_width(values: list[float]) -> float | None:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def mean_half(values: dict[int, tuple]) -> tuple[float | None, float | None]:
-    """Mean over seeds and half of its 95 % interval: over seeds, of one seed over its questions."""
-    if len(values) == 1:
-        return next(iter(values.values()))
-    numbers = [value for value, _ in values.values()]
-    return statistics.fmean(numbers) if numbers else None, half_width(numbers)
-
-
-def paired(rows: Rows, one: tuple, other: tuple | None) -> dict[int, tuple]:
-    """Seed -> (one - other, half width of its interval over questions), where both are there."""
+def paired(numbers: dict, one: str, other: str | None) -> dict[int, tuple[float, float | None]]:
+    """Seed -> (one minus other, both "row measure", half of its 95 % interval over questions)."""
     values = {}
-    for seed, result in rows.get(one[0], {}).items():
-        number, questions = (result[kind].get(one[1]) for kind in ("measures", "questions"))
+    for seed, (number, questions) in numbers.get(one, {}).items():
+        minus, others = 0.0, dict.fromkeys(questions, 0.0)
         if other:
-            against = rows.get(other[0], {}).get(seed, {"measures": {}, "questions": {}})
-            minus, others = (against[kind].get(other[1]) for kind in ("measures", "questions"))
-        else:
-            minus, others = 0.0, dict.fromkeys(questions or (), 0.0)
-        if number is not None and minus is not None:
-            both = [i for i in questions or () if i in (others or ())]
-            values[seed] = number - minus, half_width([questions[i] - others[i] for i in both])
+            minus, others = numbers.get(other, {}).get(seed, (None, {}))
+        if minus is not None:
+            differences = [questions[i] - others[i] for i in questions if i in others]
+            values[seed] = number - minus, half_width(differences)
     return values
 
 
-def judge(claim: Claim, values: dict[int, tuple]) -> dict:
+def over_seeds(values: dict[int, tuple]) -> tuple[float | None, float | None, float | None]:
+    """Mean, standard deviation, half of the mean's 95 % interval; one seed keeps its own."""
+    numbers = [number for number, _ in values.values()]
+    if len(numbers) > 1:
+        return statistics.fmean(numbers), statistics.stdev(numbers), half_width(numbers)
+    number, half = next(iter(values.values()), (None, None))
+    return number, None, half
+
+
+def row_line(numbers: dict, row: str, flags: dict) -> dict:
+    """The row's line of results.json: numbers over its seeds, differences to others, the paper's.
+
+    An ablated row is named study=value.
+    """
+    cot = f"{row} cot"
+    differences = {name: (f"{row} {name}", None) for name in MEASURES}
+    differences |= {f"cot_minus_{other}": (cot, f"{other} cot") for other in ("base", "SFT", "MPO")}
+    differences["gap"] = cot, f"{row} direct"
+    line: dict[str, Any] = {"row": row, "seeds": sorted(numbers[cot])}
+    for name, of in differences.items():
+        values = paired(numbers, *of)
+        line[name], std, line[f"{name}_half"] = over_seeds(values)
+        line |= {f"{name}_std": std, f"{name}_se": std and std / math.sqrt(len(values))}
+    if "=" in row:
+        line["study"], line["value"] = row.split("=")
+    return line | {"flags": flags, "paper": PAPER.get(row)}
+
+
+def orderings(lines: list[dict]) -> dict:
+    """Do the rows stand in the paper's order?  Spearman's rank correlation of their CoT."""
+
+    def ranks(values: tuple) -> list[int]:  # equal values share the mean of theirs, here doubled
+        return [sum(w < v for w in values) + sum(w <= v for w in values) for v in values]
+
+    known = [(line["cot"], line["paper"][1]) for line in lines if line["paper"]]
+    ours, papers = map(ranks, zip(*known))
+    differ = len(known) > 2 and len(set(ours)) > 1
+    spearman = statistics.correlation(ours, papers) if differ else None
+    return {"spearman": spearman, "rows": len(known)}
+
+
+# --------------------------------------------------------------------------- claims
+
+
+# text, one minus other (each "row measure"), what the difference must be
+CLAIMS = (
+    ("The base answers worse with a chain of thought than directly (CoT - Direct)",
+     "base cot", "base direct", "<= -5"),
+    ("MPO improves chain of thought (CoT, MPO - base)", "MPO cot", "base cot", ">= +12"),
+    ("MPO beats SFT on the chosen answers (CoT, MPO - SFT)", "MPO cot", "SFT cot", ">= +2"),
+    ("MPO beats DPO (CoT, MPO - DPO)", "MPO cot", "DPO cot", ">= +8"),
+    ("MPO keeps the format of answers (malformed answers, %, worse of the two settings)",
+     "MPO malformed", None, "<= +2"),
+    ("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
+     "DPO chosen_shift", "MPO chosen_shift", "<= +0"),
+    ("DropoutNTP: rejected answers make up twice what chosen ones do (mentions, %, rejected "
+     "- 2 x chosen)", "pairs twice", None, ">= +0"),
+)  # fmt: skip
+NTP = "DropoutNTP pairs lower hallucination (made-up mentions, %, MPO+NTP - "
+OPEN_QUESTIONS = (  # not expected of a toy
+    ("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
+     "MPO cot", "MPO direct", ">= +0"),
+    (f"{NTP}MPO)", "MPO+NTP mentions", "MPO mentions", "<= +0"),
+    (f"{NTP}base)", "MPO+NTP mentions", "base mentions", "<= +0"),
+)  # fmt: skip
+
+
+def judge(numbers: dict, claim: tuple) -> dict:
     """The claim's line of results.json.  It is decided where the whole interval is on one side."""
-    line = {"claim": claim.text, "needed": claim.needed, "bound": float(claim.needed[2:])}
-    line |= {"open": claim.open, "values": {seed: value for seed, (value, _) in values.items()}}
-    line["questions"] = {seed: half for seed, (_, half) in values.items()}
-    line["number"], line["half"] = mean_half(values)
-    line["holds"], line["verdict"] = None, "undecided"
-    margin = beyond(line, line["number"]) if len(values) > 1 else 0.0
-    if abs(margin) > (line["half"] or 0.0):
-        line["holds"], line["verdict"] = margin > 0, "agrees" if margin > 0 else "disagrees"
+    text, one, other, needed = claim
+    values = paired(numbers, one, other)
+    mean, _, half = over_seeds(values)
+    line = {
+        "claim": text, "needed": needed, "bound": float(needed[2:]),
+        "open": claim in OPEN_QUESTIONS,
+        "values": {seed: number for seed, (number, _) in values.items()},
+        "questions": {seed: own for seed, (_, own) in values.items()},
+        "number": mean, "half": half, "holds": None, "verdict": "undecided",
+    }  # fmt: skip
+    margin = beyond(line, mean) if len(values) > 1 else 0.0
+    if abs(margin) > (half or 0.0):
+        line |= {"holds": margin > 0, "verdict": "agrees" if margin > 0 else "disagrees"}
     return line
 
 
@@ -145,69 +181,22 @@ def holds_on(line: dict) -> str:
     return f"{sum(beyond(line, value) >= 0 for value in values)} of {len(values)}"
 
 
-def among(value: float, seeds: list[float]) -> str:
-    """Where a number of this story falls among the committed seeds."""
+def among(line: dict) -> str | None:
+    """Where a claim's number falls among the committed seeds, if it was set beside them."""
+    value, seeds = line["number"], line.get("committed")
     if not seeds:
-        return "-"
+        return None if seeds is None else "-"
     if min(seeds) <= value <= max(seeds):
         return f"within the {len(seeds)} seeds"
     return f"{'below' if value < min(seeds) else 'above'} all {len(seeds)} seeds"
 
 
-# --------------------------------------------------------------------------- numbers
-
-
-def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation of what is known; None where that is too little."""
-    known = [value for value in values if value is not None]
-    mean = statistics.fmean(known) if known else None
-    return mean, statistics.stdev(known) if len(known) > 1 else None
-
-
-def row_line(rows: Rows, row: str) -> dict:
-    """A row over its seeds: means and standard deviations, paired differences, the paper's."""
-    results = rows[row]
-    line: dict[str, Any] = {"row": row, "seeds": sorted(results)}
-    for key in (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift"):
-        line[key], line[f"{key}_std"] = mean_std(r["measures"].get(key) for r in results.values())
-    gaps = paired(rows, (row, "cot"), (row, "direct"))
-    line["gap"], line["gap_std"] = mean_std(value for value, _ in gaps.values())
-    for other in ("base", "SFT", "MPO"):
-        values, name = paired(rows, (row, "cot"), (other, "cot")), f"cot_minus_{other}"
-        line[name], line[f"{name}_half"] = mean_half(values)
-        std = mean_std(value for value, _ in values.values())[1]
-        line[f"{name}_se"] = std and std / math.sqrt(len(values))
-    line["flags"], line["paper"] = next(iter(results.values()))["flags"], PAPER.get(row)
-    return line
-
-
-def orderings(lines: list[dict]) -> dict:
-    """Do the rows stand in the paper's order?  Spearman's rank correlation of their CoT."""
-    known = [(line["cot"], line["paper"][1]) for line in lines if line["paper"]]
-    ours, papers = (ranked([scores[side] for scores in known]) for side in (0, 1))
-    differ = len(known) > 2 and len(set(ours)) > 1
-    spearman = statistics.correlation(ours, papers) if differ else None
-    return {"spearman": spearman, "rows": len(known)}
-
-
-def ranked(values: list[float]) -> list[float]:
-    """Ranks; equal values share the mean of theirs."""
-    return [sum(w < v for w in values) + sum(w <= v for w in values) for v in values]
-
-
 def results_of(folder: Path) -> dict:
-    """results.json: everything that the report says.  An ablated row is named study=value."""
-    about, rows, pairs = collect(folder)
-    lines = [row_line(rows, row) for row in rows]
-    ablations = [line for line in lines if "=" in line["row"]]
-    lines = [line for line in lines if line not in ablations]
-    for line in ablations:
-        line["study"], line["value"] = line["row"].split("=")
-    rates = {seed: made["dropout"] for seed, made in pairs.items()}
-    twice = {seed: rate["rejected"] - 2 * rate["chosen"] for seed, rate in rates.items()}
-    dropped = {seed: {"measures": {"twice": x}, "questions": {}} for seed, x in twice.items()}
-    rows = rows | {"pairs": dropped}
-    claims = [judge(claim, paired(rows, claim.one, claim.other)) for claim in CLAIMS]
+    """results.json: everything that the report says."""
+    about, rows, numbers, pairs = collect(folder)
+    lines = [row_line(numbers, row, flags) for row, flags in rows.items()]
+    plain = [line for line in lines if "study" not in line]
+    claims = [judge(numbers, claim) for claim in CLAIMS + OPEN_QUESTIONS]
     claims = [line for line in claims if line["values"]]
     if len(about["seeds"]) == 1:
         committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
@@ -215,12 +204,12 @@ def results_of(folder: Path) -> dict:
             line["committed"] = sorted(committed.get(line["claim"], {}).values())
     return {
         "about": about,
-        "headline": headline(lines, claims),
-        "rows": lines,
+        "headline": headline(plain, claims),
+        "rows": plain,
         "claims": claims,
-        "orderings": orderings(lines),
+        "orderings": orderings(plain),
         "pairs": pairs,
-        "ablations": ablations,
+        "ablations": [line for line in lines if "study" in line],
         "samples": [],  # of earlier reports; readers of results.json expect the key
     }
 
@@ -232,8 +221,8 @@ def draw_world(count: int = 4) -> bytes:
     """Pictures of the toy, each with a question and its two right answers."""
     import toy  # noqa: PLC0415  (torch takes seconds to load; a report of files needs none)
 
-    drawn, axes = figures.new_figure(1, count, width=3, height=3.4, squeeze=False)
-    for number, axis in enumerate(axes[0]):
+    drawn, axes = figures.new_figure(1, count, width=3, height=3.4)
+    for number, axis in enumerate(axes.flat):
         rng = toy.seeded("report", number)
         things, question = toy.random_things(rng), toy.random_question(rng)
         axis.imshow(toy.draw(things, rng))
@@ -249,7 +238,7 @@ def draw_world(count: int = 4) -> bytes:
 def draw_claims(lines: list[dict]) -> bytes:
     """A claim a line: every seed, the mean with its interval, what is needed, committed seeds."""
     drawn, axes = figures.new_figure(len(lines), 1, width=9, height=0.8, squeeze=False)
-    for axis, line in zip(axes[:, 0], lines):
+    for axis, line in zip(axes.flat, lines):
         error = {"fmt": "_", "color": "C1", "capsize": 4, "label": "mean, 95 % interval"}
         if committed := line.get("committed"):
             axis.plot(committed, [0] * len(committed), "o", color="0.7", label="committed seeds")
@@ -259,20 +248,24 @@ def draw_claims(lines: list[dict]) -> bytes:
         axis.axvline(line["bound"], color="k", linestyle=":", label="needed")
         axis.set_title(f"{line['claim']}: {line['needed']}", fontsize=8, loc="left")
         axis.set_yticks([])
-    axes[0, 0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 2.2), ncols=4)
+    axes.flat[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 2.2), ncols=4)
     return figures.png(drawn)
 
 
 def draw_rows(lines: list[dict]) -> bytes:
     """Direct and CoT of every row, the paper's beside ours."""
-    drawn, axes = figures.new_figure(2, 1, width=11, height=3.4, squeeze=False)
-    names = [line["row"] for line in lines]
-    for side, (axis, key) in enumerate(zip(axes[:, 0], SETTINGS)):
-        ours = [line[key] for line in lines], [line[f"{key}_std"] for line in lines]
-        paper = [line["paper"] and line["paper"][side] for line in lines]
-        series = {"ours (± standard deviation over seeds)": ours, "paper, M3CoT": (paper, None)}
-        figures.grouped_bars(axis, names, series)
+    drawn, axes = figures.new_figure(2, 1, width=11, height=3)
+    known = [line for line in lines if line["paper"]]
+    for side, (axis, key) in enumerate(zip(axes.flat, SETTINGS)):
+        ours = {"fmt": "o", "capsize": 4, "label": "ours (± standard deviation over seeds)"}
+        ours["yerr"] = [line[f"{key}_std"] or 0 for line in lines]
+        axis.errorbar([line["row"] for line in lines], [line[key] for line in lines], **ours)
+        paper = [line["paper"][side] for line in known]
+        axis.plot([line["row"] for line in known], paper, "D", color="C1", label="paper, M3CoT")
         axis.set_ylabel(f"{('Direct', 'CoT')[side]} accuracy, %")
+        axis.tick_params("x", rotation=40)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figures.png(drawn)
 
 
@@ -292,7 +285,7 @@ def column(key: str, spread: str = "", form: str = ".1f") -> Callable[[dict], st
 
 # tables: header -> the cell of a line of results.json
 ROW_TABLE: dict[str, Callable[[dict], object]] = {
-    "row": lambda line: line.get("row") or f"{line['study']}={line['value']}",
+    "row": lambda line: line["row"],
     "Direct": column("direct", "direct_std"),
     "CoT": column("cot", "cot_std"),
     "gap": column("gap", form="+.1f"),
@@ -302,7 +295,7 @@ ROW_TABLE: dict[str, Callable[[dict], object]] = {
     "malformed": column("malformed"),
     "made up": column("mentions"),
     "chosen shift": column("chosen_shift", form="+.2f"),
-    "lr": lambda line: line.get("flags", {}).get("lr", "-"),
+    "lr": lambda line: line["flags"].get("lr", "-"),
     "seeds": lambda line: len(line["seeds"]),
     "paper Direct": lambda line: show(line["paper"] and line["paper"][0]),
     "paper CoT": lambda line: show(line["paper"] and line["paper"][1]),
@@ -314,15 +307,15 @@ CLAIM_TABLE: dict[str, Callable[[dict], object]] = {
     "each seed": lambda line: ", ".join(f"{value:+.1f}" for value in line["values"].values()),
     "holds on": holds_on,
     "verdict": lambda line: line["verdict"],
-}
-COMMITTED_COLUMN = {
-    "beside the committed seeds": lambda line: among(line["number"], line["committed"])
+    "beside the committed seeds": among,
 }
 
 
 def table(columns: dict[str, Callable[[dict], object]], lines: list[dict]) -> str:
-    rows = [[cell(line) for cell in columns.values()] for line in lines]
-    return figures.markdown_table(list(columns), rows)
+    """Markdown; a column that no line fills is left out."""
+    cells = {header: [cell(line) for line in lines] for header, cell in columns.items()}
+    filled = {header: column for header, column in cells.items() if any(column)}
+    return figures.markdown_table(list(filled), zip(*filled.values()))
 
 
 def headline(lines: list[dict], claims: list[dict]) -> str:
@@ -339,37 +332,27 @@ def headline(lines: list[dict], claims: list[dict]) -> str:
     )
 
 
-def report_of(results: dict) -> str:
-    """The report as Markdown: page.md with its blanks filled in."""
-    about, claim_table = results["about"], CLAIM_TABLE
-    if len(about["seeds"]) == 1:
-        claim_table = CLAIM_TABLE | COMMITTED_COLUMN
-    took = [f"{what} {s / 60:.0f} minutes" for what, s in about.get("seconds", {}).items()]
-    ablations = "## Ablations (Figure 4)\n\n" + table(ROW_TABLE, results["ablations"])
-    text = (Path(__file__).parent / "page.md").read_text()
-    text = text.format(
-        about=about,
-        headline=results["headline"],
-        took=", ".join(["seeds " + ", ".join(map(str, about["seeds"])), *took]),
-        claims=table(claim_table, results["claims"]),
-        orderings=results["orderings"],
-        spearman=show(results["orderings"]["spearman"], form=".2f"),
-        rows=table(ROW_TABLE, results["rows"]),
-        ablations=ablations if results["ablations"] else "",
-    )
-    return text.rstrip() + "\n"
-
-
 def write_report(folder: Path) -> str:
     """results.json, PNGs, report.md and report.html of the story in `folder`; the Markdown."""
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
         text = json.dumps(results_of(folder), indent=1) + "\n"
         write_atomic(folder / "results.json", text)
     results = read_json(folder / "results.json")
+    seconds = results["about"].get("seconds", {})
+    ablations = "## Ablations (Figure 4)\n\n" + table(ROW_TABLE, results["ablations"])
+    blanks = {  # of page.md
+        "seeds": ", ".join(map(str, results["about"]["seeds"])),
+        "took": "".join(f", {what} {s / 60:.0f} minutes" for what, s in seconds.items()),
+        "claims": table(CLAIM_TABLE, results["claims"]),
+        "spearman": show(results["orderings"]["spearman"], form=".2f"),
+        "rows": table(ROW_TABLE, results["rows"]),
+        "ablations": ablations if results["ablations"] else "",
+    }
+    page = (Path(__file__).parent / "page.md").read_text()
+    markdown = page.format_map(results | blanks).rstrip() + "\n"
     write_atomic(folder / "world.png", draw_world())
     write_atomic(folder / "claims.png", draw_claims(results["claims"]))
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))
-    markdown = report_of(results)
     write_atomic(folder / "report.md", markdown)
     write_atomic(folder / "report.html", figures.page(figures.markdown_html(markdown, folder)))
     return markdown

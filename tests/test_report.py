@@ -84,12 +84,10 @@ def test_intervals_are_those_of_student(values, half):
     ([30.0], "undecided"),  # one seed never decides
 ])  # fmt: skip
 def test_a_claim_is_decided_where_its_whole_interval_is_on_one_side(values, verdict):
-    at_least = report.Claim("", ("MPO", "cot"), ("SFT", "cot"), ">= +2")
-    seeds = {seed: (value, None) for seed, value in enumerate(values)}
-    assert report.judge(at_least, seeds)["verdict"] == verdict
-    at_most = report.Claim("", ("MPO", "cot"), ("SFT", "cot"), "<= -2")
-    seeds = {seed: (-value, None) for seed, value in enumerate(values)}
-    assert report.judge(at_most, seeds)["verdict"] == verdict
+    for needed, sign in ((">= +2", 1), ("<= -2", -1)):
+        seeds = {seed: (sign * value, {}) for seed, value in enumerate(values)}
+        line = report.judge({"MPO gap": seeds}, ("", "MPO gap", None, needed))
+        assert line["verdict"] == verdict
 
 
 def test_claims_are_paired_differences_over_seeds_and_over_questions(story):
@@ -112,7 +110,7 @@ def test_claims_are_paired_differences_over_seeds_and_over_questions(story):
     (1.0, "below all 3 seeds"), (9.0, "above all 3 seeds"), (2.0, "within the 3 seeds"),
 ])  # fmt: skip
 def test_one_seed_is_placed_among_the_committed_ones(value, words):
-    assert report.among(value, [2.0, 4.0, 8.0]) == words
+    assert report.among({"number": value, "committed": [2.0, 4.0, 8.0]}) == words
 
 
 @pytest.mark.parametrize("needed, words", [(">= +3", "2 of 3"), ("<= +3", "2 of 3")])
@@ -122,7 +120,7 @@ def test_a_claim_says_on_how_many_seeds_it_holds(needed, words):
 
 
 def test_the_report_of_one_seed_says_where_it_falls(story, tmp_path, monkeypatch):
-    text = next(c.text for c in report.CLAIMS if c.text.startswith("MPO beats SFT"))
+    text = next(text for text, *_ in report.CLAIMS if text.startswith("MPO beats SFT"))
     committed = {"claims": [{"claim": text, "values": {"1": 9.0, "2": 4.0}}]}
     write(tmp_path / "committed.json", committed)
     monkeypatch.setattr(report, "COMMITTED", tmp_path / "committed.json")
@@ -150,7 +148,7 @@ def test_markdown_and_page_hold_the_same_and_what_is_missing_shows(story):
     assert "http" not in page and "<script" not in page
     results = json.loads((story / "results.json").read_text())
     assert results["rows"][-1]["cot"] == 65.0
-    assert len(results["claims"]) == len(report.CLAIMS) - 2  # those with rows that were run
+    assert len(results["claims"]) == len(report.CLAIMS) + 1  # and no MPO+NTP
 
 
 @pytest.mark.parametrize("folder", ["paper", "paper/all-rows"])

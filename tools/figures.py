@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -33,62 +34,39 @@ def png(figure: Any, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-def grouped_bars(axes: Any, names: Sequence[str], series: dict[str, tuple]) -> None:
-    """Bars from 0, one of each series beside the other for every name, their values inside.
-
-    series: label -> (values, half widths of their error bars or None); a value None has no bar.
-    """
-    width = 0.84 / len(series)
-    for k, (label, (values, errors)) in enumerate(series.items()):
-        known = [i for i, value in enumerate(values) if value is not None]
-        places = [i + (k - (len(series) - 1) / 2) * width for i in known]
-        error = [errors[i] or 0 for i in known] if errors else None
-        bars = axes.bar(places, [values[i] for i in known], width, yerr=error, label=label)
-        axes.bar_label(bars, fmt="%.0f", label_type="center", rotation=90)
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
+Panels = dict[str, dict[str, tuple[list[dict], str]]]  # title -> label -> (rows of a run, metric)
+PENS = tuple(product(("-", "--", ":", "-."), (f"C{number}" for number in range(10))))
 
 
-def curve_panels(
-    panels: dict[str, dict[str, tuple[list[dict], str]]],
-    cols: int,
-    y_scale: str = "linear",  # symlog: logarithmic outside -1 ... 1
-    dpi: int = 110,
-) -> bytes:
-    """PNG: title -> curves of a panel, label -> (rows of a run, the metric); empty ones left out.
+def curve_panels(panels: Panels, cols: int, y_scale: str = "linear", dpi: int = 110) -> bytes:
+    """PNG of the panels, `cols` beside each other; what has no number of its metric is left out.
 
-    A label has one colour and dash in all panels and stands beside the end of its curve, too.
+    A label has one colour and dash in all panels and stands beside the end of its curve.  y_scale
+    symlog: logarithmic outside -1 ... 1.
     """
     shown = defaultdict(dict)
     for title, curves in panels.items():
         for label, (rows, name) in curves.items():
-            known = [row for row in rows if math.isfinite(row.get(name, math.nan))]
-            if known:
-                shown[title][label] = [row["step"] for row in known], [row[name] for row in known]
+            values = ((row["step"], row.get(name, math.nan)) for row in rows)
+            if points := [(step, value) for step, value in values if math.isfinite(value)]:
+                shown[title][label] = points
     labels = list(dict.fromkeys(label for curves in shown.values() for label in curves))
-    pens = {}
-    for number, label in enumerate(labels):
-        dashes = ("-", "--", ":", "-.")[number // 10 % 4]
-        pens[label] = {"color": f"C{number % 10}", "linestyle": dashes}
+    pens = dict(zip(labels, cycle(PENS)))
     lines, height = -(-len(shown) // cols), 3.2 if len(labels) < 10 else 5
     figure, axes = new_figure(lines, cols, width=5, height=height, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
     for axis, (title, curves) in zip(axes.flat, shown.items()):
-        for label, (steps, values) in curves.items():
-            marker = "o" if len(steps) < 12 else ""
-            axis.plot(steps, values, **pens[label], marker=marker, label=label)
+        for label, points in curves.items():
+            dash, colour = pens[label]
+            marker = "o" if len(points) < 12 else ""
+            axis.plot(*zip(*points), dash, color=colour, marker=marker, label=label)
         axis.set(title=title, xlabel="step")
         if y_scale == "symlog" and max(map(abs, axis.get_ylim())) > 10:
             axis.set_yscale("symlog", linthresh=1)
             axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         label_ends(axis)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    keys = [axes.flat[0].plot([], [], **pen)[0] for pen in pens.values()]
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(9, len(labels))}
-    figure.legend(keys, labels, **place)
     return png(figure, dpi)
 
 
@@ -96,11 +74,11 @@ def label_ends(axes: Any) -> None:
     """Curves' labels one above the other on the right, in the order of the ends they point to."""
     lines = sorted(axes.lines, key=lambda line: line.get_ydata()[-1])
     for number, line in enumerate(lines):
-        place, colour = (1.06, (number + 0.5) / len(lines)), line.get_color()
-        pointer = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5)}
+        place, pen = (1.06, (number + 0.5) / len(lines)), {"color": line.get_color()}
+        pointer = {"arrowstyle": "-", "linestyle": line.get_linestyle(), "relpos": (0, 0.5)}
         axes.annotate(
             line.get_label(), line.get_xydata()[-1], place, textcoords="axes fraction",
-            arrowprops=pointer, color=colour, fontsize=8, va="center", annotation_clip=False,
+            arrowprops=pointer | pen, fontsize=8, va="center", annotation_clip=False, **pen,
         )  # fmt: skip
 
 

@@ -69,15 +69,12 @@ def check_loss(loss: Loss) -> dict[str, bool]:
         return loss(replace(x, policy_chosen=chosen, policy_rejected=rejected))
 
     point = (x.policy_chosen.requires_grad_(), x.policy_rejected.requires_grad_())
-    extremes = [
-        tensor.isfinite().all().item()
-        for dtype in (torch.float32, torch.bfloat16)
-        for tensor in loss_and_gradient(loss, extreme_pairs(dtype))
-    ]
+    dtypes = (torch.float32, torch.bfloat16)
+    extremes = [loss_and_gradient(loss, extreme_pairs(dtype)) for dtype in dtypes]
     return {
         "float32 per pair": value.dtype == torch.float32 and value.shape == x.policy_chosen.shape,
         "finite differences": torch.autograd.gradcheck(of_policy, point, raise_exception=False),
-        "finite at extremes": all(extremes),
+        "finite at extremes": all(y.isfinite().all() for values in extremes for y in values),
     }
 
 
@@ -122,26 +119,20 @@ def draw(planes: dict[str, tuple[Tensor, ...]]) -> bytes:
         panel.plot(0, 0, marker="o", ms=5, color="white", markeredgecolor="black")
         panel.set_title(f"{name}: largest gradient {longest:.3g}", loc="left")
         panel.set(xlabel="chosen log-ratio", ylabel="rejected log-ratio", aspect="equal")
-    figure.suptitle(
-        "Loss (colour) and -gradient (arrows) of one pair; "
-        "right: chosen likelier than under the reference, down: rejected less likely; "
-        "dot: policy = reference",
-        fontsize=12,
-    )
+    title = "Loss (colour), -gradient (arrows) of one pair; dot: policy = reference"
+    figure.suptitle(f"{title}; right: chosen likelier than under it, down: rejected less likely")
     return png(figure)
 
 
-HEADER = ["objective", "checks", "at start", "d/d chosen", "d/d rejected"]
-HEADER += ["lowest here (c, r)", "reference", "looks at"]
-
-
-def table_row(loss: Loss, axis: Tensor, grid: Tensor) -> list[str]:
-    """Loss and gradient at policy == reference, lowest point of the plane."""
-    start = make_pairs([(START, START, START, START, TOKENS, TOKENS)])
-    value, chosen, rejected = (x.item() for x in loss_and_gradient(loss, start))
-    r, c = divmod(int(grid.argmin()), GRID)
-    lowest = f"{grid.min().item():.3g} at ({axis[c]:+.0f}, {axis[r]:+.0f})"
-    return [f"{value:.4g}", f"{chosen:+.4g}", f"{rejected:+.4g}", lowest]
+def table_row(axis: Tensor, loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, str]:
+    """Loss and gradient at policy == reference, the middle of the plane; its lowest point."""
+    start, (r, c) = (GRID // 2, GRID // 2), divmod(int(loss.argmin()), GRID)
+    return {
+        "at start": f"{loss[start]:.4g}",
+        "d/d chosen": f"{chosen[start]:+.4g}",
+        "d/d rejected": f"{rejected[start]:+.4g}",
+        "lowest here (c, r)": f"{loss[r, c]:.3g} at ({axis[c]:+.0f}, {axis[r]:+.0f})",
+    }
 
 
 def main() -> None:
@@ -156,11 +147,12 @@ def main() -> None:
         wrong = [check for check, passed in check_loss(loss).items() if not passed]
         failed += [f"{name}: {check}" for check in wrong]
         planes[name] = plane(loss, losses.whole_step(terms))
-        needs = "yes" if losses.needs_reference(terms) else "no"
-        looks_at = "step" if losses.whole_step(terms) else "pair"
-        verdict = "FAILED" if wrong else "passed"
-        rows.append([name, verdict, *table_row(loss, *planes[name][:2]), needs, looks_at])
-    print(text_table(HEADER, rows))
+        row = {"objective": name, "checks": "FAILED" if wrong else "passed"}
+        row |= table_row(*planes[name])
+        row["reference"] = "yes" if losses.needs_reference(terms) else "no"
+        row["looks at"] = "step" if losses.whole_step(terms) else "pair"
+        rows.append(row)
+    print(text_table(list(rows[0]), [row.values() for row in rows]))
     write_atomic(cfg.out, draw(planes))
     print(f"\n{cfg.out} drawn; beta {cfg.beta}, label smoothing {cfg.label_smoothing}")
     if failed:
