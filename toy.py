@@ -14,7 +14,7 @@ the 2 x 2 pixel shuffle one image token looks at each cell: counting is learnabl
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -39,15 +39,18 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
+from torch import Tensor, nn
 
 from benchmarks.answers import PROMPTS
 from config import parse_config
 from data import seeded
 from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
 from model import InternVL
+from vision import preprocess
 from weights import INDEX, write_tensors
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
@@ -209,12 +212,10 @@ def model_config(vocab_size: int, llm: str = "internlm2") -> dict:
     }  # fmt: skip
 
 
-def write_model(
-    folder: Path, seed: int, teach: Callable | None = None, llm: str = "internlm2"
-) -> None:
-    """Random bf16 weights in the official layout: two shards and their index.
+def write_model(folder: Path, seed: int, llm: str = "internlm2", sees: bool = False) -> None:
+    """Bf16 weights in the official layout: two shards and their index.
 
-    teach(model, tokenizer, seed) may change the weights before they are written.
+    Random ones; of a model that `sees`, the projector reads the pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(llm)
@@ -225,8 +226,8 @@ def write_model(
         torch.manual_seed(seed)
         model = InternVL(parse_config(config), tokenizer.token_to_id("<IMG_CONTEXT>"))
         torch.nn.init.normal_(model.language_model.model.tok_embeddings.weight, std=0.3)
-        if teach:
-            teach(model, tokenizer, seed)
+        if sees:
+            fit_projector(model, tokenizer, seed)
     layout = OFFICIAL_INTERNLM2 if llm == "internlm2" else OFFICIAL_QWEN
     pieces, tensors = stored_pieces(model, layout), {}
     for name, p in model.named_parameters():
@@ -239,6 +240,46 @@ def write_model(
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomic(folder / INDEX, json.dumps(index, indent=1))
+
+
+@torch.no_grad()
+def fit_projector(model: InternVL, tokenizer: JsonTokenizer, seed: int) -> None:
+    """Stands in for a pre-trained InternViT, by least squares: no training.
+
+    The ViT is random, but keeps all pixels of a cell.  The projector's first layer reads colour,
+    shape and place off them; its second sends each cell to the sum of these words' embeddings.
+    """
+    rng, kinds = seeded(seed, "vision"), list(product(COLOURS, SHAPES))
+    scenes = [random_things(rng) for _ in range(1200)]
+    tiles = torch.cat([preprocess(draw(scene, rng), 1, CELL * SIDE) for scene in scenes])
+    truth = torch.zeros(len(scenes), SIDE, SIDE, dtype=torch.long)  # 0: an empty cell
+    for n, scene in enumerate(scenes):
+        for thing in scene:
+            truth[n, thing.row, thing.col] = 1 + kinds.index((thing.colour, thing.shape))
+    truth, cell = truth.flatten(), torch.arange(SIDE * SIDE).repeat(len(scenes))
+    model.vision_model.embeddings.position_embedding.normal_(std=0.3)
+    _, first, gelu, second = model.projector
+
+    project, model.projector = model.projector, model.projector[:1]  # its norm alone
+    features = model.image_features(tiles).flatten(0, 1)
+    model.projector = project
+    codes = torch.cat([F.one_hot(truth, 1 + len(kinds)), F.one_hot(cell)], dim=1) * 4.0 - 1.0
+    set_linear(first, features, codes)
+
+    def words(*names: str) -> Tensor:
+        ids = [tokenizer.token_to_id(" " + name) for name in names]
+        return model.language_model.model.tok_embeddings.weight[ids].sum(0)
+
+    content = torch.stack([words(), *(words(*kind) for kind in kinds)])
+    place = torch.stack([words(f"{c}{r}") for r in "123" for c in "abc"])
+    set_linear(second, gelu(first(features)), content[truth] + place[cell])
+
+
+def set_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
+    """The first rows of `layer` become the ridge regression of y (n out) on x (n in)."""
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
+    solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y.double()).T.float()
+    layer.weight[: len(solution)], layer.bias[: len(solution)] = solution[:, :-1], solution[:, -1]
 
 
 # --------------------------------------------------------------------------- preference pairs
@@ -295,10 +336,7 @@ def write_world(
     `demo`: a projector that can read the pictures already, and enough direct questions to learn
     counting from in 500 steps.
     """
-    teach = None
-    if demo:
-        from paper.stages import fit_projector as teach  # noqa: PLC0415  (the second ring)
-    write_model(out / "model", seed, teach, llm)
+    write_model(out / "model", seed, llm, sees=demo)
     world = World(out, seed)
     world.picture("new", 0)  # to ask about: in no pair
     few, short = max(2, pairs // 8), 5 * pairs if demo else pairs // 2

@@ -18,6 +18,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from paper.report import PAPER, WITH_NTP, write_report
 from runtime import alone_in, claim, flag, parse_cli, read_json, run, write_atomic
@@ -54,6 +55,8 @@ TINY = Recipe(
 )  # fmt: skip
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # that --tune tries for every row
 TUNING_SEED = 100  # in no report
+TUNED = read_json(Path(__file__).parent / "tuning.json")["rows"]
+CHOSEN_RATES = {row: tried["chosen"] for row, tried in TUNED.items()}  # best of Direct + CoT
 BETA = 0.1
 SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
 QUICK_ROWS = ("MPO", "SFT", "DPO")  # the longest first
@@ -88,14 +91,15 @@ class StoryConfig:
     def recipe(self) -> Recipe:
         return TINY if self.tiny else Recipe()
 
-    def folder(self, seed: int) -> Path:
-        return self.out / f"seed-{seed}"
 
+class Seed(NamedTuple):
+    """One seed of a story: what its stages are given."""
 
-def chosen_rates() -> dict[str, float]:
-    """Row -> the learning rate whose mean of Direct and CoT was best when `--tune` was run."""
-    rows = read_json(Path(__file__).parent / "tuning.json")["rows"]
-    return {name: row["chosen"] for name, row in rows.items()}
+    number: int
+    folder: Path
+    recipe: Recipe
+    quick: bool
+    mine: Path | None
 
 
 # --------------------------------------------------------------------------- tasks
@@ -115,30 +119,30 @@ def runs_of(cfg: StoryConfig) -> list[tuple[str, str, dict]]:
     return [*((row, row, {}) for row in rows), *tried, *ablated]
 
 
-def tasks_of(cfg: StoryConfig, seed: int) -> list[Task]:
+def tasks_of(cfg: StoryConfig, number: int) -> list[Task]:
     """A seed's base, its answers and pairs, and every row."""
-    r, made, base, start = cfg.recipe, "pairs.json", ("base",), f"seed {seed} "
-    sampling = 0.003 * r.questions * r.samples
-    answers = ("chains of thought", "direct answers", "descriptions")
-    stages = [  # name, function, its arguments, last file, needs, seconds
-        ("base", "train_base", (), "base/base.json", (), 0.1 * (r.cap + r.cooldown)),
-        ("base measured", "measure", ("base", "base", {}), "base/result.json", base, 0.02 * r.test),
-        ("chains of thought", "sample_answers", ("new", "en"), made, base, sampling),
-        ("direct answers", "sample_answers", ("new_direct", "direct"), made, base, sampling / 8),
-        ("descriptions", "drop_image", (), made, base, 0.01 * r.described),
-        ("pairs", "make_pairs", (), made, answers, 1.0),
+    r, start = cfg.recipe, f"seed {number} "
+    seed = Seed(number, cfg.out / f"seed-{number}", r, cfg.quick, cfg.mine)
+
+    def task(name: str, needs: list, seconds: float, made: str, stage: str, *arguments) -> Task:
+        function, needs = f"paper.stages:{stage}", tuple(start + need for need in needs)
+        return Task(start + name, function, (seed, *arguments), seed.folder / made, needs, seconds)
+
+    base, answers = ["base"], ["chains of thought", "direct answers", "descriptions"]
+    made, sampling = "pairs.json", 0.003 * r.questions * r.samples
+    tasks = [
+        task("base", [], 0.1 * (r.cap + r.cooldown), "base/base.json", "train_base"),
+        task("base measured", base, 0.02 * r.test, "base/result.json", "measure", "base", {}),
+        task("chains of thought", base, sampling, made, "sample_answers", "new", "en"),
+        task("direct answers", base, sampling / 8, made, "sample_answers", "new_direct", "direct"),
+        task("descriptions", base, 0.01 * r.described, made, "drop_image"),
+        task("pairs", answers, 1.0, made, "make_pairs"),
     ]
     seconds = 0.06 * r.steps + 0.015 * r.test
     for row, name, flags in runs_of(cfg):
-        last = f"rows/{name}/result.json"
-        stages.append((name, "train_row", (row, name, flags), last, ("pairs",), seconds))
-    return [
-        Task(
-            start + name, f"paper.stages:{stage}", (cfg, seed, *arguments),
-            cfg.folder(seed) / made, tuple(start + need for need in needs), seconds,
-        )
-        for name, stage, arguments, made, needs, seconds in stages
-    ]  # fmt: skip
+        made = f"rows/{name}/result.json"
+        tasks.append(task(name, ["pairs"], seconds, made, "train_row", row, name, flags))
+    return tasks
 
 
 # --------------------------------------------------------------------------- command line
@@ -146,11 +150,14 @@ def tasks_of(cfg: StoryConfig, seed: int) -> list[Task]:
 
 def begin(cfg: StoryConfig) -> dict:
     """Claim the folder for these settings; what story.json says of this run and earlier ones."""
-    settings = asdict(cfg.recipe) | {"beta": BETA, "rates": chosen_rates()} | SPEED
+    settings = asdict(cfg.recipe) | {"beta": BETA, "rates": CHOSEN_RATES} | SPEED
     claim(cfg.out, settings, "pass another --out")
     path = cfg.out / "story.json"
     before = read_json(path) if path.exists() else {}
-    commits = [*before.get("commit", "").split(", "), commit()]  # whose results lie here
+    ask = "git describe --always --dirty || echo unknown"  # outside a checkout, or without git
+    here = {"shell": True, "cwd": Path(__file__).parent}
+    commit = subprocess.run(ask, capture_output=True, text=True, **here).stdout.strip()
+    commits = [*before.get("commit", "").split(", "), commit]  # whose results lie here
     about = {
         "settings": settings,
         "seeds": list(cfg.seeds),
@@ -163,15 +170,6 @@ def begin(cfg: StoryConfig) -> dict:
     }
     write_atomic(path, json.dumps(about, indent=1) + "\n")
     return about
-
-
-def commit() -> str:
-    """The commit that these files are of, "unknown" outside a git checkout."""
-    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def main() -> None:

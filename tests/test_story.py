@@ -16,12 +16,12 @@ from conftest import ROOT
 
 from paper import stages
 from paper.report import PAPER, WITH_NTP
-from paper.story import ABLATIONS, RATES, TINY, StoryConfig, begin, tasks_of
-from runtime import Failure, InputError, parse_cli, read_jsonl, write_atomic
+from paper.story import ABLATIONS, RATES, TINY, Seed, StoryConfig, begin, tasks_of
+from runtime import Failure, InputError, parse_cli, read_jsonl
 from tokenizer import load_tokenizer
 from tools.sweep import ROWS
 from tools.workers import Task, run_tasks
-from toy import COLOURS, SHAPES, Thing, chain_of_thought, draw, random_things
+from toy import COLOURS, SHAPES, Thing, World, chain_of_thought, draw, random_things
 from vision import preprocess
 from weights import load_model
 
@@ -34,7 +34,7 @@ SMALL = replace(TINY, pictures=12, dev=4, test=5, questions=6, direct_questions=
 @pytest.fixture(scope="module")
 def lessons(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lessons")
-    stages.write_lessons(folder, 1, SMALL)
+    stages.write_lessons(Seed(1, folder, SMALL, quick=True, mine=None))
     return folder
 
 
@@ -64,16 +64,16 @@ def test_lessons_development_and_test_questions_share_no_picture(lessons):
     assert sum(map(len, apart)) == len(set().union(*apart)) == 12 + 4 + 5 + 6
 
 
-def test_mentions_of_what_is_not_there_are_counted(tmp_path):
-    red, blue = Thing(0, 0, "red", "circle"), Thing(1, 2, "blue", "cross")
-    cfg = StoryConfig(out=tmp_path)
-    truth = {"a.png": [red.words], "b.png": [red.words, blue.words]}
-    write_atomic(cfg.folder(1) / "truth.json", json.dumps(truth))
-    texts = [("a.png", stages.describe([red, blue])), ("b.png", chain_of_thought([red, blue]))]
-    rows = [{"image": image, "response": text} for image, text in texts]
-    assert stages.made_up(cfg, 1, rows, "response") == 25.0
-    nothing = [{"image": "a.png", "response": stages.describe([])}]
-    assert stages.made_up(cfg, 1, nothing, "response") == 0
+def test_mentions_of_what_is_not_there_are_counted(lessons):
+    seed = Seed(1, lessons, SMALL, quick=True, mine=None)
+    _, things, _ = World(lessons, 1).picture("test", 3)
+    absent = [Thing(0, 0, colour, "cross") for colour in COLOURS]
+    added = next(thing for thing in absent if thing not in things)
+    texts = [stages.describe(things), chain_of_thought([*things, added])]
+    rows = [{"image": "test-00003.png", "response": text} for text in texts]
+    assert stages.made_up(seed, rows, "response") == 100 / (2 * len(things) + 1)
+    nothing = [{"image": "test-00003.png", "response": stages.describe([])}]
+    assert stages.made_up(seed, nothing, "response") == 0
 
 
 # --------------------------------------------------------------------------- tasks
