@@ -102,8 +102,7 @@ def encode_tree(
                 tiles.append(num_tiles(*image.size, limit, config.tile_size))
         image_tokens = [config.tokens_per_tile * n for n in tiles]
         system = record.system_prompt or config.system_message
-        chat = [(question, None)]
-        trunk = encode_chat(tokenizer, config.template, chat, image_tokens, system)
+        trunk = encode_chat(tokenizer, config.template, [(question, None)], image_tokens, system)
         texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
         responses = [encode_response(tokenizer, config.template, text) for text in texts]
     images = [(path, limit, record.augment) for path in record.images]
@@ -350,8 +349,7 @@ class PairData:
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch not in self.orders:
-            order = epoch_order(self.sets, self.seed, epoch)
-            order = order[: self.limit] if self.limit else order
+            order = epoch_order(self.sets, self.seed, epoch)[: self.limit or None]
             if self.pairs_per_prompt > 1:  # reads every record once an epoch
                 records = (self.sets[i][int(n)] for i, n in order)
                 questions = [(r.images, r.question, r.max_tiles, r.augment) for r in records]
@@ -360,16 +358,11 @@ class PairData:
         return self.orders[epoch]
 
     def digest(self, steps: int) -> str:
-        """Of all that decides which responses the first `steps` steps hold, but for image files.
-
-        Files of pairs go in by path, size and time: to read millions of lines takes too long.
-        """
+        """Of all that decides which responses the first `steps` steps hold, but for image files."""
         facts = [steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong]
         facts += [self.pairs_per_prompt, self.config]
         for of in self.sets:
-            file = of.lines.path.stat()
-            facts += [of.name, of.root, of.repeat_time, of.max_tiles, of.augment]
-            facts += [of.lines.path.resolve(), file.st_size, file.st_mtime_ns]
+            facts += [of.name, of.repeat_time, of.max_tiles, of.augment, of.lines.checksum]
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     def step(self, number: int, rank: int, world: int) -> Step:

@@ -544,7 +544,8 @@ class Generator:
         decode = partial(self.tokenizer.decode, marks=self.settings.marks)
         prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
         text, begin = decode(prefix + ids), len(decode(prefix))
-        cuts = [cut for stop in self.settings.stop if (cut := text.find(stop, begin)) >= 0]
+        stops = filter(None, self.settings.stop)  # empty text would end all before it begins
+        cuts = [cut for stop in stops if (cut := text.find(stop, begin)) >= 0]
         return text[: min(cuts, default=len(text))], bool(cuts)
 
     def sample(self, row: Row) -> Sample:
@@ -573,9 +574,8 @@ def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) 
         first, *rest = history  # the images belong to the first turn, as in chat()
         history = ((with_image_placeholders(first[0], len(cfg.image)), first[1]), *rest)
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
-    fields = {"max_tiles": cfg.max_tiles or tiles, "num_samples": cfg.num_samples}
-    fields["name"] = "the question"
-    return Prompt(digest.hexdigest(), question, cfg.image, history, cfg.prefix, **fields)
+    given = (cfg.image, history, cfg.prefix, cfg.max_tiles or tiles, cfg.num_samples)
+    return Prompt(digest.hexdigest(), question, *given, name="the question")
 
 
 def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,10 +49,11 @@ class JsonLines:
     def __init__(self, path: Path, part: bool = False) -> None:
         """part: written by a process that may be killed; a torn last line is left out."""
         self.path, self.file = Path(path), open_file(path)  # read from at any time
-        size, ends = 0, [np.zeros(1, int)]
+        size, ends, self.checksum = 0, [np.zeros(1, int)], 0
         while block := self.file.read(1 << 22):
             ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
             size += len(block)
+            self.checksum = zlib.crc32(block, self.checksum)
         bounds = np.concatenate(ends)  # a line stands between two of them
         if bounds[-1] < size and not part:
             bounds = np.append(bounds, size)

@@ -168,7 +168,6 @@ SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are
 PARTS = ("vision_model", "projector", "language_model")
 SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
-
 # flags that may differ between a run and its continuation
 FREE_FLAGS = set(
     """out_dir reference_cache save_every keep async_save compile recompute recompute_blocks sync
@@ -176,15 +175,15 @@ FREE_FLAGS = set(
     tensorboard wandb""".split()
 )
 
-
 # --------------------------------------------------------------------------- the loop
 
 
 def train(cfg: TrainConfig, process: Process) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
     weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
-    if cfg.cache_folder.resolve().is_relative_to(cfg.model_dir.resolve()):
-        raise InputError("reference_cache lies in model_dir; pass a folder of its own")
+    for folder in (cfg.model_dir, cfg.out_dir / "model"):
+        if cfg.cache_folder.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"reference_cache lies in {folder}; pass a folder of its own")
     with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir", process):
         run = Run(cfg, process)
 
@@ -248,6 +247,9 @@ class Run:
         if cfg.heldout:
             sets = read_meta(cfg.heldout, cfg.max_tiles or config.max_tiles)
             self.heldout = replace(self.data, sets=sets, limit=0)
+            known = {s.lines.checksum for s in self.data.sets if len(s)}
+            for name in (s.name for s in sets if s.lines.checksum in known):
+                process.say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
         cfg = settle(asked, config, process.world, process.device, process.say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
@@ -264,9 +266,9 @@ class Run:
         self.reference = make_reference(self)
         moving = self.reference.model if cfg.reference_update_every else None
         self.tensors = state_tensors(self.policy, self.optimizer, moving)
+        self.facts = run_facts(self)
         self.done = self.restore()
-        left = f"{self.done} of {self.total} steps are done"
-        process.say(left if self.done else f"{self.total} steps to do")
+        process.say(f"{self.done} of {self.total} steps are done")
 
         background = switched_on(cfg.async_save, process.device)
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
@@ -289,13 +291,11 @@ class Run:
         checkpoint = weights.newest_checkpoint(self.cfg.out_dir / "checkpoints")
         if checkpoint is None:
             return 0
-        saved, now = weights.checkpoint_state(checkpoint)["flags"], run_flags(self.cfg)
+        saved, now = weights.checkpoint_state(checkpoint)["flags"], self.facts
         changed = [f"{k} was {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]]
         if changed:
-            raise InputError(
-                f"{checkpoint} belongs to a run with other flags: {', '.join(changed)}; pass those "
-                "flags, or another --out_dir"
-            )
+            changes = "; ".join(changed)
+            raise InputError(f"{checkpoint}: {changes}; take what it was, or another --out_dir")
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
         for of_parameter in self.optimizer.state.values():
@@ -323,7 +323,7 @@ class Run:
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
         self.process.say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
-        state = {"flags": run_flags(cfg), "bco_shift": asdict(self.shift)}
+        state = {"flags": self.facts, "bco_shift": asdict(self.shift)}
         if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
             self.best_writer.save(number, self.tensors, state)
         if last or number % cfg.save_every == 0:
@@ -561,7 +561,7 @@ class CachedReference:
         wanted = [(run.data, run.total)]
         if run.heldout:
             wanted.append((run.heldout, run.heldout.steps_per_epoch))
-        with runtime.alone_in(self.folder, math.inf, "end it", self.process):
+        with runtime.alone_in(self.folder, math.inf, "end it", self.process, ".scoring"):
             self.read()  # another run may have scored them meanwhile
             for data, steps in wanted:
                 mark = self.folder / f"covers-{data.digest(steps)}.json"
@@ -624,7 +624,7 @@ class CachedReference:
         if pack.names and not there.all():
             raise InputError(
                 f"{self.folder} lacks log-probs of responses in {', '.join(pack.names)}: an image "
-                "has changed since they were scored; delete covers-*.json there and start again"
+                "or the tokenizer has changed since; delete covers-*.json there and start again"
             )
         return torch.from_numpy(logps).to(self.process.device)
 
@@ -670,14 +670,16 @@ def state_tensors(
     return tensors
 
 
-def run_flags(cfg: TrainConfig) -> dict[str, str]:
-    """The flags that a continuation must share with the run it continues."""
-    free = FREE_FLAGS - ({"model_dir"} if cfg.lora_rank else set())  # adapters belong to weights
+def run_facts(run: Run) -> dict[str, str]:
+    """What a continuation must share with the run it continues: flags, pairs, start weights."""
+    cfg, free = run.cfg, FREE_FLAGS
     if cfg.decay >= 0:  # a constant rate does not know the run's length: it may be prolonged
         free = free | {"max_steps", "epochs", "decay"}
-    return {k: str(v) for k, v in asdict(cfg).items() if k not in free} | {
-        "schedule": "constant" if cfg.decay >= 0 else "cosine"
-    }
+    facts = {k: str(v) for k, v in asdict(cfg).items() if k not in free}
+    facts |= {"schedule": "constant" if cfg.decay >= 0 else "cosine", "pairs": run.data.digest(0)}
+    if run.process.is_main and (run.reference or cfg.lora_rank):  # read once, they are large
+        facts["start weights"] = cache_facts(cfg, run.process.device)["weights"]
+    return facts
 
 
 # --------------------------------------------------------------------------- one step: its gradient

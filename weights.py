@@ -367,9 +367,10 @@ def is_intact(path: Path) -> bool:
 class CheckpointWriter:
     """Writes <folder>/step-<n>, complete or absent, and keeps the newest `keep` of them.
 
-    In the background a thread writes a copy in host memory while training goes on, as beside a GPU.
-    The checkpoint counts once every process has written its shard and process 0 has renamed the
-    folder; only the main thread talks to other processes, in `save`, `settle` and `finish`.
+    Later ones, of a run that was killed and went back, go first.  In the background a thread writes
+    a copy in host memory while training goes on, as beside a GPU.  The checkpoint counts once every
+    process has written its shard and process 0 has renamed the folder; only the main thread talks
+    to other processes, in `save`, `settle` and `finish`.
     """
 
     def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
@@ -415,8 +416,10 @@ class CheckpointWriter:
         if is_writer():
             write_atomic(partial / "state.json", json.dumps(state))
             sign(partial / "state.json")
-            replace_folder(partial, self.folder / f"step-{state['step']:08d}")
-            for old in complete_checkpoints(self.folder)[: -self.keep]:
+            final = self.folder / f"step-{state['step']:08d}"
+            replace_folder(partial, final)
+            complete = sorted(complete_checkpoints(self.folder), key=lambda p: (p <= final, p))
+            for old in complete[: -self.keep]:
                 shutil.rmtree(old)
         barrier()
 

@@ -713,7 +713,7 @@ def test_a_stop_string_ends_the_text_before_it(toy, expected):
     (name, k), text = max(expected.items(), key=lambda item: len(item[1]))
     word = text[len(text) // 2 :][:4]
     prompt = next(p for p in prompts(toy) if p.id == name)
-    [sample] = sampler(toy, stop=(word,)).run([replace(prompt, samples=(k,))])
+    [sample] = sampler(toy, stop=("", word)).run([replace(prompt, samples=(k,))])
     assert sample.text == text[: text.index(word)]
     assert sample.finish_reason == "stop"
 

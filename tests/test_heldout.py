@@ -127,6 +127,14 @@ def test_ctrl_c_saves_and_the_same_command_continues_bit_for_bit(
     assert rows == without(watched[1], "none")
 
 
+def test_held_out_pairs_that_are_trained_on_are_told(base, toy, tmp_path, capsys):
+    cfg = replace(base, max_steps=1, out_dir=tmp_path / "run", reference_cache=toy / "reference")
+    train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl"))
+    assert "toy_text: the run trains on the same file of pairs, too" in capsys.readouterr().err
+    train_in_process(replace(cfg, out_dir=tmp_path / "other"))
+    assert "trains on the same file" not in capsys.readouterr().err
+
+
 def test_every_data_set_has_its_metrics_and_they_add_up(watched):
     for row in watched[1]:
         names = [name.split("/")[1] for name in row if name.startswith("sets/")]

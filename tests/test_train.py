@@ -289,6 +289,38 @@ def test_a_checkpoint_of_other_flags_is_refused(straight):
         run_here(replace(cfg, beta=0.2))
 
 
+@pytest.mark.parametrize("reference", ["online", "cached"])
+def test_a_run_is_not_continued_from_other_start_weights(base, toy, tmp_path, reference):
+    write_world(tmp_path / "other", 8, 5)
+    cfg = replace(base, out_dir=tmp_path / "run", reference=reference)
+    run_here(cfg)
+    shutil.copytree(toy / "model", tmp_path / "moved/model")
+    run_here(replace(cfg, model_dir=tmp_path / "moved/model"))
+    cfg = replace(cfg, model_dir=tmp_path / "other/model")
+    with pytest.raises(InputError, match="start weights was .* take what it was, or another"):
+        run_here(replace(cfg, reference_cache=tmp_path / "reference"))
+
+
+def test_a_run_is_not_continued_on_pairs_that_were_edited(base, toy, tmp_path):
+    lines = (toy / "toy_text.jsonl").read_text().splitlines(keepends=True) * 8
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    cfg = replace(base, meta=tmp_path / "pairs.jsonl", out_dir=tmp_path / "run", warmup=0.0)
+    cfg = replace(cfg, reference_cache=None)
+    run_here(cfg)
+    times = (tmp_path / "pairs.jsonl").stat()
+    (tmp_path / "pairs.jsonl").write_text("".join(lines[::-1]))
+    os.utime(tmp_path / "pairs.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match="pairs was .*, now .*; take what it was"):
+        run_here(cfg)
+
+
+def test_the_reference_may_lie_in_the_folder_of_the_run_but_not_in_its_model(base, tmp_path):
+    cfg = replace(base, out_dir=tmp_path / "run", max_steps=2, warmup=0.0)
+    run_here(replace(cfg, reference_cache=cfg.out_dir))
+    with pytest.raises(InputError, match=r"reference_cache lies in .*run/model"):
+        run_here(replace(cfg, reference_cache=cfg.out_dir / "model"))
+
+
 def test_a_reference_cache_of_other_weights_is_refused(base, toy, straight):
     other = toy / "other"
     write_world(other, 8, 5)

@@ -19,6 +19,7 @@ from weights import (
     EXPORT_MARK,
     INDEX,
     CheckpointWriter,
+    complete_checkpoints,
     load_checkpoint,
     load_model,
     newest_checkpoint,
@@ -456,6 +457,13 @@ def test_only_checkpoints_of_our_own_are_pruned(tmp_path):
     writer.save(2, {"a": torch.zeros(3)}, {})
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted([*kept, "step-00000002"])
+
+
+def test_a_run_that_went_back_keeps_what_it_saves_now_and_not_what_it_saved_later(tmp_path):
+    writer = CheckpointWriter(tmp_path, 1)
+    for step in (4, 3):
+        writer.save(step, {"a": torch.zeros(3)}, {})
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000003"]
 
 
 @pytest.mark.parametrize("background", [False, True])
