@@ -20,8 +20,8 @@ import hashlib
 import json
 import math
 import signal
+import struct
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -550,7 +550,7 @@ class CachedReference:
 
     A folder of append-only part files (response key -> log-prob) shared by all runs on the same
     start weights; `run.json` says what the numbers depend on, `covers-*.json` marks runs of which
-    every response is there.  In memory two sorted arrays: 20 bytes a response.
+    every response is there.  In memory 20 bytes a response.
     """
 
     def __init__(self, run: Run) -> None:
@@ -573,21 +573,20 @@ class CachedReference:
                         write_atomic(mark, json.dumps({"steps": steps}))
 
     def read(self) -> None:
-        keys, logps = bytearray(16), array("f", [math.nan])  # a first row that no key comes before
+        rows = bytearray(20)  # key and log-prob of each response, after one that is nobody's
         for name, row in read_parts(part_files(self.folder)):
             if row.pop("checksum", None) != checksum(row):
                 raise InputError(f"{name}: not as it was written; delete this part")
-            keys += bytes.fromhex(row["key"])
-            logps.append(row["logp"])
-        keys = np.frombuffer(keys, "S16")
-        order = keys.argsort(kind="stable")
-        self.keys, self.logps = keys[order], np.frombuffer(logps, np.float32)[order]
+            rows += bytes.fromhex(row["key"]) + struct.pack("f", row["logp"])
+        self.rows = np.frombuffer(rows, "S20")
+        self.rows.sort()  # in place: there may be millions
 
     def look_up(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(log-prob of each response, whether it is there at all)."""
         wanted = np.array([bytes.fromhex(key) for key in keys], "S16")
-        rows = self.keys.searchsorted(wanted, side="right") - 1
-        return self.logps[rows], self.keys[rows] == wanted
+        places = self.rows.searchsorted(wanted).clip(max=len(self.rows) - 1)
+        rows = self.rows[places].view([("key", "S16"), ("logp", "f4")])
+        return rows["logp"], rows["key"] == wanted
 
     def score_missing(self, policy: InternVL, data: PairData, steps: int) -> None:
         """Plan this process's share of the records, a step's at a time, and score a pack at a time.
