@@ -314,25 +314,24 @@ def settle(
     so it waits where there is still room.  On one GPU the casts of all weights in each pack, a
     tenth of a 2B's step, hide behind nothing: there they come first.
     """
-    memory, place = memory_of(cfg, device), (config, gpus // cfg.replicate, device)
+    memory, shards = memory_of(cfg, device), gpus // cfg.replicate
+    flags_fit = functools.partial(fits, config=config, shards=shards, device=device)
     casts = compute_dtype(cfg, device) is torch.bfloat16 and cfg.state_dtype == "fp32"
     if gpus == 1 and cfg.sync == "auto" and casts:
         least = {"recompute": cfg.recompute.replace("auto", "full")}
-        room = memory and fits(cfg, *place, sync="step", **least)
+        room = memory and flags_fit(cfg, sync="step", **least)
         cfg = replace(cfg, sync="step" if room else "pack")
     if cfg.recompute == "auto":
         cfg = replace(cfg, recompute="full")
         blocks = config.vision.num_hidden_layers + config.llm.num_hidden_layers
-        enough = lambda again: fits(cfg, *place, recompute_blocks=again)  # noqa: E731
-        again, reason = bisect_left(range(blocks), True, key=enough), "on a CPU"
-        if memory:
-            reason = f"as few as fit into {memory / GB:.4g} GB"
-        elif cfg.plan:
-            again, reason = blocks, "the memory is not known"
+        again = bisect_left(range(blocks), True, key=lambda n: flags_fit(cfg, recompute_blocks=n))
+        reason = f"as few as fit into {memory / GB:.4g} GB"
+        if not memory:
+            again, reason = (blocks, "the memory is not known") if cfg.plan else (0, "on a CPU")
         cfg = replace(cfg, recompute_blocks=again)
         say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
     if cfg.sync == "auto":
-        room = gpus > 1 and memory and fits(cfg, *place, sync="step")
+        room = gpus > 1 and memory and flags_fit(cfg, sync="step")
         cfg = replace(cfg, sync="step" if room else "pack")
         if gpus > 1:
             say(f"sync auto: weights and gradients are exchanged once a {cfg.sync}")

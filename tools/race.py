@@ -225,7 +225,7 @@ def generation(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator
         prompts = [image + ids for ids in words]
         asked = Asked(prompts, new, pixels if image else None, *settings)
         peer = {"transformers": partial(hf_answers, theirs, asked)} if theirs else {}
-        yield name, peer | {"ours": partial(our_answers, ours, asked)}
+        yield name, peer | {"ours": lambda asked=asked: list(our_scheduler(ours, asked).run())}
 
 
 @torch.no_grad()
@@ -251,10 +251,6 @@ def our_scheduler(model: InternVL, asked: Asked) -> Scheduler:
         for n, (ids, new) in enumerate(zip(asked.prompts, asked.new))
     )
     return Scheduler(generator, groups)
-
-
-def our_answers(model: InternVL, asked: Asked) -> list[list[int]]:
-    return [row.ids for row in our_scheduler(model, asked).run() if row.finish_reason]
 
 
 SECTIONS = {"training": training, "length": length, "generation": generation}
