@@ -28,7 +28,6 @@ import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -61,8 +60,7 @@ _TRIGGERS = tuple(  # one a language: a literal start passes megabytes quickly
 _EMPHASIS = Rules("emphasis", needs="*_`'\"#>([")
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     """A response taken apart; with `failure` set (its name) there is no answer."""
 
     rationale: str | None = None
@@ -84,21 +82,20 @@ def parse_response(response: str, prompt_version: str, finish_reason: str | None
 
 
 @functools.lru_cache(maxsize=4)  # parsing and cleaning a response ask the same
-def _find_triggers(response: str) -> list[tuple[int, int]]:
-    """(start, end) of each trigger, in order; three of a language are enough to know too many."""
+def _answer_line(response: str) -> tuple[int, int, str, str, str]:
+    """(number of triggers, end of the last one, text before it, trigger, answer): the texts
+    without the marks that dress the answer line."""
     lower = response.replace("İ", "I").lower()  # as long: İ alone becomes two characters
-    spans = []
+    spans = []  # three of a language are enough to know too many
     for match in (m for t in _TRIGGERS for m in itertools.islice(t.finditer(lower), 3)):
         start = match.start()
         spans.append((start - 2 * lower.endswith("最终", 0, start), match.end()))
-    return sorted(spans)
-
-
-def _split_at_trigger(response: str, start: int, end: int) -> tuple[str, str, str]:
-    """(text before, trigger, answer) without the marks that dress the answer line."""
+    if not spans:
+        return 0, 0, "", "", ""
+    start, end = max(spans)
     head = response[response.rfind("\n", 0, start) + 1 : start]  # of the line
     marks, trigger, answer = _undress_line(head, response[start:end], response[end:].strip())
-    return response[: start - marks], trigger, answer
+    return len(spans), end, response[: start - marks], trigger, answer
 
 
 @functools.lru_cache(maxsize=64)  # the responses to a question have few different answer lines
@@ -116,11 +113,10 @@ def _undress_line(head: str, trigger: str, answer: str) -> tuple[int, str, str]:
 
 
 def _parse_after_trigger(response: str) -> Parsed:
-    spans = _find_triggers(response)
-    before, _, answer = _split_at_trigger(response, *spans[-1]) if spans else ("", "", "")
+    triggers, _, before, _, answer = _answer_line(response)
     for failed, name in (
-        (not spans, "no trigger"),
-        (len(spans) > 2, "more than two triggers"),
+        (triggers == 0, "no trigger"),
+        (triggers > 2, "more than two triggers"),
         (not before.strip(), "empty rationale"),
         (not answer, "empty answer"),
         ("\n" in answer or "\r" in answer, "answer on several lines"),
@@ -154,7 +150,7 @@ def _parse_whole(response: str) -> Parsed:
     answer = response.strip()
     if not answer:
         return Parsed(failure="empty answer")
-    if "\n" in answer or len(answer.split()) > 10 or _find_triggers(answer):
+    if "\n" in answer or len(answer.split()) > 10 or _answer_line(answer)[0]:
         return Parsed(failure="not a word or phrase")
     return Parsed("", answer)
 
@@ -194,12 +190,9 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
     Only cleaning: the official function of this name writes the gold answer into the response;
     `pred` and `gt` keep its signature and are not used.
     """
-    spans = _find_triggers(response)
-    if not 1 <= len(spans) <= 2:
-        return response
-    start, end = spans[-1]
-    before, trigger, answer = _split_at_trigger(response, start, end)
-    if (before, trigger, answer) == (response[:start], response[start:end], response[end:].strip()):
+    triggers, end, before, trigger, answer = _answer_line(response)
+    bare = response.startswith(before + trigger) and answer == response[end:].strip()
+    if bare or not 1 <= triggers <= 2:
         return response
     gap = re.match(r"[\s*_]*", response[end:])[0]
     blank = "\n" if "\n" in gap else " " if " " in gap else ""
@@ -399,7 +392,7 @@ def _same_plain(pred: str, gold: str) -> bool:
         a, b = a or read_quantity(pred), b or read_quantity(gold)
     if theirs and len(theirs.letters) > 1:
         return _same_wording(pred, gold)
-    if isinstance(a, Quantity) and isinstance(b, Quantity) and not a.letters | b.letters:
+    if all(isinstance(x, Quantity) and not x.letters and x.values[0] is not None for x in (a, b)):
         return _same(a, b)  # by value alone: mW is not MW
     return _same(a, b) or _same_wording(pred, gold)
 
@@ -581,15 +574,12 @@ def edit_distance(a: str, b: str) -> int:
         a, b = b, a
     if not b:
         return len(a)
-    places = {char: bytearray(len(a) // 8 + 1) for char in b}
-    for i, char in enumerate(a):
-        if char in places:
-            places[char][i >> 3] |= 1 << (i & 7)
-    positions = {char: int.from_bytes(bits, "little") for char, bits in places.items()}
+    # where `a` has a character, as bits
+    places = {c: int("".join("01"[x == c] for x in reversed(a)), 2) for c in {*a} & {*b}}
     full, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
     plus, minus, distance = full, 0, len(a)  # vertical differences +1 and -1
     for char in b:
-        match = positions[char]
+        match = places.get(char, 0)
         zero = (((match & plus) + plus) ^ plus) | match | minus
         up, down = minus | ~(zero | plus) & full, plus & zero
         distance += bool(up & last) - bool(down & last)
@@ -687,16 +677,11 @@ def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
 _TOKEN = pattern("TOKEN")
 
 
-def _tokens(text: str) -> list[str | Fraction]:
-    """Words in lower case without a plural's s, numbers by value."""
+def _tokens(text: str) -> str:
+    """Words in lower case without a plural's s and numbers by value, each between two blanks."""
     text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()
     words = [t.removesuffix("s") if len(t) > 3 else t for t in _TOKEN.findall(text)]
-    return [Fraction(word) if word[-1:].isdecimal() else word for word in words]
-
-
-def _within_tokens(part: list, whole: list) -> bool:
-    n = len(part)
-    return n > 0 and any(whole[i : i + n] == part for i in range(len(whole) - n + 1))
+    return "".join(f" {Fraction(word) if word[-1:].isdecimal() else word} " for word in words)
 
 
 def is_ambiguous(answer: str, gold: str) -> bool:
@@ -710,9 +695,10 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         if re.search(rf"\b{min(option.letters)}\b", answer):
             return True
     have, want = _tokens(answer), _tokens(option.text if option else gold)
-    if len(have) > 1 and isinstance(have[0], Fraction) and set(have) < set(want):
+    words = have.split()
+    if len(words) > 1 and words[0][-1].isdecimal() and {*words} < {*want.split()}:
         return True  # 3 slices of 3 slices of pizza
-    if _within_tokens(want, have) or (_within_tokens(have, want) and not option):
+    if (want and want in have) or (have and have in want and not option):
         return True  # `left` of `left side`, too
     pieces = [sorted(re.split(r" *(?:,|=|&|\band\b) *", text.lower())) for text in (answer, gold)]
     if pieces[0] == pieces[1] and len(pieces[0]) > 1:
@@ -720,6 +706,8 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     a, b = read(answer), read(gold)
     if isinstance(a, Items) and isinstance(b, Items):
         return _same_items(a._replace(unordered=True), b)
+    if any(isinstance(x, Items) and x.brackets == ":" for x in (a, b)):  # 2:3 for 2/3
+        a, b = (read(text.replace(":", "/")) for text in (answer, gold))
     if not isinstance(a, Quantity) or not isinstance(b, Quantity) or (a.unit and a.unit != b.unit):
         return False
     try:
@@ -732,8 +720,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a response is worth."""
 
     label: str  # "correct", "wrong", "ambiguous" (wrong, but perhaps meant right) or "format"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.answers import PROMPTS as COT_PROMPTS
-from benchmarks.quantities import SIGNS, SPELLINGS
+from benchmarks.quantities import SIGNS, SPELLINGS, pattern
 from runtime import InputError
 
 PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
@@ -71,10 +71,7 @@ class Reading:
 
 Readings = list[tuple[Item, Reading]]
 
-_NUMBER = re.compile(
-    r"(?:(?<![\w)}°])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE][-+]?\d+(?!\w)|\s*\*\s*10\^\{?-?\d+)?"
-)
+_NUMBER = pattern("REPLIED")
 
 
 def last_number(text: str) -> str:

@@ -6,9 +6,10 @@ symbolic mathematics and without evaluating what a model wrote.
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 from benchmarks.common import Benchmark, Item, Reading, Reply, lettered, option_lines
-from benchmarks.quantities import MAX_EXPRESSION, parse_expression
+from benchmarks.quantities import MAX_EXPRESSION, Rules, parse_expression
 
 
 def question(item: Item) -> str:
@@ -22,14 +23,7 @@ _ANSWER_PHRASES = tuple(
     for rest in (" final answer is", " answer is", " correct answer is", " answer should be")
     for the in ("the", "The")
 )
-_NOISE = (  # in this order, as in MATH-V's find_math_answer and _strip_string
-    (" ", ""), ("\\,", ""), ("∞", "\\infty"), ("+\\infty", "\\infty"), ("\\\\", "\\"), ("\n", ""),
-    ("\\text", ""), ("\\mbox", ""), ("bmatrix", "pmatrix"), ("\\left", ""), ("\\right", ""),
-    ("^{\\circ}", ""), ("^\\circ", ""), ("{m}^3", ""), ("m^3", ""), ("{units}", ""), ("units", ""),
-    ("{km}", ""), ("km", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
-    ("\\left", ""), ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""), ("$", ""),
-    ("\\%", ""), ("{.", "{0."),
-)  # fmt: skip
+_CLEAN = Rules("mathvision")
 
 
 def clean_answer(reply: str) -> str:
@@ -52,11 +46,8 @@ def clean_answer(reply: str) -> str:
             text = text.strip()
     elif text.count("oxed{") > 1:
         text = "\\boxed{" + text.split("oxed{")[-1]
-    text = clean_math(text)
-    for left, right in ("()", "{}"):
-        for c in "abcde":
-            text = text.replace(left + c + right, c)
-    return text.rstrip(".").lstrip(":").strip()
+    text = re.sub(r"\(([a-e])\)", r"\1", clean_math(text))
+    return re.sub(r"\{([a-e])\}", r"\1", text).rstrip(".").lstrip(":").strip()
 
 
 def brace_arguments(text: str) -> str:
@@ -70,17 +61,7 @@ def brace_arguments(text: str) -> str:
 
 def clean_math(text: str) -> str:
     """MATH-V's find_math_answer: the content of the last box, without LaTeX noise and units."""
-    text = text.lower().replace("{}", "")
-    if boxes := re.findall(r"oxed{(.*)}", text, flags=re.DOTALL):  # greedy, to the last brace
-        text = boxes[-1]
-    close, opened = text.find("}"), text.find("{")
-    if close != -1 and (opened == -1 or close < opened):
-        text = text[:close]
-    text = text.split("=")[-1].split("\\approx")[-1]
-    for old, new in _NOISE:
-        text = text.replace(old, new)
-    if text.startswith("."):
-        text = "0" + text
+    text = _CLEAN.apply(text.lower())
     if "sqrt" in text:  # fractions too are only repaired beside a root
         text = brace_arguments(text)
     if text == "0.5":
@@ -102,12 +83,9 @@ def rounded(text: str) -> float | None:
     """
     text = re.split(r"[&_']|\\\\|\\}", text.replace("$", "").replace("\\,", ""))[0]
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    level = 0
-    for i, char in enumerate(text):
-        level += (char in "({[") - (char in ")}]")
-        if level < 0:  # what follows a bracket that was never opened is not read
-            text = text[:i]
-            break
+    levels = accumulate((char in "({[") - (char in ")}]") for char in text)
+    # what follows a bracket that was never opened is not read
+    text = text[: next((i for i, level in enumerate(levels) if level < 0), None)]
     if re.search(r"[^\d\s.+\-*/^:!(){}\[\]]", re.sub(_KNOWN, "", text)):
         return None
     text = re.sub(r"(?<=[\d)}])\s*(?=\\frac)|(?:(?<=[)}])|(?<=\\pi))\s*(?=\d)", "*", text)

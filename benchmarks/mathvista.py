@@ -5,17 +5,16 @@ in the official script, `offline` our own reading without a judge.
 """
 
 import functools
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 from benchmarks import common
 from benchmarks.answers import MAX_ANSWER, edit_distance, plain_text, read_options
-from benchmarks.common import Benchmark, Item, Judge, Reading, Reply, final_answer
+from benchmarks.common import Benchmark, Item, Judge, Reading, Reply
 from benchmarks.quantities import SIGNS
-from runtime import InputError
+from runtime import InputError, read_json
 
+read_once = functools.cache(read_json)
 RULES_GIVE_LESS = "the paper's Direct figure is extracted by GPT: rules give less"
 
 
@@ -25,15 +24,10 @@ def item(row: Item) -> None:
         raise ValueError("a multi_choice question without choices")
     beside = row["_file"].parent / "query.json"
     if "query" not in row and beside.exists():
-        row["query"] = queries(beside).get(row["id"])
+        row["query"] = read_once(beside).get(row["id"])
     if row["answer_type"] == "float":
         row["precision"] = int(row["precision"])
     row["task"] = (row.get("metadata") or {}).get("task", "")
-
-
-@functools.cache
-def queries(path: Path) -> dict[str, str]:
-    return json.loads(path.read_bytes())
 
 
 def question(item: Item) -> str:
@@ -55,7 +49,7 @@ def read_exactly(item: Item, reply: str) -> str | None:
 
 def read_offline(item: Item, reply: str) -> str:
     """Better than the rule, without a judge: the last number, letter or option named."""
-    text = SIGNS.apply(final_answer(reply))
+    text = SIGNS.apply(common.final_answer(reply))
     if item["question_type"] == "multi_choice":
         if bracketed := re.findall(r"\(([A-Za-z])\)", text):
             return f"({bracketed[-1]})"
@@ -97,7 +91,7 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
     extraction = read_exactly(item, reply.text)
     if extraction is None and mode == "offline":
         extraction = read_offline(item, reply.text)
-    return normalise(item, final_answer(reply.text) if extraction is None else extraction)
+    return normalise(item, common.final_answer(reply.text) if extraction is None else extraction)
 
 
 def messages(item: Item, reply: Reply, template: str) -> list[dict]:

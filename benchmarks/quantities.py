@@ -11,6 +11,7 @@ Values are exact (`Fraction`) while they are rational, else floats.  No margin i
 3.2e-19 is not 1.6e-19 and neither is 0.
 """
 
+import calendar
 import functools
 import hashlib
 import itertools
@@ -108,7 +109,12 @@ def _ungrouped(match: re.Match) -> str:
     return match[0] if separates else re.sub("[ ,'.]", "", match[0])
 
 
-_COMPUTED = {"@": _sign, "@digits": _digits, "@ungrouped": _ungrouped}
+def _date(match: re.Match) -> str:
+    """2024-03-05 -> Mar 5, 2024"""
+    return f"{calendar.month_abbr[int(match[2])]} {int(match[3])}, {match[1]}"
+
+
+_COMPUTED = {"@": _sign, "@digits": _digits, "@ungrouped": _ungrouped, "@date": _date}
 SIGNS, SPELLINGS = Rules("signs"), Rules("spelling", needs="\\*~<>!/xX{+")
 
 # --------------------------------------------------------------------------- expressions
@@ -119,16 +125,8 @@ _TOKEN = re.compile(
     rf"\s*({_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
     r"|[-+*/^!%°(){}\[\]|])"
 )
-# short words that are prose, never a product of letters
-_PROSE = frozenset(
-    "or and to not no of is in the by if at on as than more less least most about off for "
-    "per yes nor but only both either neither over under up via".split()
-)
+_PROSE = pattern("PROSE", re.IGNORECASE)
 _POINTS = 6  # where free letters take values: all positive, then all negative, then mixed
-
-
-class ExpressionError(ValueError):
-    """Not an expression, or larger than the limits."""
 
 
 class Unit(NamedTuple):
@@ -207,7 +205,7 @@ def parse_expression(text: str) -> Quantity | None:
     try:
         parser = _Parser(SPELLINGS.apply(text))
         expression = parser.expression()
-    except ExpressionError:
+    except ValueError:
         return None
     return None if parser.peek() else expression
 
@@ -223,20 +221,18 @@ class _Parser:
             at = match.end()
             self.tokens += pieces
         if text[at:].strip():
-            raise ExpressionError(f"unexpected {text[at:]!r}")
+            raise ValueError(f"unexpected {text[at:]!r}")
 
     def pieces(self, match: re.Match) -> list[str]:
-        """A token; of letters a function, pi, or a product of single ones, but none for prose."""
+        """A token; of letters a known name or a product of single ones, but none for prose."""
         word = match[1]
-        if not (word.isascii() and word.isalpha()):
-            return [word]
-        if word in FUNCTIONS or word in ROOTS or word == "pi":
-            return ["\\" + word]
+        if not word.isalpha() or word in FUNCTIONS or word in ROOTS or word in _CONSTANTS:
+            return [word if len(word) == 2 else word.removeprefix("\\")]  # \x is not x
         if word in GREEK:
             return [GREEK[word]]
         apart = match[0] != word and bool(self.tokens) and self.tokens[-1][-1:].isdigit()
         longest = 1 if apart else 4 if word.isupper() else 3
-        return [] if len(word) > longest or word.lower() in _PROSE else list(word)
+        return [] if len(word) > longest or _PROSE.fullmatch(word) else list(word)
 
     def peek(self) -> str:
         return self.tokens[self.i] if self.i < len(self.tokens) else ""
@@ -251,7 +247,7 @@ class _Parser:
 
     def joins(self, token: str) -> bool:
         """A factor without its sign: 2x, but never 2 3."""
-        return token[:1] in ("\\", "∞", *"({[") or token[:1].isalpha()
+        return token[:1] in ("∞", *"({[") or token[:1].isalpha()
 
     def expression(self, above: int = 0) -> Quantity:
         """As far as operators of a rank above `above` go."""
@@ -280,33 +276,26 @@ class _Parser:
         if close := _CLOSING.get(token):
             value = self.expression()
             if not self.accept(close):
-                raise ExpressionError(f"no {close!r}")
+                raise ValueError(f"no {close!r}")
             return combine(abs, value) if token == "|" else value
         if token[:1].isdigit() or token[:1] == ".":
             number = _compute(operator.pos, (Fraction(token),))
             mantissa = token.lower().partition("e")[0].rstrip(".")
             decimal = "." in mantissa and number  # 3.20e5 is given to a part in 320
             return constant(number, 1 / Fraction(mantissa.replace(".", "")) if decimal else 0)
-        if token.startswith("\\"):
-            return self.command(token[1:])
-        if token == "e":
-            return constant(math.e)
-        if token[:1].isalpha() or token == "∞":
+        if token in _CONSTANTS:
+            return constant(_CONSTANTS[token])
+        if token in _TWO_GROUPS:
+            return combine(_TWO_GROUPS[token], self.atom(), self.atom())
+        if token in ROOTS:
+            index = self.atom() if self.peek() == "[" else constant(ROOTS[token])
+            return combine(_root, self.atom(), index)
+        if token in FUNCTIONS:
+            return self.function(token)
+        if len(token) == 1 and (token.isalpha() or token == "∞"):
             subscript = self.accept() if self.peek().startswith("_") else ""  # x_1, x_{12}
             return letter(token + re.sub("[{}]", "", subscript))
-        raise ExpressionError(f"unexpected {token or 'end'!r}")
-
-    def command(self, name: str) -> Quantity:
-        if name == "pi":
-            return constant(math.pi)
-        if name in _TWO_GROUPS:
-            return combine(_TWO_GROUPS[name], self.atom(), self.atom())
-        if name in ROOTS:
-            index = self.atom() if self.peek() == "[" else constant(ROOTS[name])
-            return combine(_root, self.atom(), index)
-        if name in FUNCTIONS:
-            return self.function(name)
-        raise ExpressionError(f"unknown command {name!r}")
+        raise ValueError(f"unexpected {token or 'end'!r}")
 
     def function(self, name: str) -> Quantity:
         r"""\log_2 8, \sin^2 x, \sin^{-1} x, \sin 2x: letters up to the next function or sign."""
@@ -319,7 +308,7 @@ class _Parser:
             argument = self.atom()
         else:
             argument = self.expression(_SIGN)
-            while self.joins(self.peek()) and self.peek()[1:] not in FUNCTIONS:
+            while self.joins(self.peek()) and self.peek() not in FUNCTIONS:
                 argument = combine(operator.mul, argument, self.expression(_TIMES))
         value = combine(math.log, argument, base) if base else combine(FUNCTIONS[name], argument)
         return combine(_power, value, exponent) if exponent else value
@@ -370,6 +359,7 @@ _TWO_GROUPS = {
     "frac": operator.truediv,
     "binom": lambda a, b: Fraction(math.comb(_small(a), _small(b))),
 }
+_CONSTANTS = {"pi": math.pi, "e": math.e}
 ROOTS = {"sqrt": Fraction(2), "cbrt": Fraction(3)}
 FUNCTIONS: dict[str, Callable[[Number], Number]] = {
     "sin": math.sin, "cos": math.cos, "tan": math.tan, "arcsin": math.asin, "arccos": math.acos,
@@ -432,9 +422,9 @@ _CURRENCIES: set[Fraction] = set()  # their kinds
 
 
 def _known_unit(word: str) -> Unit | None:
-    """The unit of a name or symbol, plurals included; case counts where it can."""
-    endings = ("", "s") if len(word) > 2 else ("",)
-    names = (form.removesuffix(end) for form in (word, word.lower()) for end in endings)
+    """The unit of a name or symbol, plurals and points included; case counts where it can."""
+    forms = [bare for form in (word, word.replace(".", "")) for bare in (form, form.lower())]
+    names = (form.removesuffix(end) for form in forms for end in ("", "s" * (len(form) > 2)))
     return next((_UNITS[name] for name in names if name in _UNITS), None)
 
 
@@ -450,13 +440,13 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
             if (match := _UNIT_FACTOR.fullmatch(factor)) is None:
                 return None
             word = match[1]
-            unit = _known_unit(word) or _known_unit(word.replace(".", ""))
-            if unit is None:
+            if (unit := _known_unit(word)) is None:
                 word = word.lower()
                 if word in _FILLERS:
                     continue
                 letter = len(word) < 2 and word.isascii()
-                if not invented or letter or word in _PROSE or word in FUNCTIONS or word in ROOTS:
+                known = _PROSE.fullmatch(word) or word in FUNCTIONS or word in ROOTS
+                if letter or known or not invented:
                     return None
                 unit = _base(word.removesuffix("s") if len(word) > 3 else word)
             if unit == product and unit.kind in _CURRENCIES:  # $5 USD
@@ -492,38 +482,28 @@ _fill_units()
 
 # --------------------------------------------------------------------------- quantities
 
-
-_MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_MAGNITUDES["trillion"] = 10**12
-_SHORT_MAGNITUDES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
 _GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
-_CURRENCY = Rules("currency")
+_AMOUNT = Rules("amount")
 _UNIT_START = pattern("UNIT_START")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
 
 def read_quantity(text: str) -> Quantity | None:
-    text = _CURRENCY.apply(text.strip().lstrip("∠"))
+    text = _AMOUNT.apply(text.strip().lstrip("∠"))
     for match in itertools.islice(_UNIT_START.finditer(text), 8):
-        head, gap, tail = text[: match.start()], bool(match[0]), text[match.end() :]
-        word, _, rest = tail.partition(" ")
-        magnitude = _MAGNITUDES.get(word.lower())
-        if magnitude is None and not gap:
-            magnitude = _SHORT_MAGNITUDES.get(word)
-        if magnitude:
-            gap, tail = True, rest.strip()
-        apart = gap or tail > "\u3400"  # Chinese measure words need no blank
+        head, tail = text[: match.start()], text[match.end() :]
+        word = tail.partition(" ")[0]
+        apart = match[0] or tail > "\u3400"  # Chinese measure words need no blank
         product = not apart and len(tail) == 1 and tail not in _GLUED  # 2x
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
         decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
         divided = tail[:1] == "/" and len(word) < 4  # 2/h
         if product or angle or decade or divided or word == "th":
             continue
-        unit = read_unit(tail, apart or (len(tail) > 3 and tail[:3].isalpha())) if tail else None
+        unit = read_unit(tail, bool(apart or (len(tail) > 3 and tail[:3].isalpha())))
         expression = parse_expression(head)
-        if (tail and unit is None) or expression is None or expression.letters:
-            continue
-        return expression.times(magnitude or 1)._replace(unit=unit)
+        if unit and expression and not expression.letters:
+            return expression._replace(unit=unit)
     return parse_expression(text)
 
 
@@ -533,8 +513,7 @@ def read_sum(text: str) -> Quantity | None:
     if not 1 < len(parts) < 5 or _SUM.sub("", text) or not all(unit for _, unit in parts):
         return None
     units = [unit for _, unit in parts]
-    falling = all(a.scale > b.scale for a, b in itertools.pairwise(units))
-    if not falling or len({unit.kind for unit in units}) > 1:
+    if not all(a.kind == b.kind and a.scale > b.scale for a, b in itertools.pairwise(units)):
         return None
     total = sum(number * unit.scale for number, unit in parts)
     return constant(total / units[0].scale)._replace(unit=units[0])
@@ -542,11 +521,7 @@ def read_sum(text: str) -> Quantity | None:
 
 def same_quantity(a: Quantity, b: Quantity) -> bool:
     """In base units where both have one; a bare number meets any unit, 0.5 meets 50 % too."""
-    scales = {(1, 1)}
-    if a.unit and b.unit:
-        if a.unit.kind != b.unit.kind:
-            return False
-        scales = {(a.unit.scale, b.unit.scale)}
-    elif (unit := a.unit or b.unit) and unit.kind == 1:
-        scales.add((unit.scale, 1) if a.unit else (1, unit.scale))
-    return any(same_value(a.times(m), b.times(n)) for m, n in scales)
+    (scale, kind), (gold_scale, gold_kind) = a.unit or Unit(), b.unit or Unit()
+    if kind == gold_kind and same_value(a.times(scale), b.times(gold_scale)):
+        return True
+    return (a.unit is None) != (b.unit is None) and same_value(a, b)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from itertools import product
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,21 +75,23 @@ def cell(x: float | str | None) -> str:
 
 
 def setting_rows(name: str, columns: list[list[float | str | None]]) -> list[list[str]]:
-    """Rows of Direct, CoT and their difference; a column holds the first two of a benchmark."""
+    """Rows of Direct, CoT and their difference, if there are; a column holds the first two."""
     numbers = [all(isinstance(x, float | int) for x in pair) for pair in columns]
     gaps = [f"{b - a:+.1f}" if known else "-" for known, (a, b) in zip(numbers, columns)]
     rows = [*([cell(x) for x in row] for row in zip(*columns)), gaps]
-    return [[f"{name} {label}", *row] for label, row in zip((*SETTINGS, "CoT - Direct"), rows)]
+    labels = (*SETTINGS, "CoT - Direct")
+    return [[f"{name} {label}", *row] for label, row in zip(labels, rows) if set(row) != {"-"}]
 
 
 def report_text(scores: Scores) -> str:
     """The tables, and what each of our figures stands on."""
-    models = dict.fromkeys(model for model, _, _ in scores)
 
-    def ours(benchmarks: Iterable[str]) -> list[list[str]]:
-        figures = {m: [[figure_of(scores, m, b, s, "score") for s in SETTINGS] for b in benchmarks]
-                   for m in models}  # fmt: skip
-        return [row for model, columns in figures.items() for row in setting_rows(model, columns)]
+    def ours(benchmarks: Iterable[str], keys: Iterable[str] = repeat("score")) -> list[list[str]]:
+        figures, rows = list(zip(benchmarks, keys)), []
+        for model in dict.fromkeys(model for model, _, _ in scores):
+            columns = [[figure_of(scores, model, b, s, k) for s in SETTINGS] for b, k in figures]
+            rows += setting_rows(model, columns)
+        return rows
 
     table2, table4 = (
         [[f"paper {name}", *map(cell, row.values())] for name, row in PAPER[table].items()]
@@ -97,16 +99,12 @@ def report_text(scores: Scores) -> str:
     )
     for name, pairs in PAPER["table3"].items():
         table2 += setting_rows(f"paper {name}", [pairs.get(b, [None, None]) for b in TABLE2])
-    for model, setting in product(models, SETTINGS):
-        figures = [figure_of(scores, model, b, setting, key) for b, key in TABLE4.values()]
-        if any(figure is not None for figure in figures):
-            table4.append([f"{model} {setting}", *map(cell, figures)])
     others = sorted({b for _, b, _ in scores} - {*TABLE2, "object_halbench"})
     parts = {
         "Tables 2 and 3 (a row without a setting is the paper's Table 2: its MPO row is CoT, its "
         "InternVL2-8B row Direct)": text_table(["", *TABLE2.values()], table2 + ours(TABLE2)),
         "Table 4 (hallucination; lower is better but for the MMHal score)":
-            text_table(["", *TABLE4], table4),
+            text_table(["", *TABLE4], table4 + ours(*zip(*TABLE4.values()))),
         "Not in the paper's tables (text-only: own baseline only, not Table 5)":
             text_table(["", *others], ours(others)) if others else "",
         "What our figures stand on": "\n".join(map(footnote, scores.values())),
