@@ -14,7 +14,6 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,7 +41,7 @@ NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what 
 # --------------------------------------------------------------------------- paths
 
 
-def image_names(record: dict, name: str) -> list[str]:
+def image_names(record: dict, name: object) -> list[str]:
     """Image paths of a record; absent, null, "" and [] all mean text only.  `name` is for errors.
 
     Also refuses, by name, what this program would otherwise pass over (NOT_SUPPORTED).
@@ -57,10 +56,10 @@ def image_names(record: dict, name: str) -> list[str]:
     return names
 
 
-def image_paths(root: Path, names: list[str], name: str) -> tuple[Path, ...]:
-    """Files of image names under `root`; absolute names, and what leaves the root, are refused."""
+def image_paths(root: Path, record: dict, name: object) -> tuple[Path, ...]:
+    """Files of a record under `root`; absolute names, and what leaves the root, are refused."""
     paths = []
-    for image in names:
+    for image in image_names(record, name):
         if "://" in image or Path(image).is_absolute():
             raise InputError(f"{name}: image {image!r}: give a path relative to root {root}")
         path = Path(root) / image
@@ -106,11 +105,13 @@ def load_image(path: Path) -> Image.Image:
             raise InputError(f"image {path} cannot be decoded: {error}") from None
 
 
-def check_images(paths: Iterable[Path], name: str) -> None:
-    """Open each image, without decoding it; errors begin with `name`."""
-    for path in paths:
-        with named(name):
+def checked_images(root: Path, record: dict, name: object) -> tuple[Path, ...]:
+    """`image_paths`, each of which was opened but not decoded; errors begin with `name`."""
+    paths = image_paths(root, record, name)
+    with named(name):
+        for path in paths:
             open_image(path).close()
+    return paths
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -103,7 +103,7 @@ import torch
 
 from benchmarks import answers
 from generate import Generator, Prompt, Sample
-from images import check_images, image_names, image_paths
+from images import checked_images, image_names
 from records import Group, grouped, in_order, json_line, new_lines, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
@@ -365,8 +365,7 @@ def sample(cfg: SampleConfig) -> None:
         qid = question["qid"]
         missing = tuple(k for k in range(share) if (qid, k) not in done)
         if missing and is_mine(qid):
-            paths = image_paths(cfg.root, image_names(question, source), source)
-            check_images(paths, source)
+            paths = checked_images(cfg.root, question, source)
             keys = question["image_keys"] = [runtime.fingerprint([path]) for path in paths]
             if pixels.get(qid, keys) != keys:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
@@ -741,8 +740,7 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
     draws, todo = draws_so_far(folder), []
     for row in cut_responses(data_set, cfg, Counter()):
         if is_mine(row["rid"]) and draws[row["rid"]] < MAX_DRAWS:
-            paths = image_paths(data_set.root(cfg.root), image_names(row, ""), data_set.name)
-            check_images(paths, data_set.name)
+            checked_images(data_set.root(cfg.root), row, data_set.name)
             todo.append(row)
 
     def finish(row: dict, s: Sample) -> dict:

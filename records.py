@@ -26,20 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from images import image_names, image_paths
-from runtime import (
-    InputError,
-    bar,
-    flag,
-    from_json,
-    named,
-    new_file,
-    open_file,
-    parse_json,
-    rank_and_world,
-    read_json,
-    start_worker,
-)
+import runtime
+from images import image_paths
+from runtime import InputError, flag, from_json, named, new_file, open_file, parse_json, read_json
 from tokenizer import with_image_placeholders
 
 
@@ -50,6 +39,7 @@ class JsonLines:
         """part: written by a process that may be killed; a torn last line is left out."""
         self.path, self.file = Path(path), open_file(path)  # read from at any time
         size, ends, self.checksum = 0, [np.zeros(1, int)], 0
+        self.ahead = 0, b""  # where a block of the file begins, and the block
         while block := self.file.read(1 << 22):
             ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
             size += len(block)
@@ -59,73 +49,82 @@ class JsonLines:
             bounds = np.append(bounds, size)
         self.starts, self.ends = bounds[:-1], bounds[1:]
         short = np.flatnonzero(np.diff(bounds) < 64)  # no record fits there, only blanks
-        empty = [n for n in short if not self.line(n).strip()]
+        empty = [n for n in short if not self[n].content().strip()]
         self.starts, self.ends = (np.delete(x, empty) for x in (self.starts, self.ends))
         self.numbers = np.delete(np.arange(1, len(bounds)), empty)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, n: int) -> dict:
-        return parse_json(self.line(n), self.name(n))
+    def __getitem__(self, n: int) -> "Line":
+        return Line(self, n)
 
-    def line(self, n: int) -> bytes:
-        start, end = int(self.starts[n]), int(self.ends[n])
-        return os.pread(self.file.fileno(), end - start, start)  # threads share the file
+    def __iter__(self) -> Iterator["Line"]:
+        return map(self.__getitem__, range(len(self)))
 
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        """("file line N", object) of each line."""
-        return ((self.name(n), self[n]) for n in range(len(self)))
 
-    def name(self, n: int) -> str:
-        return f"{self.path} line {self.numbers[n]}"
+class Line(NamedTuple):
+    """A line of a file, read when it is asked for; as text it is its name, for errors."""
+
+    lines: JsonLines
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.lines.path} line {self.lines.numbers[self.n]}"
+
+    def content(self) -> bytes:
+        """Each read takes a block, as the next line is often asked for next; threads share it."""
+        lines = self.lines
+        start, end, (begin, block) = int(lines.starts[self.n]), int(lines.ends[self.n]), lines.ahead
+        if not begin <= start <= end <= begin + len(block):
+            begin, block = start, os.pread(lines.file.fileno(), max(end - start, 1 << 15), start)
+            lines.ahead = begin, block
+        return block[start - begin : end - begin]
+
+    def record(self) -> dict:
+        return parse_json(self.content(), self)
 
 
 def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*-of-*.jsonl"))
 
 
-def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
-    """("file line N", record) of all whole lines."""
-    for path in files:
-        yield from JsonLines(path, part=True)
-
-
-Place = tuple[JsonLines, int]
+def read_parts(files: Iterable[Path]) -> Iterator[tuple[Line, dict]]:
+    """Each whole line, and its record."""
+    for line in chain.from_iterable(JsonLines(path, part=True) for path in files):
+        yield line, line.record()
 
 
 def grouped(
     files: list[Path],
-    key_of: Callable[[dict, str], str],
+    key_of: Callable[[dict, Line], str],
     workers: int = 1,
     varying: Sequence[str] = (),
 ) -> list["Group"]:
-    """Groups of the records of one key, in the order of the keys; only their places are held.
+    """Groups of the records of one key, in the order of the keys; only their lines are held.
 
     varying: fields on which no key depends.  Of lines that end in them, and are the same before,
     one is parsed here; the others have its key, which `Group.records` checks.
     """
-    parts, groups = [JsonLines(path, part=True) for path in files], defaultdict(list)
-    places = [(lines, n) for lines in parts for n in range(len(lines))]
-    end = f'"{varying[0]}": '.encode() if varying else None
+    groups, lines = defaultdict(list), [x for path in files for x in JsonLines(path, part=True)]
+    end = f'"{varying[0]}": '.encode() if varying else b"\n"
 
-    def keys_of(places: list[Place]) -> list[str]:
+    def keys_of(lines: list[Line]) -> list[str]:
         keys, known = [], {}
-        for lines, n in places:
-            line = lines.line(n)
-            start, cut, _ = line.partition(end) if end else (line, b"", b"")
+        for line in lines:
+            start = line.content().partition(end)[0]
             if (key := known.get(start)) is None:
-                record = lines[n]
-                key = key_of(record, lines.name(n))
+                record = line.record()
+                key = key_of(record, line)
                 fixed = [name for name in record if name not in varying]
-                if cut and list(record)[: len(fixed)] == fixed:
+                if list(record)[: len(fixed)] == fixed:
                     known[start] = key
             keys.append(key)
         return keys
 
-    keys = chain.from_iterable(in_order(keys_of, places, 1000, workers, "reading"))
-    for key, place in zip(keys, places):
-        groups[key].append(place)
+    keys = chain.from_iterable(in_order(keys_of, lines, 1000, workers, "reading"))
+    for key, line in zip(keys, lines):
+        groups[key].append(line)
     return [Group(key, groups[key], key_of) for key in sorted(groups)]
 
 
@@ -133,17 +132,15 @@ class Group(NamedTuple):
     """The records of one key, read when they are asked for."""
 
     key: str
-    places: list[Place]
-    key_of: Callable[[dict, str], str]
+    lines: list[Line]
+    key_of: Callable[[dict, Line], str]
 
     def records(self) -> list[dict]:
         """InputError names a line that is broken, or of another key."""
-        rows = []
-        for lines, n in self.places:
-            name = lines.name(n)
-            rows.append(lines[n])
-            if self.key_of(rows[-1], name) != self.key:
-                raise InputError(f"{name}: write its fields in the order of the other lines")
+        rows = [line.record() for line in self.lines]
+        for line, row in zip(self.lines, rows):
+            if self.key_of(row, line) != self.key:
+                raise InputError(f"{line}: write its fields in the order of the other lines")
         return rows
 
 
@@ -160,11 +157,11 @@ def in_order(work: Callable, items: Sequence, size: int, workers: int, label: st
     _WORK[:] = [lambda start: work(items[start : start + size])]
     shown = {"desc": label, "total": len(starts), "unit_scale": size, "delay": 2}
     if workers <= 1:
-        yield from bar(map(_WORK[0], starts), **shown)
+        yield from runtime.bar(map(_WORK[0], starts), **shown)
         return
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, fork, start_worker) as pool:
-        yield from bar(pool.map(call_work, starts), **shown)
+    with ProcessPoolExecutor(workers, fork, runtime.start_worker) as pool:
+        yield from runtime.bar(pool.map(call_work, starts), **shown)
 
 
 def call_work(start: int) -> Any:
@@ -224,26 +221,26 @@ class DataSet:
 
     def __getitem__(self, number: int) -> PairRecord:
         """Read and check one record.  Raises InputError naming set, file, line and key."""
-        name = f"{self.name}, {self.lines.name(number)}"
-        raw, limit = self.lines[number], self.max_tiles
-        return check_pair(raw, name, self.root, limit, self.augment, self.name)
+        line, limit = self.lines[number], self.max_tiles
+        name = f"{self.name}, {line}"
+        return check_pair(line.record(), name, self.root, limit, self.augment, self.name)
 
 
 def check_pair(
     raw: dict, name: str, root: Path, max_tiles: int = 12, augment: bool = False, data_set: str = ""
 ) -> PairRecord:
     """A record as it stands in a file, checked; `name` is for errors."""
-    names = image_names(raw, name)
-    images, max_tiles = image_paths(root, names, name), max(1, max_tiles // max(1, len(names)))
-    ours = {"name": name, "images": images, "max_tiles": max_tiles, "augment": augment}
-    record = from_json(PairRecord, raw | ours | {"data_set": data_set}, name)
+    images = image_paths(root, raw, name)
+    ours = {"name": name, "images": images, "augment": augment, "data_set": data_set}
+    ours["max_tiles"] = max(1, max_tiles // max(1, len(images)))  # they share the limit
+    record = from_json(PairRecord, raw | ours, name)
     for key in ("question", "chosen", "rejected"):
         if not raw[key].strip():
             raise InputError(f"{name}: {key} is empty")
     if record.chosen.strip() == record.rejected.strip():
         raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
     with named(name):
-        return replace(record, question=with_image_placeholders(record.question, len(names)))
+        return replace(record, question=with_image_placeholders(record.question, len(images)))
 
 
 # --------------------------------------------------------------------------- meta.json
@@ -290,7 +287,7 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
         repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
         limit = entry.max_dynamic_patch or max_tiles
         sets.append(DataSet(name, root, lines, repeat, limit, entry.data_augment))
-    if notes and rank_and_world()[0] == 0:
+    if notes and runtime.rank_and_world()[0] == 0:
         print(*notes[:3], *["..."] * (len(notes) > 3), sep="\n", file=sys.stderr)
     return sets
 

@@ -420,16 +420,16 @@ def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
     try:
         text = content.decode() if isinstance(content, bytes) else content
         text = text.removeprefix("\ufeff")
-        if kind is dict and text.lstrip().startswith("["):
-            raise InputError("expected a JSON object, got list; in jsonl write one object a line")
-        record = _EACH_KEY_ONCE.decode(text)
+        is_list = text.lstrip().startswith("[")  # read no further: its end may be lines away
+        record = [] if is_list and kind is dict else _EACH_KEY_ONCE.decode(text)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(record, kind):
-        wanted = "object" if kind is dict else kind.__name__
-        raise InputError(f"{name}: expected a JSON {wanted}, got {type(record).__name__}")
+        wanted, got = "object" if kind is dict else "list", type(record).__name__
+        hint = "; in jsonl write one object a line" if kind is dict else ""
+        raise InputError(f"{name}: expected a JSON {wanted}, got {got}{hint}")
     return record
 
 

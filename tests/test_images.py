@@ -150,8 +150,8 @@ def test_a_link_cannot_leave_the_root(tmp_path):
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "root" / "loop.png").symlink_to(tmp_path / "root" / "loop.png")
     with pytest.raises(InputError, match="line 1: image 'link.png' leaves its root"):
-        image_paths(tmp_path / "root", ["link.png"], "line 1")
-    (path,) = image_paths(tmp_path / "root", ["loop.png"], "line 1")
+        image_paths(tmp_path / "root", {"image": "link.png"}, "line 1")
+    (path,) = image_paths(tmp_path / "root", {"image": "loop.png"}, "line 1")
     with pytest.raises(InputError, match="no image .*loop.png"):
         load_image(path)
 

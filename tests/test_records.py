@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from records import find_beside, read_meta
+from records import JsonLines, find_beside, read_meta
 from runtime import InputError
 
 GOOD = {"question": "What is 1 plus 2?", "chosen": "It is 3.", "rejected": "It is 4."}
@@ -203,3 +203,13 @@ def test_a_bare_jsonl_is_one_data_set_with_its_images_beside_it(tmp_path):
     [data_set] = read_meta(tmp_path / "a.jsonl", 6)
     assert (data_set.name, len(data_set), data_set.repeat_time) == ("a", 2, 1)
     assert data_set[1].images == (tmp_path / "x.png",) and data_set[1].max_tiles == 6
+
+
+def test_lines_of_any_length_are_read_in_any_order(tmp_path):
+    texts = ["x" * (n * 7919 % 70_000) for n in range(60)]  # a read takes 32 KiB or a line
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"n": n, "x": x}) + "\n\n" for n, x in enumerate(texts)))
+    lines = JsonLines(path)
+    for n in [*range(60), *reversed(range(60)), *(n * 37 % 60 for n in range(60))]:
+        assert lines[n].record() == {"n": n, "x": texts[n]}
+        assert str(lines[n]) == f"{path} line {2 * n + 1}"

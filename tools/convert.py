@@ -185,9 +185,9 @@ def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
     runtime.open_file(path).close()  # refused where it is none, or a pipe
     if path.suffix == ".json" and path.read_text("utf-8-sig").lstrip()[:1] == "{":
         for data_set in read_meta(path, 12):
-            yield from ((name, data_set.root, raw) for name, raw in data_set.lines)
+            yield from ((str(line), data_set.root, line.record()) for line in data_set.lines)
     elif path.suffix == ".jsonl":
-        yield from ((name, root, raw) for name, raw in JsonLines(path))
+        yield from ((str(line), root, line.record()) for line in JsonLines(path))
     elif path.suffix in (".json", ".csv", ".parquet"):
         rows = read_json(path, list) if path.suffix == ".json" else read_table(path)
         for number, row in enumerate(rows, 1):

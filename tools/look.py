@@ -201,7 +201,7 @@ def write_page(cfg: ShowConfig) -> None:
     for data_set in sets:
         drawn = seeded("show", data_set.name).permutation(len(data_set))[:each]
         for number in sorted(drawn.tolist()):
-            record, raw = data_set[number], data_set.lines[number]
+            record, raw = data_set[number], data_set.lines[number].record()
             kind = pair_kind(data_set.name, raw)
             choices |= {data_set.name, kind}
             cards.append(pair_card(data_set.name, kind, raw, record.images))
@@ -282,7 +282,7 @@ def stats(cfg: StatsConfig) -> None:
 
     def measure(data_set: DataSet, number: int) -> tuple[str, str, tuple]:
         """(gold kind, data set / kind / version of its prompt, three lengths, counted, question)"""
-        record, raw = data_set[number], data_set.lines[number]
+        record, raw = data_set[number], data_set.lines[number].record()
         lengths = [len(split(raw[part].replace(IMAGE, "").strip())) for part in PARTS]
         metas = [meta_of(raw, side) for side in SIDES]
         cut = any(meta.get("finish_reason") == "length" for meta in metas)

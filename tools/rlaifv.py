@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 import pairs
 from generate import Generator, Prompt
-from images import check_images, image_names, image_paths
+from images import checked_images
 from records import grouped, new_lines, part_files, read_parts
 from tokenizer import IMAGE
 
@@ -99,8 +99,7 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
     asked = []
     for row in rows:
         row["yes_no"], name = [], row["question"][:60]
-        paths = image_paths(root, image_names(row, row["rid"]), name)
-        check_images(paths, name)
+        paths = checked_images(root, row, name)
         each = max(1, max_tiles // max(1, len(paths)))
         matched = len(row["questions"]) == len(row["claims"])
         for i, question in enumerate(row["questions"] if matched else ()):
