@@ -40,21 +40,20 @@ class JsonLines:
         self.path, self.file = Path(path), open_file(path)  # read from at any time
         size, ends, self.checksum = 0, [np.zeros(1, int)], 0
         self.ahead = 0, b""  # where a block of the file begins, and the block
-        while block := self.file.read(1 << 22):
+        while block := self.file.read(1 << 24):
             ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
             size += len(block)
             self.checksum = zlib.crc32(block, self.checksum)
         bounds = np.concatenate(ends)  # a line stands between two of them
         if bounds[-1] < size and not part:
             bounds = np.append(bounds, size)
-        self.starts, self.ends = bounds[:-1], bounds[1:]
+        self.bounds, self.places = bounds, range(len(bounds) - 1)  # of every line; of those kept
         short = np.flatnonzero(np.diff(bounds) < 64)  # no record fits there, only blanks
-        empty = [n for n in short if not self[n].content().strip()]
-        self.starts, self.ends = (np.delete(x, empty) for x in (self.starts, self.ends))
-        self.numbers = np.delete(np.arange(1, len(bounds)), empty)
+        if empty := [n for n in short if not self[n].content().strip()]:
+            self.places = np.delete(self.places, empty)
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.places)
 
     def __getitem__(self, n: int) -> "Line":
         return Line(self, n)
@@ -70,12 +69,13 @@ class Line(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.lines.path} line {self.lines.numbers[self.n]}"
+        return f"{self.lines.path} line {self.lines.places[self.n] + 1}"
 
     def content(self) -> bytes:
         """Each read takes a block, as the next line is often asked for next; threads share it."""
-        lines = self.lines
-        start, end, (begin, block) = int(lines.starts[self.n]), int(lines.ends[self.n]), lines.ahead
+        lines, (begin, block) = self.lines, self.lines.ahead
+        place = lines.places[self.n]
+        start, end = lines.bounds[place : place + 2].tolist()
         if not begin <= start <= end <= begin + len(block):
             begin, block = start, os.pread(lines.file.fileno(), max(end - start, 1 << 15), start)
             lines.ahead = begin, block
