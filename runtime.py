@@ -99,21 +99,36 @@ def need(package: str, use: str) -> None:
 fields_of, type_hints = functools.cache(dataclasses.fields), functools.cache(typing.get_type_hints)
 
 
-def check_ranges(cls: type, values: dict[str, Any], begin: str = "") -> None:
-    """Numbers must be finite and within their flag's range; `begin`: of the error."""
-    keys = getattr(cls, "KEYS", {})
+def check_fields(cls: type, values: dict[str, Any], begin: str = "") -> None:
+    """InputError unless each value is of its field's type and range; `begin`: of the error."""
+    hints, keys = type_hints(cls), getattr(cls, "KEYS", {})
     for f in fields_of(cls):
-        value, (low, high) = values.get(f.name), f.metadata.get("range", (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and is_finite(value)):
+        if f.name not in values or type(values[f.name]) is hints[f.name] is str:
+            continue
+        value, hint, key = values[f.name], hints[f.name], keys.get(f.name, f.name)
+        low, high = f.metadata.get("range", (-math.inf, math.inf))
+        if type(value) in (int, float) and not low <= value <= high:
             limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
-            wanted = " and ".join(limits) or "a finite number"
-            key = keys.get(f.name, f.name)
+            wanted = " and ".join(limits) or "a number"
             raise InputError(f"{begin}{key} must be {wanted}, got {value!r:.40}")
+        if not fits(value, hint):
+            wanted = re.sub(r"(typing\.)?Literal", "one of ", inspect.formatannotation(hint))
+            raise InputError(f"{begin}{key!r} must be {wanted}, got {value!r:.80}")
 
 
-def is_finite(number: float) -> bool:
-    """Neither infinite nor NaN, and no whole number that 64 bits do not hold."""
-    return math.isfinite(number) if isinstance(number, float) else abs(number) < 1 << 63
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; a whole number is a float, true is no number, NaN neither."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:
+        return any(fits(value, one) for one in inner)
+    if kind is Literal:
+        return value in inner
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(fits(v, one) for one in inner[:1] for v in value)
+    if kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return number and abs(value) < (math.inf if isinstance(value, float) else 1 << 63)
+    return kind is Any or isinstance(value, kind)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -140,9 +155,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     group = groups["model and data"]
     for f in fields_of(cls):
         group = groups.get(titles.get(f.name), group)
-        # SUPPRESS, then fill in below: an appended flag must not grow on top of its default
-        options = {"default": argparse.SUPPRESS, **_options(f, hints[f.name])}
-        group.add_argument(f"--{f.name}", **options)
+        add_flag(group, f, hints[f.name])
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-") and hasattr(cls, "FIRST"):
@@ -155,53 +168,54 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
         hint = f"; did you mean --{ours[near[0]]}?" if near else ""
         parser.error(f"unknown flag {name}{hint}")
     try:
-        values = vars(args)
-        if path := values.pop("config"):
+        given, saved = vars(args), {}
+        if path := given.pop("config"):
             with named(f"--config {path}"):
-                saved = vars(parser.parse_args(_config_as_flags(read_json(path), hints)))
-            values = saved | values
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        values.pop("config", None)
-        check_ranges(cls, values)
-        return cls(**values)
+                saved = field_values(cls, read_json(path))
+        return cls(**saved | field_values(cls, given))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
 
-def _options(f: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    """What argparse is told of a field."""
+def add_flag(group: Any, f: dataclasses.Field, hint: Any) -> None:
+    """Tell argparse of a field; `field_values` reads the text that it hands back."""
     text, _, values = f.metadata["help"].partition("\n")  # a line a value, where they need one
     default = str(f.default) if hint is not bool else "on" if f.default else "off"
     shown = "" if default in ("", "()", "None", ".") else f" [{default}]"
     options: dict[str, Any] = {"help": f"{text}{shown}\n{values}".replace("%", "%%")}
+    if typing.get_origin(hint) is tuple:
+        options["action"], hint = "append", typing.get_args(hint)[0]
+    kinds = typing.get_args(hint) or (hint,)
     if hint is bool:
-        return options | {"action": argparse.BooleanOptionalAction}
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return _options(f, inner[0]) | {"action": "append"}
-    if origin is Literal:
-        return options | {"choices": inner, "metavar": "|".join(inner)}
-    kind = inner[0] if inner else hint
-    options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}.get(kind, "PATH")}
-    if origin is types.UnionType:
-        options["type"] = lambda text: kind(text) if text else None
-        options["type"].__name__ = kind.__name__  # for "invalid float value"
-    return options
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(hint) is Literal:
+        options["metavar"] = "|".join(kinds)
+    else:
+        options["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(kinds[0], "PATH")
+    group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
 
 
-def _config_as_flags(saved: dict, hints: dict) -> list[str]:
-    """A saved config replayed as flags, so a saved value meets the same checks as a typed one."""
-    flags = []
-    for name, value in saved.items():
-        if name not in hints:
-            raise InputError(f"unknown key {name!r}; see --help for the flags")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list) and typing.get_origin(hints[name]) is not tuple:
-            raise InputError(f"{name!r} is a list; expected one value")
-        elif value is not None:
-            flags += [f"--{name}={v}" for v in (value if isinstance(value, list) else [value])]
-    return flags
+def field_values(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Flags as they were typed or saved, as values of the fields of `cls`, checked."""
+    hints = type_hints(cls)
+    if unknown := values.keys() - hints:
+        raise InputError(f"unknown key {min(unknown)!r}; see --help for the flags")
+    read = {name: read_text(value, hints[name]) for name, value in values.items()}
+    check_fields(cls, read)
+    return read
+
+
+def read_text(value: Any, hint: Any) -> Any:
+    """A text as the number or path that its field wants; as it is where it is none."""
+    if isinstance(value, list):
+        return tuple(read_text(one, hint) for one in value)
+    kind, *others = typing.get_args(hint) or (hint,)
+    if value == "" and types.NoneType in others:
+        return None
+    if isinstance(value, str) and kind in (int, float, Path):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def parse_command(commands: dict[str, type], argv: list[str] | None = None) -> tuple[str, Any]:
@@ -235,7 +249,7 @@ class Settings:
     exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
 
     def __post_init__(self) -> None:
-        check_ranges(type(self), vars(self))
+        check_fields(type(self), vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,8 +436,6 @@ def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
         text = text.removeprefix("\ufeff")
         is_list = text.lstrip().startswith("[")  # read no further: its end may be lines away
         record = [] if is_list and kind is dict else _EACH_KEY_ONCE.decode(text)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(record, kind):
@@ -462,39 +474,19 @@ def read_whole_lines(path: Path) -> list[dict]:
     return [record for _, record in read_jsonl(path, part=True)] if Path(path).is_file() else []
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; a whole number is a float, true is no number."""
-    inner = typing.get_args(hint)
-    match typing.get_origin(hint) or hint:
-        case types.UnionType:
-            return any(fits(value, kind) for kind in inner)
-        case typing.Literal:
-            return value in inner
-        case builtin if builtin is list:
-            return isinstance(value, list) and all(fits(v, kind) for v in value for kind in inner)
-        case kind if kind in (int, float) and isinstance(value, (bool, float, int)):
-            number = not isinstance(value, bool) and is_finite(value)
-            return number and (kind is float or isinstance(value, int))
-    return hint is Any or isinstance(value, typing.get_origin(hint) or hint)
-
-
 def from_json(cls: type, record: dict, name: object) -> Any:
     """Build dataclass `cls` from a JSON object: type, default and range of each field.
 
     `cls.KEYS`: fields that have another name in the file.  Keys that are no field are ignored.
     """
-    hints, values, keys = type_hints(cls), {}, getattr(cls, "KEYS", {})
+    values, keys = {}, getattr(cls, "KEYS", {})
     for f in fields_of(cls):
-        key, hint = keys.get(f.name, f.name), hints[f.name]
+        key = keys.get(f.name, f.name)
         if key in record:
-            values[f.name] = value = record[key]
-            if not (type(value) is hint is str or fits(value, hint)):
-                wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-                wanted = wanted.removeprefix("typing.")
-                raise InputError(f"{name}: {key!r} must be {wanted}, got {value!r:.80}")
+            values[f.name] = record[key]
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise InputError(f"{name}: no {key!r}")
-    check_ranges(cls, values, f"{name}: ")
+    check_fields(cls, values, f"{name}: ")
     return cls(**values)
 
 

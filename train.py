@@ -115,7 +115,7 @@ class TrainConfig:
     gpus: int = flag(1, "for --plan", low=1)
 
     def __post_init__(self) -> None:
-        runtime.check_ranges(type(self), vars(self))
+        runtime.check_fields(type(self), vars(self))
         for name in ("tensorboard", "wandb"):
             if getattr(self, name):
                 runtime.need(name, f"--{name}")

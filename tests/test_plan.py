@@ -190,7 +190,7 @@ def test_the_race_names_a_section_that_it_does_not_have(capsys):
     with pytest.raises(SystemExit):
         parse_cli(race.RaceConfig, ["--only", "sprint"])
     sections = ", ".join(map(repr, race.SECTIONS))
-    assert f"invalid choice: 'sprint' (choose from {sections})" in capsys.readouterr().err
+    assert f"one of [{sections}], ...], got ('sprint',)" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- FLOPs

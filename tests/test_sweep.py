@@ -82,10 +82,10 @@ def test_each_row_goes_to_tensorboard_and_wandb_as_they_take_it():
 def test_a_missing_package_is_named_with_what_to_do():
     with pytest.raises(InputError, match="--this needs nosuch: pip install nosuch"):
         need("nosuch", "--this")
-    for name in ("tensorboard", "wandb"):
+    for name, value in {"tensorboard": True, "wandb": "a project"}.items():
         if not find_spec(name):
             with pytest.raises(InputError, match=f"--{name} needs {name}"):
-                train.TrainConfig(**{name: True})
+                train.TrainConfig(**{name: value})
 
 
 def test_curves_are_drawn_at_the_end_and_not_of_a_handful_of_steps(tmp_path):
