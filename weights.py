@@ -22,16 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import runtime
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
 from model import InternVL
-from runtime import Failure, InputError, all_of, fingerprint, read_json, write_atomic
+from runtime import Failure, InputError, all_of, read_json, write_atomic
 from tokenizer import TOKENIZERS, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -130,15 +130,11 @@ def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
         shape = [max(x.stop for x in pieces if (x.name, x.file) == (name, path)), *p.shape[1:]]
         with open_weights(path) as f:
             stored = f.get_slice(name)
-            if stored.get_shape() != shape:
+            kind, given = stored.get_dtype(), stored.get_shape()
+            if given != shape or kind not in DTYPES:
                 raise InputError(
-                    f"{path}: {name} has shape {stored.get_shape()}, the model of config.json "
-                    f"needs {shape}"
-                )
-            if stored.get_dtype() not in DTYPES:
-                raise InputError(
-                    f"{path}: {name} is of type {stored.get_dtype()}; weights are "
-                    f"{', '.join(DTYPES)}: fetch the released files"
+                    f"{path}: {name} has shape {given} and type {kind}, the model of config.json "
+                    f"needs {shape} and {', '.join(DTYPES)}; fetch the released files"
                 )
             first, last = max(own.start - offset, 0), min(own.stop - offset, stop - start)
             parts.append(stored[start + first : start + max(first, last)])
@@ -203,12 +199,11 @@ def load_model(
 
 
 def is_writer() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return runtime.rank_and_world()[0] == 0
 
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    all_of(True)
 
 
 def whole(p: Tensor) -> Tensor:
@@ -277,29 +272,38 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
 
 @contextlib.contextmanager
 def new_export(out_dir: Path) -> Iterator[Path]:
-    """A folder to fill, which lists its files and takes the place of an earlier export at the end.
+    """A `new_folder` that lists its files in the end, so that the next export may replace it."""
+    with new_folder(out_dir.with_name(f".{out_dir.name}.partial"), out_dir) as partial:
+        yield partial
+        if is_writer():
+            names = sorted(path.name for path in partial.iterdir())
+            write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
 
-    Every process enters and leaves it, one of them writes.  After an error nothing is left of it.
+
+@contextlib.contextmanager
+def new_folder(partial: Path, final: Path) -> Iterator[Path]:
+    """A folder `partial` to fill, which becomes `final` once every process has left it.
+
+    What stood there goes only once the new one is in place.  After an error nothing is left of it.
     """
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    old = final.with_name(f".{final.name}.old")
     if is_writer():
-        empty_folder(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+    barrier()
     try:
         yield partial
         barrier()
         if is_writer():
-            names = sorted(path.name for path in partial.iterdir())
-            write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
-            replace_folder(partial, out_dir)
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                os.replace(final, old)
+            os.replace(partial, final)
+            shutil.rmtree(old, ignore_errors=True)
         barrier()
     finally:
         if is_writer():
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def empty_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
 
 
 def copy_small_files(like: Path, out_dir: Path) -> None:
@@ -318,16 +322,6 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> 
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise Failure(f"cannot write {path}: {error}; what was saved before is intact") from error
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; what stood there goes only once the new one is in place."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -355,13 +349,13 @@ def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def sign(path: Path) -> None:
-    write_atomic(path.with_suffix(".checksum"), fingerprint([path]))
+    write_atomic(path.with_suffix(".checksum"), runtime.fingerprint([path]))
 
 
 def is_intact(path: Path) -> bool:
     """Whether a file of a checkpoint is what was written there."""
     known = path.with_suffix(".checksum")
-    return path.is_file() and known.is_file() and known.read_text() == fingerprint([path])
+    return path.is_file() and known.is_file() and known.read_text() == runtime.fingerprint([path])
 
 
 class CheckpointWriter:
@@ -376,52 +370,51 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
         self.folder, self.keep, self.background = Path(folder), keep, background
         self.thread = ThreadPoolExecutor(1)
-        self.pending: tuple[Path, dict, Future | None] | None = None
+        self.under_way: Iterator[Future | None] | None = None
 
-    @torch.no_grad()
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         """Each process gives its shards, `state` is JSON.  A full disk may be told a call later."""
         self.finish()
-        partial = self.folder / f".step-{step:08d}.partial"
-        number, count, ours = shard_place(tensors)
-        if is_writer():
-            for stale in self.folder.glob(".step-????????.partial"):  # of a run that was killed
-                shutil.rmtree(stale, ignore_errors=True)
-            empty_folder(partial)
-        barrier()
-        shards = [f"shard-{n:03d}-of-{count:03d}.safetensors" for n in range(count)]
-        writing = None
-        if ours:
-            copies = {n: local(t).to("cpu", copy=self.background) for n, t in tensors.items()}
-            writing = self.thread.submit(write_shard, copies, partial / shards[number])
-        shapes = {name: list(t.shape) for name, t in tensors.items()}
-        state = {**state, "step": step, "shapes": shapes, "shards": shards}
-        self.pending = (partial, state, writing)
+        self.under_way = self._write(step, tensors, state)
+        self.writing = next(self.under_way)
         if not self.background:
             self.finish()
 
+    @torch.no_grad()
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> Iterator[Future | None]:
+        """Yields what the thread has to do, if anything; continued, it completes the checkpoint."""
+        number, count, ours = shard_place(tensors)
+        shards = [f"shard-{n:03d}-of-{count:03d}.safetensors" for n in range(count)]
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        state = {**state, "step": step, "shapes": shapes, "shards": shards}
+        final = self.folder / f"step-{step:08d}"
+        with new_folder(self.folder / ".partial", final) as partial:
+            writing = None
+            if ours:
+                copies = {n: local(t).to("cpu", copy=self.background) for n, t in tensors.items()}
+                writing = self.thread.submit(write_shard, copies, partial / shards[number])
+                del copies  # the thread frees them
+            yield writing
+            if writing:
+                writing.result()
+            if is_writer():
+                write_atomic(partial / "state.json", json.dumps(state))
+                sign(partial / "state.json")
+        if is_writer():
+            complete = sorted(complete_checkpoints(self.folder), key=lambda p: (p <= final, p))
+            for old in complete[: -self.keep]:
+                shutil.rmtree(old)
+
     def settle(self) -> None:
         """Once a step: complete a checkpoint that all processes have written by now."""
-        if self.pending and all_of(self.pending[2] is None or self.pending[2].done()):
+        if self.under_way and all_of(self.writing is None or self.writing.done()):
             self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint under way and complete it."""
-        if not self.pending:
-            return
-        (partial, state, writing), self.pending = self.pending, None
-        if writing:
-            writing.result()
-        barrier()
-        if is_writer():
-            write_atomic(partial / "state.json", json.dumps(state))
-            sign(partial / "state.json")
-            final = self.folder / f"step-{state['step']:08d}"
-            replace_folder(partial, final)
-            complete = sorted(complete_checkpoints(self.folder), key=lambda p: (p <= final, p))
-            for old in complete[: -self.keep]:
-                shutil.rmtree(old)
-        barrier()
+        under_way, self.under_way = self.under_way, None
+        if under_way:
+            next(under_way, None)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -453,13 +446,11 @@ def _damaged(checkpoint: Path, file: str) -> InputError:
 def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> dict:
     """Fill this process's rows of `tensors`; returns the state.  Any process count may read."""
     state = checkpoint_state(checkpoint)
-    shapes = {name: list(t.shape) for name, t in tensors.items()}
-    _compare_keys(f"{checkpoint} and this run", set(shapes), set(state["shapes"]))
-    for name, shape in state["shapes"].items():
-        if shape != shapes[name]:
-            raise InputError(f"{checkpoint}: {name} has shape {shape}, this run {shapes[name]}")
+    ours = {f"{name} {list(t.shape)}" for name, t in tensors.items()}
+    saved = {f"{name} {shape}" for name, shape in state["shapes"].items()}
+    _compare_keys(f"{checkpoint} and this run", ours, saved)
     files = [checkpoint / name for name in state["shards"]]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = runtime.rank_and_world()
     damaged = [path.name for path in files[rank::world] if not is_intact(path)]  # each read once
     if not all_of(not damaged):
         raise _damaged(checkpoint, ", ".join(damaged) or "a shard")

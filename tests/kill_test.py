@@ -63,7 +63,7 @@ def finish(cfg: TrainConfig) -> float:
 
 MARKS = {  # files that stand in out_dir only while a run is in that place
     "reference pass": "reference/part-*.jsonl",
-    "checkpoint": "checkpoints/.step-*.partial",
+    "checkpoint": "checkpoints/.partial",
     "export": ".model.partial",
 }
 

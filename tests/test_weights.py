@@ -143,7 +143,7 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes(folder):
     config["llm_config"]["vocab_size"] = 332
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        InputError, match=r"\[331, 24\], the model of config.json needs \[332, 24\]"
+        InputError, match=r"\[331, 24\] .* the model of config.json needs \[332, 24\]"
     ):
         load_model(folder)
 
@@ -321,7 +321,7 @@ def test_a_tensor_of_another_type_than_weights_have_is_refused_by_name(folder, k
         tensors[names[0]] = tensors[names[0]].to(dtype)
 
     rewrite(folder, convert)
-    with pytest.raises(InputError, match=rf"{names[0]} is of type .*BF16, F16, F32"):
+    with pytest.raises(InputError, match=rf"{names[0]} has .* type .*BF16, F16, F32"):
         load_model(folder)
 
 
@@ -358,7 +358,7 @@ def test_the_config_of_the_release_is_read():
 def test_a_half_written_checkpoint_is_never_found(tmp_path):
     tensors = {"a": torch.arange(7.0)}
     CheckpointWriter(tmp_path, 2).save(3, tensors, {"x": 1})
-    partial = tmp_path / ".step-00000009.partial"
+    partial = tmp_path / ".partial"
     shutil.copytree(tmp_path / "step-00000003", partial)
     (tmp_path / "step-00000005").mkdir()  # without its state.json
     assert newest_checkpoint(tmp_path).name == "step-00000003"
@@ -469,7 +469,7 @@ def test_a_run_that_went_back_keeps_what_it_saves_now_and_not_what_it_saved_late
 @pytest.mark.parametrize("background", [False, True])
 def test_the_next_save_removes_what_a_killed_one_left_and_nothing_else(tmp_path, background):
     kept = [".step-3.partial", ".step-00000001-keep.partial", "step-00000009.partial"]
-    for name in [*kept, ".step-00000004.partial", ".step-00000009.partial"]:
+    for name in [*kept, ".partial"]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard-000-of-001.safetensors").write_bytes(b"half")
     writer = CheckpointWriter(tmp_path, 2, background)
@@ -483,7 +483,7 @@ def test_the_next_save_removes_what_a_killed_one_left_and_nothing_else(tmp_path,
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     CheckpointWriter(tmp_path, 1).save(1, {"a": torch.zeros(3)}, {})
     checkpoint = newest_checkpoint(tmp_path)
-    with pytest.raises(InputError, match=r"a has shape \[3\], this run \[4\]"):
+    with pytest.raises(InputError, match=r"1 missing \(a \[4\]\), 1 unexpected \(a \[3\]\)"):
         load_checkpoint(checkpoint, {"a": torch.zeros(4)})
-    with pytest.raises(InputError, match="1 missing \\(b\\), 1 unexpected \\(a\\)"):
+    with pytest.raises(InputError, match=r"1 missing \(b \[3\]\), 1 unexpected \(a \[3\]\)"):
         load_checkpoint(checkpoint, {"b": torch.zeros(3)})
