@@ -71,9 +71,6 @@ class Tokenizer:
         self.marks = {token.content: id for id, token in added.items() if token.content in MARKS}
         self.special = {token.content: id for id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special.values())
-        # at one place the longest name wins
-        names = sorted(self.special | self.marks, key=len, reverse=True)
-        self._split_special = re.compile("(" + "|".join(map(re.escape, names)) + ")").split
 
         self.is_sentencepiece, as_bytes = getattr(backend.model, "byte_fallback", False), str.encode
         if self.is_sentencepiece:
@@ -93,10 +90,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, the names of special tokens in it recognised.  For trusted text only."""
-        ids = []
-        for i, part in enumerate(self._split_special(text) if self.special else [text]):
-            ids += [self.token_id(part)] if i % 2 else self.encode_plain(part)
-        return ids
+        self.backend.encode_special_tokens = False
+        try:
+            return self.encode_plain(text)
+        finally:
+            self.backend.encode_special_tokens = True
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` as it stands: `<|im_end|>` in it is ten characters, `<ref>` is a token."""
@@ -128,11 +126,6 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         """`<s>`, which opens InternLM2's prompts; Qwen's have none."""
         return self.special.get("<s>")
-
-    @property
-    def pad_id(self) -> int:
-        """What other programs pad with: InternLM2's `</s>`, Qwen's `<|endoftext|>`."""
-        return self.token_id("<|endoftext|>" if self.bos_id is None else "</s>")
 
     @property
     def im_end_id(self) -> int:

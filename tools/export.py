@@ -7,7 +7,7 @@
     --llm_only, --llama    the language model alone: Qwen2, Qwen3, or an InternLM2 as a Llama
 
 The official layout needs no export: `<out_dir>/model` of a training run is in it already, code
-included.  One parameter is in memory at a time; dtypes are those of the model's files.  Configs say
+included.  Files and dtypes are those of the model, one file is in memory at a time.  Configs say
 everything twice that transformers 4 and 5 read under different keys (rope, tied heads).
 
 Prompts made by transformers' processor differ from chat(): no default system message stands in
@@ -16,7 +16,8 @@ front of them (convert_internvl_weights_to_hf.py has none either).
 
 import json
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,15 +47,15 @@ if __name__ == "__main__":
 import tokenizers
 from torch import Tensor
 
+import weights
 from config import InternVLConfig
 from layouts import HF, split_stored, stored_pieces
 from model import InternVL
 from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
 from vision import IMAGENET_MEAN, IMAGENET_STD
-from weights import INDEX, empty_model, export_folder, new_export, stored_rows, write_tensors
 
-SHARD_BYTES = 4 << 30
 LLM = "language_model."
+Shard = tuple[str, dict[str, Tensor]]  # name of a file, its tensors by name
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # keys of our configs that have the same name and meaning in transformers
 SAME_TEXT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -73,18 +74,18 @@ IMAGE_TOKENS = {
 
 def export(cfg: ExportConfig) -> None:
     """Write cfg.out in the chosen layout; it appears whole or not at all."""
-    out, model = export_folder(cfg.out, cfg.model_dir), empty_model(cfg.model_dir)
+    out, model = weights.export_folder(cfg.out, cfg.model_dir), weights.empty_model(cfg.model_dir)
     raw, architecture = read_json(cfg.model_dir / "config.json"), model.config.llm.architecture
     if cfg.llama and architecture not in ("internlm2", "llama"):
         raise InputError(f"{cfg.model_dir}: its {architecture} is no Llama; pass --llm_only")
-    with new_export(out) as partial:
+    with weights.new_export(out) as partial:
         settings = text_config(model.config, raw)
         settings |= write_tokenizer(cfg.model_dir, model.config, partial, images=cfg.hf)
         if cfg.hf:
             settings = hf_config(model, settings)
             write_processor(model.config, partial)
         write_json(partial / "config.json", settings)
-        write_shards(renamed_tensors(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
+        write_shards(renamed_shards(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
     print(f"wrote {cfg.out}")
 
 
@@ -95,37 +96,29 @@ def write_json(path: Path, content: dict) -> None:
 # --------------------------------------------------------------------------- weights
 
 
-def renamed_tensors(
-    model: InternVL, model_dir: Path, part: str = ""
-) -> Iterator[tuple[str, Tensor]]:
-    """(name in the -hf layout without `part`, tensor) of the tensors whose name begins with it."""
-    pieces = stored_pieces(model, HF)
-    for name, _, tensor in stored_rows(model, model_dir):
-        for stored, rows in split_stored(tensor, pieces[name]).items():
-            if stored.startswith(part):
-                yield stored.removeprefix(part), rows
+def renamed_shards(model: InternVL, model_dir: Path, part: str = "") -> Iterator[Shard]:
+    """The model's files under the -hf names, of which only those that begin with `part` count."""
+    parameters, renamed = dict(model.named_parameters()), stored_pieces(model, HF)
+    stored, files = weights.pieces_of(model, model_dir), defaultdict(list)
+    for name, pieces in stored.items():
+        files[pieces[0].file.name].append(name)
+    for file, names in files.items():
+        shard = {}
+        for name in names:
+            tensor = weights.read_rows(stored[name], parameters[name])
+            shard |= split_stored(tensor, renamed[name])
+        yield file, {n.removeprefix(part): t for n, t in shard.items() if n.startswith(part)}
 
 
-def write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path) -> None:
-    """Shards of at most SHARD_BYTES with their index, one in memory at a time."""
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        file = f"model-{1 + len(set(weight_map.values())):05d}.safetensors"
-        write_tensors(shard, out / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def write_shards(shards: Iterable[Shard], out: Path) -> None:
+    """Files of weights and their index; a file without any is left out."""
+    weight_map, total = {}, 0
+    for file, shard in shards:
+        if shard:
+            weights.write_tensors(shard, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(tensor.nbytes for tensor in shard.values())
+    write_json(out / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 # --------------------------------------------------------------------------- config.json
@@ -167,9 +160,7 @@ def hf_config(model: InternVL, text: dict) -> dict:
         "projector_hidden_act": "gelu",
         "vision_feature_layer": config.select_layer,
         "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": config.llm.tied,
-        "torch_dtype": text["dtype"],
-        "dtype": text["dtype"],
+        **{key: text[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype")},
         "text_config": text,
         "vision_config": {
             "model_type": "internvl_vision",
@@ -216,11 +207,10 @@ def write_tokenizer(model_dir: Path, config: InternVLConfig, out: Path, images: 
     if not any((model_dir / name).is_file() for name in TOKENIZERS):
         return {}
     tokenizer = load_tokenizer(model_dir)
-    names = {id: name for name, id in tokenizer.special.items()}
-    special = {"eos_token": "<|im_end|>", "pad_token": names[tokenizer.pad_id]}
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     ids = {"eos_token_id": tokenizer.im_end_id}
     if config.llm.architecture in ("internlm2", "llama"):
-        special |= {"bos_token": "<s>", "unk_token": "<unk>"}
+        special |= {"pad_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
         ids["bos_token_id"] = tokenizer.token_id("<s>")
     template = chat_template(config.template, "bos_token" in special)
     settings = special | {
@@ -237,7 +227,8 @@ def write_tokenizer(model_dir: Path, config: InternVLConfig, out: Path, images: 
     content = tokenizer_json(tokenizer, special.get("bos_token"), images)
     write_atomic(out / "tokenizer.json", content)
     # not in config.json: a row of the embedding that is padding there would get no gradient
-    write_json(out / "generation_config.json", ids | {"pad_token_id": tokenizer.pad_id})
+    pad = tokenizer.token_id(special["pad_token"])
+    write_json(out / "generation_config.json", ids | {"pad_token_id": pad})
     return ids
 
 
