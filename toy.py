@@ -258,11 +258,10 @@ def fit_projector(model: InternVL, tokenizer: JsonTokenizer, seed: int) -> None:
             truth[n, thing.row, thing.col] = 1 + kinds.index((thing.colour, thing.shape))
     truth, cell = truth.flatten(), torch.arange(SIDE * SIDE).repeat(len(scenes))
     model.vision_model.embeddings.position_embedding.normal_(std=0.3)
-    _, first, gelu, second = model.projector
-
-    project, model.projector = model.projector, model.projector[:1]  # its norm alone
+    projector = model.projector
+    model.projector, first, gelu, second = projector  # what the ViT hands on, through its norm
     features = model.image_features(tiles).flatten(0, 1)
-    model.projector = project
+    model.projector = projector
     codes = torch.cat([F.one_hot(truth, 1 + len(kinds)), F.one_hot(cell)], dim=1) * 4.0 - 1.0
     set_linear(first, features, codes)
 
