@@ -510,10 +510,8 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     apart = len(_OPTION_JOINER.sub(" ", body).split()) == len(letters)
     letters = letters.upper() if apart and not strict else letters
     known = re.fullmatch("[A-N]{2,}" if apart else "[A-H]{2,6}", letters)
-    if not known or len(set(letters)) < len(letters):
-        return None
-    in_order = letters == "".join(sorted(letters))
-    return frozenset(letters) if apart or in_order or not strict else None
+    clear = apart or not strict or [*letters] == sorted(letters)
+    return frozenset(letters) if known and clear and len({*letters}) == len(letters) else None
 
 
 _NOT_WORDING = pattern("NOT_WORDING")  # compared letter by letter

@@ -175,9 +175,7 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
     for row in replies.values():
         key = next((k for k in REPLY_KEYS if k in row), None)
         if key is None:
-            raise InputError(
-                f"{row['_source']}: no reply; one of {', '.join(REPLY_KEYS)} is needed"
-            )
+            raise InputError(f"{row['_source']}: no reply; needs one of {', '.join(REPLY_KEYS)}")
         reply = row[key]
         if isinstance(reply, list) and reply:  # the turns of M3CoT's own outputs
             reply = reply[-1].get("content") if isinstance(reply[-1], dict) else reply[-1]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from benchmarks.common import Benchmark, Item, Reading, Reply, lettered, option_lines
-from benchmarks.quantities import MAX_EXPRESSION, Rules, parse_expression
+from benchmarks.quantities import MAX_EXPRESSION, Rules, parse_expression, pattern
 
 
 def question(item: Item) -> str:
@@ -18,12 +18,8 @@ def question(item: Item) -> str:
     return text if drawn else text + option_lines(item["options"])
 
 
-_ANSWER_PHRASES = tuple(
-    the + rest
-    for rest in (" final answer is", " answer is", " correct answer is", " answer should be")
-    for the in ("the", "The")
-)
-_CLEAN = Rules("mathvision")
+_COMMANDS = pattern("COMMANDS")
+_AFTER_PHRASE, _CLEAN = Rules("mathvision_phrases"), Rules("mathvision")
 
 
 def clean_answer(reply: str) -> str:
@@ -40,10 +36,7 @@ def clean_answer(reply: str) -> str:
     except ValueError:
         pass
     if "oxed{" not in text:
-        for phrase in _ANSWER_PHRASES:
-            if phrase in text:
-                text = text.split(phrase)[-1].strip().split("\n")[0].split(". ")[0]
-            text = text.strip()
+        text = _AFTER_PHRASE.apply(text)
     elif text.count("oxed{") > 1:
         text = "\\boxed{" + text.split("oxed{")[-1]
     text = re.sub(r"\(([a-e])\)", r"\1", clean_math(text))
@@ -69,12 +62,6 @@ def clean_math(text: str) -> str:
     return re.sub(r"^(-?(?:[1-9]\d*|0))/(-?(?:[1-9]\d*|0))$", r"\\frac{\1}{\2}", text)
 
 
-_KNOWN = (
-    r"\\(?:frac|sqrt|pi|cdot|times|div|(?:arc)?(?:sin|cos|tan)|log|ln|left|right|displaystyle)"
-    r"(?![a-z])|(?<=\d)\\%"
-)
-
-
 def rounded(text: str) -> float | None:
     """The value to two decimals as latex2sympy2 and `eval` give it officially; None without one.
 
@@ -86,7 +73,7 @@ def rounded(text: str) -> float | None:
     levels = accumulate((char in "({[") - (char in ")}]") for char in text)
     # what follows a bracket that was never opened is not read
     text = text[: next((i for i, level in enumerate(levels) if level < 0), None)]
-    if re.search(r"[^\d\s.+\-*/^:!(){}\[\]]", re.sub(_KNOWN, "", text)):
+    if re.search(r"[^\d\s.+\-*/^:!(){}\[\]]", _COMMANDS.sub("", text)):
         return None
     text = re.sub(r"(?<=[\d)}])\s*(?=\\frac)|(?:(?<=[)}])|(?<=\\pi))\s*(?=\d)", "*", text)
     text, ends = text.replace(":", "/"), range(min(len(text), MAX_EXPRESSION), 0, -1)

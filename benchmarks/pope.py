@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Readings, Reply
 from benchmarks.files import near, read_rows
+from benchmarks.quantities import pattern
 from runtime import InputError
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -44,10 +45,7 @@ def official_answer(reply: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-_YES_OR_NO = re.compile(
-    r"(?<![^\W_])(?:(?P<yes>yes|yeah|yep)|(?:no|not|nope|none|cannot|[a-z]+n['’]t))(?![^\W_])",  # noqa: RUF001
-    re.IGNORECASE,
-)
+_YES_OR_NO = pattern("YES_OR_NO", re.IGNORECASE)
 
 
 def plain_answer(reply: str) -> str | None:

@@ -10,17 +10,9 @@ from benchmarks.files import wrong_field
 from runtime import InputError, read_json
 from tools.figures import text_table
 
-TABLE2 = {
-    "m3cot": "M3CoT", "mathvista": "MathVista", "mathvision_mini": "MathVision", "mmvet": "MM-Vet",
-    "llava_bench": "LLaVA-B", "pope": "POPE", "crpe": "CRPE", "mmhal": "MMHal",
-}  # fmt: skip
-TABLE4 = {  # title -> (benchmark, key of score.json)
-    "ObjHal resp.": ("object_halbench", "response_level"),
-    "ObjHal ment.": ("object_halbench", "mention_level"),
-    "MMHal score": ("mmhal", "score"),
-    "MMHal hall.": ("mmhal", "hallucination_rate"),
-}
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())  # table 3: [Direct, CoT]
+TABLE2 = PAPER.pop("titles")  # of the benchmarks
+TABLE4 = PAPER.pop("figures of table4")  # title -> [benchmark, key of score.json]
 SETTINGS = ("Direct", "CoT")
 # what a report needs of a score.json
 SCORE_FIELDS = dict.fromkeys("benchmark model metric split extraction prompts".split(), str)
