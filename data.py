@@ -393,7 +393,7 @@ class PairData:
             seen[places] = True
             if seen.all():
                 break  # later epochs bring nothing new
-        return np.concatenate(parts)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
         """(packs of trees of these pairs, names of the records dropped as too long).

@@ -89,10 +89,11 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*-of-*.jsonl"))
 
 
-def read_parts(files: Iterable[Path]) -> Iterator[tuple[Line, dict]]:
-    """Each whole line, and its record."""
-    for line in chain.from_iterable(JsonLines(path, part=True) for path in files):
-        yield line, line.record()
+def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
+    """("file line N", record) of all whole lines."""
+    for path in files:
+        for number, record in runtime.read_jsonl(path, part=True):
+            yield f"{path} line {number}", record
 
 
 def grouped(
