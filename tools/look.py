@@ -13,13 +13,13 @@ import io
 import os
 import re
 import sys
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,6 +66,7 @@ VERBS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
 if __name__ == "__main__":
     parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
 
+import numpy as np
 from PIL import ImageDraw
 
 from config import load_config
@@ -280,36 +281,43 @@ def stats(cfg: StatsConfig) -> None:
     unit = "tokens" if cfg.model_dir else "words"
     split = load_tokenizer(cfg.model_dir).encode_plain if cfg.model_dir else str.split
 
-    def measure(data_set: DataSet, number: int) -> tuple[str, str, tuple]:
-        """(gold kind, data set / kind / version of its prompt, three lengths, counted, question)"""
+    def measure(data_set: DataSet, number: int) -> tuple[str, str, tuple, int]:
+        """(gold kind, data set / kind / version of its prompt, a value a column, question)"""
         record, raw = data_set[number], data_set.lines[number].record()
         lengths = [len(split(raw[part].replace(IMAGE, "").strip())) for part in PARTS]
         metas = [meta_of(raw, side) for side in SIDES]
         cut = any(meta.get("finish_reason") == "length" for meta in metas)
         missing = not all(path.is_file() for path in record.images)
         question = repr((record.images, raw["question"], raw.get("answer_gt"))).encode()
-        key = blake2b(question, digest_size=8).digest()
+        key = int.from_bytes(blake2b(question, digest_size=8).digest())
         kind, version = pair_kind(data_set.name, raw), metas[0].get("prompt_version") or "none"
-        values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing, key
-        return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values
+        values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing
+        return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values, key
 
-    groups = defaultdict(list)
-    for gold, name, values in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
-        groups[gold].append(values)
-        groups[name].append(values)
+    # of each group how often a column has each value: as much for millions of pairs as for few
+    groups = defaultdict(lambda: [Counter() for _ in PARTS + COUNTED])
+    questions = defaultdict(lambda: array("Q"))  # eight bytes a pair
+    for gold, name, values, key in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
+        questions[gold].append(key)
+        for column, value in zip(groups[gold] + groups[name], values * 2):
+            column[value] += 1
     if not groups:
         raise InputError(f"{cfg.meta}: no pairs")
     rows = []
     for name in sorted(groups, key=lambda name: (name not in PAPER, name)):
-        *columns, questions = zip(*groups[name])
-        row = [name, len(questions)]
-        row += [f"{fmean(n):.1f} ({min(n)} to {max(n)})" for n in columns[: len(PARTS)]]
-        row += [f"{sum(c)} ({fmean(c):.1%})" for c in columns[len(PARTS) :]]
+        columns = groups[name]
+        total = columns[0].total()
+        row = [name, total]
+        for n in columns[: len(PARTS)]:
+            mean = sum(value * count for value, count in n.items()) / total
+            row.append(f"{mean:.1f} ({min(n)} to {max(n)})")
+        row += [f"{n[True]} ({n[True] / total:.1%})" for n in columns[len(PARTS) :]]
         rows.append(row)
         if name in PAPER:
             rows.append([f"  in the paper {name}", *PAPER[name], *"----"])
-            histogram = sorted(Counter(Counter(questions).values()).items())
-            print(f"{name}: pairs a question {dict(histogram)}")
+            _, pairs = np.unique(questions[name], return_counts=True)
+            histogram = dict(sorted(Counter(pairs.tolist()).items()))
+            print(f"{name}: pairs a question {histogram}")
     print(text_table((f"lengths in {unit}", "pairs", *PARTS, *COUNTED), rows))
 
 
