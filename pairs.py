@@ -109,12 +109,20 @@ from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
-Request = tuple[Prompt, Any]  # and what it asks about
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
-# of a data set: kind -> name of its annotation file, what was counted, and more for the report
-Outcome = tuple[dict[str, str], Tally, dict[str, Any]]
 # what `sample` adds to the fields of a question, in this order
 SAMPLED = "k seed response tiles finish_reason tokens prompt_tokens image_tokens".split()
+
+
+class Plan(NamedTuple):
+    """How the pairs of one data set are made."""
+
+    files: dict[str, Path]  # kind of records -> its file; those in annotations/ are pairs
+    items: list  # what is paired: groups of records, in the order of the output
+    pair: Callable[[Any, Tally], dict[str, list[dict]]]  # the records of an item, by kind
+    facts: dict[str, Any]  # more for the report
+    workers: int = 1
+
 
 DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the tiles of two open
     "general": (("en", "en_ground"), 6),
@@ -319,7 +327,11 @@ def load_generator(cfg: EngineConfig) -> Generator:
 
 
 def generate_into(
-    folder: Path, cfg: EngineConfig, requests: list[Request], finish: Callable, label: str
+    folder: Path,
+    cfg: EngineConfig,
+    requests: list[tuple[Prompt, Any]],
+    finish: Callable,
+    label: str,
 ) -> None:
     """Append finish(what is asked about, sample) and the cost of each sample to our part file."""
     if not requests:
@@ -489,27 +501,21 @@ def response_key(record: dict, name: str) -> str:
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
-    pair = functools.partial(pair_set, cfg)
-    sets = [(data_set, pair) for data_set in find_sets(cfg.samples)]
+    sets = [(data_set, plan_correctness) for data_set in find_sets(cfg.samples)]
     make_pairs(cfg, "correctness", sets, cfg.max_format_share)
 
 
-def pair_set(cfg: CorrectnessConfig, data_set: SampleSet) -> Outcome:
-    """Judge and pair one data set."""
-    name, info = data_set.name, data_set.info
-    modes = split_names(cfg.modes) or info.modes or answers.get_mode(name)
-    stems = {kind: f"{name}_pairs_vqa_{kind}_rules" for kind in KINDS}
-    files = {kind: annotation_file(cfg, stem) for kind, stem in stems.items()}
+def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet, tally: Tally) -> Plan:
+    name = data_set.name
+    modes = split_names(cfg.modes) or data_set.info.modes or answers.get_mode(name)
+    files = {kind: annotation_file(cfg, f"{name}_pairs_vqa_{kind}_rules") for kind in KINDS}
     files["all wrong"] = cfg.out_dir / "all_wrong" / f"{name}.jsonl"
     groups = grouped(data_set.files, response_key, cfg.workers, SAMPLED)
+    lines, wanted = sum(len(group.lines) for group in groups), data_set.info.responses
+    if lines < wanted:
+        print(f"{name}: {lines} of {wanted} responses so far")
     pair = functools.partial(pair_question, cfg, name, modes)
-    tally = write_groups(files, pair, groups, name, cfg.workers)
-    total = tally["counts"].pop("responses", 0)
-    if total < info.responses:
-        print(f"{name}: {total} of {info.responses} responses so far")
-    facts = {"modes": modes, "cap": cfg.pairs_per_query, "responses": total}
-    facts["pairs_per_query"] = tally["pairs_per_query"]
-    return stems, tally, facts
+    return Plan(files, groups, pair, {"modes": modes, "cap": cfg.pairs_per_query}, cfg.workers)
 
 
 def pair_question(
@@ -540,27 +546,23 @@ def pair_question(
 # --------------------------------------------------------------------------- output and cost
 
 
-def write_groups(
-    files: dict[str, Path], pair: Callable, groups: list[Group], label: str, workers: int = 1
-) -> Tally:
-    """Write the records that pair(group, tally) makes: a file a kind, in the order of groups."""
-    tally = defaultdict(Counter)
+def write_plan(plan: Plan, label: str, tally: Tally) -> None:
+    """Write the records of all items, and count them."""
     with contextlib.ExitStack() as stack:
-        write = {kind: stack.enter_context(new_lines(path)) for kind, path in files.items()}
-        work = functools.partial(lines_of, pair)
-        for lines, part in in_order(work, groups, 50, workers, label):
+        write = {kind: stack.enter_context(new_lines(path)) for kind, path in plan.files.items()}
+        work = functools.partial(lines_of, plan.pair)
+        for lines, part in in_order(work, plan.items, 50, plan.workers, label):
             for kind, text in lines.items():
                 write[kind](text)
             for name, counter in part.items():
                 tally[name].update(counter)
-    return tally
 
 
-def lines_of(pair: Callable, groups: list[Group]) -> tuple[dict[str, bytes], Tally]:
-    """The lines of some groups, by kind, and what was counted."""
+def lines_of(pair: Callable, items: list) -> tuple[dict[str, bytes], Tally]:
+    """The lines of some items, by kind, and what was counted."""
     lines, tally = defaultdict(list), defaultdict(Counter)
-    for group in groups:
-        for kind, records in pair(group, tally).items():
+    for item in items:
+        for kind, records in pair(item, tally).items():
             lines[kind] += map(json_line, records)
             tally["written"][kind] += len(records)
     return {kind: b"".join(made) for kind, made in lines.items()}, tally
@@ -583,7 +585,7 @@ def annotation_file(cfg: Any, stem: str) -> Path:
 def make_pairs(
     cfg: Any, verb: str, sets: Iterable[tuple[SampleSet, Callable]], max_format_share: float = 1.0
 ) -> None:
-    """Call the function of each data set and write what it gives: an `Outcome`.
+    """Write what plan(cfg, data set, tally) of each set makes; it may count in the tally, too.
 
     Entries and reports of other verbs stay; the entry of an empty annotation file goes.  Paths are
     relative to the folder of meta.json.  Exit 1 where a set has no pair, or too many format
@@ -591,18 +593,23 @@ def make_pairs(
     """
     reports, entries, bad = {}, {}, []
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
-        for data_set, pair in sets:
-            stems, tally, facts = pair(data_set)
-            lengths = {kind: tally["written"][kind] for kind in stems}
-            report = {"pairs": lengths, "counts": tally["counts"]}
-            report["tokens"] = token_cost(tally["cost"], sum(lengths.values()))
-            reports[data_set.name] = facts | report
+        for data_set, plan_of in sets:
+            tally = defaultdict(Counter)
+            plan = plan_of(cfg, data_set, tally)
+            write_plan(plan, data_set.name, tally)
             images = data_set.root(cfg.root).resolve()
-            root = Path(os.path.relpath(images, cfg.out_dir.resolve())).as_posix()
-            for kind, stem in stems.items():
-                entry = {"root": root, "annotation": f"annotations/{stem}.jsonl"}
-                entry |= {"data_augment": False, "repeat_time": 1, "length": lengths[kind]}
-                entries[stem] = entry if lengths[kind] else None
+            root, lengths = Path(os.path.relpath(images, cfg.out_dir.resolve())).as_posix(), {}
+            for kind, path in plan.files.items():
+                if path.parent.name == "annotations":
+                    lengths[kind] = length = tally["written"][kind]
+                    entry = {"root": root, "annotation": f"annotations/{path.name}"}
+                    entry |= {"data_augment": False, "repeat_time": 1, "length": length}
+                    entries[path.stem] = entry if length else None
+            tokens = token_cost(tally["cost"], sum(lengths.values()))
+            report = plan.facts | {"pairs": lengths, "tokens": tokens}
+            report["responses"] = tally["counts"].pop("responses", 0)
+            counted = {name: tally[name] for name in tally if name not in ("cost", "written")}
+            reports[data_set.name] = report | counted
         settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
         report = {verb: {"settings": settings, "sets": reports}}
         for name, new in (("meta.json", entries), ("pairs.report.json", report)):
@@ -626,11 +633,11 @@ def make_pairs(
 def pair_with_model(
     cfg: Any, verb: str, names: tuple[str, str], facts: dict, steps: tuple[Callable, Callable]
 ) -> None:
-    """steps = (work, pair) on each data set: all processes work, the last one to end pairs.
+    """steps = (work, plan) on each data set: all processes work, the last one to end pairs.
 
     `names`, with {} for the data set: the folder of its part files, and the annotation file.
     """
-    (work, pair), ready = steps, []
+    (work, plan), ready = steps, []
     for data_set in find_sets(cfg.samples):
         part_folder, stem = (name.format(data_set.name) for name in names)
         folder = cfg.out_dir / part_folder
@@ -639,7 +646,7 @@ def pair_with_model(
         if owed := work(cfg, data_set, folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
         else:
-            ready.append((data_set, functools.partial(pair, cfg, folder=folder, stem=stem)))
+            ready.append((data_set, functools.partial(plan, folder=folder, stem=stem)))
     if ready:
         make_pairs(cfg, verb, ready)
 
@@ -756,21 +763,21 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
         requests = []
         for row in (row for row in todo if draws[row["rid"]] == draw):
             id, question = f"{row['rid']} keep {cfg.keep_ratio}", without_image(row["question"])
-            settings = {"prefix": row["prefix"], "samples": (draw,)}
-            settings["system_prompt"] = row.get("system_prompt")
-            requests.append((Prompt(id, question, **settings), row))
+            settings = {"prefix": row["prefix"], "system_prompt": row.get("system_prompt")}
+            requests.append((Prompt(id, question, samples=(draw,), **settings), row))
         generate_into(folder, cfg, requests, finish, f"{data_set.name}, draw {draw + 1}")
     draws = draws_so_far(folder)  # with what others have written meanwhile
     return sum(draws[row["rid"]] < MAX_DRAWS for row in cut_responses(data_set, cfg, Counter()))
 
 
-def pair_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path, stem: str) -> Outcome:
-    """Pairs from complete continuations."""
+def plan_continuations(
+    cfg: DropoutConfig, data_set: SampleSet, tally: Tally, folder: Path, stem: str
+) -> Plan:
+    counts = tally["counts"]
+    counts["responses"] = sum(1 for _ in cut_responses(data_set, cfg, counts))
     groups = grouped(part_files(folder), lambda record, _: record["rid"])
-    files, pair = {"dropout_ntp": annotation_file(cfg, stem)}, functools.partial(pair_draws, cfg)
-    tally = write_groups(files, pair, groups, data_set.name)
-    responses = sum(1 for _ in cut_responses(data_set, cfg, tally["counts"]))
-    return {"dropout_ntp": stem}, tally, {"responses": responses}
+    files = {"dropout_ntp": annotation_file(cfg, stem)}
+    return Plan(files, groups, functools.partial(pair_draws, cfg), {})
 
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
@@ -780,23 +787,22 @@ def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list
     spend(tally["cost"], source, *({**row, "k": row["draw"]} for row in draws.values()))
     for row in draws.values():
         counts[f"continuations: {row['reason']}"] += 1
-    good = [row for _, row in sorted(draws.items()) if row["reason"] == "ok"][:1]
-    counts["dropped after redraws"] += not good
-    made = []
-    for row in good:
-        counts["cut off"] += row["finish_reason"] == "length"
-        names = ("qid", "k", "finish_reason", "tokens")
-        chosen = row["chosen"], {n: source[n] for n in names if n in source}
-        names = ("kept", "glue", "draw", "finish_reason", "tokens")
-        meta = {"keep_ratio": cfg.keep_ratio} | {n: row[n] for n in names}
-        made.append(pair_record(source, source["question"], chosen, (row["rejected"], meta), {}))
-    return {"dropout_ntp": made}
+    good = next((row for _, row in sorted(draws.items()) if row["reason"] == "ok"), None)
+    counts["dropped after redraws"] += good is None
+    if good is None:
+        return {}
+    counts["cut off"] += good["finish_reason"] == "length"
+    names = ("qid", "k", "finish_reason", "tokens")
+    chosen = good["chosen"], {n: source[n] for n in names if n in source}
+    names = ("kept", "glue", "draw", "finish_reason", "tokens")
+    rejected = good["rejected"], {"keep_ratio": cfg.keep_ratio} | {n: good[n] for n in names}
+    return {"dropout_ntp": [pair_record(source, source["question"], chosen, rejected, {})]}
 
 
 def dropout_ntp(cfg: DropoutConfig) -> None:
     ratio, facts = f"sr{cfg.keep_ratio}", {"keep_ratio": cfg.keep_ratio}
     names = (f"continuations/{{}}_{ratio}", f"{{}}_prefix_pair_{ratio}_wo_image")
-    steps = (continue_responses, pair_continuations)
+    steps = (continue_responses, plan_continuations)
     pair_with_model(cfg, f"dropout_ntp {ratio}", names, facts, steps)
 
 

@@ -10,7 +10,6 @@ chosen.  `pairs.py sample` makes the samples; runs over any number of processes,
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, permutations
@@ -42,7 +41,7 @@ if __name__ == "__main__":
 import pairs
 from generate import Generator, Prompt
 from images import checked_images
-from records import grouped, new_lines, part_files, read_parts
+from records import grouped, part_files, read_parts
 from tokenizer import IMAGE
 
 CHUNK = 256  # candidates that go through the steps together
@@ -153,36 +152,38 @@ def length_limit(lengths: list[tuple[int, int]]) -> float:
     return min((step / 50 for step in range(49, -1, -1)), key=distance)
 
 
-def pair_candidates(
-    cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path, stem: str
-) -> pairs.Outcome:
+def plan_candidates(
+    cfg: DivideConfig, data_set: pairs.SampleSet, tally: pairs.Tally, folder: Path, stem: str
+) -> pairs.Plan:
     """Pairs by score, then without those that would teach length."""
-    counts, cost, drawn = Counter(), Counter(), []
+    (counts, cost), drawn = (tally["counts"], tally["cost"]), []
     for group in grouped(part_files(folder), lambda record, _: pairs.digest(record["qid"])):
         rows = pairs.drop_repeats(group.records(), data_set.name)
         for row in rows:
             for spent in (row, *row["split_cost"]):
                 pairs.spend(cost, spent)
             cost["generated"] += len(row["yes_no"])
-            counts["candidates"] += 1
             counts["claims and questions do not match"] += row["score"] is None
+        counts["candidates"] += len(rows)
         drawn += pairs.choose(better_pairs(rows), cfg.pairs_per_query, cfg.seed, group.key)
     lengths = [tuple(len(row["response"].split()) for row in pair) for pair in drawn]
     limit = length_limit(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
+    counts["responses"] = counts["candidates"]
+    files = {"divide_and_conquer": pairs.annotation_file(cfg, stem)}
+    return pairs.Plan(files, kept, write_pair, {"length_limit": limit})
+
+
+def write_pair(pair: tuple[dict, dict], _: pairs.Tally) -> dict[str, list[dict]]:
     names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
-    with new_lines(pairs.annotation_file(cfg, stem)) as write:
-        for pair in kept:
-            sides = [(row["response"], {n: row[n] for n in names if n in row}) for row in pair]
-            write(pairs.pair_record(pair[0], pair[0]["question"], *sides, {}))
-    tally = {"counts": counts, "cost": cost, "written": {"divide_and_conquer": len(kept)}}
-    facts = {"responses": counts["candidates"], "length_limit": limit}
-    return {"divide_and_conquer": stem}, tally, facts
+    sides = [(row["response"], {n: row[n] for n in names if n in row}) for row in pair]
+    record = pairs.pair_record(pair[0], pair[0]["question"], *sides, {})
+    return {"divide_and_conquer": [record]}
 
 
 def divide_and_conquer(cfg: DivideConfig) -> None:
-    names, steps = ("divide/{}", "{}_pairs_divide_and_conquer"), (score_candidates, pair_candidates)
+    names, steps = ("divide/{}", "{}_pairs_divide_and_conquer"), (score_candidates, plan_candidates)
     pairs.pair_with_model(cfg, "divide_and_conquer", names, {}, steps)
 
 
