@@ -544,8 +544,7 @@ class Generator:
         decode = partial(self.tokenizer.decode, marks=self.settings.marks)
         prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
         text, begin = decode(prefix + ids), len(decode(prefix))
-        stops = filter(None, self.settings.stop)  # empty text would end all before it begins
-        cuts = [cut for stop in stops if (cut := text.find(stop, begin)) >= 0]
+        cuts = [cut for s in self.settings.stop if s and (cut := text.find(s, begin)) >= 0]
         return text[: min(cuts, default=len(text))], bool(cuts)
 
     def sample(self, row: Row) -> Sample:

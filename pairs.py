@@ -372,6 +372,9 @@ def sample(cfg: SampleConfig) -> None:
         line = from_json(SampledLine, row, source)
         done.add((line.qid, line.k))
         pixels[line.qid] = line.image_keys
+    if others := len(pixels.keys() - {question["qid"] for _, question in questions}):
+        told = f"{others} questions that {cfg.questions} does not hold; they are paired, too"
+        print(f"{folder}: has responses to {told}", file=sys.stderr)
     requests = []
     for source, question in questions:
         qid = question["qid"]

@@ -139,6 +139,8 @@ def train(cfg: PlainConfig) -> tuple[InternVL, list[float]]:
         epoch, batch = divmod(step, steps_per_epoch)
         order = epoch_order(sets, cfg.seed, epoch)  # (set, line) of each pair
         pairs = order[batch * cfg.batch_size : (batch + 1) * cfg.batch_size]
+        for p in policy.parameters():
+            p.grad = torch.zeros_like(p)  # also the ViT's, where no pair of the step has an image
         loss = 0.0
         for set_number, line in pairs:
             record = sets[set_number][line]
@@ -150,7 +152,6 @@ def train(cfg: PlainConfig) -> tuple[InternVL, list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss)
         print(f"step {step + 1}/{cfg.steps}  loss {loss:.4f}", flush=True)
     return policy, losses

@@ -279,6 +279,7 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
         if not isinstance(raw, dict):
             raise InputError(f"{place}: expected an object with 'annotation', got {raw!r:.60}")
         entry = from_json(Entry, raw, place)
+        notes += [f"{place}: {key!r} is not read" for key in raw if not hasattr(entry, key)]
         annotation = find_beside(path, entry.annotation, place, notes)
         with named(place):
             lines = JsonLines(annotation)

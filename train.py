@@ -134,13 +134,14 @@ class TrainConfig:
     @property
     def trained_parts(self) -> set[str]:
         """Parts whose own weights are trained."""
-        return {part for part, rate in self.rates.items() if rate > 0 and not self.lora_rank}
+        return set() if self.lora_rank else self.learning_parts
 
     @property
     def learning_parts(self) -> set[str]:
         """Parts that are trained, or have adapters that are."""
         names = ("language", "vision") if self.lora_parts == "both" else (self.lora_parts,)
-        return {f"{name}_model" for name in names} if self.lora_rank else self.trained_parts
+        parts = {f"{name}_model" for name in names} if self.lora_rank else PARTS
+        return {part for part in parts if self.rates[part] > 0}
 
 
 if __name__ == "__main__":
@@ -294,8 +295,7 @@ class Run:
         saved, now = weights.checkpoint_state(checkpoint)["flags"], self.facts
         changed = [f"{k} was {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]]
         if changed:
-            changes = "; ".join(changed)
-            raise InputError(f"{checkpoint}: {changes}; take what it was, or another --out_dir")
+            raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
         for of_parameter in self.optimizer.state.values():
@@ -343,8 +343,7 @@ class Run:
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
     """What the user left open is what the release's own MPO script sets."""
     values = recipe(config)
-    names = [n for n in ("lr", "max_length", "drop_path") if getattr(cfg, n) is None]
-    settings = {name: getattr(values, name) for name in names}
+    settings = {n: value for n, value in vars(values).items() if getattr(cfg, n, "") is None}
     if cfg.pack_tokens is None:
         settings["pack_tokens"] = max(8192, cfg.max_length or values.max_length)
     if settings:
@@ -495,7 +494,7 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> torch.optim.AdamW:
         groups.append({"params": vectors, "weight_decay": 0.0, "scale": scale})
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise InputError("nothing to train: lr_vision, lr_projector and lr_language are all 0")
+        raise InputError("nothing to train: the rate of every part that would learn is 0")
     options = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": 1e-8}
     if cfg.state_dtype == "bf16":
         return memory.RandomRoundingAdamW(groups, **options, seed=cfg.seed)
@@ -741,7 +740,8 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
         return losses.sum_by_response(logps, pack.response, pack.num_responses)
 
     compiled = switched_on(cfg.compile, pack.tree.device)
-    if pack.tiles is None and dist.is_initialized() and dist.get_world_size() > 1:
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if pack.tiles is None and (several or "language_model" not in cfg.learning_parts):
         # tiles that no prompt shows, so that every process takes part in the same collectives and
         # the ViT gets a gradient, zero: small ones, or as compiled for; two, one is compiled apart
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size

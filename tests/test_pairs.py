@@ -391,7 +391,11 @@ def test_a_choice_of_questions_is_told_and_all_are_taken_by_default(world, capsy
     pairs.sample(sampling(num_samples=1, max_questions=5))
     assert "kept 5 of 6 questions" in capsys.readouterr().err
     pairs.sample(sampling(num_samples=1))
-    assert "kept" not in capsys.readouterr().err and len(responses("samples/toys")) == 6
+    said = capsys.readouterr().err
+    assert "kept" not in said and "does not hold" not in said
+    assert len(responses("samples/toys")) == 6
+    pairs.sample(sampling(num_samples=1, max_questions=2))
+    assert "has responses to 4 questions that toys.jsonl does not hold" in capsys.readouterr().err
 
 
 def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):

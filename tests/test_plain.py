@@ -1,5 +1,6 @@
 """plain.py is the oracle: every fast way of train.py gives its losses and its weights."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -62,6 +63,23 @@ def test_eight_steps_end_where_the_plain_way_ends(oracle, fast, tmp_path, proces
         run_forks(processes, train_in_process, cfg)
     same_losses(cfg, losses)
     same_weights(cfg, weights)
+
+
+@pytest.mark.parametrize("kinds", [("text",), ("text", "steps")], ids="-".join)
+def test_steps_of_text_alone_are_those_of_the_plain_way(toy, fast, tmp_path, kinds):
+    """Weight decay and momentum move the ViT in a step without an image, too."""
+    lines = [(toy / f"toy_{kind}.jsonl").read_text().splitlines(keepends=True) for kind in kinds]
+    meta = {}
+    for kind, part in zip(kinds, lines):
+        (tmp_path / f"{kind}.jsonl").write_text("".join((part * 8)[:8]))
+        meta[kind] = {"annotation": f"{kind}.jsonl", "root": str(toy / "images")}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    flags = {"model_dir": toy / "model", "meta": tmp_path / "meta.json", "batch_size": 2}
+    policy, losses = plain.train(plain.PlainConfig(**flags, lr=1e-3, steps=4, seed=1))
+    cfg = replace(fast, **flags, max_steps=4, seed=1, out_dir=tmp_path / "run")
+    train_in_process(cfg)
+    same_losses(cfg, losses)
+    same_weights(cfg, dict(policy.named_parameters()))
 
 
 def same_losses(cfg, losses):

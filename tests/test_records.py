@@ -146,6 +146,11 @@ def test_a_byte_order_mark_is_taken_and_repeat_time_is_1_unless_said(tmp_path):
     assert data_set.repeat_time == 1 and data_set[0].chosen == GOOD["chosen"]
 
 
+def test_a_key_of_an_entry_that_nothing_reads_is_a_warning(tmp_path, capsys):
+    read_meta(write_set(tmp_path, [GOOD], repeat_times=2), 12)
+    assert "a: 'repeat_times' is not read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("length", [0, 2, 10**6])
 def test_another_length_than_the_file_has_is_a_warning(tmp_path, capsys, length):
     assert len(read_meta(write_set(tmp_path, [GOOD], length=length), 12)[0]) == 1

@@ -297,7 +297,7 @@ def test_a_run_is_not_continued_from_other_start_weights(base, toy, tmp_path, re
     shutil.copytree(toy / "model", tmp_path / "moved/model")
     run_here(replace(cfg, model_dir=tmp_path / "moved/model"))
     cfg = replace(cfg, model_dir=tmp_path / "other/model")
-    with pytest.raises(InputError, match="start weights was .* take what it was, or another"):
+    with pytest.raises(InputError, match="start weights was .* undo it or take a new"):
         run_here(replace(cfg, reference_cache=tmp_path / "reference"))
 
 
@@ -310,7 +310,7 @@ def test_a_run_is_not_continued_on_pairs_that_were_edited(base, toy, tmp_path):
     times = (tmp_path / "pairs.jsonl").stat()
     (tmp_path / "pairs.jsonl").write_text("".join(lines[::-1]))
     os.utime(tmp_path / "pairs.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(InputError, match="pairs was .*, now .*; take what it was"):
+    with pytest.raises(InputError, match="pairs was .*, now .*; undo it"):
         run_here(cfg)
 
 
@@ -440,6 +440,12 @@ def test_a_moving_reference_pulls_rewards_to_zero_and_resumes(base, toy):
     assert run_here(killed) == expected
 
 
+@pytest.mark.parametrize("flags", [{"lr_language": 0.0}, {"lora_rank": 2, "lora_parts": "vision"}])
+def test_a_pack_of_text_alone_trains_a_model_whose_language_part_is_frozen(base, tmp_path, flags):
+    cfg = replace(base, out_dir=tmp_path / "run", pack_tokens=200, **flags)
+    assert all(math.isfinite(row["loss"]) for row in run_here(cfg))
+
+
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
 def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
     cfg = replace(base, out_dir=toy / f"frozen-{part}", max_steps=2, **{f"lr_{part}": 0.0})
@@ -472,6 +478,7 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"reference_update_every": 9, "reference": "online"}, r"a run of 9 steps \(this: 4\)"),
         ({"loss": "sft", "reference_update_every": 2}, "needs an objective with a reference"),
         ({"lr_vision": 0.0, "lr_projector": 0.0, "lr_language": 0.0}, "nothing to train"),
+        ({"lora_rank": 2, "lr_language": 0.0}, "nothing to train"),
         ({"meta": Path("nowhere.json")}, "no nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
         ({"pack_tokens": 20}, "does not fit --pack_tokens 20"),
