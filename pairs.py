@@ -109,6 +109,7 @@ from tokenizer import IMAGE, with_image_placeholders
 from weights import weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
+Request = tuple[Prompt, Any]  # and what it asks about
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
 # what `sample` adds to the fields of a question, in this order
 SAMPLED = "k seed response tiles finish_reason tokens prompt_tokens image_tokens".split()
@@ -327,11 +328,7 @@ def load_generator(cfg: EngineConfig) -> Generator:
 
 
 def generate_into(
-    folder: Path,
-    cfg: EngineConfig,
-    requests: list[tuple[Prompt, Any]],
-    finish: Callable,
-    label: str,
+    folder: Path, cfg: EngineConfig, requests: list[Request], finish: Callable, label: str
 ) -> None:
     """Append finish(what is asked about, sample) and the cost of each sample to our part file."""
     if not requests:
