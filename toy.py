@@ -39,18 +39,15 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as JsonTokenizer
-from torch import Tensor, nn
 
 from benchmarks.answers import PROMPTS
 from config import parse_config
 from data import seeded
 from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_pieces
 from model import InternVL
-from vision import preprocess
 from weights import INDEX, write_tensors
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230)}
@@ -227,6 +224,8 @@ def write_model(folder: Path, seed: int, llm: str = "internlm2", sees: bool = Fa
         model = InternVL(parse_config(config), tokenizer.token_to_id("<IMG_CONTEXT>"))
         torch.nn.init.normal_(model.language_model.model.tok_embeddings.weight, std=0.3)
         if sees:
+            from paper.sight import fit_projector  # noqa: PLC0415  (it draws pictures of this file)
+
             fit_projector(model, tokenizer, seed)
     layout = OFFICIAL_INTERNLM2 if llm == "internlm2" else OFFICIAL_QWEN
     pieces, tensors = stored_pieces(model, layout), {}
@@ -240,45 +239,6 @@ def write_model(folder: Path, seed: int, llm: str = "internlm2", sees: bool = Fa
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomic(folder / INDEX, json.dumps(index, indent=1))
-
-
-@torch.no_grad()
-def fit_projector(model: InternVL, tokenizer: JsonTokenizer, seed: int) -> None:
-    """Stands in for a pre-trained InternViT, by least squares: no training.
-
-    The ViT is random, but keeps all pixels of a cell.  The projector's first layer reads colour,
-    shape and place off them; its second sends each cell to the sum of these words' embeddings.
-    """
-    rng, kinds = seeded(seed, "vision"), list(product(COLOURS, SHAPES))
-    scenes = [random_things(rng) for _ in range(1200)]
-    tiles = torch.cat([preprocess(draw(scene, rng), 1, CELL * SIDE) for scene in scenes])
-    truth = torch.zeros(len(scenes), SIDE, SIDE, dtype=torch.long)  # 0: an empty cell
-    for n, scene in enumerate(scenes):
-        for thing in scene:
-            truth[n, thing.row, thing.col] = 1 + kinds.index((thing.colour, thing.shape))
-    truth, cell = truth.flatten(), torch.arange(SIDE * SIDE).repeat(len(scenes))
-    model.vision_model.embeddings.position_embedding.normal_(std=0.3)
-    projector = model.projector
-    model.projector, first, gelu, second = projector  # what the ViT hands on, through its norm
-    features = model.image_features(tiles).flatten(0, 1)
-    model.projector = projector
-    codes = torch.cat([F.one_hot(truth, 1 + len(kinds)), F.one_hot(cell)], dim=1) * 4.0 - 1.0
-    set_linear(first, features, codes)
-
-    def words(*names: str) -> Tensor:
-        ids = [tokenizer.token_to_id(" " + name) for name in names]
-        return model.language_model.model.tok_embeddings.weight[ids].sum(0)
-
-    content = torch.stack([words(), *(words(*kind) for kind in kinds)])
-    place = torch.stack([words(f"{c}{r}") for r in "123" for c in "abc"])
-    set_linear(second, gelu(first(features)), content[truth] + place[cell])
-
-
-def set_linear(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
-    """The first rows of `layer` become the ridge regression of y (n out) on x (n in)."""
-    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
-    solution = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y.double()).T.float()
-    layer.weight[: len(solution)], layer.bias[: len(solution)] = solution[:, :-1], solution[:, -1]
 
 
 # --------------------------------------------------------------------------- preference pairs
