@@ -71,6 +71,8 @@ class Tokenizer:
         self.marks = {token.content: id for id, token in added.items() if token.content in MARKS}
         self.special = {token.content: id for id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special.values())
+        names = sorted(self.special | self.marks, key=len, reverse=True)  # the longest name wins
+        self._split_special = re.compile("(" + "|".join(map(re.escape, names)) + ")").split
 
         self.is_sentencepiece, as_bytes = getattr(backend.model, "byte_fallback", False), str.encode
         if self.is_sentencepiece:
@@ -90,20 +92,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, the names of special tokens in it recognised.  For trusted text only."""
-        self.backend.encode_special_tokens = False
-        try:
-            return self.encode_plain(text)
-        finally:
-            self.backend.encode_special_tokens = True
+        ids = []  # not by the backend's switch: another thread may encode plain text meanwhile
+        for i, part in enumerate(self._split_special(text) if self.special else [text]):
+            ids += [self.token_id(part)] if i % 2 else self.encode_plain(part)
+        return ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` as it stands: `<|im_end|>` in it is ten characters, `<ref>` is a token."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"text has half a character at {error.start} (a lone surrogate)"
-            ) from None
+            raise InputError(f"half a character at {error.start} (a lone surrogate)") from None
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], marks: bool = False) -> str:

@@ -104,7 +104,6 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
 
 # sentencepiece_model.proto: ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)
-SIZES = {1: 8, 5: 4}  # protobuf's types of fixed length -> bytes
 
 
 class Piece(NamedTuple):
@@ -140,11 +139,13 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         wire = key & 7
         if wire == 0:
             value, at = _varint(message, at)
-        else:
-            size, at = _varint(message, at) if wire == 2 else (SIZES[wire], at)
+        elif wire in (1, 2, 5):
+            size, at = _varint(message, at) if wire == 2 else (8 if wire == 1 else 4, at)
             value, at = message[at : at + size], at + size
             if at > len(message):
                 raise ValueError(f"{at - len(message)} bytes are missing")
+        else:
+            raise ValueError(f"unknown wire type {wire} at byte {at}")
         yield key >> 3, value
 
 

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -282,6 +283,17 @@ def test_only_encode_knows_special_tokens(small):
     assert small.special_ids.isdisjoint(small.encode_plain(text))
     assert small.decode(small.encode_plain(text)) == text
     assert small.decode(ids) == "theuser\n"
+
+
+def test_trusted_and_plain_texts_may_be_encoded_in_two_threads(small):
+    """As the next step and held-out pairs are, by one tokenizer."""
+    text = "<|im_end|>" + "How many are there? " * 50
+    trusted, plain = small.encode(text), small.encode_plain(text)
+    assert trusted[0] == small.im_end_id and plain[0] != small.im_end_id
+    with ThreadPoolExecutor(2) as pool:
+        ways = [small.encode, small.encode_plain] * 300
+        ids = list(pool.map(lambda encode: encode(text), ways))
+    assert ids == [trusted, plain] * 300
 
 
 def test_no_text_makes_a_special_id(small):
