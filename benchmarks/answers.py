@@ -568,16 +568,16 @@ def anls_score(pred: str, gold: str) -> bool:
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance, bit-parallel (Myers 1999, Hyyrö 2003): a column is one integer."""
-    if len(a) < len(b):
-        a, b = b, a
-    if not b:
-        return len(a)
-    # where `a` has a character, as bits
-    places = {c: int("".join("01"[x == c] for x in reversed(a)), 2) for c in {*a} & {*b}}
-    full, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    b, a = sorted((a, b), key=len)
+    places = {char: bytearray(len(a) // 8 + 1) for char in b}  # where `a` has it, as bits
+    for i, char in enumerate(a):
+        if char in places:
+            places[char][i >> 3] |= 1 << (i & 7)
+    positions = {char: int.from_bytes(bits, "little") for char, bits in places.items()}
+    full, last = (1 << len(a)) - 1, 1 << len(a) >> 1
     plus, minus, distance = full, 0, len(a)  # vertical differences +1 and -1
     for char in b:
-        match = places.get(char, 0)
+        match = positions[char]
         zero = (((match & plus) + plus) ^ plus) | match | minus
         up, down = minus | ~(zero | plus) & full, plus & zero
         distance += bool(up & last) - bool(down & last)

@@ -363,6 +363,8 @@ def test_hostile_responses_are_cut_and_compared_in_no_time():
         assert text.startswith(kept)
     assert answers.edit_distance("ab" * 500_000, "abcdefghij" * 5) == 10**6 - 10
     assert answers.edit_distance("abcdefghij" * 5, "ab" * 500_000) == 10**6 - 10
+    many = "".join(map(chr, range(0x4E00, 0x9E00)))  # 20,480 different characters
+    assert answers.edit_distance(many, many[1:]) == 1
     assert time.process_time() - start < 2
 
 
