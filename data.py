@@ -93,19 +93,20 @@ def encode_tree(
     record: PairRecord, tokenizer: Tokenizer, config: InternVLConfig, only_chosen: bool = False
 ) -> Tree:
     """Token ids of one record; reads image sizes, not pixels.  Errors name the record."""
-    limit = record.max_tiles
     with named(record.name):
         question = training_text(config.template, record.question)
         tiles = []
         for path in record.images:
             with open_image(path) as image:
-                tiles.append(num_tiles(*image.size, limit, config.tile_size))
+                tiles.append(num_tiles(*image.size, record.max_tiles, config.tile_size))
         image_tokens = [config.tokens_per_tile * n for n in tiles]
         system = record.system_prompt or config.system_message
         trunk = encode_chat(tokenizer, config.template, [(question, None)], image_tokens, system)
         texts = [record.chosen] if only_chosen else [record.chosen, record.rejected]
         responses = [encode_response(tokenizer, config.template, text) for text in texts]
-    images = [(path, limit, record.augment) for path in record.images]
+        if responses[1:] == responses[:1]:  # of texts that a tokenizer takes alike
+            raise InputError("chosen and rejected are the same tokens; remove the record")
+    images = [(path, record.max_tiles, record.augment) for path in record.images]
     pair = [0], [len(responses) - 1]
     return Tree(trunk, responses, *pair, images, tiles, [record.name], [record.data_set])
 

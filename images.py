@@ -94,13 +94,11 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path) -> Image.Image:
-    """The decoded RGB image; a broken or cut-off file is an InputError that names it."""
+    """The decoded RGB image; InputError names a file that is broken, cut off or of 32 bits."""
     with open_image(path) as image:
         try:
             image.load()
             return to_rgb(image)
-        except InputError as error:
-            raise InputError(f"image {path}: {error}") from None
         except DECODER_ERRORS as error:
             raise InputError(f"image {path} cannot be decoded: {error}") from None
 

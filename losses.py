@@ -26,7 +26,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -330,12 +330,12 @@ class Objective:
     whole_step: bool = False  # a pair's loss depends on the step's other pairs: see `coefficients`
 
     def __call__(self, logps: PairLogps, **hyper: float) -> Tensor:  # (pair)
-        return self.function(logps, **hyper)
+        """Passed what it names of `hyper`; of what is not given it has a default of its own."""
+        return self.function(logps, **{k: v for k, v in hyper.items() if k in self.keywords})
 
     @property
-    def keywords(self) -> list[str]:
-        """Those of HYPER that the loss takes."""
-        return [name for name in inspect.signature(self.function).parameters if name in HYPER]
+    def keywords(self) -> Iterable[str]:
+        return inspect.signature(self.function).parameters
 
 
 LOSSES = {
@@ -407,23 +407,12 @@ def check_smoothing(terms: Terms) -> None:
 # --------------------------------------------------------------------------- the step's loss
 
 
-def objective(
-    terms: Terms,
-    logps: PairLogps,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.1,
-    bco_shift: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # (pair), {name: (pair)}
-    """The weighted sum and its terms, unweighted.  The step's loss is the mean over all its pairs:
+def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum (pair) and its terms, unweighted: {name: (pair)}; hyper: those of HYPER.
 
-    a micro-batch contributes total.sum() / (pairs of the whole step), however many it holds.
+    A micro-batch contributes total.sum() / (pairs of the whole step), however many it holds.
     """
-    hyper = {"beta": beta, "label_smoothing": label_smoothing, "bco_shift": bco_shift}
-    parts = {}
-    for _, name in terms:
-        loss = LOSSES[name]
-        parts[name] = loss.function(logps, **{k: hyper[k] for k in loss.keywords})
+    parts = {name: LOSSES[name](logps, **hyper) for _, name in terms}
     return sum(weight * parts[name] for weight, name in terms), parts
 
 

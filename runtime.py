@@ -431,16 +431,17 @@ _EACH_KEY_ONCE = json.JSONDecoder(object_pairs_hook=_each_once)  # made once for
 
 def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
     """One JSON object or list: equal keys refused, a byte-order mark taken; `name`: for errors."""
+    hint = r"; in jsonl write one object a line, ended by \n" if kind is dict else ""
     try:
         text = content.decode() if isinstance(content, bytes) else content
         text = text.removeprefix("\ufeff")
         is_list = text.lstrip().startswith("[")  # read no further: its end may be lines away
         record = [] if is_list and kind is dict else _EACH_KEY_ONCE.decode(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not valid JSON ({error})") from None
+        more = hint if "Extra data" in str(error) else ""  # also where only \r ends the lines
+        raise InputError(f"{name}: not valid JSON ({error}){more}") from None
     if not isinstance(record, kind):
         wanted, got = "object" if kind is dict else "list", type(record).__name__
-        hint = "; in jsonl write one object a line" if kind is dict else ""
         raise InputError(f"{name}: expected a JSON {wanted}, got {got}{hint}")
     return record
 

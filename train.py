@@ -97,7 +97,7 @@ class TrainConfig:
         "fp32", "weights, gradients and AdamW's moments; bf16 rounds at random: half the memory"
     )
     lora_rank: int = flag(0, "train only adapters of this rank; 0 = train the weights", low=0)
-    lora_alpha: float = flag(32.0, "an adapter's output is scaled by alpha / rank")
+    lora_alpha: float = flag(32.0, "an adapter's output is scaled by alpha / rank", low=1e-9)
     lora_parts: Literal["language", "vision", "both"] = flag("language", "blocks with adapters")
     replicate: int = flag(1, "groups of GPUs with a whole copy each, sharded within (HSDP)", low=1)
     save_every: int = flag(200, "steps between checkpoints", low=1)
@@ -248,6 +248,7 @@ class Run:
         if cfg.heldout:
             sets = read_meta(cfg.heldout, cfg.max_tiles or config.max_tiles)
             self.heldout = replace(self.data, sets=sets, limit=0)
+            self.heldout_number = int(self.heldout.digest(0)[:12], 16)  # a metric, of which pairs
             known = {s.lines.checksum for s in self.data.sets if len(s)}
             for name in (s.name for s in sets if s.lines.checksum in known):
                 process.say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
@@ -255,11 +256,14 @@ class Run:
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
         self.cfg, self.total = cfg, min(total, cfg.max_steps or total)
-        if not any(lr_at(step, self.total, cfg) for step in range(min(self.total, 99))):
+        peak = max(lr_at(step, self.total, cfg) for step in range(self.total))
+        if not peak:
             raise InputError(
                 f"the learning rate is 0 at every one of {self.total} steps, so no weight would "
                 "change: warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
             )
+        if peak < cfg.lr:
+            process.say(f"lr {cfg.lr:g} is not reached: warm-up or decay is too long, {peak:g} is")
         self.meter = Meter(cfg, config, process)
 
         self.policy = sharded_model(cfg, process, cfg.drop_path)
@@ -276,6 +280,9 @@ class Run:
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
         self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= self.done]
+        scored = {r["heldout/digest"] for r in self.rows if "heldout/digest" in r}
+        if self.heldout and scored - {self.heldout_number}:
+            raise InputError(f"{path} has rows of other held-out pairs; pass those again, or none")
         if process.is_main:
             write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -298,8 +305,9 @@ class Run:
             raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
+        updates = state.get("updates", state["step"])  # fewer, where a step was skipped
         for of_parameter in self.optimizer.state.values():
-            of_parameter["step"].fill_(state["step"])
+            of_parameter["step"].fill_(updates)
         return state["step"]
 
     def steps(self) -> Iterator[Step]:
@@ -307,7 +315,7 @@ class Run:
         group, left = (self.process.rank, self.process.world), range(self.done, self.total)
         for step in prefetch(self.data.step(n, *group) for n in left):
             for name in step.dropped:
-                self.process.say(f"dropped, longer than max_length {self.cfg.max_length}: {name}")
+                self.process.say(f"dropped, longer than max_length {self.data.max_length}: {name}")
             if step.pairs:
                 yield step
             else:
@@ -323,7 +331,8 @@ class Run:
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
         self.process.say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
-        state = {"flags": self.facts, "bco_shift": asdict(self.shift)}
+        updates = int(next(iter(self.optimizer.state.values()))["step"])
+        state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
         if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
             self.best_writer.save(number, self.tensors, state)
         if last or number % cfg.save_every == 0:
@@ -669,12 +678,14 @@ def state_tensors(
 
 
 def run_facts(run: Run) -> dict[str, str]:
-    """What a continuation must share with the run it continues: flags, pairs, start weights."""
+    """What a continuation must share with its run: flags, pairs, objectives, start weights."""
     cfg, free = run.cfg, FREE_FLAGS
     if cfg.decay >= 0:  # a constant rate does not know the run's length: it may be prolonged
         free = free | {"max_steps", "epochs", "decay"}
     facts = {k: str(v) for k, v in asdict(cfg).items() if k not in free}
     facts |= {"schedule": "constant" if cfg.decay >= 0 else "cosine", "pairs": run.data.digest(0)}
+    if cfg.mine:
+        facts[f"content of {cfg.mine}"] = runtime.fingerprint([cfg.mine])
     if run.process.is_main and (run.reference or cfg.lora_rank):  # read once, they are large
         facts["start weights"] = cache_facts(cfg, run.process.device)["weights"]
     return facts
@@ -837,11 +848,11 @@ def score_heldout(run: Run) -> dict[str, float]:
             with scoring(run.policy):
                 scored.append(vars(score_step(run, step)).values())
     if not sets:
-        raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.cfg.max_length}")
+        raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.heldout.max_length}")
     run.process.say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
     metrics = step_metrics(run, PairLogps(*columns), sets)
-    metrics |= {"pairs": len(sets), "dropped": dropped}
+    metrics |= {"pairs": len(sets), "dropped": dropped, "digest": run.heldout_number}
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
 

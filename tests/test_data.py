@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from test_records import GOOD, write_set
+from tokenizers import normalizers
 
 from config import load_config
 from data import (
@@ -308,6 +309,16 @@ def test_a_question_is_stripped_as_the_template_strips_in_training(toy, tmp_path
     keeps = replace(config, template="internvl2_5")
     trees = [encode_tree(r, tokenizer, keeps) for r in (padded, text_pair(tmp_path))]
     assert trees[0].trunk != trees[1].trunk
+
+
+def test_responses_that_the_tokenizer_takes_alike_are_refused(toy, tmp_path):
+    folder, config, _, _ = toy
+    tokenizer = load_tokenizer(folder / "model")
+    tokenizer.backend.normalizer = normalizers.NFC()  # as Qwen's
+    record = text_pair(tmp_path, chosen="caf\u00e9", rejected="cafe\u0301")
+    with pytest.raises(InputError, match="a.jsonl line 1: chosen and rejected are the same tokens"):
+        encode_tree(record, tokenizer, config)
+    encode_tree(record, tokenizer, config, only_chosen=True)
 
 
 def test_a_system_prompt_stands_in_the_place_of_the_models(toy, tmp_path):

@@ -127,6 +127,18 @@ def test_ctrl_c_saves_and_the_same_command_continues_bit_for_bit(
     assert rows == without(watched[1], "none")
 
 
+def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_path):
+    lines = (toy / "other/toy_text.jsonl").read_text().splitlines(keepends=True)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(lines))
+    cfg = replace(base, out_dir=tmp_path / "run", loss="sft", heldout=pairs)
+    train_in_process(cfg)
+    train_in_process(replace(cfg, heldout=None, keep_best=False))
+    pairs.write_text("".join(lines[::-1]))
+    with pytest.raises(InputError, match=r"metrics.jsonl has rows of other held-out pairs; pass"):
+        train_in_process(cfg)
+
+
 def test_held_out_pairs_that_are_trained_on_are_told(base, toy, tmp_path, capsys):
     cfg = replace(base, max_steps=1, out_dir=tmp_path / "run", reference_cache=toy / "reference")
     train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl"))
@@ -145,7 +157,7 @@ def test_every_data_set_has_its_metrics_and_they_add_up(watched):
 
 
 def test_heldout_pairs_that_cannot_be_scored_are_refused(base, tmp_path):
-    pair = {"question": "word " * 500, "chosen": "yes", "rejected": "no"}
+    pair = {"question": "word " * 500, "chosen": "3", "rejected": "4"}
     (tmp_path / "long.jsonl").write_text(json.dumps(pair) + "\n")
     (tmp_path / "long.json").write_text(json.dumps({"long": {"annotation": "long.jsonl"}}))
     cfg = replace(base, out_dir=tmp_path / "run", max_length=400, heldout=tmp_path / "long.json")

@@ -452,6 +452,16 @@ def test_label_smoothing_is_a_tenth_where_it_is_used_and_not_given():
     assert torch.equal(losses.objective(terms, pairs(TYPICAL), beta=0.2)[0], given)
 
 
+def test_an_objective_keeps_its_own_default_of_what_is_not_given(monkeypatch):
+    def own(logps, label_smoothing=0.3):
+        return logps.policy_chosen * label_smoothing
+
+    monkeypatch.setitem(LOSSES, "own", losses.Objective(own))
+    x = pairs(TYPICAL)
+    assert torch.equal(losses.objective([(1, "own")], x, beta=0.2)[0], own(x))
+    assert torch.equal(losses.objective([(1, "own")], x, label_smoothing=0.2)[0], own(x, 0.2))
+
+
 def test_an_objective_that_needs_a_reference_says_so_without_one():
     x = replace(pairs(TYPICAL), reference_chosen=None, reference_rejected=None)
     for name in LOSSES:

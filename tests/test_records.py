@@ -84,6 +84,21 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         read_meta(meta, 12)[0][0]
 
 
+def test_lines_that_only_a_carriage_return_ends_are_told_with_the_remedy(tmp_path):
+    meta = write_set(tmp_path, [])
+    (tmp_path / "a.jsonl").write_bytes(b"\r".join([json.dumps(GOOD).encode()] * 3))
+    remedy = r"a.jsonl line 1: .*write one object a line, ended by \\n"
+    with pytest.raises(InputError, match=remedy):
+        read_meta(meta, 12)[0][0]
+
+
+def test_a_line_separator_within_a_text_ends_no_record(tmp_path):
+    odd = {**GOOD, "chosen": "one\u2028two\x85three"}
+    meta = write_set(tmp_path, [json.dumps(odd, ensure_ascii=False), GOOD])
+    (data_set,) = read_meta(meta, 12)
+    assert len(data_set) == 2 and data_set[0].chosen == odd["chosen"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import runtime
 import train as train_module
-from data import PairData
+from data import PairData, epoch_order
 from losses import PairLogps
+from records import read_meta
 from runtime import Failure, InputError, read_json, run, start_process, stop_process
 from tools.doctor import diagnose
 from toy import write_world
@@ -200,6 +202,23 @@ def test_a_killed_run_continues_bit_for_bit(base, toy):
         assert torch.equal(w, weights(straight)[name]), name
 
 
+def test_a_run_with_a_skipped_step_continues_bit_for_bit(base, toy, tmp_path):
+    """AdamW has made a step less than the run from there on."""
+    lines = (toy / "toy_text.jsonl").read_text().splitlines(keepends=True)[:1] * 5
+    path, cfg = tmp_path / "pairs.jsonl", replace(base, batch_size=1, warmup=0.0, max_steps=0)
+    path.write_text("".join(lines))
+    second = epoch_order(read_meta(path, 1), cfg.seed, 0)[1, 1]
+    long = json.loads(lines[second]) | {"question": "far too long " * 99}
+    path.write_text("".join(lines[:second] + [json.dumps(long) + "\n"] + lines[second + 1 :]))
+    cfg = replace(cfg, meta=path, loss="sft", max_length=300, save_every=1, keep=9)
+    cfg = replace(cfg, out_dir=tmp_path / "run")
+    expected = run_here(cfg)
+    assert [row["step"] for row in expected] == [1, 3, 4, 5]
+    for step in (4, 5):
+        shutil.rmtree(cfg.out_dir / f"checkpoints/step-0000000{step}")
+    assert run_here(cfg) == expected
+
+
 def run_node(cfg, port):
     """One of two nodes: torchrun's agent with one process, in a session of its own."""
     os.setsid()
@@ -276,6 +295,13 @@ def test_a_run_in_which_no_weight_would_move_is_refused(base, toy, tmp_path, cha
         run_here(cfg)
 
 
+@pytest.mark.parametrize("flags", [{"warmup": 500.0}, {"warmup": 0.0, "decay": 500}])
+def test_a_rate_that_the_run_never_reaches_is_told(base, toy, tmp_path, capsys, flags):
+    run_here(replace(base, loss="sft", out_dir=tmp_path / "run", **flags))
+    told = "lr 0.001 is not reached: .* too long, [0-9.]+e-06 is"
+    assert re.search(told, capsys.readouterr().err)
+
+
 def test_a_run_without_any_gradient_fails_and_saves_no_model(base, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "clip_gradient", lambda run: 0.0)
     with pytest.raises(Failure, match="no weight has changed, so nothing is saved"):
@@ -311,6 +337,16 @@ def test_a_run_is_not_continued_on_pairs_that_were_edited(base, toy, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(lines[::-1]))
     os.utime(tmp_path / "pairs.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(InputError, match="pairs was .*, now .*; undo it"):
+        run_here(cfg)
+
+
+def test_a_run_is_not_continued_with_objectives_of_its_own_that_were_edited(base, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def double(logps):\n    return -2 * logps.policy_chosen\n")
+    cfg = replace(base, loss="sft", mine=own, out_dir=tmp_path / "run")
+    run_here(cfg)
+    own.write_text(own.read_text().replace("2", "3"))
+    with pytest.raises(InputError, match=r"content of .*own.py was .*, now .*; undo it"):
         run_here(cfg)
 
 
@@ -479,6 +515,7 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"loss": "sft", "reference_update_every": 2}, "needs an objective with a reference"),
         ({"lr_vision": 0.0, "lr_projector": 0.0, "lr_language": 0.0}, "nothing to train"),
         ({"lora_rank": 2, "lr_language": 0.0}, "nothing to train"),
+        ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha must be >= 1e-09"),
         ({"meta": Path("nowhere.json")}, "no nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
         ({"pack_tokens": 20}, "does not fit --pack_tokens 20"),
