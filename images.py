@@ -118,10 +118,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(eight_bits(image)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
-    canvas = Image.new("RGB", image.size, "white")
-    canvas.paste(image, mask=image.getchannel("A"))  # opaque pixels are copied exactly
-    return canvas
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:  # (row col) uint8

@@ -20,6 +20,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from images import to_rgb
 from runtime import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,7 +79,7 @@ def cut_tiles(
     image: Image.Image, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
 ) -> list[Image.Image]:
     """Row-major square tiles of the resized image; the whole image once more, last, if cut."""
-    image = image.convert("RGB")  # before resizing: a palette image would be resized by nearest
+    image = to_rgb(image)  # before resizing: a palette image would be resized by nearest
     cols, rows = tile_grid(*image.size, max_tiles, tile_size=tile_size)
     resized = image.resize((cols * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
     tiles = [

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import OURS
@@ -106,6 +107,21 @@ def test_every_colour_mode_is_made_rgb_before_resizing():
     for mode in ("P", "L", "RGBA", "CMYK", "1"):
         tiles = preprocess(palette.convert("RGB").convert(mode), 4, 56)
         assert tiles.shape == (3, 3, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("image", "level"),
+    [
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 255),  # transparent: white
+        (Image.new("LA", (8, 8), (0, 0)), 255),
+        (Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)), 128),  # half of 16 bits
+    ],
+)
+def test_an_image_that_no_file_reader_has_seen_is_made_rgb_like_a_file(image, level):
+    """The README's six lines give what Image.open returns."""
+    assert torch.equal(
+        preprocess(image, 1, 56), preprocess(Image.new("RGB", (8, 8), (level,) * 3), 1, 56)
+    )
 
 
 def test_bytes_are_normalised_by_the_vit_as_preprocess_does():
