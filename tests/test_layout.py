@@ -11,7 +11,7 @@ ORDER = """runtime images vision vocabulary tokenizer losses config model cache 
 records data generate plain memory train pairs eval toy""".split()
 FOLDERS = ("benchmarks", "tools", "paper")  # the second ring
 PACKAGES = {"torch", "safetensors", "tokenizers", "PIL", "einops", "numpy", "tqdm", "matplotlib"}
-PACKAGES |= {"wandb", "pyarrow"}  # extras, imported late
+PACKAGES |= {"wandb", "pyarrow", "jinja2"}  # extras, and what comes with torch: imported late
 DISTRIBUTED = {"runtime.py", "train.py"}
 FIRST = sorted(ROOT.glob("*.py"))
 FILES = FIRST + sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))

@@ -255,17 +255,9 @@ def chat_template(template: str, with_bos: bool) -> str:
 
     An image is <IMG_CONTEXT> with a line break behind it, as in the releases' -hf folders.
     """
+    jinja = (Path(__file__).parent / "templates/chat_template.jinja").read_text()
     after_end = find_template(template).after_end.replace("\n", "\\n")
-    return (
-        ("{{ bos_token }}" if with_bos else "")
-        + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        "{% if message['content'] is string %}{{ message['content'] }}"
-        "{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}{{ '<|im_end|>" + after_end + "' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
+    return ("{{ bos_token }}" if with_bos else "") + jinja.replace("AFTER_END", after_end)
 
 
 def main() -> None:

@@ -63,7 +63,8 @@ def main() -> None:
             body.append(markdown_html(text))
         else:
             body += [f"<pre>{html.escape(text)}</pre>", output_html(next(outputs))]
-    write_atomic(cfg.out, page("\n".join(body)))
+    title = cells[0][1].partition("\n")[0].lstrip("# ")
+    write_atomic(cfg.out, page(title, body="\n".join(body)))
     print(f"wrote {cfg.out}")
 
 

@@ -8,7 +8,6 @@
 META is the meta.json that train.py reads.  `check` ends with status 1 where a record is bad.
 """
 
-import html
 import io
 import os
 import re
@@ -169,16 +168,6 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     return text
 
 
-STYLE = """
-body { max-width: none }
-article { display: grid; grid-template-columns: minmax(180px, 1fr) 2fr 2fr; gap: 1rem;
-  border-top: 1px solid #888 }  article[hidden] { display: none }  pre { white-space: pre-wrap }
-.chosen mark { background: #dcf5e3 }  .rejected mark { background: #fde3e0 }
-mark::before { content: "▼"; color: #888; font-size: .8em }"""
-# shows the pairs of one data set, or of one kind
-FILTER = """<select onchange="for (const card of document.querySelectorAll('article'))
-  card.hidden = this.value && ![card.dataset.set, card.dataset.kind].includes(this.value)">
-<option value="">all pairs</option>"""
 # <box>[[x1, y1, x2, y2], ...]</box> in thousandths of the image's sides
 BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
 PENS = {"rejected": "#b42318", "chosen": "#1a7f37", "question": "#0550ae"}  # colours of boxes
@@ -197,39 +186,23 @@ def write_page(cfg: ShowConfig) -> None:
     sets = [s for s in read_meta(cfg.meta, 1) if len(s)]
     if not sets:
         raise InputError(f"{cfg.meta}: no pairs")
-    each = max(1, (cfg.limit or 200) // len(sets))
-    cards, choices = [], set()
+    each, cards = max(1, (cfg.limit or 200) // len(sets)), []
     for data_set in sets:
         drawn = seeded("show", data_set.name).permutation(len(data_set))[:each]
         for number in sorted(drawn.tolist()):
             record, raw = data_set[number], data_set.lines[number].record()
-            kind = pair_kind(data_set.name, raw)
-            choices |= {data_set.name, kind}
-            cards.append(pair_card(data_set.name, kind, raw, record.images))
-    options = "".join(f"<option>{html.escape(choice)}</option>" for choice in sorted(choices))
-    head = f"<h1>{len(cards)} preference pairs</h1>{FILTER}{options}</select>"
-    write_atomic(cfg.out, page("\n".join([head, *cards]), STYLE))
+            cards.append({
+                "set": data_set.name,
+                "kind": pair_kind(data_set.name, raw),
+                "record": raw,
+                "same": len(os.path.commonprefix([raw[side] for side in SIDES])),  # from there
+                "pictures": [picture(path, raw) for path in record.images],
+                "about": {side: meta_of(raw, side) for side in SIDES},
+            })  # fmt: skip
+    choices = sorted({card[name] for card in cards for name in ("set", "kind")})
+    title = f"{len(cards)} preference pairs"
+    write_atomic(cfg.out, page(title, "pairs.html", cards=cards, choices=choices))
     print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
-
-
-def pair_card(name: str, kind: str, raw: dict, images: tuple[Path, ...]) -> str:
-    """One pair as HTML: prompt and pictures, then each side; everything from the data is escaped.
-
-    The part in which a response differs from the other is marked.
-    """
-    same = len(os.path.commonprefix([raw[side] for side in SIDES]))
-    pictures = "".join(picture(path, raw) for path in images)
-    gold = f"<p>gold: <b>{html.escape(str(raw['answer_gt']))}</b>" if "answer_gt" in raw else ""
-    columns = [f"{pictures}<pre>{html.escape(raw['question'])}</pre>{html.escape(name)}{gold}"]
-    for side in SIDES:
-        start, rest = html.escape(raw[side][:same]), html.escape(raw[side][same:])
-        about = ", ".join(f"{key}: {value}" for key, value in meta_of(raw, side).items())
-        text = f"<pre>{start}<mark>{rest}</mark></pre>{html.escape(about)}"
-        columns.append(f"<h3>{side}</h3>{text}")
-    sections = "".join(
-        f'<section class="{part}">{column}</section>' for part, column in zip(PARTS, columns)
-    )
-    return f'<article data-set="{html.escape(name)}" data-kind="{kind}">{sections}</article>'
 
 
 def meta_of(raw: dict, side: str) -> dict:

@@ -73,30 +73,30 @@ def flops(cfg: TrainConfig, config: InternVLConfig, load: Load) -> tuple[int, in
     attention counts only pairs that see each other.
     """
     v, llm = config.vision, config.llm
-    d, wide = v.hidden_size, llm.hidden_size
-    patches = (config.tile_size // v.patch_size) ** 2
+    d, wide, patches = v.hidden_size, llm.hidden_size, (config.tile_size // v.patch_size) ** 2
     depth = config.select_layer % (v.num_hidden_layers + 1)
-    rows = load.tiles * (patches + 1)
-    patching = 2 * load.tiles * patches * 3 * v.patch_size**2 * d
-    vit = 2 * rows * depth * (4 * d * d + 2 * d * v.intermediate_size)
-    vit_attention = 4 * load.tiles * (patches + 1) ** 2 * d * depth
-    project = 2 * load.tiles * config.tokens_per_tile * (4 * d * wide + wide * wide)
+    block = depth * (4 * d * d + 2 * d * v.intermediate_size)
     q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     layer = wide * (q + 2 * kv) + q * wide + 3 * wide * llm.intermediate_size
-    decoder = 2 * load.tokens * llm.num_hidden_layers * layer
-    attention = 4 * load.pairs * q * llm.num_hidden_layers
-    head = 2 * load.scored * llm.vocab_size * wide
-    forward = patching + vit + vit_attention + project + decoder + attention + head
-
-    weights = {VISION: patching + vit, PROJECTOR: project, LANGUAGE: decoder + head}
-    through_vit = VISION in cfg.learning_parts
-    through_projector = through_vit or PROJECTOR in cfg.learning_parts
-    through_llm = through_projector or LANGUAGE in cfg.learning_parts
-    backward = sum(weights[part] for part in cfg.trained_parts)
-    backward += through_vit * (vit + 2 * vit_attention)
-    backward += through_projector * project
-    backward += through_llm * (decoder + head + 2 * attention)
-    return forward, backward
+    words = load.tokens * llm.num_hidden_layers * layer + load.scored * llm.vocab_size * wide
+    project = config.tokens_per_tile * (4 * d * wide + wide * wide)
+    # in the order of forward: a part, its products with weights, those of its attention
+    work = (
+        (
+            VISION,
+            load.tiles * (patches + 1) * block,
+            2 * load.tiles * (patches + 1) ** 2 * d * depth,
+        ),
+        (PROJECTOR, load.tiles * project, 0),
+        (LANGUAGE, words, 2 * load.pairs * q * llm.num_hidden_layers),
+    )
+    forward = load.tiles * patches * 3 * v.patch_size**2 * d  # pixels, which get no gradient
+    backward, reached = forward * (VISION in cfg.trained_parts), False
+    for part, products, attention in work:
+        reached |= part in cfg.learning_parts  # by the gradient, on its way to what learns
+        forward += products + attention
+        backward += products * (part in cfg.trained_parts) + reached * (products + 2 * attention)
+    return 2 * forward, 2 * backward
 
 
 # dense bf16, without sparsity, from the vendor's data sheets
