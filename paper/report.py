@@ -18,13 +18,9 @@ from typing import Any
 from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 from tools import figures
 
-PAPER = {  # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7 of 2411.10442
-    "base": (59.3, 57.0), "SFT": (65.7, 68.5), "DPO": (75.8, 72.7), "RSO": (74.2, 74.3),
-    "IPO": (72.8, 73.1), "cDPO": (76.2, 76.8), "RobustDPO": (75.1, 74.2), "BCO": (78.1, 78.4),
-    "SPPO": (66.2, 67.4), "AOT": (76.7, 76.0), "TR-DPO": (75.9, 66.8), "ORPO": (66.6, 73.9),
-    "DPO+": (76.4, 78.9), "cDPO+": (71.6, 74.2), "RobustDPO+": (76.5, 78.0), "BCO+": (77.4, 78.4),
-    "AOT+": (76.3, 78.0), "MPO": (77.7, 79.1),
-}  # fmt: skip
+# row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7 of 2411.10442
+TABLE = read_json(Path(__file__).parent.parent / "tools/rows.json")
+PAPER = {row: tuple(about["M3CoT"]) for row, about in TABLE.items()}
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
 MEASURES = (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift")

@@ -13,39 +13,21 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
 from config import load_config
 from losses import parse_objective
-from runtime import InputError, Process, parse_cli, read_whole_lines, write_atomic
+from runtime import InputError, Process, parse_cli, read_json, read_whole_lines, write_atomic
 from tools.figures import curve_panels, text_table
 from tools.mine import register_file
 from train import TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
 
 # Tables 6 and 7 of the paper.  It gives beta 0.1 and nothing else per row: label smoothing 0.1 for
 # cDPO and RobustDPO, and TR-DPO's period and mix (TRL 0.10's), are our choice.
-ROWS: dict[str, dict[str, Any]] = {
-    "SFT": {"loss": "sft"},
-    "DPO": {"loss": "dpo"},
-    "RSO": {"loss": "rso"},
-    "IPO": {"loss": "ipo"},
-    "cDPO": {"loss": "cdpo", "label_smoothing": 0.1},
-    "RobustDPO": {"loss": "robust", "label_smoothing": 0.1},
-    "BCO": {"loss": "bco"},
-    "SPPO": {"loss": "sppo"},
-    "AOT": {"loss": "aot"},
-    "TR-DPO": {"loss": "dpo", "reference": "online", "reference_update_every": 64},
-    "ORPO": {"loss": "orpo"},
-    "DPO+": {"loss": "dpo+sft"},
-    "cDPO+": {"loss": "cdpo+sft", "label_smoothing": 0.1},
-    "RobustDPO+": {"loss": "robust+sft", "label_smoothing": 0.1},
-    "BCO+": {"loss": "bco+sft"},
-    "AOT+": {"loss": "aot+sft"},
-    "MPO": {"loss": "mpo"},
-}
+TABLE = read_json(Path(__file__).with_name("rows.json"))
+ROWS = {row: about["flags"] for row, about in TABLE.items() if "flags" in about}
 SHOWN = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nll".split()
 SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
 
