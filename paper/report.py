@@ -10,7 +10,6 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,55 +267,17 @@ def draw_rows(lines: list[dict]) -> bytes:
 # --------------------------------------------------------------------------- text
 
 
-def show(x: float | None, spread: float | None = None, form: str = ".1f") -> str:
-    if x is None:
+def show(line: dict, key: str, spread: str = "", form: str = ".1f") -> str:
+    """A number of a line of results.json, ± another one; - where there is none."""
+    number, half = line.get(key), line.get(spread)
+    if number is None:
         return "-"
-    return f"{x:{form}}" if spread is None else f"{x:{form}} ± {spread:{form.lstrip('+')}}"
-
-
-def column(key: str, spread: str = "", form: str = ".1f") -> Callable[[dict], str]:
-    """A cell that shows a number of its line."""
-    return lambda line: show(line.get(key), line.get(spread), form)
-
-
-# tables: header -> the cell of a line of results.json
-ROW_TABLE: dict[str, Callable[[dict], object]] = {
-    "row": lambda line: line["row"],
-    "Direct": column("direct", "direct_std"),
-    "CoT": column("cot", "cot_std"),
-    "gap": column("gap", form="+.1f"),
-    "CoT - base": column("cot_minus_base", "cot_minus_base_half", "+.1f"),
-    "CoT - SFT": column("cot_minus_SFT", "cot_minus_SFT_half", "+.1f"),
-    "CoT - MPO": column("cot_minus_MPO", "cot_minus_MPO_half", "+.1f"),
-    "malformed": column("malformed"),
-    "made up": column("mentions"),
-    "chosen shift": column("chosen_shift", form="+.2f"),
-    "lr": lambda line: line["flags"].get("lr", "-"),
-    "seeds": lambda line: len(line["seeds"]),
-    "paper Direct": lambda line: show(line["paper"] and line["paper"][0]),
-    "paper CoT": lambda line: show(line["paper"] and line["paper"][1]),
-}
-CLAIM_TABLE: dict[str, Callable[[dict], object]] = {
-    "claim": lambda line: f"{'open question: ' if line['open'] else ''}{line['claim']}",
-    "needed": lambda line: line["needed"],
-    "mean": column("number", "half", "+.1f"),
-    "each seed": lambda line: ", ".join(f"{value:+.1f}" for value in line["values"].values()),
-    "holds on": holds_on,
-    "verdict": lambda line: line["verdict"],
-    "beside the committed seeds": among,
-}
-
-
-def table(columns: dict[str, Callable[[dict], object]], lines: list[dict]) -> str:
-    """Markdown; a column that no line fills is left out."""
-    cells = {header: [cell(line) for line in lines] for header, cell in columns.items()}
-    filled = {header: column for header, column in cells.items() if any(column)}
-    return figures.markdown_table(list(filled), zip(*filled.values()))
+    return f"{number:{form}}" + ("" if half is None else f" ± {half:{form.lstrip('+')}}")
 
 
 def headline(lines: list[dict], claims: list[dict]) -> str:
     """The story in some words, with its own figures."""
-    accuracy = {line["row"]: f"{show(line['direct'])} / {show(line['cot'])} %" for line in lines}
+    accuracy = {line["row"]: f"{show(line, 'direct')} / {show(line, 'cot')} %" for line in lines}
     trained = [f"{accuracy[row]} ({row})" for row in ("SFT", "DPO", "MPO") if row in accuracy]
     verdicts = [line["verdict"] for line in claims if not line["open"]]
     return (
@@ -334,24 +295,15 @@ def write_report(folder: Path) -> str:
         text = json.dumps(results_of(folder), indent=1) + "\n"
         write_atomic(folder / "results.json", text)
     results = read_json(folder / "results.json")
-    seconds = results["about"].get("seconds", {})
-    ablations = "## Ablations (Figure 4)\n\n" + table(ROW_TABLE, results["ablations"])
-    blanks = {  # of page.md
-        "seeds": ", ".join(map(str, results["about"]["seeds"])),
-        "took": "".join(f", {what} {s / 60:.0f} minutes" for what, s in seconds.items()),
-        "claims": table(CLAIM_TABLE, results["claims"]),
-        "spearman": show(results["orderings"]["spearman"], form=".2f"),
-        "rows": table(ROW_TABLE, results["rows"]),
-        "ablations": ablations if results["ablations"] else "",
-    }
-    page = (Path(__file__).parent / "page.md").read_text()
-    markdown = page.format_map(results | blanks).rstrip() + "\n"
+    functions = {"show": show, "holds_on": holds_on, "among": among}
+    text = figures.render(Path(__file__).parent / "page.md", **results, **functions)
+    markdown = text.rstrip() + "\n"
     write_atomic(folder / "world.png", draw_world())
     write_atomic(folder / "claims.png", draw_claims(results["claims"]))
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))
     write_atomic(folder / "report.md", markdown)
     body = figures.markdown_html(markdown, folder)
-    write_atomic(folder / "report.html", figures.page("The paper in miniature", body=body))
+    write_atomic(folder / "report.html", figures.page("The paper in miniature", body))
     return markdown
 
 

@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from runtime import Failure
+from tools import gpu_check, gpu_parts
 from tools.gpu_check import PARTS, run_case
 from tools.gpu_parts import Row
 
@@ -67,3 +69,23 @@ def test_a_case_that_fails_is_a_row_after_those_that_it_gave(part, limit, words,
     with capfd.disabled():  # so that a traceback goes to the log
         rows = run_case(tmp_path, part, "8b", limit, tmp_path / "log")
     assert rows == [Row("before", 1.0), Row(words, None, "", "FAIL")]
+
+
+def calm(case):
+    yield Row("after", 2.0)
+
+
+def test_the_next_part_runs_after_one_that_fails(tmp_path, monkeypatch, capfd):
+    parts = {"crash": crash, "hang": hang, "calm": calm, "make_world": calm}
+    for name, part in parts.items():
+        monkeypatch.setattr(gpu_parts, name, part, raising=False)
+    limits = {"crash": (30, ("8b",)), "hang": (1, ("8b",)), "calm": (30, ("8b",))}
+    monkeypatch.setattr(gpu_check, "PARTS", limits)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    with capfd.disabled(), pytest.raises(Failure, match="2 of 5 rows failed"):
+        gpu_check.main()
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["part"], row["verdict"]) for row in rows] == [
+        ("crash", "measured"), ("crash", "FAIL"), ("hang", "measured"), ("hang", "FAIL"),
+        ("calm", "measured"),
+    ]  # fmt: skip

@@ -34,6 +34,7 @@ def png(figure: Any, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
+TEMPLATES = Path(__file__).parent / "templates"
 Panels = dict[str, dict[str, tuple[list[dict], str]]]  # title -> label -> (rows of a run, metric)
 PENS = tuple(product(("-", "--", ":", "-."), (f"C{number}" for number in range(10))))
 
@@ -99,16 +100,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page(title: str, template: str = "page.html", **values: Any) -> str:
-    """One self-contained HTML page: a file of templates/ with these values, which are escaped.
-
-    page.html puts in `body` as it is: HTML already.
-    """
+def render(template: Path, **values: Any) -> str:
+    """A Jinja template filled in; what goes into HTML is escaped."""
     import jinja2  # noqa: PLC0415  (comes with torch)
 
-    files = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    pages = jinja2.Environment(loader=files, autoescape=True, keep_trailing_newline=True)
-    return pages.get_template(template).render(title=title, **values)
+    files = jinja2.FileSystemLoader([template.parent, TEMPLATES])
+    pages = jinja2.Environment(
+        loader=files, autoescape=template.suffix == ".html", trim_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return pages.get_template(template.name).render(values)
+
+
+def page(title: str, body: str) -> str:
+    """One self-contained HTML page; `body` is HTML already."""
+    return render(TEMPLATES / "page.html", title=title, body=body)
 
 
 def inline_image(data: bytes, kind: str = "png", alt: str = "") -> str:

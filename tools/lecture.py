@@ -64,7 +64,7 @@ def main() -> None:
         else:
             body += [f"<pre>{html.escape(text)}</pre>", output_html(next(outputs))]
     title = cells[0][1].partition("\n")[0].lstrip("# ")
-    write_atomic(cfg.out, page(title, body="\n".join(body)))
+    write_atomic(cfg.out, page(title, "\n".join(body)))
     print(f"wrote {cfg.out}")
 
 

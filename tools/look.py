@@ -73,7 +73,7 @@ from data import encode_tree, epoch_order, seeded
 from images import load_image
 from records import DataSet, in_order, read_meta
 from tokenizer import IMAGE, Tokenizer, load_tokenizer
-from tools.figures import inline_image, page, text_table
+from tools.figures import TEMPLATES, inline_image, render, text_table
 
 PARTS = ("question", "chosen", "rejected")
 SIDES = PARTS[1:]
@@ -201,7 +201,8 @@ def write_page(cfg: ShowConfig) -> None:
             })  # fmt: skip
     choices = sorted({card[name] for card in cards for name in ("set", "kind")})
     title = f"{len(cards)} preference pairs"
-    write_atomic(cfg.out, page(title, "pairs.html", cards=cards, choices=choices))
+    pages = render(TEMPLATES / "pairs.html", title=title, cards=cards, choices=choices)
+    write_atomic(cfg.out, pages)
     print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
 
 
