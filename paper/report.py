@@ -124,37 +124,17 @@ def orderings(lines: list[dict]) -> dict:
 # --------------------------------------------------------------------------- claims
 
 
-# text, one minus other (each "row measure"), what the difference must be
-CLAIMS = (
-    ("The base answers worse with a chain of thought than directly (CoT - Direct)",
-     "base cot", "base direct", "<= -5"),
-    ("MPO improves chain of thought (CoT, MPO - base)", "MPO cot", "base cot", ">= +12"),
-    ("MPO beats SFT on the chosen answers (CoT, MPO - SFT)", "MPO cot", "SFT cot", ">= +2"),
-    ("MPO beats DPO (CoT, MPO - DPO)", "MPO cot", "DPO cot", ">= +8"),
-    ("MPO keeps the format of answers (malformed answers, %, worse of the two settings)",
-     "MPO malformed", None, "<= +2"),
-    ("DPO lowers the log-prob of chosen answers more than MPO (DPO - MPO, nats)",
-     "DPO chosen_shift", "MPO chosen_shift", "<= +0"),
-    ("DropoutNTP: rejected answers make up twice what chosen ones do (mentions, %, rejected "
-     "- 2 x chosen)", "pairs twice", None, ">= +0"),
-)  # fmt: skip
-NTP = "DropoutNTP pairs lower hallucination (made-up mentions, %, MPO+NTP - "
-OPEN_QUESTIONS = (  # not expected of a toy
-    ("After MPO a chain of thought is better than a direct answer (CoT - Direct)",
-     "MPO cot", "MPO direct", ">= +0"),
-    (f"{NTP}MPO)", "MPO+NTP mentions", "MPO mentions", "<= +0"),
-    (f"{NTP}base)", "MPO+NTP mentions", "base mentions", "<= +0"),
-)  # fmt: skip
+# each: "one" minus "other", both "row measure", and what that must be; open: not expected of a toy
+CLAIMS = read_json(Path(__file__).with_name("claims.json"), list)
 
 
-def judge(numbers: dict, claim: tuple) -> dict:
+def judge(numbers: dict, claim: dict) -> dict:
     """The claim's line of results.json.  It is decided where the whole interval is on one side."""
-    text, one, other, needed = claim
-    values = paired(numbers, one, other)
+    values = paired(numbers, claim["one"], claim["other"])
     mean, _, half = over_seeds(values)
     line = {
-        "claim": text, "needed": needed, "bound": float(needed[2:]),
-        "open": claim in OPEN_QUESTIONS,
+        "claim": claim["claim"], "needed": claim["needed"], "bound": float(claim["needed"][2:]),
+        "open": claim["open"],
         "values": {seed: number for seed, (number, _) in values.items()},
         "questions": {seed: own for seed, (_, own) in values.items()},
         "number": mean, "half": half, "holds": None, "verdict": "undecided",
@@ -191,7 +171,7 @@ def results_of(folder: Path) -> dict:
     about, rows, numbers, pairs = collect(folder)
     lines = [row_line(numbers, row, flags) for row, flags in rows.items()]
     plain = [line for line in lines if "study" not in line]
-    claims = [judge(numbers, claim) for claim in CLAIMS + OPEN_QUESTIONS]
+    claims = [judge(numbers, claim) for claim in CLAIMS]
     claims = [line for line in claims if line["values"]]
     if len(about["seeds"]) == 1:
         committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
