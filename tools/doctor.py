@@ -8,7 +8,7 @@ where they are there the run's config.json, its weights, the start weights and, 
 pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
 same rules after every step (`diagnose`).
 
-A rule is a function; its docstring is what the user is told.
+A rule is a function; illnesses.json holds what a finding means, what to try, and the source.
 """
 
 import json
@@ -78,22 +78,17 @@ class Case:
 
 
 # --------------------------------------------------------------------------- illnesses
-# Each: the case -> what was seen, in numbers; None where it is healthy or cannot be told.
+# A rule each: the case -> what was seen, in numbers; None where it is healthy or cannot be told.
+WORDS = read_json(Path(__file__).with_name("illnesses.json"))
 
 
 def loss_is_0(case: Case) -> str | None:
-    """No response token is scored, or the weights are NaN and the framework prints 0.
-    Try: look at a pair's labels (tools/look.py show): is the prompt too long?  Train in bf16.
-    Source: OpenGVLab/InternVL issues 889 (MPO) and 802 (after a NaN gradient)."""
     zeros = [n for n, loss in enumerate(case.column("loss"), 1) if loss == 0]
     if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
         return f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]}"
 
 
 def stuck(case: Case) -> str | None:
-    """All log-ratios are 0 after warm-up: nothing is trained, or the reference is the policy.
-    Try: check that parameters require gradients and that the reference is a copy of its own.
-    Source: huggingface/trl issue 1311."""
     rows = case.rows[-max(5, case.total // 20) :]
     rewards = [row.get(f"rewards/{side}", 1) for row in rows for side in ("chosen", "rejected")]
     if len(case.rows) > max(3, case.total // 10) and not any(rewards):
@@ -101,9 +96,6 @@ def stuck(case: Case) -> str | None:
 
 
 def no_weight_moved(case: Case) -> str | None:
-    """The run ended as it began.
-    Try: a run of one step has only the warm-up's first rate, 0: take more steps, or --warmup 0.
-    Source: transformers' get_cosine_schedule_with_warmup, as in the official scripts."""
     for name in ("lr", "grad_norm"):
         values = case.column(name)
         if values and not any(values) and len(case.rows) == case.total:
@@ -113,9 +105,6 @@ def no_weight_moved(case: Case) -> str | None:
 
 
 def weights_lost(case: Case) -> str | None:
-    """Weights or gradients are 0, NaN or infinite: what the model writes is noise.
-    Try: bf16 instead of fp16, a lower rate; under ZeRO-3 gather the weights before saving.
-    Source: OpenGVLab/InternVL issues 1217 (all 0 after MPO) and 1043."""
     for name in ("loss", "grad_norm", "nll"):
         bad = [n for n, value in enumerate(case.column(name), 1) if not math.isfinite(value)]
         if bad:
@@ -133,26 +122,18 @@ def weights_lost(case: Case) -> str | None:
 
 
 def slide(case: Case) -> str | None:
-    """The chosen reward falls while the margin grows: DPO only asks that rejected falls faster.
-    Try: +sft or more of bco, a lower rate, fewer epochs.
-    Source: MPO paper, section 4.1; eric-mitchell/direct-preference-optimization issue 32."""
     (first, last), (margin, wider) = case.ends("rewards/chosen"), case.ends("rewards/margin")
     if last <= min(-0.1, first - 0.1) and wider >= margin + 0.05:
         return f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
 
 
 def forgetting(case: Case) -> str | None:
-    """The NLL of chosen responses rises: the model unlearns to write them.
-    Try: a lower rate, or +sft.  Source: MPO paper, eq. 8; arXiv:2404.19733."""
     first, last = case.ends("nll")
     if last > 1.2 * first + 0.05:
         return f"NLL {first:.3f} -> {last:.3f}"
 
 
 def too_easy(case: Case) -> str | None:
-    """Chosen and rejected may differ by a surface mark, which is learned instead of the answer.
-    Try: look at some (tools/look.py show); sample both sides from one model with one prompt.
-    Source: hiyouga/LlamaFactory issue 5321; OpenGVLab/InternVL issue 1217."""
     accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
     for n in range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0):
         if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98:
@@ -161,9 +142,6 @@ def too_easy(case: Case) -> str | None:
 
 
 def not_learning(case: Case) -> str | None:
-    """Chosen and rejected are told apart no better than by a coin.
-    Try: a higher rate, more steps; check that chosen and rejected are not mixed up.
-    Source: TRL's DPOTrainer, logged metrics: rewards/accuracies should rise above 0.5."""
     accuracy, (_, margin) = case.column("rewards/accuracy"), case.ends("rewards/margin")
     late = accuracy[len(accuracy) // 2 :]
     if len(accuracy) >= 20 and 0.42 < fmean(late) < 0.58 and abs(margin) <= 0.05:
@@ -171,26 +149,18 @@ def not_learning(case: Case) -> str | None:
 
 
 def margin_explosion(case: Case) -> str | None:
-    """Log-ratios of 100 nats and more at beta 0.1: the policy has left its reference.
-    Try: a lower rate, a higher beta, fewer epochs.  Source: huggingface/trl issue 1236."""
     margin, wider = case.ends("rewards/margin")
     if wider > 10:
         return f"margin {margin:.1f} -> {wider:.1f}"
 
 
 def always_clipped(case: Case) -> str | None:
-    """Every step is cut to one length and far below its own, and spikes cannot be told apart.
-    Try: --max_grad_norm above the median; give ipo and sppo a far smaller weight.
-    Source: arXiv:1211.5063."""
     limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
     if limit and len(norms) >= 10 and min(norms) > limit and median(norms) > 10 * limit:
         return f"every gradient norm is above {limit:g}, their median is {median(norms):.3g}"
 
 
 def length_bias(case: Case) -> str | None:
-    """Sums of log-probs reward length itself: answers will grow or shrink.
-    Try: balance the lengths of the pairs; an objective of means (ipo, or simpo as your own).
-    Source: arXiv:2403.19159; eric-mitchell/direct-preference-optimization issue 35."""
     unit, chosen, rejected = "tokens", case.column("length/chosen"), case.column("length/rejected")
     if not (chosen and rejected):
         unit, chosen = "characters", [len(record.chosen) for record in case.records]
@@ -200,8 +170,6 @@ def length_bias(case: Case) -> str | None:
 
 
 def repeated_pairs(case: Case) -> str | None:
-    """Copies count more often than you may think, and are learned by heart.
-    Try: remove them, or lower repeat_time.  Source: arXiv:2107.06499."""
     copies = Counter((r.question, r.images, r.chosen, r.rejected) for r in case.records)
     pairs, again = len(case.records), len(case.records) - len(copies)
     if again > pairs / 20:
@@ -209,9 +177,6 @@ def repeated_pairs(case: Case) -> str | None:
 
 
 def shift_drifts(case: Case) -> str | None:
-    """All rewards move one way: BCO compares them with a mean that runs after them.
-    Try: +sft, or a lower rate.
-    Source: MPO paper, eq. 6 and 7; arXiv:2404.04656."""
     shifts, (first, last) = case.column("bco_shift"), case.ends("nll")
     late = shifts[len(shifts) // 2 :]
     one_way = len(shifts) >= 10 and late in (sorted(late), sorted(late, reverse=True))
@@ -222,9 +187,6 @@ def shift_drifts(case: Case) -> str | None:
 
 
 def learning_rate(case: Case) -> str | None:
-    """Later generations are trained with far smaller steps than InternVL2.
-    Try: the rate of the model's own script.
-    Source: config.RECIPES, after the official scripts; MPO paper, Figure 4."""
     model = case.model
     if not model or model.llm.hidden_size < 512 or case.flags.get("lora_rank"):
         return None  # a toy, or adapters, which take larger steps
@@ -245,9 +207,8 @@ def examine(case: Case) -> list[dict[str, str]]:
     findings = []
     for rule in ILLNESSES:
         if seen := rule(case):
-            meaning = re.split(" Try: | Source: ", " ".join(rule.__doc__.split()))
-            words = [rule.__name__.replace("_", " "), seen, *meaning]
-            findings.append(dict(zip(("name", "seen", "means", "try", "source"), words)))
+            name = rule.__name__.replace("_", " ")
+            findings.append({"name": name, "seen": seen} | WORDS[name])
     return findings
 
 
