@@ -13,7 +13,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -289,8 +288,8 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
         repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
         limit = entry.max_dynamic_patch or max_tiles
         sets.append(DataSet(name, root, lines, repeat, limit, entry.data_augment))
-    if notes and runtime.rank_and_world()[0] == 0:
-        print(*notes[:3], *["..."] * (len(notes) > 3), sep="\n", file=sys.stderr)
+    if notes:
+        runtime.say("\n".join(notes[:3] + ["..."] * (len(notes) > 3)))
     return sets
 
 

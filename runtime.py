@@ -5,7 +5,7 @@ A closed list, never "utils": a thing enters here when two rooms need it.
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
     Settings, EngineConfig           flags that several scripts have
     InputError, Failure, run         what people must know ends in one line
-    start_process, Process, all_of   the process group: always one, also alone
+    start_process, say, all_of       the process group: always one, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
     new_file, write_atomic           whole files or none
     AppendLog, read_whole_lines      whole lines or none
@@ -318,8 +318,7 @@ def printable(text: str) -> str:
 
 def first_to_tell(message: str) -> bool:
     """Whether no other process of the group has told this already; waits for none to answer."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_initialized():  # all ranks of a machine fail alike
+    if not (dist := group()):  # all ranks of a machine fail alike
         first = int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0
         time.sleep(0 if first else 3)  # torchrun stops all when one ends: the first tells before
         return first
@@ -336,31 +335,26 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Process:
-    """This process within the group."""
-
-    rank: int
-    world: int
-    device: Any  # torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def say(self, *words: Any) -> None:
-        """Print on rank 0 only, to stderr: stdout belongs to results."""
-        if self.is_main:
-            print(*words, file=sys.stderr, flush=True)
+def is_main() -> bool:
+    """Whether this process tells and writes what one must for all."""
+    return rank_and_world()[0] == 0
 
 
-ALONE = Process(0, 1, None)  # in no group
+def say(*words: Any) -> None:
+    """Print on rank 0 only, to stderr: stdout belongs to results."""
+    if is_main():
+        print(*words, file=sys.stderr, flush=True)
+
+
+def group() -> Any:
+    """torch.distributed where this process is in a group, else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_initialized() else None
 
 
 def all_of(here: bool) -> bool:
     """Whether it holds in every process of the group, if there is one; all wait for each other."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_initialized():
+    if not (dist := group()):
         return here
     import torch  # noqa: PLC0415  (see the module docstring)
 
@@ -382,29 +376,26 @@ def local_device() -> Any:
     return torch.device("cuda", number)
 
 
-def start_process(seed: int) -> Process:
-    """Join the process group (a group of one without torchrun), pick the device, seed torch."""
+def start_process(seed: int) -> Any:  # torch.device
+    """Join the process group (a group of one without torchrun), seed torch; this one's device."""
     import torch  # noqa: PLC0415  (see the module docstring)
     import torch.distributed as dist  # noqa: PLC0415
 
-    rank, world = rank_and_world()
     device, backend = local_device(), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if not dist.is_initialized():
-        alone = world == 1 and "MASTER_ADDR" not in os.environ
+    if not group():
+        alone = rank_and_world()[1] == 1 and "MASTER_ADDR" not in os.environ
         place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(backend, **place)
     torch.manual_seed(seed)
-    return Process(rank, world, device)
+    return device
 
 
 def stop_process() -> None:
     """Leave the process group, so that torchrun ends without a warning."""
-    import torch.distributed as dist  # noqa: PLC0415
-
-    if dist.is_initialized():
+    if dist := group():
         dist.destroy_process_group()
 
 
@@ -575,22 +566,21 @@ def claim(folder: Path, facts: dict[str, Any], remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(
-    folder: Path, seconds: float, remedy: str, process: Process = ALONE, name: str = ".lock"
-) -> Iterator[None]:
+def alone_in(folder: Path, seconds: float, remedy: str, name: str = ".lock") -> Iterator[None]:
     """One run at a time: wait `seconds` for another one that works in `folder`, then refuse.
 
-    The kernel lifts the lock when its process ends, however it ends.  All ranks vote again and
-    again: one that waited in a single collective would be taken for dead by NCCL.
+    The kernel lifts the lock when its process ends, however it ends.  Rank 0 takes it for its
+    group, and all vote again and again: one that waited in a single collective would be taken for
+    dead by NCCL.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "wb") as file:
         end, waiting = time.monotonic() + seconds, False
-        while not all_of(not process.is_main or _lock(file)):
+        while not all_of((group() and not is_main()) or _lock(file)):
             if all_of(time.monotonic() >= end):
                 raise InputError(f"{folder}: another run works there; wait for it, or {remedy}")
             if not waiting:
-                process.say(f"{folder}: waiting for another run that works there")
+                say(f"{folder}: waiting for another run that works there")
             waiting = True
             time.sleep(0.1)
         yield
@@ -615,5 +605,5 @@ def clock(seconds: float) -> str:
 
 def bar(items: Iterable | None = None, **options: Any) -> tqdm:
     """A bar of tqdm on rank 0; in a file or a pipe it is drawn every ten seconds."""
-    quiet = rank_and_world()[0] != 0
-    return tqdm(items, disable=quiet, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(items, disable=not is_main(), mininterval=seconds, **options)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import runtime
-from runtime import Failure, InputError, Process, flag, write_atomic
+from runtime import Failure, InputError, flag, is_main, rank_and_world, say, write_atomic
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,14 @@ FREE_FLAGS = set(
 # --------------------------------------------------------------------------- the loop
 
 
-def train(cfg: TrainConfig, process: Process) -> None:
+def train(cfg: TrainConfig, device: torch.device) -> None:
     """One run in its folder: data, policy, reference, the steps, the export."""
     weights.export_folder(cfg.out_dir / "model", cfg.model_dir)  # refused now, not at the end
     for folder in (cfg.model_dir, cfg.out_dir / "model"):
         if cfg.cache_folder.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"reference_cache lies in {folder}; pass a folder of its own")
-    with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir", process):
-        run = Run(cfg, process)
+    with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir"):
+        run = Run(cfg, device)
 
         for step in run.steps():
             number = step.number + 1
@@ -194,7 +194,7 @@ def train(cfg: TrainConfig, process: Process) -> None:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             if step.number == 0 and run.reference:
-                process.say(check_start(run, step))
+                say(check_start(run, step))
             logps = step_gradient(run, step)
             norm = clip_gradient(run)
             check_finite(run, step, logps, norm)
@@ -215,16 +215,16 @@ def train(cfg: TrainConfig, process: Process) -> None:
             run.keep(number, metrics, stop)
             if stop and number < run.total:
                 run.close()
-                process.say(f"asked to stop: saved step {number}; the same command continues")
+                say(f"asked to stop: saved step {number}; the same command continues")
                 return
         run.close()
         if not any(row["lr"] and row["grad_norm"] for row in run.rows):
             raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
         if best := best_row(run.rows):
-            process.say(f"best step by held-out pairs: {best['step']} of {run.total}")
+            say(f"best step by held-out pairs: {best['step']} of {run.total}")
         memory.merge_adapters(run.policy)
         weights.save_model(run.policy, cfg.out_dir / "model", like=cfg.model_dir)
-        process.say(f"saved {cfg.out_dir / 'model'}: read back and equal to the trained policy")
+        say(f"saved {cfg.out_dir / 'model'}: read back and equal to the trained policy")
 
 
 class Run:
@@ -233,26 +233,26 @@ class Run:
     metrics.jsonl has one JSON object a step; a resumed run drops those past its checkpoint.
     """
 
-    def __init__(self, cfg: TrainConfig, process: Process) -> None:
+    def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
         from tools.plan import Meter, settle  # noqa: PLC0415  (a run tells its memory and speed)
         from tools.track import Tracker  # noqa: PLC0415  (and its troubles)
 
         config = load_config(cfg.model_dir)
-        asked = with_recipe(cfg, config, process.say)
-        self.process, self.terms = process, parse_objective(cfg.loss)
+        asked = with_recipe(cfg, config, say)
+        self.device, self.terms = device, parse_objective(cfg.loss)
         self.constants = {"beta": cfg.beta}
         if cfg.label_smoothing >= 0:
             losses.check_smoothing(self.terms)
             self.constants["label_smoothing"] = cfg.label_smoothing
-        self.data, self.heldout = open_data(asked, self.terms, process), None
+        self.data, self.heldout = open_data(asked, self.terms), None
         if cfg.heldout:
             sets = read_meta(cfg.heldout, cfg.max_tiles or config.max_tiles)
             self.heldout = replace(self.data, sets=sets, limit=0)
             self.heldout_number = int(self.heldout.digest(0)[:12], 16)  # a metric, of which pairs
             known = {s.lines.checksum for s in self.data.sets if len(s)}
             for name in (s.name for s in sets if s.lines.checksum in known):
-                process.say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
-        cfg = settle(asked, config, process.world, process.device, process.say)
+                say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
+        cfg = settle(asked, config, dist.get_world_size(), device, say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
         self.cfg, self.total = cfg, min(total, cfg.max_steps or total)
@@ -263,19 +263,19 @@ class Run:
                 "change: warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
             )
         if peak < cfg.lr:
-            process.say(f"lr {cfg.lr:g} is not reached: warm-up or decay is too long, {peak:g} is")
-        self.meter = Meter(cfg, config, process)
+            say(f"lr {cfg.lr:g} is not reached: warm-up or decay is too long, {peak:g} is")
+        self.meter = Meter(cfg, config, device)
 
-        self.policy = sharded_model(cfg, process, cfg.drop_path)
+        self.policy = sharded_model(cfg, device, cfg.drop_path)
         self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()
         self.reference = make_reference(self)
         moving = self.reference.model if cfg.reference_update_every else None
         self.tensors = state_tensors(self.policy, self.optimizer, moving)
         self.facts = run_facts(self)
         self.done = self.restore()
-        process.say(f"{self.done} of {self.total} steps are done")
+        say(f"{self.done} of {self.total} steps are done")
 
-        background = switched_on(cfg.async_save, process.device)
+        background = switched_on(cfg.async_save, device)
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
@@ -283,11 +283,11 @@ class Run:
         scored = {r["heldout/digest"] for r in self.rows if "heldout/digest" in r}
         if self.heldout and scored - {self.heldout_number}:
             raise InputError(f"{path} has rows of other held-out pairs; pass those again, or none")
-        if process.is_main:
+        if is_main():
             write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self.log = runtime.AppendLog(path)
-        self.tracker, self.began = Tracker(cfg, self.rows, self.total, process), time.time()
+        self.tracker, self.began = Tracker(cfg, self.rows, self.total), time.time()
 
     @property
     def hyper(self) -> dict[str, float]:
@@ -312,24 +312,24 @@ class Run:
 
     def steps(self) -> Iterator[Step]:
         """The steps that are left, each made while the one before is computed."""
-        group, left = (self.process.rank, self.process.world), range(self.done, self.total)
-        for step in prefetch(self.data.step(n, *group) for n in left):
+        left = range(self.done, self.total)
+        for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
             for name in step.dropped:
-                self.process.say(f"dropped, longer than max_length {self.data.max_length}: {name}")
+                say(f"dropped, longer than max_length {self.data.max_length}: {name}")
             if step.pairs:
                 yield step
             else:
-                self.process.say(f"step {step.number + 1} is skipped: nothing is left of it")
+                say(f"step {step.number + 1} is skipped: nothing is left of it")
 
     def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
         """Log step `number` (from 1); save it if it is the last, the best or its turn."""
         cfg, last = self.cfg, stop or number == self.total
         self.rows.append({"step": number, **metrics})
-        if self.process.is_main:
+        if is_main():
             self.log.append(self.rows[-1])
         words = [f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in SHOWN if key in metrics]
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
-        self.process.say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
+        say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
         updates = int(next(iter(self.optimizer.state.values()))["step"])
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
@@ -342,7 +342,7 @@ class Run:
 
     def close(self) -> None:
         self.writer.finish()
-        if self.process.is_main:
+        if is_main():
             self.log.close()
 
 
@@ -361,12 +361,13 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     return replace(cfg, **settings)
 
 
-def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
+def open_data(cfg: TrainConfig, terms: Terms) -> PairData:
     """The pairs of cfg.meta in the order of a run; says how many each data set has."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
-    if cfg.batch_size % process.world or process.world % cfg.replicate:
+    world = dist.get_world_size()
+    if cfg.batch_size % world or world % cfg.replicate:
         raise InputError(
-            f"{process.world} processes: batch_size must be a multiple of them (it is "
+            f"{world} processes: batch_size must be a multiple of them (it is "
             f"{cfg.batch_size}), and they must divide into --replicate {cfg.replicate} groups"
         )
     tokenizer.check_vocabulary(config.llm.vocab_size)
@@ -377,7 +378,7 @@ def open_data(cfg: TrainConfig, terms: Terms, process: Process) -> PairData:
     data = PairData(sets, tokenizer, config, only_chosen=only_chosen, **flags)
     drawn = np.bincount(data.order(0)[:, 0], minlength=len(sets))
     for data_set, count in zip(sets, drawn):
-        process.say(f"{cfg.meta}: {data_set.name}: {len(data_set)} records, {count} an epoch")
+        say(f"{cfg.meta}: {data_set.name}: {len(data_set)} records, {count} an epoch")
     return data
 
 
@@ -398,7 +399,7 @@ def state_dtype(cfg: TrainConfig) -> torch.dtype:
 
 
 def sharded_model(
-    cfg: TrainConfig, process: Process, drop_path: float, trained: bool = True
+    cfg: TrainConfig, device: torch.device, drop_path: float, trained: bool = True
 ) -> InternVL:
     """The model of cfg.model_dir, FSDP-sharded block by block, weights streamed into the shards.
 
@@ -406,8 +407,8 @@ def sharded_model(
     """
     dtype = state_dtype(cfg) if trained else torch.float32  # TR-DPO's small steps need float32
     model = prepare(weights.empty_model(cfg.model_dir, drop_path).to(dtype), cfg, trained)
-    shard(model, cfg, process)
-    model.to_empty(device=process.device)
+    shard(model, cfg, device)
+    model.to_empty(device=device)
     weights.load_weights(model, cfg.model_dir)
     memory.start_adapters(model, cfg.seed)
     return model.train(trained)
@@ -440,22 +441,22 @@ def compile_blocks(model: InternVL, **options: Any) -> None:
         block.compile(**options)
 
 
-def shard(model: InternVL, cfg: TrainConfig, process: Process) -> None:
+def shard(model: InternVL, cfg: TrainConfig, device: torch.device) -> None:
     """FSDP over the processes: each block is gathered alone, all the rest together.
 
     One process alone needs it only to compute in another dtype than that of the weights.
     """
-    dtype = compute_dtype(cfg, process.device)
-    if switched_on(cfg.compile, process.device):
+    dtype, world = compute_dtype(cfg, device), dist.get_world_size()
+    if switched_on(cfg.compile, device):
         compile_blocks(model)
-    if process.world == 1 and dtype is next(model.parameters()).dtype:
+    if world == 1 and dtype is next(model.parameters()).dtype:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415 (a second)
 
-    shape, names = (process.world,), ("shard",)
+    shape, names = (world,), ("shard",)
     if cfg.replicate > 1:
-        shape, names = (cfg.replicate, process.world // cfg.replicate), ("replicate", "shard")
-    mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
+        shape, names = (cfg.replicate, world // cfg.replicate), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     if cfg.sync == "step" and any(p.requires_grad for p in model.parameters()):
@@ -486,7 +487,7 @@ def reduce_gradients(run: Run, now: bool) -> None:
     if not weights.is_sharded(run.policy):
         return
     if run.cfg.sync == "step":
-        run.policy.set_requires_gradient_sync(now or run.process.world == 1)
+        run.policy.set_requires_gradient_sync(now or dist.get_world_size() == 1)
         run.policy.set_reshard_after_backward(now)
     else:
         run.policy.set_requires_all_reduce(now)
@@ -529,7 +530,7 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
         return CachedReference(run)
     if cfg.lora_rank:
         return OnlineReference(run.policy)
-    return OnlineReference(sharded_model(cfg, run.process, 0.0, trained=False))
+    return OnlineReference(sharded_model(cfg, run.device, 0.0, trained=False))
 
 
 class OnlineReference:
@@ -562,14 +563,14 @@ class CachedReference:
     """
 
     def __init__(self, run: Run) -> None:
-        self.cfg, self.folder, self.process = run.cfg, run.cfg.cache_folder, run.process
-        if self.process.is_main:
-            facts = cache_facts(self.cfg, self.process.device)
+        self.cfg, self.folder, self.device = run.cfg, run.cfg.cache_folder, run.device
+        if is_main():
+            facts = cache_facts(self.cfg, self.device)
             runtime.claim(self.folder, facts, "pass another --reference_cache")
         wanted = [(run.data, run.total)]
         if run.heldout:
             wanted.append((run.heldout, run.heldout.steps_per_epoch))
-        with runtime.alone_in(self.folder, math.inf, "end it", self.process, ".scoring"):
+        with runtime.alone_in(self.folder, math.inf, "end it", ".scoring"):
             self.read()  # another run may have scored them meanwhile
             for data, steps in wanted:
                 mark = self.folder / f"covers-{data.digest(steps)}.json"
@@ -577,7 +578,7 @@ class CachedReference:
                     with scoring(run.policy):
                         self.score_missing(run.policy, data, steps)
                     self.read()
-                    if self.process.is_main:
+                    if is_main():
                         write_atomic(mark, json.dumps({"steps": steps}))
 
     def read(self) -> None:
@@ -601,7 +602,7 @@ class CachedReference:
 
         Processes score in rounds of a pack each; one that has none left takes part with a blank.
         """
-        rank, world = self.process.rank, self.process.world
+        rank, world = rank_and_world()
         pairs, size = data.distinct_rows(steps), data.batch_size
         starts = range(rank * size, len(pairs), world * size)
         starts = runtime.bar(starts, desc="reference", unit="step", unit_scale=world)
@@ -610,7 +611,7 @@ class CachedReference:
         packs, blank = prefetch(map(data.build, trees)), data.build([BLANK])
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
         while not runtime.all_of((pack := next(packs, None)) is None):
-            pack = (pack or blank).to(self.process.device)
+            pack = (pack or blank).to(self.device)
             sums, lengths = score(policy, pack, self.cfg)
             rows = zip(pack.keys, sums.tolist(), lengths.int().tolist())
             for key, logp, length in rows if pack.names else ():
@@ -618,7 +619,7 @@ class CachedReference:
                 part.append(row | {"checksum": checksum(row)})
             if asked_to_stop():
                 part.close()
-                self.process.say("asked to stop: scores are kept; the same command continues")
+                say("asked to stop: scores are kept; the same command continues")
                 raise SystemExit(0)
         part.close()
         dist.barrier()
@@ -633,7 +634,7 @@ class CachedReference:
                 f"{self.folder} lacks log-probs of responses in {', '.join(pack.names)}: an image "
                 "or the tokenizer has changed since; delete covers-*.json there and start again"
             )
-        return torch.from_numpy(logps).to(self.process.device)
+        return torch.from_numpy(logps).to(self.device)
 
 
 def checksum(row: dict) -> str:
@@ -686,8 +687,8 @@ def run_facts(run: Run) -> dict[str, str]:
     facts |= {"schedule": "constant" if cfg.decay >= 0 else "cosine", "pairs": run.data.digest(0)}
     if cfg.mine:
         facts[f"content of {cfg.mine}"] = runtime.fingerprint([cfg.mine])
-    if run.process.is_main and (run.reference or cfg.lora_rank):  # read once, they are large
-        facts["start weights"] = cache_facts(cfg, run.process.device)["weights"]
+    if is_main() and (run.reference or cfg.lora_rank):  # read once, they are large
+        facts["start weights"] = cache_facts(cfg, run.device)["weights"]
     return facts
 
 
@@ -712,7 +713,7 @@ def step_gradient(run: Run, step: Step) -> PairLogps:
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
             loss = objective(run.terms, logps, **run.hyper)[0].sum() / step.pairs  # eq. 3
-        (loss * run.process.world).backward()
+        (loss * dist.get_world_size()).backward()
         scored.append((place, logps))
     return gather(run, step, scored)
 
@@ -730,7 +731,7 @@ def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
         seed = seeded(run.cfg.seed, "drop path", step.number, number).integers(2**62)
         torch.manual_seed(int(seed))
         reduce_gradients(run, now=pack is step.packs[-1][0])
-        pack = pack.to(run.process.device)
+        pack = pack.to(run.device)
         fixed = run.reference(pack, run.cfg) if run.reference else None
         sums, lengths = score(run.policy, pack, run.cfg)
         references = (None, None) if fixed is None else (fixed[pack.chosen], fixed[pack.rejected])
@@ -751,7 +752,7 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
         return losses.sum_by_response(logps, pack.response, pack.num_responses)
 
     compiled = switched_on(cfg.compile, pack.tree.device)
-    several = dist.is_initialized() and dist.get_world_size() > 1
+    several = rank_and_world()[1] > 1
     if pack.tiles is None and (several or "language_model" not in cfg.learning_parts):
         # tiles that no prompt shows, so that every process takes part in the same collectives and
         # the ViT gets a gradient, zero: small ones, or as compiled for; two, one is compiled apart
@@ -770,7 +771,7 @@ def gather(run: Run, step: Step, scored: Iterable[tuple[slice, PairLogps]]) -> P
     Each writes its own columns into zeros; adding zeros is exact, so the result does not depend on
     the number of processes.
     """
-    table = torch.zeros(6 if run.reference else 4, step.pairs, device=run.process.device)
+    table = torch.zeros(6 if run.reference else 4, step.pairs, device=run.device)
     for place, logps in scored:
         table[:, place] = torch.stack([x.detach() for x in vars(logps).values() if x is not None])
     dist.all_reduce(table)
@@ -809,7 +810,7 @@ def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
         return
     problem = f"loss is {loss.mean().item()}" if bad else f"gradient norm is {norm}"
     path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or step.records
-    if run.process.is_main:
+    if is_main():
         write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
     raise Failure(
         f"{problem} at step {number}; records: {'; '.join(records[:4])} ... all in {path}"
@@ -840,8 +841,8 @@ def step_metrics(run: Run, logps: PairLogps, sets: list[str]) -> dict[str, float
 def score_heldout(run: Run) -> dict[str, float]:
     """The metrics of all held-out pairs under the policy as it stands; nothing is trained."""
     scored, sets, dropped = [], [], 0
-    group, numbers = (run.process.rank, run.process.world), range(run.heldout.steps_per_epoch)
-    for step in prefetch(run.heldout.step(n, *group) for n in numbers):
+    numbers = range(run.heldout.steps_per_epoch)
+    for step in prefetch(run.heldout.step(n, *rank_and_world()) for n in numbers):
         dropped += len(step.dropped)
         sets += step.sets
         if step.pairs:
@@ -849,7 +850,7 @@ def score_heldout(run: Run) -> dict[str, float]:
                 scored.append(vars(score_step(run, step)).values())
     if not sets:
         raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.heldout.max_length}")
-    run.process.say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
+    say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
     metrics = step_metrics(run, PairLogps(*columns), sets)
     metrics |= {"pairs": len(sets), "dropped": dropped, "digest": run.heldout_number}
@@ -869,7 +870,7 @@ def check_start(run: Run, step: Step) -> str:
     """A fresh policy is its reference: every log-ratio is 0 and the loss is known beforehand."""
     with scoring(run.policy):
         logps = score_step(run, step)
-    compare_start(logps, compute_dtype(run.cfg, run.process.device) is torch.bfloat16)
+    compare_start(logps, compute_dtype(run.cfg, run.device) is torch.bfloat16)
     total, parts = objective(run.terms, logps, **run.hyper)
     words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
     return f"start check: rewards are 0, so the first loss is {total.mean():.4f} = {words}"
@@ -908,16 +909,16 @@ def asked_to_stop() -> bool:
 
 
 @contextlib.contextmanager
-def in_group(seed: int) -> Iterator[Process]:
-    """A process of the group, which a signal asks to stop, and whose peers may die."""
-    process = runtime.start_process(seed)
+def in_group(seed: int) -> Iterator[torch.device]:
+    """A process of the group, its device; a signal asks it to stop, and its peers may die."""
+    device = runtime.start_process(seed)
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
     try:
-        yield process
+        yield device
         runtime.stop_process()  # not after an error: it would wait for peers in a collective
     except RuntimeError as error:
-        if process.world > 1 and (
+        if dist.get_world_size() > 1 and (
             isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         ):
             raise Failure(
@@ -952,13 +953,13 @@ def main() -> None:
         else:
             run_bench(cfg, config)
         return
-    with in_group(cfg.seed) as process:
+    with in_group(cfg.seed) as device:
         if cfg.loss == "all":
             from tools.sweep import train_rows  # noqa: PLC0415
 
-            train_rows(cfg, own, process)
+            train_rows(cfg, own, device)
         else:
-            train(cfg, process)
+            train(cfg, device)
 
 
 if __name__ == "__main__":

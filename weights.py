@@ -31,7 +31,7 @@ import runtime
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
 from model import InternVL
-from runtime import Failure, InputError, all_of, read_json, write_atomic
+from runtime import Failure, InputError, all_of, is_main, read_json, write_atomic
 from tokenizer import TOKENIZERS, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -198,10 +198,6 @@ def load_model(
 # --------------------------------------------------------------------------- writing
 
 
-def is_writer() -> bool:
-    return runtime.rank_and_world()[0] == 0
-
-
 def barrier() -> None:
     all_of(True)
 
@@ -219,7 +215,7 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
     folder appears whole or not at all, and is read back and compared before this returns.
     """
     with new_export(export_folder(out_dir, like)) as partial:
-        if is_writer():
+        if is_main():
             copy_small_files(Path(like), partial)
         write_weights(model, Path(like), partial)
         barrier()
@@ -240,11 +236,11 @@ def write_weights(model: InternVL, like: Path, partial: Path) -> None:
                 full = whole(parameters[name])  # every process takes part
                 if not is_finite(full):
                     raise Failure(f"{name} holds NaN or infinity, so the model is not written")
-                if is_writer():
+                if is_main():
                     rows = split_stored(full, pieces[name])[stored]
                     shard[stored] = rows.to("cpu", DTYPES[f.get_slice(stored).get_dtype()])
             metadata = f.metadata() or {"format": "pt"}
-        if is_writer():
+        if is_main():
             write_tensors(shard, partial / path.name, metadata=metadata)
 
 
@@ -275,7 +271,7 @@ def new_export(out_dir: Path) -> Iterator[Path]:
     """A `new_folder` that lists its files in the end, so that the next export may replace it."""
     with new_folder(out_dir.with_name(f".{out_dir.name}.partial"), out_dir) as partial:
         yield partial
-        if is_writer():
+        if is_main():
             names = sorted(path.name for path in partial.iterdir())
             write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
 
@@ -287,14 +283,14 @@ def new_folder(partial: Path, final: Path) -> Iterator[Path]:
     What stood there goes only once the new one is in place.  After an error nothing is left of it.
     """
     old = final.with_name(f".{final.name}.old")
-    if is_writer():
+    if is_main():
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
     barrier()
     try:
         yield partial
         barrier()
-        if is_writer():
+        if is_main():
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 os.replace(final, old)
@@ -302,7 +298,7 @@ def new_folder(partial: Path, final: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         barrier()
     finally:
-        if is_writer():
+        if is_main():
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -338,7 +334,7 @@ def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
     """
     meshes = [t.device_mesh for t in tensors.values() if is_sharded(t)]
     if not meshes:
-        return 0, 1, is_writer()
+        return 0, 1, is_main()
     *replica, number = meshes[0].get_coordinate()
     return number, meshes[0].size(-1), not any(replica)
 
@@ -397,10 +393,10 @@ class CheckpointWriter:
             yield writing
             if writing:
                 writing.result()
-            if is_writer():
+            if is_main():
                 write_atomic(partial / "state.json", json.dumps(state))
                 sign(partial / "state.json")
-        if is_writer():
+        if is_main():
             complete = sorted(complete_checkpoints(self.folder), key=lambda p: (p <= final, p))
             for old in complete[: -self.keep]:
                 shutil.rmtree(old)

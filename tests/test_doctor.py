@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from config import RECIPES
-from runtime import Process, run
+from runtime import run
 from tools import doctor
 from tools.doctor import diagnose
 from tools.track import Tracker
@@ -239,7 +239,7 @@ def test_an_illness_is_named_in_the_metrics_of_trl(name, tmp_path, capsys):
 
 def test_each_illness_is_said_once_while_the_run_goes_on(tmp_path, capsys):
     rows, cfg = [], TrainConfig(out_dir=tmp_path)
-    watch = Tracker(cfg, rows, STEPS, Process(0, 1, None))
+    watch = Tracker(cfg, rows, STEPS)
     for row in CURVES["forgetting"]:
         rows.append(row)
         watch()

@@ -117,8 +117,8 @@ def test_ctrl_c_saves_and_the_same_command_continues_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "step_metrics", interrupt)
         patch.setattr(train_module, "_STOP", [])
-        with train_module.in_group(cfg.seed) as process:
-            train(cfg, process)
+        with train_module.in_group(cfg.seed) as device:
+            train(cfg, device)
     for number, handler in before.items():
         signal.signal(number, handler)
     assert "asked to stop: saved step 1; the same command continues" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def asked_of(size, **flags):
 
 
 @pytest.fixture
-def process():
+def device():
     yield start_process(0)
     stop_process()
 
@@ -47,7 +47,7 @@ def process():
     "change",
     [{"recompute": "full"}, {"recompute": "off"}, {"recompute": "selective", "pack_tokens": 512}],
 )
-def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
+def test_the_plan_is_within_15_percent_of_the_measured_peak(change, device):
     flags = {"pack_tokens": 256, "head_rows": 64, "dtype": "fp32", "drop_path": 0.1}
     cfg, config = asked_of("toy", **flags | change)
     scored = cfg.pack_tokens // 8
@@ -58,7 +58,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(change, process):
     def two_steps():
         vision = replace(config.vision, drop_path_rate=cfg.drop_path)
         policy = prepare(InternVL(replace(config, vision=vision), 1), cfg).train()
-        shard(policy, cfg, process)
+        shard(policy, cfg, device)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         for packs in (1, 2):  # the second pack meets moments and gradients
             for _ in range(packs):

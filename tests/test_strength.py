@@ -41,7 +41,7 @@ from data import PairData, gather_questions, grow_bushes, lay_out, merge
 from memory import RandomRoundingAdamW, adapters, merge_adapters, start_adapters
 from model import InternVL, TreeAttention
 from records import read_meta
-from runtime import Failure, run, start_process, stop_process
+from runtime import Failure, run, say, start_process, stop_process
 from tokenizer import load_tokenizer
 from tools.bench import example_pack, example_tree
 from tools.export import ExportConfig, export
@@ -55,7 +55,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def process():
+def device():
     yield start_process(0)
     stop_process()
 
@@ -164,8 +164,7 @@ def test_a_pack_without_images_needs_no_tile_alone_and_two_small_ones_in_a_group
     model.vision_model.register_forward_pre_hook(lambda _, args: tiles.append(args[0].shape))
     alone, _ = score(model, pack, cfg)
     assert not tiles
-    monkeypatch.setattr("train.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("train.dist.get_world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     in_group, _ = score(model, pack, cfg)
     side = 2 * model.config.vision.patch_size
     assert tiles == [(2, 3, side, side)] and torch.equal(alone, in_group)
@@ -363,7 +362,7 @@ def test_each_decoder_trains_with_adapters_resumes_exports_and_goes_on_from_its_
     assert "text_config" in json.loads((tmp_path / "again/model/config.json").read_text())
 
 
-def test_merged_adapters_compute_what_they_did_apart(process, toy):
+def test_merged_adapters_compute_what_they_did_apart(device, toy):
     cfg = TrainConfig(lora_rank=3, lora_parts="both")
     model = prepare(load_model(toy / "model"), cfg)
     start_adapters(model, cfg.seed)
@@ -435,7 +434,7 @@ def test_loading_holds_one_tensor_beside_the_shard(tmp_path, toy):
 
 
 def load_within(cfg, limit):
-    process, peak = start_process(0), [0]
+    device, peak = start_process(0), [0]
     init_device_mesh("cpu", (2,))  # what gloo needs is not what is measured
     before, done = private_bytes(), threading.Event()
 
@@ -445,12 +444,12 @@ def load_within(cfg, limit):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = sharded_model(cfg, process, 0.0)
+    model = sharded_model(cfg, device, 0.0)
     done.set()
     watcher.join()
     held = sum(local(p).nbytes for p in model.parameters())
     assert held <= peak[0] + 10e6, "the watcher slept"
-    process.say(f"peak {peak[0] / 1e9:.3f} GB a process, its shard {held / 1e9:.3f} GB")
+    say(f"peak {peak[0] / 1e9:.3f} GB a process, its shard {held / 1e9:.3f} GB")
     stop_process()
     assert peak[0] <= limit, (peak[0], limit)
 

@@ -656,11 +656,11 @@ def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
 
 def two_wait_for_a_lock(folder):
     """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
-    process = start_process(0)
+    start_process(0)
     votes = []
     all_of = runtime.all_of
     runtime.all_of = lambda vote: votes.append(1) or all_of(vote)
-    with runtime.alone_in(folder, 30, "end it", process):
+    with runtime.alone_in(folder, 30, "end it"):
         assert len(votes) >= 5, votes
     stop_process()
 

@@ -196,7 +196,8 @@ def toy_config(flags: str) -> train.TrainConfig:
 
 
 def run_toy(cfg: train.TrainConfig, device: torch.device = DEVICE) -> Trained:
-    train.train(cfg, replace(start_process(cfg.seed), device=device))
+    start_process(cfg.seed)
+    train.train(cfg, device)
     stop_process()
     return results(cfg)
 
@@ -325,17 +326,18 @@ def tiles(case: str) -> Iterator[Row]:
 def mpo(case: str) -> Iterator[Row]:
     """A full MPO step at random weights: ten packs, gradient, clipping, AdamW."""
     size, *flags = case.split()
-    config, process = shape(size), replace(start_process(0), device=DEVICE)
+    config = shape(size)
+    start_process(0)
     flags += ["--pack_tokens", "80"] * TOY
     cfg = train.with_recipe(parse_cli(train.TrainConfig, flags), config, print)
     cfg = plan.settle(cfg, config, 1, DEVICE, print)
     try:
-        meter = plan.Meter(cfg, config, process)
+        meter = plan.Meter(cfg, config, DEVICE)
     except InputError as error:
         yield Row(str(error), None, "", "skipped")
         return
     policy = train.prepare(plan.meta_model(config), cfg).to(train.state_dtype(cfg))
-    train.shard(policy, cfg, process)
+    train.shard(policy, cfg, DEVICE)
     pair.add_noise(policy.to_empty(device=DEVICE).train())
     tree = pair.paper_tree(config, SHORTER)
     fit = max(1, cfg.pack_tokens // tree.size)
@@ -344,7 +346,7 @@ def mpo(case: str) -> Iterator[Row]:
     packs = [(pair.example_pack(config, trees), n, n * fit) for n in range(count)]
     step = train.Step(0, packs, count * fit, [trees] * count, [], [], [])
     zeros = lambda pack, cfg: torch.zeros(pack.num_responses, device=DEVICE)  # noqa: E731
-    run = SimpleNamespace(cfg=cfg, process=process, policy=policy, reference=zeros)
+    run = SimpleNamespace(cfg=cfg, device=DEVICE, policy=policy, reference=zeros)
     run.terms, run.hyper = parse_objective("mpo"), {"beta": cfg.beta}
     optimizer = train.make_optimizer(cfg, policy)
     graphs = torch._dynamo.utils.counters["stats"]

@@ -27,7 +27,7 @@ from config import InternVLConfig
 from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
-from runtime import InputError, Process
+from runtime import InputError, rank_and_world, say
 from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of
 from weights import Undrawn
 
@@ -128,12 +128,12 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 class Meter:
     """Speed of a step: tokens and pairs a second, and MFU of useful FLOPs.  Says the plan first."""
 
-    def __init__(self, cfg: TrainConfig, config: InternVLConfig, process: Process) -> None:
-        self.cfg, self.config = cfg, config
-        say_plan(cfg, config, process.world // cfg.replicate, process.device, process.say)
-        peak, origin = device_peak(process.device, compute_dtype(cfg, process.device))
-        process.say(f"MFU is of {peak / 1e12:.3g} TFLOP/s a process ({origin})")
-        self.peak, self.began = peak * process.world, time.perf_counter()
+    def __init__(self, cfg: TrainConfig, config: InternVLConfig, device: torch.device) -> None:
+        self.cfg, self.config, world = cfg, config, rank_and_world()[1]
+        say_plan(cfg, config, world // cfg.replicate, device, say)
+        peak, origin = device_peak(device, compute_dtype(cfg, device))
+        say(f"MFU is of {peak / 1e12:.3g} TFLOP/s a process ({origin})")
+        self.peak, self.began = peak * world, time.perf_counter()
 
     def __call__(self, step: Any, reference: Any) -> dict[str, float]:
         """Metrics of a train.Step, which has lasted since the call before."""

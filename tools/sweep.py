@@ -16,10 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import runtime
 from config import load_config
 from losses import parse_objective
-from runtime import InputError, Process, parse_cli, read_json, read_whole_lines, write_atomic
+from runtime import InputError, is_main, parse_cli, read_json, read_whole_lines, say, write_atomic
 from tools.figures import curve_panels, text_table
 from tools.mine import register_file
 from train import TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
@@ -32,18 +34,18 @@ SHOWN = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nl
 SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
 
 
-def train_rows(cfg: TrainConfig, own: list[str], process: Process) -> None:
+def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
     """Every row of the paper, and every objective of the user's `own`."""
-    cfg = with_recipe(cfg, load_config(cfg.model_dir), process.say)
-    total = open_data(replace(cfg, loss="dpo"), parse_objective("dpo"), process).steps_per_epoch
+    cfg = with_recipe(cfg, load_config(cfg.model_dir), say)
+    total = open_data(replace(cfg, loss="dpo"), parse_objective("dpo")).steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
     rows = ROWS | {name: {"loss": name} for name in own}
     runs = {name: replace(cfg, **flags) for name, flags in rows.items()}
     every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
     if every > total:
-        process.say(f"TR-DPO: updates every {often} steps, since {every} would never come")
+        say(f"TR-DPO: updates every {often} steps, since {every} would never come")
         runs["TR-DPO"] = replace(runs["TR-DPO"], reference_update_every=often)
-    train_all(runs, cfg, process)
+    train_all(runs, cfg, device)
 
 
 def combinations(argv: list[str]) -> dict[str, list[str]]:
@@ -60,24 +62,24 @@ def combinations(argv: list[str]) -> dict[str, list[str]]:
     return runs
 
 
-def train_all(runs: dict[str, TrainConfig], base: TrainConfig, process: Process) -> None:
+def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.device) -> None:
     """Every run in a folder below that of `base`, with its reference cache; a table and a PNG."""
     curves: dict[str, list[dict]] = {}
     for name, cfg in runs.items():
-        process.say(f"=== {name}: --loss {cfg.loss}")
+        say(f"=== {name}: --loss {cfg.loss}")
         folder = base.out_dir / name
-        train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), process)
+        train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), device)
         if asked_to_stop():
             return
         curves[name] = read_whole_lines(folder / "metrics.jsonl")
-    if process.is_main:
+    if is_main():
         print(table_of_rows(curves))
         panels = {  # a line a run, its name at the line's end
             metric: {name: (rows, metric) for name, rows in curves.items()}
             for metric in ("rewards/margin", "rewards/chosen", "nll", "rewards/accuracy")
         }
         write_atomic(base.out_dir / "rows.png", curve_panels(panels, 2, y_scale="symlog"))
-        process.say(f"curves: {base.out_dir / 'rows.png'}")
+        say(f"curves: {base.out_dir / 'rows.png'}")
 
 
 def table_of_rows(curves: dict[str, list[dict]]) -> str:
@@ -107,8 +109,8 @@ def main() -> None:
         raise InputError("nothing to compare; give a flag several values, as --lr 1e-4,1e-3")
     for cfg in parsed.values():
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
-    with in_group(base.seed) as process:
-        train_all(parsed, base, process)
+    with in_group(base.seed) as device:
+        train_all(parsed, base, device)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from runtime import Process, write_atomic
+from runtime import is_main, say, write_atomic
 from tools.doctor import diagnose
 from tools.figures import curve_panels
 
@@ -74,17 +74,17 @@ class Tracker:
     An illness is said once.
     """
 
-    def __init__(self, cfg: Any, rows: list[Row], total: int, process: Process) -> None:
+    def __init__(self, cfg: Any, rows: list[Row], total: int) -> None:
         """rows: those of a train.Run, which grow to `total`."""
-        self.rows, self.total, self.is_main, self.say = rows, total, process.is_main, process.say
+        self.rows, self.total = rows, total
         self.known: set[str] = set()  # illnesses
         self.picture, self.drawn = cfg.out_dir / "curves.png", time.monotonic()
-        self.writers = open_writers(cfg, len(rows)) if self.is_main else []
+        self.writers = open_writers(cfg, len(rows)) if is_main() else []
 
     def __call__(self) -> None:
-        findings = diagnose(self.rows, self.total) if self.is_main else {}
+        findings = diagnose(self.rows, self.total) if is_main() else {}
         for name in findings.keys() - self.known:
-            self.say(f"diagnosis at step {self.rows[-1]['step']:.0f}: {findings[name]}")
+            say(f"diagnosis at step {self.rows[-1]['step']:.0f}: {findings[name]}")
         self.known |= findings.keys()
         for write in self.writers:
             write(self.rows[-1])
@@ -92,7 +92,7 @@ class Tracker:
     def draw(self, last: bool) -> None:
         """Write out_dir/curves.png, which is called for with every checkpoint."""
         soon = time.monotonic() - self.drawn < SECONDS_APART
-        if not self.is_main or len(self.rows) < FEWEST_ROWS or (soon and not last):
+        if not is_main() or len(self.rows) < FEWEST_ROWS or (soon and not last):
             return
         terms = {name[5:]: name for name in self.rows[-1] if name.startswith("loss/")}
         panels = {
