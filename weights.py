@@ -339,11 +339,6 @@ def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
     return number, meshes[0].size(-1), not any(replica)
 
 
-def write_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    write_tensors(tensors, path)
-    sign(path)
-
-
 def sign(path: Path) -> None:
     write_atomic(path.with_suffix(".checksum"), runtime.fingerprint([path]))
 
@@ -366,51 +361,48 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
         self.folder, self.keep, self.background = Path(folder), keep, background
         self.thread = ThreadPoolExecutor(1)
-        self.under_way: Iterator[Future | None] | None = None
+        self.under_way: tuple[Path, contextlib.ExitStack, Future] | None = None
 
+    @torch.no_grad()
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         """Each process gives its shards, `state` is JSON.  A full disk may be told a call later."""
         self.finish()
-        self.under_way = self._write(step, tensors, state)
-        self.writing = next(self.under_way)
-        if not self.background:
-            self.finish()
-
-    @torch.no_grad()
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> Iterator[Future | None]:
-        """Yields what the thread has to do, if anything; continued, it completes the checkpoint."""
         number, count, ours = shard_place(tensors)
         shards = [f"shard-{n:03d}-of-{count:03d}.safetensors" for n in range(count)]
         shapes = {name: list(t.shape) for name, t in tensors.items()}
         state = {**state, "step": step, "shapes": shapes, "shards": shards}
-        final = self.folder / f"step-{step:08d}"
-        with new_folder(self.folder / ".partial", final) as partial:
-            writing = None
+        final, folder = self.folder / f"step-{step:08d}", contextlib.ExitStack()
+        partial = folder.enter_context(new_folder(self.folder / ".partial", final))
+        copies = {n: local(t).to("cpu", copy=self.background) for n, t in tensors.items() if ours}
+
+        def write() -> None:
             if ours:
-                copies = {n: local(t).to("cpu", copy=self.background) for n, t in tensors.items()}
-                writing = self.thread.submit(write_shard, copies, partial / shards[number])
-                del copies  # the thread frees them
-            yield writing
-            if writing:
-                writing.result()
+                write_tensors(copies, partial / shards[number])
+                sign(partial / shards[number])
             if is_main():
                 write_atomic(partial / "state.json", json.dumps(state))
                 sign(partial / "state.json")
-        if is_main():
-            complete = sorted(complete_checkpoints(self.folder), key=lambda p: (p <= final, p))
-            for old in complete[: -self.keep]:
-                shutil.rmtree(old)
+
+        self.under_way = final, folder, self.thread.submit(write)
+        if not self.background:
+            self.finish()
 
     def settle(self) -> None:
         """Once a step: complete a checkpoint that all processes have written by now."""
-        if self.under_way and all_of(self.writing is None or self.writing.done()):
+        if self.under_way and all_of(self.under_way[-1].done()):
             self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint under way and complete it."""
-        under_way, self.under_way = self.under_way, None
-        if under_way:
-            next(under_way, None)
+        if not self.under_way:
+            return
+        (final, folder, writing), self.under_way = self.under_way, None
+        with folder:
+            writing.result()
+        if is_main():
+            complete = sorted(complete_checkpoints(self.folder), key=lambda p: (p <= final, p))
+            for old in complete[: -self.keep]:
+                shutil.rmtree(old)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
