@@ -5,7 +5,7 @@ A closed list, never "utils": a thing enters here when two rooms need it.
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
     Settings, EngineConfig           flags that several scripts have
     InputError, Failure, run         what people must know ends in one line
-    start_process, say, all_of       the process group: always one, also alone
+    process_group, say, all_of       the processes of a run: always a group, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
     new_file, write_atomic           whole files or none
     AppendLog, read_whole_lines      whole lines or none
@@ -376,8 +376,9 @@ def local_device() -> Any:
     return torch.device("cuda", number)
 
 
-def start_process(seed: int) -> Any:  # torch.device
-    """Join the process group (a group of one without torchrun), seed torch; this one's device."""
+@contextlib.contextmanager
+def process_group(seed: int) -> Iterator[Any]:  # torch.device
+    """This process's device within the group, a group of one without torchrun; torch is seeded."""
     import torch  # noqa: PLC0415  (see the module docstring)
     import torch.distributed as dist  # noqa: PLC0415
 
@@ -385,18 +386,12 @@ def start_process(seed: int) -> Any:  # torch.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if not group():
-        alone = rank_and_world()[1] == 1 and "MASTER_ADDR" not in os.environ
-        place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        dist.init_process_group(backend, **place)
+    alone = rank_and_world()[1] == 1 and "MASTER_ADDR" not in os.environ
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    dist.init_process_group(backend, **place)
     torch.manual_seed(seed)
-    return device
-
-
-def stop_process() -> None:
-    """Leave the process group, so that torchrun ends without a warning."""
-    if dist := group():
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # not after an error: it would wait for peers in a collective
 
 
 def start_worker() -> None:

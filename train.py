@@ -911,12 +911,11 @@ def asked_to_stop() -> bool:
 @contextlib.contextmanager
 def in_group(seed: int) -> Iterator[torch.device]:
     """A process of the group, its device; a signal asks it to stop, and its peers may die."""
-    device = runtime.start_process(seed)
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
     try:
-        yield device
-        runtime.stop_process()  # not after an error: it would wait for peers in a collective
+        with runtime.process_group(seed) as device:
+            signal.signal(signal.SIGTERM, ask_to_stop)
+            signal.signal(signal.SIGINT, ask_to_stop)
+            yield device
     except RuntimeError as error:
         if dist.get_world_size() > 1 and (
             isinstance(error, dist.DistError) or "gloo" in str(error).lower()

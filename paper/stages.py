@@ -18,7 +18,7 @@ from data import seeded
 from paper.report import SETTINGS, WITH_NTP
 from paper.story import BETA, CHOSEN_RATES, SPEED, Seed
 from records import part_files, read_parts
-from runtime import read_json, read_whole_lines, start_process, stop_process, write_atomic
+from runtime import process_group, read_json, read_whole_lines, write_atomic
 from tools.mine import register_file
 from tools.sweep import ROWS
 from toy import COLOURS, SHAPES, Thing, random_things, write_lines
@@ -96,8 +96,8 @@ def made_up(seed: Seed, rows: list[dict], key: str) -> float:
 def train_model(seed: Seed, folder: str, **flags) -> None:
     """One run of train.py in this process."""
     flags |= SPEED | {"out_dir": seed.folder / folder, "epochs": 100, "seed": seed.number}
-    train(TrainConfig(**flags), start_process(seed.number))
-    stop_process()
+    with process_group(seed.number) as device:
+        train(TrainConfig(**flags), device)
 
 
 def train_base(seed: Seed) -> str:

@@ -3,14 +3,15 @@
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from runtime import read_jsonl, start_process, stop_process
+from runtime import process_group, read_jsonl
 from toy import write_world
 from train import TrainConfig, train
 
@@ -66,10 +67,24 @@ def exact_weights(model_dir: Path) -> None:
 def train_in_process(cfg: TrainConfig) -> list[dict]:
     """A run in this process; its metrics."""
     try:
-        train(cfg, start_process(cfg.seed))
+        with process_group(cfg.seed) as device:
+            train(cfg, device)
     finally:
-        stop_process()
+        leave_group()
     return [r for _, r in read_jsonl(cfg.out_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(autouse=True)
+def alone_again() -> Iterator[None]:
+    """No test begins in the process group of an earlier one."""
+    yield
+    leave_group()
+
+
+def leave_group() -> None:
+    """After an error, which leaves a process in its group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from conftest import ROOT
 from PIL import Image
 
 import train
-from runtime import stop_process
 from toy import write_world
 from vision import preprocess
 from weights import load_model
@@ -59,7 +58,6 @@ def test_the_formula_of_the_loss_is_four_calls_from_main(toy, tmp_path, monkeypa
     flags = f"--config {toy / 'train.json'} --out_dir {tmp_path} --max_steps 2".split()
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     calls = watch(train.main, lambda name: name == "dpo")
-    stop_process()
     print(" -> ".join(calls))
     assert calls[0] == "main" and len(calls) - 1 <= 4
 

@@ -26,7 +26,7 @@ from generate import GenerateConfig
 from paper.report import ReportConfig
 from paper.story import StoryConfig
 from records import read_meta
-from runtime import InputError, parse_cli, parse_json, read_jsonl, run, stop_process
+from runtime import InputError, parse_cli, parse_json, read_jsonl, run
 from tools import convert, doctor, export, lab, look, rlaifv
 
 CONFIGS = [
@@ -239,7 +239,6 @@ def test_ids_beyond_the_vocabulary_are_refused_before_a_run(
     path.write_text(json.dumps(content))
     with pytest.raises(SystemExit) as stop:
         run(main)
-    stop_process()  # what a group has told is not told again
     path.write_text(whole)
     shutil.rmtree(world / "out", ignore_errors=True)
     assert stop.value.code == 2

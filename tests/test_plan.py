@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import lay_out
 from model import InternVL, TreeAttention
-from runtime import InputError, parse_cli, start_process, stop_process
+from runtime import InputError, parse_cli, process_group
 from tools import race
 from tools.bench import (
     MODES,
@@ -39,8 +39,8 @@ def asked_of(size, **flags):
 
 @pytest.fixture
 def device():
-    yield start_process(0)
-    stop_process()
+    with process_group(0) as device:
+        yield device
 
 
 @pytest.mark.parametrize(

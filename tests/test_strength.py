@@ -41,7 +41,7 @@ from data import PairData, gather_questions, grow_bushes, lay_out, merge
 from memory import RandomRoundingAdamW, adapters, merge_adapters, start_adapters
 from model import InternVL, TreeAttention
 from records import read_meta
-from runtime import Failure, run, say, start_process, stop_process
+from runtime import Failure, process_group, run, say
 from tokenizer import load_tokenizer
 from tools.bench import example_pack, example_tree
 from tools.export import ExportConfig, export
@@ -56,8 +56,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def device():
-    yield start_process(0)
-    stop_process()
+    with process_group(0) as device:
+        yield device
 
 
 # --------------------------------------------------------------------------- switches
@@ -434,23 +434,22 @@ def test_loading_holds_one_tensor_beside_the_shard(tmp_path, toy):
 
 
 def load_within(cfg, limit):
-    device, peak = start_process(0), [0]
-    init_device_mesh("cpu", (2,))  # what gloo needs is not what is measured
-    before, done = private_bytes(), threading.Event()
+    with process_group(0) as device:
+        init_device_mesh("cpu", (2,))  # what gloo needs is not what is measured
+        before, done, peak = private_bytes(), threading.Event(), [0]
 
-    def watch():
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], private_bytes() - before)
+        def watch():
+            while not done.wait(0.001):
+                peak[0] = max(peak[0], private_bytes() - before)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = sharded_model(cfg, device, 0.0)
-    done.set()
-    watcher.join()
-    held = sum(local(p).nbytes for p in model.parameters())
-    assert held <= peak[0] + 10e6, "the watcher slept"
-    say(f"peak {peak[0] / 1e9:.3f} GB a process, its shard {held / 1e9:.3f} GB")
-    stop_process()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        model = sharded_model(cfg, device, 0.0)
+        done.set()
+        watcher.join()
+        held = sum(local(p).nbytes for p in model.parameters())
+        assert held <= peak[0] + 10e6, "the watcher slept"
+        say(f"peak {peak[0] / 1e9:.3f} GB a process, its shard {held / 1e9:.3f} GB")
     assert peak[0] <= limit, (peak[0], limit)
 
 

@@ -25,7 +25,7 @@ import train as train_module
 from data import PairData, epoch_order
 from losses import PairLogps
 from records import read_meta
-from runtime import Failure, InputError, read_json, run, start_process, stop_process
+from runtime import Failure, InputError, process_group, read_json, run
 from tools.doctor import diagnose
 from toy import write_world
 from train import TrainConfig, compare_start, lr_at, main, state_tensors
@@ -656,13 +656,11 @@ def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
 
 def two_wait_for_a_lock(folder):
     """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
-    start_process(0)
     votes = []
     all_of = runtime.all_of
     runtime.all_of = lambda vote: votes.append(1) or all_of(vote)
-    with runtime.alone_in(folder, 30, "end it"):
+    with process_group(0), runtime.alone_in(folder, 30, "end it"):
         assert len(votes) >= 5, votes
-    stop_process()
 
 
 def test_processes_vote_while_one_waits_for_a_lock(tmp_path):

@@ -41,7 +41,7 @@ from layouts import OFFICIAL_INTERNLM2, OFFICIAL_QWEN, split_stored, stored_piec
 from losses import parse_objective, token_logps
 from model import InternVL, TreeAttention
 from records import read_meta
-from runtime import InputError, parse_cli, read_json, read_jsonl, start_process, stop_process
+from runtime import InputError, parse_cli, process_group, read_json, read_jsonl
 from tokenizer import load_tokenizer
 from tools import bench as pair
 from tools import plan, race
@@ -196,9 +196,8 @@ def toy_config(flags: str) -> train.TrainConfig:
 
 
 def run_toy(cfg: train.TrainConfig, device: torch.device = DEVICE) -> Trained:
-    start_process(cfg.seed)
-    train.train(cfg, device)
-    stop_process()
+    with process_group(cfg.seed):
+        train.train(cfg, device)
     return results(cfg)
 
 
@@ -325,10 +324,9 @@ def tiles(case: str) -> Iterator[Row]:
 
 def mpo(case: str) -> Iterator[Row]:
     """A full MPO step at random weights: ten packs, gradient, clipping, AdamW."""
-    size, *flags = case.split()
+    size, *flags = case.split() + ["--pack_tokens", "80"] * TOY
     config = shape(size)
-    start_process(0)
-    flags += ["--pack_tokens", "80"] * TOY
+    process_group(0).__enter__()  # for good: this process ends with its case
     cfg = train.with_recipe(parse_cli(train.TrainConfig, flags), config, print)
     cfg = plan.settle(cfg, config, 1, DEVICE, print)
     try:
