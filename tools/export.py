@@ -52,17 +52,16 @@ from config import InternVLConfig
 from layouts import HF, split_stored, stored_pieces
 from model import InternVL
 from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
+from tools.figures import TEMPLATES, render
 from vision import IMAGENET_MEAN, IMAGENET_STD
 
 LLM = "language_model."
 Shard = tuple[str, dict[str, Tensor]]  # name of a file, its tensors by name
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# keys of our configs that have the same name and meaning in transformers
+# keys of our LLMConfig that have the same name and meaning in transformers
 SAME_TEXT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta
     pad_token_id""".split()
-SAME_VISION = """hidden_size intermediate_size num_hidden_layers num_attention_heads norm_type
-    layer_norm_eps""".split()
 # attributes that InternVLProcessor wants of its tokenizer; <video> is no token of the releases
 IMAGE_TOKENS = {
     "start_image_token": "<img>",
@@ -147,53 +146,19 @@ def text_config(config: InternVLConfig, raw: dict) -> dict:
 
 
 def hf_config(model: InternVL, text: dict) -> dict:
-    """The config.json of InternVLForConditionalGeneration; the last keys are read by us alone."""
-    config, vit = model.config, model.config.vision
+    """The config.json of InternVLForConditionalGeneration."""
     if model.image_context_id is None:
         raise InputError("the model's folder has no tokenizer, which names the image token's id")
-    return {
-        "architectures": ["InternVLForConditionalGeneration"],
-        "model_type": "internvl",
-        "image_token_id": model.image_context_id,
-        "image_seq_length": config.tokens_per_tile,
-        "downsample_ratio": 0.5,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": config.select_layer,
-        "vision_feature_select_strategy": "default",
-        **{key: text[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype")},
-        "text_config": text,
-        "vision_config": {
-            "model_type": "internvl_vision",
-            **{key: getattr(vit, key) for key in SAME_VISION},
-            "image_size": [vit.image_size, vit.image_size],
-            "patch_size": [vit.patch_size, vit.patch_size],
-            "attention_bias": vit.qkv_bias,
-            "use_qk_norm": vit.qk_normalization,
-        },
-        "template": config.template,
-        "system_message": config.system_message,
-        "force_image_size": config.tile_size,
-        "internvl_generation": config.generation,
-    }
+    known = {"config": model.config, "vit": model.config.vision, "text": text}
+    file = TEMPLATES / "config.json"
+    return json.loads(render(file, image_token_id=model.image_context_id, **known))
 
 
 def write_processor(config: InternVLConfig, out: Path) -> None:
     """What InternVLProcessor does to images: tiles, thumbnail, ImageNet's mean and deviation."""
-    name = {"processor_class": "InternVLProcessor"}
-    write_json(out / "processor_config.json", name | {"image_seq_length": config.tokens_per_tile})
-    settings = {
-        "image_processor_type": "GotOcr2ImageProcessor",
-        "size": {"height": config.tile_size, "width": config.tile_size},
-        "crop_to_patches": config.max_tiles > 1,
-        "min_patches": 1,
-        "max_patches": config.max_tiles,
-        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
-        "resample": 3,  # bicubic
-        "rescale_factor": 1 / 255,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
-    }
-    write_json(out / "preprocessor_config.json", name | settings)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        text = render(TEMPLATES / name, config=config, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        write_atomic(out / name, text)
 
 
 # --------------------------------------------------------------------------- tokenizer
@@ -255,7 +220,7 @@ def chat_template(template: str, with_bos: bool) -> str:
 
     An image is <IMG_CONTEXT> with a line break behind it, as in the releases' -hf folders.
     """
-    jinja = (Path(__file__).parent / "templates/chat_template.jinja").read_text()
+    jinja = (TEMPLATES / "chat_template.jinja").read_text()
     after_end = find_template(template).after_end.replace("\n", "\\n")
     return ("{{ bos_token }}" if with_bos else "") + jinja.replace("AFTER_END", after_end)
 
