@@ -304,8 +304,8 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
         except OSError:  # what it does not take would end Python in a traceback of its own
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    message = printable(message)
-    if message and first_to_tell(message):
+    if message := printable(message):
+        let_rank_0_tell()
         print(f"error: {message}" if status < 130 else message, file=sys.stderr, flush=True)
     raise SystemExit(status) from None
 
@@ -316,15 +316,12 @@ def printable(text: str) -> str:
     return re.sub(odd, lambda match: repr(match[0])[1:-1], text)
 
 
-def first_to_tell(message: str) -> bool:
-    """Whether no other process of the group has told this already; waits for none to answer."""
-    if not (dist := group()):  # all ranks of a machine fail alike
-        first = int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0
-        time.sleep(0 if first else 3)  # torchrun stops all when one ends: the first tells before
-        return first
-    with contextlib.suppress(RuntimeError):  # the store's process may be gone
-        return dist.distributed_c10d._get_default_store().add(f"told {message}", 1) == 1
-    return True
+def let_rank_0_tell() -> None:
+    """Wait where this is another: ranks mostly fail alike, and torchrun ends all when one ends."""
+    if int(os.environ.get("LOCAL_RANK", rank_and_world()[0])):  # each machine has a first one
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # train.py's handlers would go on
+        time.sleep(3)
 
 
 # --------------------------------------------------------------------------- processes

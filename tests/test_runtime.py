@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from runtime import (
     clock,
     config_json,
     fingerprint,
-    first_to_tell,
     flag,
     from_json,
     local_device,
@@ -263,16 +263,22 @@ def exec_recursion():
 
 
 @pytest.mark.parametrize("rank", [8, 9])
-def test_every_process_refuses_too_few_gpus_and_the_first_of_its_machine_tells(monkeypatch, rank):
+def test_every_process_refuses_too_few_gpus_and_the_first_of_its_machine_tells_first(
+    monkeypatch, capsys, rank
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    waits, handlers = [], {}
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
     names = {"RANK": rank, "LOCAL_RANK": rank - 8, "WORLD_SIZE": 10, "LOCAL_WORLD_SIZE": 2}
     for name, value in names.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(InputError, match="2 processes for 1 GPUs: pass --nproc_per_node 1"):
-        local_device()
-    assert first_to_tell("") == (rank == 8)
+    with pytest.raises(SystemExit):
+        run(local_device)
+    # what one process alone meets is told, too; meanwhile torchrun may end it by any signal
+    assert "2 processes for 1 GPUs: pass --nproc_per_node 1" in capsys.readouterr().err
+    assert waits == [3] * (rank - 8) and set(handlers.values()) <= {signal.SIG_DFL}
 
 
 def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):
