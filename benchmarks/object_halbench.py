@@ -13,9 +13,10 @@ from typing import Any
 
 from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, proportion
 from benchmarks.files import near
+from benchmarks.quantities import table
 from runtime import InputError
 
-# --------------------------------------------------------------------------- what is there
+_ENDINGS = table("plurals.txt")
 
 
 def item(row: Item) -> None:
@@ -46,9 +47,6 @@ def coco_truth(folder: Path) -> tuple[dict[int, set], dict[int, list]]:
     return objects, captions
 
 
-# --------------------------------------------------------------------------- what a reply names
-
-
 @functools.cache
 def read_synonyms(path: Path) -> tuple[dict[str, str], frozenset[str]]:
     """(word or double word -> COCO class, all single words) of CHAIR's synonyms.txt."""
@@ -60,20 +58,8 @@ def read_synonyms(path: Path) -> tuple[dict[str, str], frozenset[str]]:
         classes |= dict.fromkeys(words, words[0])
     if len(set(classes.values())) < 2:
         raise InputError(f"{path}: expected one COCO class a line, `class, synonym, synonym`")
-    # Qualifiers that would fire for a person or a seat, as hard-coded in chair.py ("": no object).
-    animals = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub"
-    renamed = {f"{age} {a}": a for a in animals.split() for age in ("baby", "adult")}
-    renamed |= {f"passenger {v}": v for v in ("jet", "train")}
-    renamed |= {"bow tie": "tie", "toilet seat": "toilet", "home plate": "", "train track": ""}
-    classes |= {double: classes.get(word, "") for double, word in renamed.items()}
+    classes |= {f"{a} {b}": classes.get(name, "") for a, b, name in table("doubles.txt")}
     return classes, frozenset(word for name in classes for word in name.split())
-
-
-_PLURALS = (
-    "men man, children child, people person, mice mouse, geese goose, oxen ox, ses s, xes x, zes z,"
-    "ches ch, shes sh, oes o, ies y, ves f, ves fe"
-)
-_ENDINGS = [pair.split() for pair in _PLURALS.split(",")]
 
 
 def singular(word: str, known: frozenset[str]) -> str:

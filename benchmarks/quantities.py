@@ -13,7 +13,6 @@ Values are exact (`Fraction`) while they are rational, else floats.  No margin i
 
 import calendar
 import functools
-import hashlib
 import itertools
 import math
 import operator
@@ -47,6 +46,7 @@ def sections(name: str) -> dict[str, str]:
 _SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
 GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
 NUMBER_OF = {word: int(number) for number, *words in table("words.txt") for word in words}
+_MULTIPLIERS = {10**n for n in (1, 2, 3, 4, 8)}  # of what stands before them
 _REWRITES = sections("rewrites.txt")
 _PATTERNS = [line.split(" = ", 1) for line in _REWRITES["patterns"].splitlines() if line[0] != "#"]
 
@@ -59,13 +59,15 @@ def pattern(text: str, flags: int = 0) -> re.Pattern:
 
 
 class Rules:
-    """A section of rewrites.txt; ASCII text with none of the characters `needs` stays as it is."""
+    """A section of rewrites.txt; ASCII text with none of the characters it needs stays as it is."""
 
-    def __init__(self, section: str, flags: int = re.DOTALL, needs: str = "") -> None:
-        self.needs, self.pairs = frozenset(needs), []
+    def __init__(self, section: str, flags: int = re.DOTALL) -> None:
+        self.needs, self.pairs = frozenset(), []
         for line in _REWRITES[section].splitlines():
             old, arrow, new = f"{line} ".partition(" => ")
-            if arrow:
+            if line.startswith("needs = "):
+                self.needs = frozenset(line[8:])
+            elif arrow:
                 new = new.rstrip(" ").replace("␣", " ")
                 computed = _COMPUTED.get(new, partial(_ordinals, new) if "@" in new else new)
                 self.pairs.append((pattern(old, flags), computed))
@@ -93,29 +95,40 @@ def _ordinals(new: str, match: re.Match) -> str:
 
 
 def _digits(match: re.Match) -> str:
-    """twenty-five -> 25, two hundred thousand -> 200000."""
-    total = current = 0
-    for word in re.findall("[a-z]+", match[0].lower()):
-        value = NUMBER_OF.get(word, 0)  # nothing for `a` and `and`
-        current = current + value if value < 100 else max(current, 1) * value
-        if value == 1000:
-            total, current = current, 0
-    return str(total + current)
+    """twenty-five -> 25, two hundred thousand -> 200000, 三百零五 -> 305."""
+    terms: list[int] = []
+    for word in re.findall(r"[^\W\d_一-鿿]+|[一-鿿]", match[0].lower()):
+        value, times = NUMBER_OF.get(word, 0), 0  # nothing for `a` and `and`
+        while value in _MULTIPLIERS and terms and terms[-1] < value:
+            times += terms.pop()
+        terms.append(value * max(times, 1))
+    return str(sum(terms))
 
 
 def _ungrouped(match: re.Match) -> str:
     """1,234 -> 1234; inside brackets a comma separates: (1,234) is a point."""
     separates = "," in match[0] and inside_brackets(match.string[: match.start()])
-    return match[0] if separates else re.sub("[ ,'.]", "", match[0])
+    return match[0] if separates else re.sub("[ ,'._]", "", match[0])
 
 
 def _date(match: re.Match) -> str:
-    """2024-03-05 -> Mar 5, 2024"""
-    return f"{calendar.month_abbr[int(match[2])]} {int(match[3])}, {match[1]}"
+    """2024-03-05, 2024年3月5日 -> Mar 5, 2024"""
+    return f"{calendar.month_abbr[int(match[3])]} {int(match[4])}, {match[1]}"
 
 
-_COMPUTED = {"@": _sign, "@digits": _digits, "@ungrouped": _ungrouped, "@date": _date}
-SIGNS, SPELLINGS = Rules("signs"), Rules("spelling", needs="\\*~<>!/xX{+")
+def _clock(match: re.Match) -> str:
+    """quarter to 5 -> 4:45, half past 10 -> 10:30, 20 minutes past 6 -> 6:20"""
+    minutes = int(match["minute"] or 60 // NUMBER_OF[match["part"].lower()])
+    time = 60 * int(match["hour"]) + (-minutes if match["to"] else minutes)
+    return f"{time // 60 or 12}:{time % 60:02}"
+
+
+_COMPUTED = {
+    "@": _sign, "@digits": _digits, "@place": lambda match: _digits(match) + "th",
+    "@ungrouped": _ungrouped, "@date": _date, "@clock": _clock,
+    "@evening": lambda match: f"{int(match[1]) + 12}{match[2] or ':00'}",
+}  # fmt: skip
+SIGNS, SPELLINGS = Rules("signs"), Rules("spelling")
 
 # --------------------------------------------------------------------------- expressions
 
@@ -337,11 +350,9 @@ def _power(a: Number, b: Number) -> Number:
 def _root(a: Number, index: Number) -> Number:
     if a < 0 and is_whole(index) and index % 2 == 1:
         return -_root(-a, index)
-    if isinstance(a, Fraction) and index == 2 and a >= 0:  # keep \\sqrt{4} exact
-        up, down = math.isqrt(a.numerator), math.isqrt(a.denominator)
-        if up * up == a.numerator and down * down == a.denominator:
-            return Fraction(up, down)
-    return _power(a, 1 / index)
+    root = _power(a, 1 / index)
+    exact = Fraction(root).limit_denominator(10**6)  # of 4/9 and 8
+    return exact if _power(exact, index) == a else root
 
 
 _CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
@@ -413,8 +424,7 @@ _FILLERS = frozenset("of the old long wide high tall deep total altogether each 
 
 
 def _base(name: str) -> Unit:
-    digest = hashlib.sha256(name.encode()).digest()
-    return Unit(kind=Fraction(int.from_bytes(digest[:8], "big") | 1))
+    return Unit(kind=Fraction(zlib.crc32(name.encode()) | 1))
 
 
 _UNITS: dict[str, Unit] = {}  # names and symbols, with prefixes: see units.txt
@@ -482,7 +492,7 @@ _fill_units()
 
 # --------------------------------------------------------------------------- quantities
 
-_GLUED = frozenset("mgshlLNJWVAKCF°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
+_GLUED = frozenset("mgshlLNJWVAKCFΩ°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
 _AMOUNT = Rules("amount")
 _UNIT_START = pattern("UNIT_START")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
@@ -519,9 +529,11 @@ def read_sum(text: str) -> Quantity | None:
     return constant(total / units[0].scale)._replace(unit=units[0])
 
 
-def same_quantity(a: Quantity, b: Quantity) -> bool:
+def same_quantity(a: Quantity, b: Quantity, same: Callable = same_value) -> bool:
     """In base units where both have one; a bare number meets any unit, 0.5 meets 50 % too."""
+    if a.unit == b.unit:
+        return same(a, b)
     (scale, kind), (gold_scale, gold_kind) = a.unit or Unit(), b.unit or Unit()
-    if kind == gold_kind and same_value(a.times(scale), b.times(gold_scale)):
+    if kind == gold_kind and same(a.times(scale), b.times(gold_scale)):
         return True
-    return (a.unit is None) != (b.unit is None) and same_value(a, b)
+    return None in (a.unit, b.unit) and same(a, b)
