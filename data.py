@@ -350,7 +350,10 @@ class PairData:
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch not in self.orders:
-            order = epoch_order(self.sets, self.seed, epoch)[: self.limit or None]
+            order = epoch_order(self.sets, self.seed, 0 if self.limit else epoch)
+            if self.limit:  # the same pairs in every epoch
+                order = order[: self.limit]
+                order = order[seeded(self.seed, "limit", epoch).permutation(len(order))]
             if self.pairs_per_prompt > 1:  # reads every record once an epoch
                 records = (self.sets[i][int(n)] for i, n in order)
                 questions = [(r.images, r.question, r.max_tiles, r.augment) for r in records]

@@ -318,7 +318,7 @@ def sft(logps: PairLogps) -> Tensor:  # (pair)
 
 # --------------------------------------------------------------------------- registry
 
-HYPER = ("beta", "label_smoothing", "bco_shift")  # what an objective is passed if it names it
+HYPER = ("beta", "label_smoothing", "bco_shift")  # keywords that an objective may take
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,9 @@ class Objective:
     whole_step: bool = False  # a pair's loss depends on the step's other pairs: see `coefficients`
 
     def __call__(self, logps: PairLogps, **hyper: float) -> Tensor:  # (pair)
-        """Passed what it names of `hyper`; of what is not given it has a default of its own."""
+        """Calls the function with those of `hyper` that it names; others keep its defaults."""
+        if unknown := hyper.keys() - set(HYPER):
+            raise TypeError(f"no objective takes {', '.join(unknown)}; HYPER names what they take")
         return self.function(logps, **{k: v for k, v in hyper.items() if k in self.keywords})
 
     @property
@@ -408,7 +410,7 @@ def check_smoothing(terms: Terms) -> None:
 
 
 def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum (pair) and its terms, unweighted: {name: (pair)}; hyper: those of HYPER.
+    """The weighted sum (pair) and its terms, unweighted: {name: (pair)}; hyper: some of HYPER.
 
     A micro-batch contributes total.sum() / (pairs of the whole step), however many it holds.
     """

@@ -315,7 +315,7 @@ def settings_of(cfg: EngineConfig) -> dict:
 def text_settings(cfg: EngineConfig) -> dict:
     """What a response's text depends on, beside its prompt."""
     weights = set(weight_files(cfg.model_dir).values())
-    others = (p for p in cfg.model_dir.iterdir() if p.suffix in (".json", ".model"))
+    others = (p for p in cfg.model_dir.iterdir() if p.suffix in (".json", ".model", ".txt"))
     facts = {"model": runtime.fingerprint(weights.union(others)), "dtype": cfg.dtype}
     return {k: v for k, v in (facts | settings_of(cfg)).items() if k not in NOT_SETTINGS}
 
@@ -386,7 +386,7 @@ def sample(cfg: SampleConfig) -> None:
             settings = {"max_tiles": each, "samples": missing, "name": source}
             settings["system_prompt"] = question.get("system_prompt")
             requests.append((Prompt(qid, question["question"], paths, **settings), question))
-    if not requests:
+    if len(done) >= responses:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
     def finish(question: dict, s: Sample) -> dict:

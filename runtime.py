@@ -294,7 +294,7 @@ def run(main: Callable[[], None]) -> None:
     except RecursionError:
         message, status = "an input is nested too deeply", 2
     except ValueError as error:
-        if "null" not in str(error):
+        if "embedded null" not in str(error):
             raise
         message, status = f"a file name holds a null character ({error})", 2
     except KeyboardInterrupt:
@@ -537,7 +537,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)  # images are many, and asked for twice in a row
 def _digest(path: Path, size: int, time: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

@@ -65,7 +65,7 @@ class TrainConfig:
     batch_size: int = flag(256, "pairs a step, over all processes", low=1)
     epochs: int = flag(1, "passes over the data", low=1)
     max_steps: int = flag(0, "stop the schedule here; 0 = all epochs", low=0)
-    limit: int = flag(0, "use only this many pairs of the epoch's order; 0 = all", low=0)
+    limit: int = flag(0, "use only this many pairs, the same in every epoch; 0 = all", low=0)
     drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", 0, 0.99)
     pack_tokens: int | None = flag(
         None, "tokens of one forward pass; default 8192, or max_length if that is more", low=1

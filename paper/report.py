@@ -38,7 +38,9 @@ def collect(folder: Path) -> tuple[dict, dict, dict, dict]:
         for path in (*start.glob("base/result.json"), *sorted(start.glob("rows/*/result.json"))):
             result = read_json(path)
             flags.setdefault(result["row"], result["flags"])
-            for name, value in result["measures"].items():
+            more = path.with_name("mentions.json")
+            measures = result["measures"] | (read_json(more) if more.exists() else {})
+            for name, value in measures.items():
                 if value is not None:
                     of_questions = result["questions"].get(name, {})
                     numbers[f"{result['row']} {name}"][seed] = value, of_questions

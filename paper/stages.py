@@ -142,7 +142,7 @@ def answer(seed: Seed, model: Path, folder: Path, split: str, setting: str) -> l
 
 
 def measure(seed: Seed, folder: str, flags: dict) -> str:
-    """Measure a row's model on the test questions and write result.json, its stage's last file.
+    """Measure a row's model on the test questions: result.json, and mentions.json unless quick.
 
     measures: name -> number.  questions: name -> question -> the value, 0 or 100, that the number
     is the mean of; of malformed answers those of the setting that has more of them.
@@ -154,15 +154,18 @@ def measure(seed: Seed, folder: str, flags: dict) -> str:
         malformed.append({i["id"]: 100.0 * (not str(i["prediction"]).isdigit()) for i in items})
     questions["malformed"] = max(malformed, key=lambda values: sum(values.values()))
     measures = {name: fmean(values.values()) for name, values in questions.items()}
-    if not seed.quick:
-        rows = sample(seed, "describe_test", "none", folder, f"{folder}/descriptions")
-        measures["mentions"] = made_up(seed, rows, "response")
     curve = read_whole_lines(out / "metrics.jsonl")[-10:]
+    if "reference_update_every" in flags:
+        curve = []  # its rewards are against a reference that moved
     for side in ("chosen", "rejected"):
         rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
         measures[f"{side}_shift"] = fmean(rewards) / BETA if rewards else None
     record = {"row": out.name, "flags": flags, "measures": measures, "questions": questions}
     write_atomic(out / "result.json", json.dumps(record) + "\n")
+    if not seed.quick:
+        rows = sample(seed, "describe_test", "none", folder, f"{folder}/descriptions")
+        made = {"mentions": made_up(seed, rows, "response")}
+        write_atomic(out / "mentions.json", json.dumps(made) + "\n")
     return f"Direct {measures['direct']:.1f}, CoT {measures['cot']:.1f}"
 
 

@@ -130,9 +130,10 @@ def tasks_of(cfg: StoryConfig, number: int) -> list[Task]:
 
     base, answers = ["base"], ["chains of thought", "direct answers", "descriptions"]
     made, sampling = "pairs.json", 0.003 * r.questions * r.samples
+    last = "result.json" if cfg.quick else "mentions.json"  # of a model's measuring
     tasks = [
         task("base", [], 0.1 * (r.cap + r.cooldown), "base/base.json", "train_base"),
-        task("base measured", base, 0.02 * r.test, "base/result.json", "measure", "base", {}),
+        task("base measured", base, 0.02 * r.test, f"base/{last}", "measure", "base", {}),
         task("chains of thought", base, sampling, made, "sample_answers", "new", "en"),
         task("direct answers", base, sampling / 8, made, "sample_answers", "new_direct", "direct"),
         task("descriptions", base, 0.01 * r.described, made, "drop_image"),
@@ -140,7 +141,7 @@ def tasks_of(cfg: StoryConfig, number: int) -> list[Task]:
     ]
     seconds = 0.06 * r.steps + 0.015 * r.test
     for row, name, flags in runs_of(cfg):
-        made = f"rows/{name}/result.json"
+        made = f"rows/{name}/{last}"
         tasks.append(task(name, ["pairs"], seconds, made, "train_row", row, name, flags))
     return tasks
 

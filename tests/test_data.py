@@ -341,6 +341,14 @@ def test_only_chosen_leaves_out_the_rejected_branch(toy):
     assert (len(tree.responses), tree.chosen, tree.rejected) == (1, [0], [0])
 
 
+def test_a_limit_takes_the_same_pairs_in_every_epoch(toy):
+    data = pair_data(toy, limit=24)
+    first, *others = (data.order(epoch).tolist() for epoch in range(3))
+    assert len(first) == 24 and all(sorted(rows) == sorted(first) for rows in others)
+    assert first not in others
+    assert len(data.distinct_rows(3 * data.steps_per_epoch)) == 24
+
+
 def test_prefetching_keeps_the_order_and_passes_errors_on():
     assert list(prefetch(n * n for n in range(3, 6))) == [9, 16, 25]
     assert list(prefetch([])) == []

@@ -246,7 +246,9 @@ def test_each_illness_is_said_once_while_the_run_goes_on(tmp_path, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "diagnosis at step" in line and "forgetting: NLL" in line
     healthy = healthy_rows()
-    assert not any(diagnose(healthy[: n + 1], STEPS) for n in range(STEPS))
+    assert not any(diagnose(healthy[: n + 1], STEPS, vars(cfg)) for n in range(STEPS))
+    clipped = [row | {"grad_norm": 50.0} for row in healthy]
+    assert list(diagnose(clipped, STEPS, vars(cfg))) == ["always clipped"]
 
 
 # --------------------------------------------------------------------------- bad input

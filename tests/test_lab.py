@@ -176,6 +176,11 @@ def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
         ("def f(logps): return logps.policy_chosen.sqrt()", "f is not finite on ordinary pairs"),
         ("def f(logps): return logps.chosen_length", "no gradient with respect to policy_chosen"),
         ("def f(logps, gamma): return logps.policy_chosen", "missing 1 .* argument: 'gamma'"),
+        (
+            "def f(logps):\n    assert len(logps.policy_chosen) > 1\n"
+            "    return -logps.policy_chosen",
+            r"my_loss.py line 2: AssertionError",
+        ),
     ],
 )
 def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry, text, message):

@@ -343,6 +343,13 @@ def test_without_label_smoothing_cdpo_and_robust_are_dpo():
         torch.testing.assert_close(LOSSES[name](x, label_smoothing=0.0), LOSSES["dpo"](x))
 
 
+def test_a_misspelt_constant_is_refused_and_one_that_a_loss_does_not_look_at_is_not():
+    x = pairs(TYPICAL)
+    with pytest.raises(TypeError, match="no objective takes betta"):
+        objective([(1.0, "dpo")], x, betta=5.0)
+    torch.testing.assert_close(LOSSES["sft"](x, beta=5.0), LOSSES["sft"](x))
+
+
 @pytest.mark.parametrize("shift", [-30.0, -1.75, 0.0, 4.0])
 def test_bco_is_at_least_dpo_whatever_the_shift(shift):
     x = pairs(TYPICAL)

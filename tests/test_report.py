@@ -185,6 +185,12 @@ def test_rows_in_another_order_than_the_papers_lower_the_rank_correlation(story)
     assert order()["spearman"] is None  # equal scores leave it open
 
 
+def test_mentions_that_a_longer_story_adds_to_a_quick_one_are_read(story):
+    write(story / "seed-1/rows/MPO/mentions.json", {"mentions": 7.5})
+    rows = {line["row"]: line for line in report.results_of(story)["rows"]}
+    assert (rows["MPO"]["mentions"], rows["SFT"]["mentions"]) == (7.5, None)
+
+
 def test_a_folder_without_a_finished_base_is_named(tmp_path):
     with pytest.raises(InputError, match="no finished base model; run `python -m paper.story`"):
         report.collect(tmp_path)

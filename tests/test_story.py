@@ -86,6 +86,8 @@ def test_a_story_has_every_row_of_the_paper_and_tuning_tries_each_at_every_rate(
 
     assert set(PAPER) == {"base", *ROWS}
     assert rows(quick=True) == ["MPO", "SFT", "DPO"]
+    made = [{t.name: t.made.name for t in tasks_of(StoryConfig(quick=q), 1)} for q in (True, False)]
+    assert [of["seed 1 SFT"] for of in made] == ["result.json", "mentions.json"]  # measured further
     assert rows()[0] == "MPO" and set(rows()) == {*ROWS, WITH_NTP}
     tried = {f"{row}: lr={lr:g}" for row in (*ROWS, WITH_NTP) for lr in RATES}
     assert set(rows(tune=True)) == {*rows(), *tried}

@@ -614,12 +614,12 @@ def history(steps, **curves):
     ],
 )
 def test_classic_troubles_are_told(name, steps, total, curves):
-    assert list(diagnose(history(steps, **curves), total)) == [name]
+    assert list(diagnose(history(steps, **curves), total, {})) == [name]
 
 
 def test_a_healthy_run_gets_no_diagnosis():
     healthy = history(50, nll=lambda i: 1 - i / 100)
-    assert not any(diagnose(healthy[: n + 1], 50) for n in range(50))
+    assert not any(diagnose(healthy[: n + 1], 50, {}) for n in range(50))
 
 
 def test_the_optimizer_s_step_count_lies_beside_its_parameter():

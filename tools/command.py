@@ -19,7 +19,9 @@ def main() -> None:
     if name not in scripts:
         near = difflib.get_close_matches(name, scripts, n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(scripts)}"
-        sys.exit(f"usage: internvl-mpo SCRIPT [flags]; {hint}")
+        asked = name in ("-h", "--help")
+        print(f"usage: internvl-mpo SCRIPT [flags]; {hint}", file=None if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     sys.path.insert(0, str(ROOT))
     sys.argv = [str(scripts[name]), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")

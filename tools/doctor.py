@@ -6,7 +6,7 @@
 Reads metrics.jsonl, ms-swift's logging.jsonl or the log_history of TRL's trainer_state.json, and
 where they are there the run's config.json, its weights, the start weights and, with --meta, the
 pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
-same rules after every step (`diagnose`).
+rules that need metrics and flags alone after every step (`diagnose`).
 
 A rule is a function; illnesses.json holds what a finding means, what to try, and the source.
 """
@@ -239,9 +239,9 @@ def surface_marks(records: list[PairRecord]) -> list[str]:
     return lines
 
 
-def diagnose(history: Rows, total: int) -> dict[str, str]:
-    """What a run's metrics show so far: name of the illness -> one line."""
-    findings = examine(Case(history, total))
+def diagnose(history: Rows, total: int, flags: dict[str, Any]) -> dict[str, str]:
+    """What a run's metrics and flags show so far: name of the illness -> one line."""
+    findings = examine(Case(history, total, flags))
     return {f["name"]: f"{f['name']}: {f['seen']}. {f['means']} Try: {f['try']}" for f in findings}
 
 

@@ -34,7 +34,7 @@ class CheckConfig:
     meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
     max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
-    max_length: int = flag(6144, "tokens of prompt and response, at most", low=1)
+    max_length: int | None = flag(None, "tokens of a pair; default: the generation's", low=1)
     workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 
 
@@ -68,7 +68,7 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import ImageDraw
 
-from config import load_config
+from config import load_config, recipe
 from data import encode_tree, epoch_order, seeded
 from images import load_image
 from records import DataSet, in_order, read_meta
@@ -97,7 +97,8 @@ def check(cfg: CheckConfig) -> None:
     """Verify all records; print tables of tiles and tokens, the bad records and the odd ones."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
-    max_length = min(cfg.max_length, config.llm.max_position_embeddings)
+    asked = cfg.max_length or recipe(config).max_length
+    max_length = min(asked, config.llm.max_position_embeddings)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
 
     def inspect(data_set: DataSet, number: int) -> tuple[list[str], tuple[int, int] | None]:

@@ -73,12 +73,10 @@ def probe(path: Path, name: str, loss: Loss) -> Objective:
         reference_chosen=x.reference_chosen * 1.25 - 2,
         reference_rejected=x.reference_rejected * 0.75 - 1,
     )
-    pairs_alone = torch.cat([loss(pair) for pair in split_pairs(x)])
-    return Objective(
-        loss,
-        needs_reference=not torch.equal(value, loss(other_reference)),
-        whole_step=not torch.allclose(value, pairs_alone),
-    )
+    moved = call_users_code(path, loss, other_reference)
+    alone = [call_users_code(path, loss, pair) for pair in split_pairs(x)]
+    whole_step = not torch.allclose(value, torch.cat(alone))
+    return Objective(loss, not torch.equal(value, moved), whole_step)
 
 
 def example_pairs() -> PairLogps:

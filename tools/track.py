@@ -76,13 +76,13 @@ class Tracker:
 
     def __init__(self, cfg: Any, rows: list[Row], total: int) -> None:
         """rows: those of a train.Run, which grow to `total`."""
-        self.rows, self.total = rows, total
+        self.rows, self.total, self.flags = rows, total, vars(cfg)
         self.known: set[str] = set()  # illnesses
         self.picture, self.drawn = cfg.out_dir / "curves.png", time.monotonic()
         self.writers = open_writers(cfg, len(rows)) if is_main() else []
 
     def __call__(self) -> None:
-        findings = diagnose(self.rows, self.total) if is_main() else {}
+        findings = diagnose(self.rows, self.total, self.flags) if is_main() else {}
         for name in findings.keys() - self.known:
             say(f"diagnosis at step {self.rows[-1]['step']:.0f}: {findings[name]}")
         self.known |= findings.keys()
