@@ -70,7 +70,7 @@ from tokenizer import (
     with_image_placeholders,
 )
 from vision import num_tiles, preprocess
-from weights import load_model
+from weights import FLOATS, load_model
 
 MAX_ROWS = 512  # rows of one decode step, at most
 
@@ -599,7 +599,7 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
 
 def main() -> None:
     cfg = parse_cli(GenerateConfig)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
+    dtype = FLOATS.get(cfg.dtype)
     history = read_history(cfg.history)
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)}
     generator = Generator.load(cfg.model_dir, dtype=dtype, **settings)

@@ -99,14 +99,12 @@ VERBS = {"sample": SampleConfig, "correctness": CorrectnessConfig, "dropout_ntp"
 if __name__ == "__main__":
     runtime.parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
 
-import torch
-
 from benchmarks import answers
 from generate import Generator, Prompt, Sample
 from images import checked_images, image_names
 from records import Group, grouped, in_order, json_line, new_lines, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
-from weights import weight_files
+from weights import FLOATS, weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
 Request = tuple[Prompt, Any]  # and what it asks about
@@ -323,8 +321,7 @@ def text_settings(cfg: EngineConfig) -> dict:
 @functools.cache
 def load_generator(cfg: EngineConfig) -> Generator:
     """The model, loaded once however many data sets it works on."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(cfg.dtype)
-    return Generator.load(cfg.model_dir, dtype=dtype, **settings_of(cfg))
+    return Generator.load(cfg.model_dir, dtype=FLOATS.get(cfg.dtype), **settings_of(cfg))
 
 
 def generate_into(

@@ -162,7 +162,7 @@ from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import part_files, read_meta, read_parts
 from tokenizer import load_tokenizer
-from weights import local
+from weights import FLOATS, local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
@@ -383,19 +383,14 @@ def open_data(cfg: TrainConfig, terms: Terms) -> PairData:
 
 
 def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
-    # with bfloat16 states no float32 weights are there to compute with
-    on_gpu = cfg.dtype == "auto" and device.type == "cuda"
-    half = on_gpu or "bf16" in (cfg.dtype, cfg.state_dtype)
-    return torch.bfloat16 if half else torch.float32
+    if cfg.state_dtype == "bf16":  # no float32 weights are there to compute with
+        return torch.bfloat16
+    return FLOATS.get(cfg.dtype) or FLOATS["bf16" if device.type == "cuda" else "fp32"]
 
 
 def switched_on(setting: str, device: torch.device) -> bool:
     """Of a flag that is on, off, or auto = on a GPU."""
     return setting == "on" or (setting == "auto" and device.type == "cuda")
-
-
-def state_dtype(cfg: TrainConfig) -> torch.dtype:
-    return torch.bfloat16 if cfg.state_dtype == "bf16" else torch.float32
 
 
 def sharded_model(
@@ -405,7 +400,7 @@ def sharded_model(
 
     Parameters are fp32 for the policy; compute is cfg.dtype, gradients are reduced in fp32.
     """
-    dtype = state_dtype(cfg) if trained else torch.float32  # TR-DPO's small steps need float32
+    dtype = FLOATS[cfg.state_dtype if trained else "fp32"]  # TR-DPO's small steps need float32
     model = prepare(weights.empty_model(cfg.model_dir, drop_path).to(dtype), cfg, trained)
     shard(model, cfg, device)
     model.to_empty(device=device)

@@ -37,6 +37,7 @@ from tokenizer import TOKENIZERS, load_tokenizer
 INDEX = "model.safetensors.index.json"
 EXPORT_MARK = "export.json"  # lists what an export wrote; only such a folder is ever replaced
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}  # what flags call them
 
 # --------------------------------------------------------------------------- reading
 

@@ -20,7 +20,8 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from conftest import OURS, run_forks  # noqa: E402
 from test_strength import load_within  # noqa: E402
 
-from train import TrainConfig, state_dtype  # noqa: E402
+from train import TrainConfig  # noqa: E402
+from weights import FLOATS  # noqa: E402
 
 
 def write_hollow(model_dir: Path, size: str) -> dict[str, list[int]]:
@@ -49,7 +50,7 @@ def main() -> None:
         model_dir = Path(name) / "model"
         shapes = write_hollow(model_dir, args.size)
         cfg = TrainConfig(model_dir=model_dir, state_dtype=args.state_dtype)
-        item = state_dtype(cfg).itemsize
+        item = FLOATS[cfg.state_dtype].itemsize
         total = item * sum(map(prod, shapes.values()))
         largest = item * max(map(prod, shapes.values()))
         print(f"{len(shapes)} tensors, {total / 1e9:.2f} GB, the largest {largest / 1e9:.2f} GB")

@@ -47,7 +47,7 @@ from tools import bench as pair
 from tools import plan, race
 from tools.releases import named_config
 from vision import cut_tiles, pixels
-from weights import load_model
+from weights import FLOATS, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = Path("world")
@@ -334,7 +334,7 @@ def mpo(case: str) -> Iterator[Row]:
     except InputError as error:
         yield Row(str(error), None, "", "skipped")
         return
-    policy = train.prepare(plan.meta_model(config), cfg).to(train.state_dtype(cfg))
+    policy = train.prepare(plan.meta_model(config), cfg).to(FLOATS[cfg.state_dtype])
     train.shard(policy, cfg, DEVICE)
     pair.add_noise(policy.to_empty(device=DEVICE).train())
     tree = pair.paper_tree(config, SHORTER)
