@@ -244,14 +244,7 @@ class Run:
         if cfg.label_smoothing >= 0:
             losses.check_smoothing(self.terms)
             self.constants["label_smoothing"] = cfg.label_smoothing
-        self.data, self.heldout = open_data(asked, self.terms), None
-        if cfg.heldout:
-            sets = read_meta(cfg.heldout, cfg.max_tiles or config.max_tiles)
-            self.heldout = replace(self.data, sets=sets, limit=0)
-            self.heldout_number = int(self.heldout.digest(0)[:12], 16)  # a metric, of which pairs
-            known = {s.lines.checksum for s in self.data.sets if len(s)}
-            for name in (s.name for s in sets if s.lines.checksum in known):
-                say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
+        self.data, self.heldout = open_data(asked, self.terms)
         cfg = settle(asked, config, dist.get_world_size(), device, say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
@@ -280,9 +273,6 @@ class Run:
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
         self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= self.done]
-        scored = {r["heldout/digest"] for r in self.rows if "heldout/digest" in r}
-        if self.heldout and scored - {self.heldout_number}:
-            raise InputError(f"{path} has rows of other held-out pairs; pass those again, or none")
         if is_main():
             write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -299,10 +289,11 @@ class Run:
         checkpoint = weights.newest_checkpoint(self.cfg.out_dir / "checkpoints")
         if checkpoint is None:
             return 0
-        saved, now = weights.checkpoint_state(checkpoint)["flags"], self.facts
-        changed = [f"{k} was {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]]
+        old, now = weights.checkpoint_state(checkpoint)["flags"], self.facts
+        changed = [f"{k} was {old[k]}, now {now[k]}" for k in now if old.get(k, now[k]) != now[k]]
         if changed:
             raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
+        self.facts = old | now  # held-out pairs may be left out for a while
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
         updates = state.get("updates", state["step"])  # fewer, where a step was skipped
@@ -361,8 +352,8 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     return replace(cfg, **settings)
 
 
-def open_data(cfg: TrainConfig, terms: Terms) -> PairData:
-    """The pairs of cfg.meta in the order of a run; says how many each data set has."""
+def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None]:
+    """The pairs of cfg.meta in the order of a run, those of cfg.heldout; says what is there."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     world = dist.get_world_size()
     if cfg.batch_size % world or world % cfg.replicate:
@@ -371,7 +362,8 @@ def open_data(cfg: TrainConfig, terms: Terms) -> PairData:
             f"{cfg.batch_size}), and they must divide into --replicate {cfg.replicate} groups"
         )
     tokenizer.check_vocabulary(config.llm.vocab_size)
-    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    limit = cfg.max_tiles or config.max_tiles
+    sets = read_meta(cfg.meta, limit)
     only_chosen = all(name == "sft" for _, name in terms)  # SFT never looks at rejected responses
     shared = {f.name for f in fields(PairData)} & vars(cfg).keys()  # flags that it has as fields
     flags = {name: getattr(cfg, name) for name in shared}
@@ -379,7 +371,13 @@ def open_data(cfg: TrainConfig, terms: Terms) -> PairData:
     drawn = np.bincount(data.order(0)[:, 0], minlength=len(sets))
     for data_set, count in zip(sets, drawn):
         say(f"{cfg.meta}: {data_set.name}: {len(data_set)} records, {count} an epoch")
-    return data
+    if not cfg.heldout:
+        return data, None
+    heldout = replace(data, sets=read_meta(cfg.heldout, limit), limit=0)
+    known = {s.lines.checksum for s in sets if len(s)}
+    for name in (s.name for s in heldout.sets if s.lines.checksum in known):
+        say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
+    return data, heldout
 
 
 def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
@@ -680,6 +678,8 @@ def run_facts(run: Run) -> dict[str, str]:
         free = free | {"max_steps", "epochs", "decay"}
     facts = {k: str(v) for k, v in asdict(cfg).items() if k not in free}
     facts |= {"schedule": "constant" if cfg.decay >= 0 else "cosine", "pairs": run.data.digest(0)}
+    if run.heldout:
+        facts["held-out pairs"] = run.heldout.digest(0)
     if cfg.mine:
         facts[f"content of {cfg.mine}"] = runtime.fingerprint([cfg.mine])
     if is_main() and (run.reference or cfg.lora_rank):  # read once, they are large
@@ -848,17 +848,15 @@ def score_heldout(run: Run) -> dict[str, float]:
     say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
     metrics = step_metrics(run, PairLogps(*columns), sets)
-    metrics |= {"pairs": len(sets), "dropped": dropped, "digest": run.heldout_number}
+    metrics |= {"pairs": len(sets), "dropped": dropped}
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
 
 def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:
     """The row of the highest held-out accuracy; of equal ones, and for SFT, the lowest loss."""
-
-    def rank(row: dict[str, float]) -> tuple[float, float]:
-        return row.get("heldout/rewards/accuracy", 0.0), -row["heldout/loss"]
-
-    return max((row for row in rows if "heldout/loss" in row), key=rank, default=None)
+    scored = [row for row in rows if "heldout/loss" in row]
+    scored.sort(key=lambda row: row["heldout/loss"])
+    return max(scored, key=lambda row: row.get("heldout/rewards/accuracy", 0.0), default=None)
 
 
 def check_start(run: Run, step: Step) -> str:

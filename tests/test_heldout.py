@@ -135,7 +135,7 @@ def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_pa
     train_in_process(cfg)
     train_in_process(replace(cfg, heldout=None, keep_best=False))
     pairs.write_text("".join(lines[::-1]))
-    with pytest.raises(InputError, match=r"metrics.jsonl has rows of other held-out pairs; pass"):
+    with pytest.raises(InputError, match=r"held-out pairs was .*, now .*; undo it"):
         train_in_process(cfg)
 
 

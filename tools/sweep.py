@@ -37,7 +37,7 @@ SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
 def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
     """Every row of the paper, and every objective of the user's `own`."""
     cfg = with_recipe(cfg, load_config(cfg.model_dir), say)
-    total = open_data(replace(cfg, loss="dpo"), parse_objective("dpo")).steps_per_epoch
+    total = open_data(cfg, parse_objective("dpo"))[0].steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
     rows = ROWS | {name: {"loss": name} for name in own}
     runs = {name: replace(cfg, **flags) for name, flags in rows.items()}
