@@ -8,11 +8,12 @@ Blocks as in PagedAttention (arXiv:2309.06180), partial softmax sums as in Flash
 (pytorch.org/blog/flash-decoding), a shared prompt read once for all its rows as in Hydragen
 (arXiv:2402.05099); in plain torch operations.
 
-Shapes: row, block, g or head = key/value heads, query = query heads of one of them, d channels.
+Shapes: row, piece, g or head = key/value heads, query = query heads of one of them, d channels.
 """
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,15 +42,19 @@ class Room:
     def __init__(self) -> None:
         self.blocks, self.length = np.zeros(0, np.int64), 0
 
+    def place(self, t: int | np.ndarray) -> int | np.ndarray:
+        """Where its token number t is kept."""
+        return self.blocks[t // KEYS] * KEYS + t % KEYS
+
 
 class Span(NamedTuple):
-    """The first blocks of the cache, or the last, each read by up to `seats` rows of a step."""
+    """The first pieces of the cache, or the last, each read by up to `seats` rows of a step."""
 
-    start: int
-    blocks: int
+    start: int  # block
+    pieces: int
+    blocks: int  # of a piece: neighbours, attended at once
     seats: int
-    width: int  # blocks that one row reads, at most
-    ragged: bool  # some rows read fewer
+    width: int  # pieces that one row reads, at most
 
 
 class Plan(NamedTuple):
@@ -64,15 +69,17 @@ class KVCache:
     """Keys and values of prompts and of their answers, in blocks of KEYS tokens.
 
     A prompt's blocks are read by all rows that continue it; an answer takes blocks as it grows.
-    Each block is attended by itself, in place, and a row's partial sums are weighed in the end (as
-    in Flash-Decoding): nothing is copied, and a row's numbers depend on no other row.  Keys are
-    stored as they were turned; later steps never turn them again.
+    Each piece is attended by itself, in place, and a row's partial sums are weighed in the end (as
+    in Flash-Decoding): nothing is copied.  A piece is a block; on a CPU a whole room, where all
+    rooms are neighbouring blocks, as many each.  Keys are stored as they were turned; later steps
+    never turn them again.
 
     apart: prompts take low blocks and answers high ones, as suits many answers a prompt.
     rounded: sizes are rounded up, so that few different shapes are captured.
-    exact: rows, and the queries of a block, come in multiples of 16, and each prompt is read by
-    itself.  With AVX-512 and one thread MKL and oneDNN then round alike in any batch (MKL with
-    AVX2, or with two threads and 1024 terms, only under MKL_CBWR=AUTO,STRICT).
+    exact: a row's numbers depend on no other row: pieces are blocks, rows and the queries of a
+    block come in multiples of 16, and each prompt is read by itself.  With AVX-512 and one thread
+    MKL and oneDNN then round alike in any batch (MKL with AVX2, or with two threads and 1024 terms,
+    only under MKL_CBWR=AUTO,STRICT).
     """
 
     def __init__(
@@ -93,11 +100,12 @@ class KVCache:
         self.seat_multiple = 16 // math.gcd(16, self.queries) if exact else 1
         self.round = rounded_up if rounded else int
         # longer prompts would turn the shorter ones beside them by another base (see `rotary`)
-        alone = exact or self.device.type == "cuda"
-        self.together = 0 if alone else min(TOGETHER, config.max_position_embeddings)
+        self.neighbours = not exact and self.device.type != "cuda"
+        self.together = min(TOGETHER, config.max_position_embeddings) if self.neighbours else 0
         self.num_blocks, self.free = blocks, np.ones(blocks, bool)
-        # block head key d, and one more block where idle rows write
-        shape = (blocks + 1, self.heads, KEYS, self.channels)
+        self.arranged: tuple[list, list] | None = None  # rows of the last step, what they read
+        # token head d, and one more block where idle rows write
+        shape = ((blocks + 1) * KEYS, self.heads, self.channels)
         zeros = lambda: torch.zeros(shape, device=self.device, dtype=dtype)  # noqa: E731
         self.memory = [(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
 
@@ -111,12 +119,12 @@ class KVCache:
             if missing > len(free):
                 return False
             taken = free[::-1][:missing] if self.apart and not prompt else free[:missing]
-            self.free[taken] = False
+            self.free[taken], self.arranged = False, None
             room.blocks = np.concatenate([room.blocks, taken])
         return True
 
     def release(self, room: Room) -> None:
-        self.free[room.blocks] = True
+        self.free[room.blocks], self.arranged = True, None
         room.blocks, room.length = room.blocks[:0], 0
 
     def compact(self, rooms: set[Room], high: bool) -> None:
@@ -137,139 +145,140 @@ class KVCache:
         self.free[source], self.free[target] = True, False
         source, target = (torch.from_numpy(x.copy()).to(self.device) for x in (source, target))
         for memory in itertools.chain(*self.memory):
+            memory = memory.unflatten(0, (-1, KEYS))
             memory[target] = memory[source]
-
-    def index(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (t) -> (t head) together
-        """Where the keys and values of tokens are kept; a place is block * KEYS + offset."""
-        heads = torch.arange(self.heads, device=self.device)
-        return (places // KEYS)[:, None], heads, (places % KEYS)[:, None]
 
     # ----- attention
 
     def prefill(self, rooms: list[Room], lengths: list[int]) -> Attend:
         """Attention for the first pass of prompts, side by side in (1 s ...): fills their rooms."""
-        places = []
-        for room, room.length in zip(rooms, lengths):
-            t = np.arange(room.length)
-            places.append(room.blocks[t // KEYS] * KEYS + t % KEYS)
-        index = self.index(torch.from_numpy(np.concatenate(places)).to(self.device))
+        places = [room.place(np.arange(length)) for room, length in zip(rooms, lengths)]
+        index = torch.from_numpy(np.concatenate(places)).to(self.device)
+        for room, length in zip(rooms, lengths):
+            room.length = length
 
         def attend(layer: int, *qkv: Tensor) -> Tensor:
             for memory, new in zip(self.memory[layer], qkv[1:]):
-                memory.index_put_(index, new[0])
+                memory.index_copy_(0, index, new[0])
             prompts = zip(*(x.split(lengths, dim=1) for x in qkv))
             return torch.cat([causal_attention(layer, *prompt) for prompt in prompts], dim=1)
 
         return attend
 
-    def plan(self, rows: list[tuple[Room, Room]], tokens: list[int]) -> Plan:
-        """The step that feeds each row, (prompt, answer), a token; its answer grows by it.
+    def plan(self, rows: list[tuple[Room, ...]], tokens: list[int]) -> Plan:
+        """The step that feeds each row a token.  A row reads its rooms and writes to the last one.
 
-        An answer must have room for it.  Idle rows, up to a rounded number of rows, are computed
-        and ignored.
+        That one must have space for the token.  Idle rows, up to a rounded number of rows, are
+        computed and ignored.
         """
-        prompts, answers = [prompt for prompt, _ in rows], [answer for _, answer in rows]
-        seats, taken = [], {}  # rows of one prompt sit side by side
-        for prompt in prompts:
-            seats.append(taken.get(id(prompt), 0))
-            taken[id(prompt)] = seats[-1] + 1
-        positions = [prompt.length + answer.length for prompt, answer in rows]
-        for answer in answers:
-            answer.length += 1
         padded = -(-self.round(len(rows)) // self.row_multiple) * self.row_multiple
+        if self.arranged is None or self.arranged[0] != rows:
+            self.arranged = rows, self._arrange(rows, padded)
+        numbers = np.zeros((3, padded), int)
+        numbers[2] = self.num_blocks * KEYS
+        positions = [sum(room.length for room in row) for row in rows]
+        numbers[:, : len(rows)] = tokens, positions, [row[-1].place(row[-1].length) for row in rows]
+        for *_, answer in rows:
+            answer.length += 1
+        parts = [numbers.ravel()]
+        for span, table, piece, rooms, room, offset in self.arranged[1]:
+            lengths = np.array([room.length for room in rooms])[room] - offset
+            filled = np.zeros(span.pieces, int)
+            filled[piece] = lengths.clip(0, KEYS * span.blocks)
+            parts += [filled, table]
+        on_device = torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return Plan(padded, tuple(span for span, *_ in self.arranged[1]), on_device)
 
-        most_seats = -(-self.round(max(seats) + 1) // self.seat_multiple) * self.seat_multiple
-        if self.apart or most_seats > 1:
-            parts = [
-                self._span([[p] for p in prompts], np.array(seats), most_seats, padded, False),
-                self._span([[a] for a in answers], np.zeros(len(rows), int), 1, padded, self.apart),
-            ]
-        else:  # prompts and answers are read alike
-            parts = [self._span([[*pair] for pair in rows], np.array(seats), 1, padded, False)]
-        # only now, as blocks may have moved
-        places = [a.blocks[(a.length - 1) // KEYS] * KEYS + (a.length - 1) % KEYS for a in answers]
-        idle, sink = [0] * (padded - len(rows)), [self.num_blocks * KEYS] * (padded - len(rows))
-        numbers = [np.array([*tokens, *idle, *positions, *idle, *places, *sink], int)]
-        for _, arrays in parts:
-            numbers += [array.ravel() for array in arrays]
-        on_device = torch.from_numpy(np.concatenate(numbers)).to(self.device)
-        return Plan(padded, tuple(span for span, _ in parts), on_device)
+    def _arrange(self, rows: list[tuple[Room, ...]], padded: int) -> list[tuple]:
+        """What the rows read: the same from step to step while they and their blocks stay."""
+        taken = defaultdict(itertools.count)  # rows of one prompt sit side by side
+        seat = np.array([next(taken[id(prompt)]) for prompt, *_ in rows])
+        seats = -(-self.round(seat.max() + 1) // self.seat_multiple) * self.seat_multiple
+        if not self.apart and seats == 1:  # prompts and answers are read alike
+            return [self._span(rows, seat, 1, padded, False)]
+        prompts, answers = [row[:-1] for row in rows], [row[-1:] for row in rows]
+        first = self._span(prompts, seat, seats, padded, False)
+        return [first, self._span(answers, 0 * seat, 1, padded, self.apart)]
 
     def _span(
-        self, rooms: list[list[Room]], seat: np.ndarray, seats: int, padded: int, high: bool
-    ) -> tuple[Span, list[np.ndarray]]:
-        """The span of each row's rooms; its readers (block seat), tokens (block), and the blocks of
-        each row (row width), as the number of the first partial sum that they give it, or -1.
+        self, rows: list[tuple[Room, ...]], seat: np.ndarray, seats: int, padded: int, high: bool
+    ) -> tuple:
+        """The span of the rows' rooms; its readers (piece seat) and the pieces of each row (row
+        width), as the number of the first partial sum that they give it, or -1, in one array; each
+        piece with its room and the tokens of the room before it.
         """
-        flat = [room for row in rooms for room in row]
-        self.compact(set(flat), high)
-        block = np.concatenate([room.blocks for room in flat])
-        in_room = np.array([len(room.blocks) for room in flat])
-        in_row = in_room.reshape(len(rooms), -1).sum(1)
-        length = np.repeat([room.length for room in flat], in_room) - KEYS * counted(in_room)
-        row = np.repeat(np.arange(len(rooms)), in_row)
+        rooms = [room for row in rows for room in row]
+        self.compact(set(rooms), high)
+        piece = np.concatenate([room.blocks for room in rooms])
+        used = self.num_blocks - piece.min() if high else 1 + piece.max()
+        blocks = min(self.round(used), self.num_blocks)
+        start = self.num_blocks - blocks if high else 0
+        piece, in_room, size = piece - start, np.array([len(room.blocks) for room in rooms]), 1
+        if self.neighbours and (in_room == in_room[0]).all():
+            runs = piece.reshape(len(rooms), -1)
+            if not (runs[:, 0] % in_room[0]).any() and (np.diff(runs) == 1).all():
+                size = int(in_room[0])
+                piece, in_room = runs[:, 0] // size, in_room // size
 
-        used = self.num_blocks - block.min() if high else 1 + block.max()
-        blocks, width = min(self.round(used), self.num_blocks), self.round(in_row.max())
-        ragged = padded > len(rooms) or bool((in_row < width).any())
-        span = Span(self.num_blocks - blocks if high else 0, blocks, seats, width, ragged)
-        block = block - span.start
-        readers = np.zeros((span.blocks, seats), int)
-        readers[block, seat[row]] = row
-        filled = np.zeros(span.blocks, int)
-        filled[block] = np.clip(length, 0, KEYS)
+        room = np.repeat(np.arange(len(rooms)), in_room)
+        row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[room]
+        in_row = np.bincount(row, minlength=len(rows))
+        width = self.round(in_row.max())
+        span = Span(start, blocks // size, size, seats, width)
+        readers = np.zeros((span.pieces, seats), int)
+        readers[piece, seat[row]] = row
         table = np.full((padded, width), -1)
-        table[row, counted(in_row)] = block * seats + seat[row]
-        return span, [readers, filled, table]
+        table[row, counted(in_row)] = piece * seats + seat[row]
+        table = np.concatenate([readers.ravel(), table.ravel()])
+        return span, table, piece, rooms, room, KEYS * counted(in_room)
 
     def decode(self, plan: Plan) -> tuple[Tensor, Tensor, Attend]:
         """(tokens (row), positions (row), attention for one new token a row) of a plan."""
         rows, g, j, d = plan.rows, self.heads, self.queries, self.channels
-        lengths = [rows] * 3
+        lengths, spans = [rows] * 3, []
         for span in plan.spans:
-            lengths += [span.blocks * span.seats, span.blocks, rows * span.width]
+            lengths += [span.pieces, span.pieces * span.seats, rows * span.width]
         tokens, positions, places, *arrays = plan.numbers.split(lengths)
-        index, key, spans = self.index(places), torch.arange(KEYS, device=self.device), []
-        for span, readers, filled, table in zip(plan.spans, *(arrays[n::3] for n in range(3))):
-            part = slice(span.start, span.start + span.blocks)
-            hidden = (key >= filled[:, None]).view(span.blocks, 1, 1, KEYS)
-            mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, HIDDEN)
-            table = table.view(rows, 1, span.width)
-            numbers = (
-                table.clamp(min=0) * (j * g) + torch.arange(j * g, device=self.device)[:, None]
-            )
-            bags = torch.arange(0, numbers.numel(), span.width, device=self.device)
-            spans.append((span, part, readers, mask, numbers, table < 0, bags))
+        whole = sum(span.width for span in plan.spans) == 1  # a row is one piece: nothing to weigh
+        for span, filled, readers, table in zip(plan.spans, *(arrays[n::3] for n in range(3))):
+            part = slice(span.start * KEYS, (span.start + span.pieces * span.blocks) * KEYS)
+            hidden = torch.arange(span.blocks * KEYS, device=self.device) >= filled[:, None]
+            mask = torch.where(hidden, HIDDEN, 0.0).to(self.dtype)[:, None, None]
+            table, heads = table.view(rows, 1, span.width), torch.arange(j * g, device=self.device)
+            numbers = table.clamp(min=0) * (j * g) + heads[:, None]  # row (query head) width
+            spans.append((span, part, readers, mask, numbers.flatten(0, 1), table < 0))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.memory[layer]
-            keys.index_put_(index, k[:, 0])
-            values.index_put_(index, v[:, 0])
+            for memory, new in zip(self.memory[layer], (k, v)):
+                memory.index_copy_(0, places, new[:, 0])
             q, outs, sums = q.view(rows, g, j, d).transpose(1, 2), [], []
-            for span, part, readers, mask, numbers, absent, _ in spans:
-                asked = q.index_select(0, readers).view(span.blocks, -1, g, d).transpose(1, 2)
-                out, logsum = attend_blocks(asked, keys[part], values[part], mask)
-                outs.append(out.transpose(1, 2).reshape(-1, d).float())  # (block seat query head) d
-                logsum = logsum.transpose(1, 2).flatten()[numbers]  # row (query head) width
-                sums.append(logsum.masked_fill(absent, 2 * HIDDEN) if span.ragged else logsum)
-            weights = torch.cat(sums, -1).softmax(-1).split([span.width for span, *_ in spans], -1)
-            # each row and head gathers its partial sums and weighs them, in one operation
-            first, *others = (
-                F.embedding_bag(
-                    n.flatten(), out, bags, mode="sum", per_sample_weights=weight.flatten()
+            for span, part, readers, mask, numbers, absent in spans:
+                asked = q.index_select(0, readers), *(memory[part] for memory in self.memory[layer])
+                asked = (x.view(span.pieces, -1, g, d).transpose(1, 2) for x in asked)
+                out, logsum = attend_pieces(*asked, mask)
+                outs.append(out.transpose(1, 2).reshape(-1, d))  # (piece seat query head) d
+                if not whole:
+                    logsum = logsum.transpose(1, 2).flatten()[numbers].view(rows, j * g, -1)
+                    sums.append(logsum.masked_fill(absent, 2 * HIDDEN))
+            if whole:
+                out = outs[0].index_select(0, numbers.flatten())
+            else:
+                weights = torch.cat(sums, -1).softmax(-1).flatten(0, 1)
+                weights = weights.split([span.width for span in plan.spans], -1)
+                # each row and head gathers its partial sums and weighs them, in one operation
+                out = sum(
+                    F.embedding_bag(numbers, out.float(), mode="sum", per_sample_weights=weight)
+                    for (*_, numbers, _), out, weight in zip(spans, outs, weights)
                 )
-                for (*_, n, _, bags), out, weight in zip(spans, outs, weights)
-            )
-            out = sum(others, first)
             return out.to(self.dtype).view(rows, j, g, d).transpose(1, 2).reshape(rows, 1, g * j, d)
 
         return tokens, positions, attend
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each block alone: q (block head query d), k and v (block head key d), mask (block 1 1 key).
+def attend_pieces(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Each piece alone: q (piece head query d), k and v (piece head key d), mask (piece 1 1 key).
 
-    Returns the outputs, like q, and the logarithm of each softmax's sum, (block head query): what
+    Returns the outputs, like q, and the logarithm of each softmax's sum, (piece head query): what
     torch's scaled_dot_product_attention computes, in one operation, and does not return.
     """
     if q.device.type == "cpu":

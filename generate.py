@@ -254,7 +254,7 @@ class Row:
     group: Group
     sample: int
     key: int
-    answer: Room = dataclasses.field(default_factory=Room)
+    rooms: tuple[Room, ...]  # the prompt's and the answer's, or one of both
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     finish_reason: Literal["", "stop", "length"] = ""
@@ -303,8 +303,11 @@ class Scheduler:
             if self.rows and not self.has_room(1, len(self.groups), group.rows + 1):
                 break
             sample = group.todo.pop(0)
-            row = Row(group, sample, row_key(self.generator.settings.seed, group.prompt.id, sample))
-            self.cache.enlarge(row.answer, 1)
+            last = not (group.rows or group.todo or self.cache.apart)  # continues the prompt's room
+            rooms = (group.room,) if last else (group.room, Room())
+            key = row_key(self.generator.settings.seed, group.prompt.id, sample)
+            row = Row(group, sample, key, rooms)
+            self.cache.enlarge(rooms[-1], rooms[-1].length + 1)
             group.rows += 1
             self.rows.append(row)
             fresh.append(row)
@@ -352,33 +355,30 @@ class Scheduler:
         return self.waiting.popleft()
 
     def has_room(self, blocks: int, groups: int, rows: int) -> bool:
-        """Whether so many blocks are left, and half a block for every row that may grow.
+        """Whether so many blocks are left, and half a block for every row, or all they may need.
 
         A step computes as many rows for each group as the widest has: one wide group among many
         narrow ones has to wait.
         """
         widest = max([rows, *(group.rows for group in self.groups)])
         spare = int(self.cache.free.sum()) - blocks
-        if groups * widest > 4 * MAX_ROWS:
-            return False
-        if spare >= len(self.rows) // 2:
-            return True
-        return spare >= sum(num_blocks(r.group.limit) - len(r.answer.blocks) for r in self.rows)
+        ends = [row.rooms[-1].length + row.group.limit - len(row.ids) for row in self.rows]
+        growth = sum(map(num_blocks, ends)) - sum(len(r.rooms[-1].blocks) for r in self.rows)
+        return groups * widest <= 4 * MAX_ROWS and spare >= min(len(self.rows) // 2, growth)
 
     def grow(self) -> None:
         """Room for one more token in every row; the youngest gives way where there is none."""
         grown = 0
         while grown < len(self.rows):
             row = self.rows[grown]
-            if self.cache.enlarge(row.answer, len(row.ids)):
+            if self.cache.enlarge(row.rooms[-1], row.rooms[-1].length + 1):
                 grown += 1
             else:
                 self.send_back(self.rows[-1])
 
     def step(self) -> Tensor:  # (row vocab)
         """Feed each row its last token."""
-        rooms = [(row.group.room, row.answer) for row in self.rows]
-        plan = self.cache.plan(rooms, [row.ids[-1] for row in self.rows])
+        plan = self.cache.plan([row.rooms for row in self.rows], [row.ids[-1] for row in self.rows])
         return self.decode(self.model, self.cache, plan)[: len(self.rows)]
 
     def collect(self, rows: list[Row], logits: Tensor) -> Iterator[Row]:  # logits (row vocab)
@@ -392,7 +392,7 @@ class Scheduler:
     def leave(self, row: Row) -> None:
         """Free a row's memory, and its prompt's after the last row."""
         self.rows.remove(row)
-        self.cache.release(row.answer)
+        self.cache.release(row.rooms[-1])
         row.group.rows -= 1
         if not row.group.rows and not row.group.todo:
             self.groups.remove(row.group)
@@ -513,8 +513,9 @@ class Generator:
     @torch.inference_mode()
     def choose(self, logits: Tensor, rows: list[Row]) -> list[tuple[int, float]]:
         """(token, its plain log-prob) of each row, from logits (row vocab)."""
-        keys = np.array([row.key for row in rows], dtype=np.uint64)
-        uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
+        keys, uniforms = np.array([row.key for row in rows], dtype=np.uint64), np.zeros(len(rows))
+        if self.settings.temperature > 0:
+            uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
         plain = logits.index_select(1, self.banned)
         logits.index_fill_(1, self.banned, -torch.inf)  # for a moment, which saves a copy
         sampling = (self.settings.temperature, self.settings.top_k, self.settings.top_p)

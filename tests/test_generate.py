@@ -15,7 +15,7 @@ import torch
 from conftest import OURS, ROOT, run_forks
 from safetensors.torch import load_file
 
-from cache import HIDDEN, KEYS, KVCache, Room, attend_blocks, num_blocks
+from cache import HIDDEN, KEYS, KVCache, Room, attend_pieces, num_blocks
 from generate import (
     MAX_ROWS,
     Generator,
@@ -96,8 +96,8 @@ def read(model, cache, ids, tiles=None):
 
 
 def feed(model, cache, rows, tokens):
-    """One step: a token for each row, (prompt, answer)."""
-    for _, answer in rows:
+    """One step: a token for each row, (prompt, answer) or both in one room."""
+    for *_, answer in rows:
         assert cache.enlarge(answer, answer.length + 1)
     return decode(model, cache, cache.plan(rows, tokens))[: len(rows)]
 
@@ -252,13 +252,16 @@ def test_forked_rows_equal_separate_prefills(toy, generator):
     prompt = prompts(toy)[2]
     ids, tiles = generator.encode(prompt).ids, generator.tiles(prompt)
     new, model = torch.randint(10, 60, (4, 150)), generator.model  # more than one block
-    caches = [cache_of(model, 800, apart=apart) for apart in (True, False)]
+    caches = [cache_of(model, 800, apart=apart) for apart in (True, False, False)]
     forked = [(room, Room()) for room in [read(model, caches[0], ids, tiles)[0]] * 4]
     alone = [(read(model, caches[1], ids, tiles)[0], Room()) for _ in range(4)]
+    continued = [(read(model, caches[2], ids, tiles)[0],) for _ in range(4)]  # at first one piece
     for n in range(0, 150, 2):
         a = feed(model, caches[0], forked, new[:, n].tolist())
         b = feed(model, caches[1], alone, new[:, n].tolist())
+        c = feed(model, caches[2], continued, new[:, n].tolist())
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -539,17 +542,18 @@ def test_blocks_move_together_where_a_step_would_read_in_vain(generator):
         assert cache.enlarge(prompt, 3 * KEYS, prompt=True) and cache.enlarge(answer, 5 * KEYS)
         prompt.length, answer.length = 3 * KEYS, 4 * KEYS
     number = torch.arange(41.0).view(41, 1, 1, 1)
-    for memory in (x for pair in cache.memory for x in pair):
+    memories = [x.unflatten(0, (41, KEYS)) for pair in cache.memory for x in pair]
+    for memory in memories:
         memory.copy_(number.expand_as(memory))
     for room in (prompts[0], answers[0]):
         cache.release(room)
     before = [number[room.blocks] for room in (prompts[1], answers[1])]
     plan = cache.plan([(prompts[1], answers[1])], [7])
-    assert [(span.start, span.blocks) for span in plan.spans] == [(0, 3), (35, 5)]
+    assert [(span.start, span.pieces * span.blocks) for span in plan.spans] == [(0, 3), (35, 5)]
     assert np.flatnonzero(~cache.free).tolist() == [0, 1, 2, 35, 36, 37, 38, 39]
     place = answers[1].blocks[4] * KEYS  # of the token fed: the first of the moved fifth block
     assert plan.numbers[:3].tolist() == [7, 7 * KEYS, place]
-    for memory in (x for pair in cache.memory for x in pair):
+    for memory in memories:
         for room, kept in zip((prompts[1], answers[1]), before):
             assert (memory[room.blocks] == kept).all()
 
@@ -560,7 +564,7 @@ def test_each_block_is_attended_alone():
     q, k = torch.randn(5, 6, 2, 8).transpose(1, 2), torch.randn(5, 2, 64, 8)
     v, mask = torch.randn(5, 2, 64, 8), torch.zeros(5, 1, 1, 64)
     mask[1, ..., 3:], mask[2] = HIDDEN, HIDDEN
-    out, logsum = attend_blocks(q, k, v, mask)
+    out, logsum = attend_pieces(q, k, v, mask)
     scores = q @ k.transpose(2, 3) / 8**0.5 + mask
     plain, plain_logsum = scores.softmax(-1) @ v, scores.logsumexp(-1)
     assert out.isfinite().all() and (logsum[2] < HIDDEN / 2).all()
