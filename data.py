@@ -10,7 +10,7 @@ record that is too long is dropped by name unless --overlong cut asks for the of
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -125,14 +125,14 @@ def merge(a: Tree, b: Tree) -> Tree:
     )
 
 
-def grow_bushes(trees: list[Tree], pairs: int, budget: int) -> list[Tree]:
-    """Neighbours of one question merged, up to `pairs` pairs and `budget` tokens a bush."""
+def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> list[Tree]:
+    """Neighbours of one question merged, up to `pairs` pairs a bush, as long as a bush `fits`."""
     bushes: list[Tree] = []
     for tree in trees:
         last = bushes[-1] if bushes else None
         same = last and (last.trunk, last.images) == (tree.trunk, tree.images)
         merged = merge(last, tree) if same and len(last.names) < pairs else None
-        if merged and merged.size <= budget:
+        if merged and fits(merged):
             bushes[-1] = merged
         else:
             bushes.append(tree)
@@ -283,11 +283,6 @@ def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> li
 
 def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
     """Indices grouped so that no group's sizes exceed the budget: each into the first that fits."""
-    if max(sizes, default=0) > budget:
-        raise InputError(
-            f"a record of {max(sizes)} tokens does not fit --pack_tokens {budget}; raise it to "
-            "at least that"
-        )
     packs: list[list[int]] = []
     room: list[int] = []
     for i, size in enumerate(sizes):
@@ -342,7 +337,6 @@ class PairData:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self.max_length = min(self.max_length, self.config.llm.max_position_embeddings)
         self.orders: dict[int, np.ndarray] = {}
         self.steps_per_epoch = -(-len(self.order(0)) // self.batch_size)
         if not self.steps_per_epoch:
@@ -364,7 +358,7 @@ class PairData:
     def digest(self, steps: int) -> str:
         """Of all that decides which responses the first `steps` steps hold, but for image files."""
         facts = [steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong]
-        facts += [self.pairs_per_prompt, self.config]
+        facts += [self.pairs_per_prompt, self.pack_tokens, self.share_prefix, self.config]
         for of in self.sets:
             facts += [of.name, of.repeat_time, of.max_tiles, of.augment, of.lines.checksum]
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
@@ -407,26 +401,33 @@ class PairData:
         records = [self.sets[i][int(n)] for i, n in rows]
         trees = [self.fit(record) for record in records]
         dropped = [record.name for record, tree in zip(records, trees) if tree is None]
-        kept = grow_bushes(list(filter(None, trees)), self.pairs_per_prompt, self.pack_tokens)
-        sizes = [tree.size if self.share_prefix else tree.size_apart for tree in kept]
-        packs = first_fit(sizes, self.pack_tokens)
+        kept = grow_bushes(list(filter(None, trees)), self.pairs_per_prompt, self.fits)
+        packs = first_fit(list(map(self.size, kept)), self.pack_tokens)
         return [[kept[i] for i in pack] for pack in packs], dropped
 
+    def size(self, tree: Tree) -> int:
+        """Tokens in a pack."""
+        return tree.size if self.share_prefix else tree.size_apart
+
+    def fits(self, tree: Tree) -> bool:
+        """Whether prompt and response keep to max_length, and all responses to a pack."""
+        return tree.longest <= self.max_length and self.size(tree) <= self.pack_tokens
+
     def fit(self, record: PairRecord) -> Tree | None:
-        """The record's tree of at most max_length tokens a prompt and response; None = dropped.
+        """The record's tree, which fits; None = dropped.
 
         cut: responses end where the length is reached, without <|im_end|> (the official way); a
-        record whose prompt alone is too long, or whose responses begin alike up to there, is
-        dropped.
+        record whose prompt alone is too long, whose responses begin alike up to there, or which
+        still is too long for a pack, is dropped.
         """
         tree = encode_tree(record, self.tokenizer, self.config, self.only_chosen)
-        if tree.longest <= self.max_length:
+        if self.fits(tree):
             return tree
         room = self.max_length - len(tree.trunk)
         if self.overlong == "cut" and room > 0:
             tree = replace(tree, responses=[response[:room] for response in tree.responses])
             alike = len(tree.responses) == 2 and tree.responses[0] == tree.responses[1]
-            return None if alike else tree
+            return None if alike or not self.fits(tree) else tree
         if self.overlong == "fewer_tiles" and record.max_tiles > 1:
             return self.fit(replace(record, max_tiles=record.max_tiles // 2))
         return None

@@ -68,7 +68,7 @@ class TrainConfig:
     limit: int = flag(0, "use only this many pairs, the same in every epoch; 0 = all", low=0)
     drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", 0, 0.99)
     pack_tokens: int | None = flag(
-        None, "tokens of one forward pass; default 8192, or max_length if that is more", low=1
+        None, "tokens of one forward pass; default 8192, at least max_length", low=1
     )
     max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", 0, 128)
@@ -172,8 +172,8 @@ SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s"
 # flags that may differ between a run and its continuation
 FREE_FLAGS = set(
     """out_dir reference_cache save_every keep async_save compile recompute recompute_blocks sync
-    head_rows model_dir replicate gpu_memory plan bench size gpus heldout heldout_every keep_best
-    tensorboard wandb""".split()
+    head_rows model_dir meta replicate gpu_memory plan bench size gpus heldout heldout_every
+    keep_best tensorboard wandb""".split()
 )
 
 # --------------------------------------------------------------------------- the loop
@@ -306,7 +306,10 @@ class Run:
         left = range(self.done, self.total)
         for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
             for name in step.dropped:
-                say(f"dropped, longer than max_length {self.data.max_length}: {name}")
+                say(
+                    f"dropped, longer than max_length {self.cfg.max_length}, or with both "
+                    f"responses than pack_tokens {self.cfg.pack_tokens}: {name}"
+                )
             if step.pairs:
                 yield step
             else:
@@ -341,7 +344,10 @@ class Run:
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
-    """What the user left open is what the release's own MPO script sets."""
+    """What the user left open is what the release's own MPO script sets.
+
+    max_length is at most what the model has positions for, and fits into a pack.
+    """
     values = recipe(config)
     settings = {n: value for n, value in vars(values).items() if getattr(cfg, n, "") is None}
     if cfg.pack_tokens is None:
@@ -349,7 +355,14 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     if settings:
         words = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         say(f"recipe of InternVL{config.generation}: {words} (as {values.source})")
-    return replace(cfg, **settings)
+    cfg = replace(cfg, **settings)
+    cfg = replace(cfg, max_length=min(cfg.max_length, config.llm.max_position_embeddings))
+    if cfg.pack_tokens < cfg.max_length:
+        raise InputError(
+            f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}, so records may "
+            f"not fit into a pack: pass --pack_tokens {cfg.max_length}, or a smaller --max_length"
+        )
+    return cfg
 
 
 def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None]:

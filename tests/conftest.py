@@ -54,6 +54,7 @@ def trained(tmp_path_factory) -> Path:
 def short_run(folder: Path, **flags: object) -> TrainConfig:
     """Flags of a run of a few steps of 8 pairs, in several packs a step, on the world there."""
     usual = {"lr": 1e-3, "batch_size": 8, "pack_tokens": 400, "drop_path": 0.0, "save_every": 2}
+    usual |= {"max_length": min(400, flags.get("pack_tokens", 400))}
     return TrainConfig(folder / "model", folder / "meta.json", **(usual | flags))
 
 

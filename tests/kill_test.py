@@ -116,6 +116,7 @@ def main() -> None:
             batch_size=8,
             epochs=2,
             pack_tokens=400,
+            max_length=400,
             drop_path=0.2,
             save_every=1,
         )

@@ -213,8 +213,6 @@ def test_a_key_of_a_response_follows_the_content_of_its_image(tmp_path, toy):
 
 def test_first_fit_fills_packs_in_order():
     assert first_fit([5, 4, 3, 2, 1], 8) == [[0, 2], [1, 3, 4]]
-    with pytest.raises(InputError, match="9 tokens does not fit --pack_tokens 8"):
-        first_fit([1, 9], 8)
 
 
 # --------------------------------------------------------------------------- steps
@@ -266,6 +264,32 @@ def test_over_long_records_are_dropped_by_name_or_get_fewer_tiles(toy):
     wide = toy_trees(toy)[2]
     data = pair_data(toy, max_length=wide.longest - 1, overlong="fewer_tiles")
     assert sum(data.fit(record).tiles) < sum(wide.tiles)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_pair_whose_responses_do_not_fit_into_a_pack_is_dropped_by_name(toy, tmp_path, share):
+    long = {**GOOD, "chosen": "3 " * 90, "rejected": "4 " * 90}
+    sets = read_meta(write_set(tmp_path, [GOOD, long]), 1)
+    length = encode_tree(sets[0][1], toy[2], toy[1]).longest
+    limits = {"batch_size": 2, "max_length": length, "seed": 1, "share_prefix": share}
+    data = PairData(sets, toy[2], toy[1], pack_tokens=length, **limits)
+    [[tree]], dropped = data.plan(data.rows(0))
+    assert tree.names == [sets[0][0].name] and dropped == [sets[0][1].name]
+    cut = replace(data, overlong="cut")
+    assert cut.fit(sets[0][1]) is None
+    assert data.digest(1) != replace(data, pack_tokens=2 * length).digest(1)
+    assert not replace(data, pack_tokens=2 * length).plan(data.rows(0))[1]
+
+
+def test_a_bush_without_a_shared_prefix_keeps_to_its_pack(toy, tmp_path):
+    pairs = [{**GOOD, "rejected": f"It is {n}."} for n in range(4, 9)]
+    sets = read_meta(write_set(tmp_path, pairs), 1)
+    budget = 2 * encode_tree(sets[0][0], toy[2], toy[1]).size_apart
+    limits = {"batch_size": 5, "max_length": budget, "seed": 1, "pairs_per_prompt": 5}
+    data = PairData(sets, toy[2], toy[1], pack_tokens=budget, share_prefix=False, **limits)
+    packs, dropped = data.plan(data.rows(0))
+    assert sum(len(tree.names) for pack in packs for tree in pack) == 5 and not dropped
+    assert all(sum(map(data.size, pack)) <= budget for pack in packs)
 
 
 def text_pair(tmp_path, **changes):

@@ -48,7 +48,7 @@ def fast(toy):
     [
         (1, {}),
         (2, {}),
-        (1, {"reference": "online", "pack_tokens": 400}),
+        (1, {"reference": "online", "pack_tokens": 512}),
         (2, {"reference": "online", "recompute": "selective"}),
         (1, {"share_prefix": False, "share_images": False, "head_rows": 0, "recompute": "off"}),
     ],

@@ -29,8 +29,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def asked_of(size, **flags):
-    """Flags with the recipe of that size, and its shapes."""
+    """Flags with the recipe of that size, records as long as a pack at most, and its shapes."""
     config = named_config(size)
+    flags.setdefault("max_length", flags.get("pack_tokens"))
     return with_recipe(TrainConfig(**flags), config, print), config
 
 

@@ -194,8 +194,8 @@ def count_traffic(cfg, out):
 
 
 def test_exchanging_once_a_step_sends_less_and_trains_alike(base, toy, tmp_path):
-    cfg = replace(base, drop_path=0.2, recompute="full", pack_tokens=200, max_steps=3)
-    cfg = replace(cfg, reference_cache=tmp_path / "reference")
+    cfg = replace(base, drop_path=0.2, recompute="full", max_length=200, max_steps=3)
+    cfg = replace(cfg, pack_tokens=200, reference_cache=tmp_path / "reference")
     traffic = {}
     for sync in ("pack", "step"):
         run = replace(cfg, sync=sync, out_dir=tmp_path / sync)
@@ -211,7 +211,8 @@ def test_exchanging_once_a_step_sends_less_and_trains_alike(base, toy, tmp_path)
 def test_casting_weights_once_a_step_trains_bit_for_bit_alike(base, tmp_path):
     """One process; held-out pairs are scored after a step; then continued from a checkpoint."""
     cfg = replace(base, dtype="bf16", drop_path=0.2, batch_size=4, pack_tokens=200, warmup=0.0)
-    cfg = replace(cfg, max_steps=2, save_every=1, heldout=cfg.meta, heldout_every=1)
+    cfg = replace(cfg, max_length=200, max_steps=2, save_every=1, heldout=cfg.meta)
+    cfg = replace(cfg, heldout_every=1)
     cfg = replace(cfg, reference_cache=tmp_path / "reference")
     packed, stepped = (
         replace(cfg, sync=sync, out_dir=tmp_path / sync) for sync in ("pack", "step")
@@ -270,8 +271,10 @@ def test_a_bush_keeps_to_its_limits(toy):
     two = replace(one, responses=[[0] * 5, [0] * 3], names=["y"])
     assert merge(one, two).responses == [[0] * 5, [0] * 9, [0] * 3]
     assert (merge(one, two).chosen, merge(one, two).rejected) == ([0, 0], [1, 2])
-    assert [len(b.names) for b in grow_bushes([one, two, one, other], 2, 999)] == [2, 1, 1]
-    assert [len(b.names) for b in grow_bushes([one, two], 9, one.size + 2)] == [1, 1]
+    bushes = grow_bushes([one, two, one, other], 2, lambda tree: True)
+    assert [len(bush.names) for bush in bushes] == [2, 1, 1]
+    bushes = grow_bushes([one, two], 9, lambda tree: tree.size <= one.size + 2)
+    assert [len(bush.names) for bush in bushes] == [1, 1]
 
 
 # --------------------------------------------------------------------------- many processes

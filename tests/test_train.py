@@ -340,6 +340,14 @@ def test_a_run_is_not_continued_on_pairs_that_were_edited(base, toy, tmp_path):
         run_here(cfg)
 
 
+def test_a_run_is_continued_where_its_data_folder_has_moved(base, toy, tmp_path):
+    cfg = replace(base, loss="sft", out_dir=tmp_path / "run", max_steps=2)
+    expected = run_here(cfg)
+    shutil.copytree(toy, tmp_path / "moved", ignore=shutil.ignore_patterns("s*", "reference"))
+    cfg = replace(cfg, meta=tmp_path / "moved/meta.json")
+    assert run_here(cfg) == expected
+
+
 def test_a_run_is_not_continued_with_objectives_of_its_own_that_were_edited(base, tmp_path):
     own = tmp_path / "own.py"
     own.write_text("def double(logps):\n    return -2 * logps.policy_chosen\n")
@@ -478,7 +486,7 @@ def test_a_moving_reference_pulls_rewards_to_zero_and_resumes(base, toy):
 
 @pytest.mark.parametrize("flags", [{"lr_language": 0.0}, {"lora_rank": 2, "lora_parts": "vision"}])
 def test_a_pack_of_text_alone_trains_a_model_whose_language_part_is_frozen(base, tmp_path, flags):
-    cfg = replace(base, out_dir=tmp_path / "run", pack_tokens=200, **flags)
+    cfg = replace(base, out_dir=tmp_path / "run", pack_tokens=200, max_length=200, **flags)
     assert all(math.isfinite(row["loss"]) for row in run_here(cfg))
 
 
@@ -518,7 +526,11 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha must be >= 1e-09"),
         ({"meta": Path("nowhere.json")}, "no nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
-        ({"pack_tokens": 20}, "does not fit --pack_tokens 20"),
+        (
+            {"pack_tokens": 20},
+            "--pack_tokens 20 is below max_length 400, .* pass --pack_tokens 400",
+        ),
+        ({"pack_tokens": 511, "max_length": 6144}, "pack_tokens 511 is below max_length 512"),
         ({"replicate": 2}, "1 processes: .* must divide into --replicate 2 groups"),
         ({"reference_cache": Path("toy/model/x"), "model_dir": Path("toy/model")}, "own"),
     ],
@@ -674,7 +686,8 @@ def test_processes_vote_while_one_waits_for_a_lock(tmp_path):
 
 
 def test_settings_left_open_are_those_of_the_model_s_generation(base, tmp_path, capsys):
-    cfg = replace(base, lr=None, max_length=None, out_dir=tmp_path, reference_cache=None)
+    cfg = replace(base, lr=None, max_length=None, pack_tokens=600, out_dir=tmp_path)
+    cfg = replace(cfg, reference_cache=None)
     assert run_here(replace(cfg, max_steps=2, warmup=0.0))[0]["lr"] == 5e-6
     assert "recipe of InternVL2: lr 5e-06, max_length 6144 (as internvl_chat" in (
         capsys.readouterr().err

@@ -324,7 +324,7 @@ def tiles(case: str) -> Iterator[Row]:
 
 def mpo(case: str) -> Iterator[Row]:
     """A full MPO step at random weights: ten packs, gradient, clipping, AdamW."""
-    size, *flags = case.split() + ["--pack_tokens", "80"] * TOY
+    size, *flags = case.split() + ["--pack_tokens", "80", "--max_length", "80"] * TOY
     config = shape(size)
     process_group(0).__enter__()  # for good: this process ends with its case
     cfg = train.with_recipe(parse_cli(train.TrainConfig, flags), config, print)

@@ -348,13 +348,14 @@ def say_plan(
         say(f"fits into {memory / GB:.4g} GB")
     if not memory or plan.needed <= memory:
         return
-    fewer = max(1, cfg.pack_tokens // 2)
+    fewer = max(cfg.max_length, cfg.pack_tokens // 2)
     ways: dict[str, dict[str, Any]] = {
         "--recompute full": {"recompute": "full", "recompute_blocks": -1},
         "--sync pack": {"sync": "pack"},
         "--state_dtype bf16 --dtype auto": {"state_dtype": "bf16", "dtype": "auto"},
-        f"--pack_tokens {fewer}": {"pack_tokens": fewer},
     }
+    if fewer < cfg.pack_tokens:
+        ways |= {f"--pack_tokens {fewer}": {"pack_tokens": fewer}}
     if not cfg.reference_update_every:  # a moving reference is a second model
         ways |= {"--reference cached": {"reference": "cached"}, "--lora_rank 16": {"lora_rank": 16}}
     helpful = [way for way, change in ways.items() if fits(cfg, config, shards, device, **change)]
