@@ -16,7 +16,6 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -202,8 +201,8 @@ def write_page(cfg: ShowConfig) -> None:
             })  # fmt: skip
     choices = sorted({card[name] for card in cards for name in ("set", "kind")})
     title = f"{len(cards)} preference pairs"
-    pages = render(TEMPLATES / "pairs.html", title=title, cards=cards, choices=choices)
-    write_atomic(cfg.out, pages)
+    text = render(TEMPLATES / "pairs.html", title=title, cards=cards, choices=choices)
+    write_atomic(cfg.out, text)
     print(f"wrote {cfg.out}: {len(cards)} of {sum(map(len, sets))} pairs")
 
 
@@ -263,15 +262,14 @@ def stats(cfg: StatsConfig) -> None:
         metas = [meta_of(raw, side) for side in SIDES]
         cut = any(meta.get("finish_reason") == "length" for meta in metas)
         missing = not all(path.is_file() for path in record.images)
-        question = repr((record.images, raw["question"], raw.get("answer_gt"))).encode()
-        key = int.from_bytes(blake2b(question, digest_size=8).digest())
+        key = hash(repr((record.images, raw["question"], raw.get("answer_gt"))))
         kind, version = pair_kind(data_set.name, raw), metas[0].get("prompt_version") or "none"
         values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing
         return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values, key
 
     # of each group how often a column has each value: as much for millions of pairs as for few
     groups = defaultdict(lambda: [Counter() for _ in PARTS + COUNTED])
-    questions = defaultdict(lambda: array("Q"))  # eight bytes a pair
+    questions = defaultdict(lambda: array("q"))  # eight bytes a pair
     for gold, name, values, key in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
         questions[gold].append(key)
         for column, value in zip(groups[gold] + groups[name], values * 2):
