@@ -937,7 +937,7 @@ def main() -> None:
     cfg = runtime.parse_cli(TrainConfig)
     own = []
     if cfg.mine:
-        from tools.mine import register_file  # noqa: PLC0415  (a user's own objectives)
+        from tools.lab import register_file  # noqa: PLC0415  (a user's own objectives)
 
         own = register_file(cfg.mine)
     if cfg.loss != "all":

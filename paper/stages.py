@@ -19,7 +19,7 @@ from paper.report import SETTINGS, WITH_NTP
 from paper.story import BETA, CHOSEN_RATES, SPEED, Seed
 from records import part_files, read_parts
 from runtime import process_group, read_json, read_whole_lines, write_atomic
-from tools.mine import register_file
+from tools.lab import register_file
 from tools.sweep import ROWS
 from toy import COLOURS, SHAPES, Thing, random_things, write_lines
 from train import TrainConfig, train

@@ -109,7 +109,7 @@ def runs_of(cfg: StoryConfig) -> list[tuple[str, str, dict]]:
     """(row, name, flags other than the row's) of every training from the base, quick rows first."""
     rows = list(QUICK_ROWS)
     if cfg.mine:
-        from tools.mine import register_file  # noqa: PLC0415  (torch takes seconds to load)
+        from tools.lab import register_file  # noqa: PLC0415  (torch takes seconds to load)
 
         rows += register_file(cfg.mine)
     if not cfg.quick:

@@ -10,7 +10,7 @@ import torch
 
 from losses import LOSSES, PairLogps, needs_reference, objective, parse_objective, whole_step
 from runtime import InputError
-from tools import lab, mine
+from tools import lab
 
 
 def add(x, **amounts):
@@ -44,7 +44,7 @@ INVARIANCES = {
 
 def holding(loss):
     """The invariances that a loss has, on the example pairs in float64."""
-    broken = {name: measure(loss, mine.example_pairs()) for name, measure in INVARIANCES.items()}
+    broken = {name: measure(loss, lab.example_pairs()) for name, measure in INVARIANCES.items()}
     return [name for name, amount in broken.items() if amount.abs().max().item() < 1e-9]
 
 
@@ -79,8 +79,8 @@ def own_file(folder, text, name="my_loss.py"):
 
 
 def documented_example():
-    """The five-line objective in the docstring of tools/mine.py."""
-    block = re.search(r"^    import torch.nn.functional.*?\n\n(?=\S)", mine.__doc__, re.M | re.S)
+    """The five-line objective in the docstring of tools/lab.py."""
+    block = re.search(r"^    import torch.nn.functional.*?\n\n(?=\S)", lab.__doc__, re.M | re.S)
     return "\n".join(line[4:] for line in block[0].splitlines()) + "\n"
 
 
@@ -101,7 +101,7 @@ def test_an_objective_has_the_invariances_of_its_formula_and_no_other(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_objective_needs_what_its_entry_says(name, tmp_path):
     entry = LOSSES[name]
-    tried = mine.probe(tmp_path, name, entry.function)
+    tried = lab.probe(tmp_path, name, entry.function)
     assert (tried.needs_reference, tried.whole_step) == (entry.needs_reference, entry.whole_step)
 
 
@@ -137,16 +137,16 @@ def test_an_own_objective_is_trainable_by_name_and_found_to_need_what_it_needs(t
         "def _helper(logps): return None\n"
         "def other(x): return None\n"
     )
-    assert mine.register_file(own_file(tmp_path, text)) == ["simpo", "centred"]
+    assert lab.register_file(own_file(tmp_path, text)) == ["simpo", "centred"]
     terms = parse_objective("0.5*simpo+centred")
     assert not needs_reference(terms[:1]) and not whole_step(terms[:1])
     assert needs_reference(terms[1:]) and whole_step(terms[1:])
-    total, parts = objective(terms, mine.example_pairs(), beta=0.1)
+    total, parts = objective(terms, lab.example_pairs(), beta=0.1)
     torch.testing.assert_close(total, 0.5 * parts["simpo"] + parts["centred"])
-    again = mine.register_file(tmp_path / "my_loss.py")
+    again = lab.register_file(tmp_path / "my_loss.py")
     assert again == ["simpo", "centred"]
     with pytest.raises(InputError, match="simpo exists already"):
-        mine.register_file(own_file(tmp_path, documented_example(), "another.py"))
+        lab.register_file(own_file(tmp_path, documented_example(), "another.py"))
 
 
 def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
@@ -155,8 +155,8 @@ def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
         "@dataclass\nclass Scale:\n    by: float = 2.0\n"
         "def scaled(logps): return Scale().by * -logps.policy_chosen\n"
     )
-    assert mine.register_file(own_file(tmp_path, text)) == ["scaled"]
-    assert LOSSES["scaled"](mine.example_pairs()).isfinite().all()
+    assert lab.register_file(own_file(tmp_path, text)) == ["scaled"]
+    assert LOSSES["scaled"](lab.example_pairs()).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
 def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry, text, message):
     before = copy.copy(registry)
     with pytest.raises(InputError, match=message):
-        mine.register_file(own_file(tmp_path, text))
+        lab.register_file(own_file(tmp_path, text))
     assert registry == before
 
 
 def test_a_missing_own_file_and_a_wrong_flag_end_with_status_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="expected an existing .py file"):
-        mine.register_file(tmp_path / "absent.py")
+        lab.register_file(tmp_path / "absent.py")
     for wrong in ("label_smoothing=0.7", "label_smoothing=-0.1", "beta=0", "beta=nan"):
         monkeypatch.setattr(sys, "argv", ["lab.py", f"--{wrong}"])
         with pytest.raises(SystemExit, match="2"):

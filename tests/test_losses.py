@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 from losses import LOSSES, BcoShift, PairLogps, objective, parse_objective
 from runtime import InputError
-from tools.lab import loss_and_gradient
-from tools.mine import make_pairs, split_pairs
+from tools.lab import loss_and_gradient, make_pairs, split_pairs
 from train import OnlineReference
 
 GOLDEN = json.loads((OURS / "losses.json").read_text())

@@ -75,18 +75,13 @@ def flops(cfg: TrainConfig, config: InternVLConfig, load: Load) -> tuple[int, in
     v, llm = config.vision, config.llm
     d, wide, patches = v.hidden_size, llm.hidden_size, (config.tile_size // v.patch_size) ** 2
     depth = config.select_layer % (v.num_hidden_layers + 1)
-    block = depth * (4 * d * d + 2 * d * v.intermediate_size)
+    rows, block = load.tiles * (patches + 1), 4 * d * d + 2 * d * v.intermediate_size
+    project = config.tokens_per_tile * (4 * d * wide + wide * wide)
     q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     layer = wide * (q + 2 * kv) + q * wide + 3 * wide * llm.intermediate_size
     words = load.tokens * llm.num_hidden_layers * layer + load.scored * llm.vocab_size * wide
-    project = config.tokens_per_tile * (4 * d * wide + wide * wide)
-    # in the order of forward: a part, its products with weights, those of its attention
-    work = (
-        (
-            VISION,
-            load.tiles * (patches + 1) * block,
-            2 * load.tiles * (patches + 1) ** 2 * d * depth,
-        ),
+    work = (  # in the order of forward: a part, its products with weights, those of attention
+        (VISION, rows * depth * block, 2 * rows * (patches + 1) * d * depth),
         (PROJECTOR, load.tiles * project, 0),
         (LANGUAGE, words, 2 * load.pairs * q * llm.num_hidden_layers),
     )

@@ -23,7 +23,7 @@ from config import load_config
 from losses import parse_objective
 from runtime import InputError, is_main, parse_cli, read_json, read_whole_lines, say, write_atomic
 from tools.figures import curve_panels, text_table
-from tools.mine import register_file
+from tools.lab import register_file
 from train import TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
 
 # Tables 6 and 7 of the paper.  It gives beta 0.1 and nothing else per row: label smoothing 0.1 for
