@@ -79,11 +79,6 @@ class Tree:
         return len(self.trunk) + sum(map(len, self.responses))
 
     @property
-    def size_apart(self) -> int:
-        """Tokens in a pack when every response gets a trunk of its own."""
-        return self.size + len(self.trunk) * (len(self.responses) - 1)
-
-    @property
     def longest(self) -> int:
         """Tokens of the prompt with its longest response: what the length limit is about."""
         return len(self.trunk) + max(map(len, self.responses))
@@ -406,8 +401,8 @@ class PairData:
         return [[kept[i] for i in pack] for pack in packs], dropped
 
     def size(self, tree: Tree) -> int:
-        """Tokens in a pack."""
-        return tree.size if self.share_prefix else tree.size_apart
+        """Tokens in a pack; without share_prefix every response gets a trunk of its own."""
+        return tree.size + len(tree.trunk) * (len(tree.responses) - 1) * (not self.share_prefix)
 
     def fits(self, tree: Tree) -> bool:
         """Whether prompt and response keep to max_length, and all responses to a pack."""

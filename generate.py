@@ -47,6 +47,7 @@ class GenerateConfig(Settings):
     marks: bool = flag(False, "show grounding marks: <ref>, <box>, <quad> and their ends")
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
+    NEEDS = {"num_samples": "--question", "json": "--question"}  # a chat has neither
 
 
 if __name__ == "__main__":

@@ -116,6 +116,15 @@ def check_fields(cls: type, values: dict[str, Any], begin: str = "") -> None:
             raise InputError(f"{begin}{key!r} must be {wanted}, got {value!r:.80}")
 
 
+def check_needs(cfg: Any) -> None:
+    """InputError for a flag that does nothing; `cfg.NEEDS`: flag -> "--other, or --other value"."""
+    given = {f"--{name} {value}" for name, value in vars(cfg).items()}
+    given |= {f"--{f.name}" for f in fields_of(type(cfg)) if getattr(cfg, f.name) != f.default}
+    for name, ways in cfg.NEEDS.items():
+        if f"--{name}" in given and given.isdisjoint(ways.split(", or ")):
+            raise InputError(f"--{name} does nothing without {ways}")
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a type; a whole number is a float, true is no number, NaN neither."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -247,9 +256,11 @@ class Settings:
     marks: bool = flag(True, "show grounding marks: <ref>, <box>, <quad> and their ends")
     cache_tokens: int = flag(0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", 0)
     exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
+    NEEDS = {}  # of a subclass, for check_needs
 
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
+        check_needs(self)
 
 
 @dataclasses.dataclass(frozen=True)

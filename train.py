@@ -113,14 +113,24 @@ class TrainConfig:
     bench: bool = flag(False, "only measure a step, with each idea switched on in turn")
     size: str = flag("", "for --plan and --bench: toy, 8b, 3.5-8b, ... instead of model_dir")
     gpus: int = flag(1, "for --plan", low=1)
+    NEEDS = {  # flag -> the flags without which it would be ignored
+        "heldout_every": "--heldout",
+        "keep_best": "--heldout",
+        "reference_update_mix": "--reference_update_every, or --loss all",
+        "recompute_blocks": "--recompute full, or --recompute selective",
+        "state_dtype": "--dtype auto, or --dtype bf16",
+        "lora_alpha": "--lora_rank",
+        "lora_parts": "--lora_rank",
+        "size": "--plan, or --bench",
+        "gpus": "--plan",
+    }
 
     def __post_init__(self) -> None:
         runtime.check_fields(type(self), vars(self))
+        runtime.check_needs(self)
         for name in ("tensorboard", "wandb"):
             if getattr(self, name):
                 runtime.need(name, f"--{name}")
-        if self.keep_best and not self.heldout:
-            raise ValueError("keep_best needs --heldout, pairs to choose the step by")
 
     @property
     def cache_folder(self) -> Path:
@@ -618,10 +628,9 @@ class CachedReference:
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
         while not runtime.all_of((pack := next(packs, None)) is None):
             pack = (pack or blank).to(self.device)
-            sums, lengths = score(policy, pack, self.cfg)
-            rows = zip(pack.keys, sums.tolist(), lengths.int().tolist())
-            for key, logp, length in rows if pack.names else ():
-                row = {"key": key, "logp": logp, "length": length}
+            sums, _ = score(policy, pack, self.cfg)
+            for key, logp in zip(pack.keys, sums.tolist()) if pack.names else ():
+                row = {"key": key, "logp": logp}
                 part.append(row | {"checksum": checksum(row)})
             if asked_to_stop():
                 part.close()

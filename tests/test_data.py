@@ -284,7 +284,8 @@ def test_a_pair_whose_responses_do_not_fit_into_a_pack_is_dropped_by_name(toy, t
 def test_a_bush_without_a_shared_prefix_keeps_to_its_pack(toy, tmp_path):
     pairs = [{**GOOD, "rejected": f"It is {n}."} for n in range(4, 9)]
     sets = read_meta(write_set(tmp_path, pairs), 1)
-    budget = 2 * encode_tree(sets[0][0], toy[2], toy[1]).size_apart
+    tree = encode_tree(sets[0][0], toy[2], toy[1])
+    budget = 2 * (tree.size + len(tree.trunk))
     limits = {"batch_size": 5, "max_length": budget, "seed": 1, "pairs_per_prompt": 5}
     data = PairData(sets, toy[2], toy[1], pack_tokens=budget, share_prefix=False, **limits)
     packs, dropped = data.plan(data.rows(0))

@@ -851,6 +851,10 @@ def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
     for flag, value in (("num_samples", 0), ("temperature", "nan"), ("max_tiles", -1)):
         done = ask("--question", "x", f"--{flag}", value)
         assert done.returncode == 2 and f"{flag} must be >= " in done.stderr
+    for flag in ("--num_samples=3", "--json"):
+        done = ask(flag)
+        name = flag.partition("=")[0]
+        assert done.returncode == 2 and f"{name} does nothing without --question" in done.stderr
 
 
 def test_the_prompt_of_a_question_does_not_depend_on_where_it_is_asked():

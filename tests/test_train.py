@@ -566,6 +566,36 @@ def test_an_unknown_flag_gets_a_suggestion(monkeypatch, capsys):
     assert "did you mean --batch_size?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        ("--recompute_blocks 30", "--recompute full, or --recompute selective"),
+        ("--recompute off --recompute_blocks 0", "--recompute full, or --recompute selective"),
+        ("--dtype fp32 --state_dtype bf16", "--dtype auto, or --dtype bf16"),
+        ("--lora_parts both", "--lora_rank"),
+        ("--lora_rank 0 --lora_alpha 16", "--lora_rank"),
+        ("--reference_update_mix 0.5", "--reference_update_every, or --loss all"),
+        ("--heldout_every 9", "--heldout"),
+        ("--keep_best", "--heldout"),
+        ("--size 8b", "--plan, or --bench"),
+        ("--bench --gpus 8", "--plan"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused_with_what_it_needs(flags, needed, capsys):
+    name = flags[flags.rindex("--") :].split()[0]
+    with pytest.raises(SystemExit) as stop:
+        runtime.parse_cli(TrainConfig, flags.split())
+    assert stop.value.code == 2
+    assert f"{name} does nothing without {needed};" in capsys.readouterr().err
+
+
+def test_what_a_flag_needs_may_be_any_of_several():
+    for flags in ("--recompute full --recompute_blocks 3", "--loss all --reference_update_mix 0.5"):
+        runtime.parse_cli(TrainConfig, flags.split())
+    saved = {"lora_parts": "language", "heldout_every": 50, "recompute_blocks": -1}  # the defaults
+    assert TrainConfig(**saved) == TrainConfig()
+
+
 @pytest.mark.parametrize("change", [{"lr": -1}, {"batch_size": 0}, {"drop_path": 1.0}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
