@@ -187,8 +187,8 @@ class PairLogps:
 def dpo(logps: PairLogps, beta: float = 0.1) -> Tensor:  # (pair)
     """-log s(beta (c - r)).
 
-    The preference loss of MPO, weight 0.8 (paper, eq. 3 and section 7).  TR-DPO is this with a
-    reference that moves (train.py).
+    Eq. 4, the preference loss of MPO: weight 0.8 in eq. 3.  TR-DPO is this with a reference that
+    moves (train.py).
     """
     return -F.logsigmoid(beta * (logps.chosen_logratio - logps.rejected_logratio))
 
@@ -237,9 +237,9 @@ def robust(logps: PairLogps, beta: float = 0.1, label_smoothing: float = 0.1) ->
 def bco(logps: PairLogps, beta: float = 0.1, bco_shift: float = 0.0) -> Tensor:  # (pair)
     """-log s(beta c - shift) - log s(-(beta r - shift)).
 
-    The quality loss of MPO, weight 0.2 (paper, eq. 3, 6 and 7).  The shift is the mean of earlier
-    rewards, a plain number kept by `BcoShift`.  Official: a mean that includes the present batch
-    and is lost on resume.  TRL: no shift at all.
+    Eq. 5 = eq. 6 + eq. 7, the quality loss of MPO: weight 0.2 in eq. 3.  The shift is the mean of
+    earlier rewards, a plain number kept by `BcoShift`.  Official: a mean that includes the present
+    batch and is lost on resume.  TRL: no shift at all.
     """
     chosen = -F.logsigmoid(beta * logps.chosen_logratio - bco_shift)
     rejected = -F.logsigmoid(-(beta * logps.rejected_logratio - bco_shift))

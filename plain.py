@@ -5,8 +5,8 @@
 One process, one pair at a time: an image becomes tiles, tiles and question become a prompt, the
 model gives the log-prob of the chosen and of the rejected response, a frozen copy of the model
 gives the same two numbers, and the loss of section 4 is four lines in `pair_loss`.  No packing, no
-KV cache, no stored reference, no FSDP: train.py and generate.py do the same with a fifth of the
-work, and their tests compare them with this file.
+KV cache, no stored reference, no FSDP: train.py does the same with two fifths of the arithmetic,
+and the tests of train.py and generate.py compare them with this file.
 """
 
 import math
@@ -95,21 +95,22 @@ def pair_loss(
     with torch.no_grad():
         reference_chosen = response_logp(reference, tiles, prompt, chosen)
         reference_rejected = response_logp(reference, tiles, prompt, rejected)
-    c = beta * (chosen_logp - reference_chosen)  # rewards
-    r = beta * (rejected_logp - reference_rejected)
+    c = chosen_logp - reference_chosen  # log-ratios; times beta they are the rewards
+    r = rejected_logp - reference_rejected
 
-    preference = -F.logsigmoid(c - r)  # eq. 4 (DPO): which of the two is better
-    quality = -F.logsigmoid(c - shift) - F.logsigmoid(-(r - shift))  # eq. 5 = eq. 6 + eq. 7 (BCO)
+    preference = -F.logsigmoid(beta * (c - r))  # eq. 4 (DPO): which of the two is better
+    # eq. 5 = eq. 6 + eq. 7 (BCO): is each one good at all
+    quality = -F.logsigmoid(beta * c - shift) - F.logsigmoid(-(beta * r - shift))
     generation = -chosen_logp / len(chosen)  # eq. 8 (SFT): still able to write it
     loss = 0.8 * preference + 0.2 * quality + 1.0 * generation  # eq. 3 (MPO)
-    return loss, [c.item(), r.item()]
+    return loss, [beta * c.item(), beta * r.item()]
 
 
 # --------------------------------------------------------------------------- all pairs
 
 
 def learning_rate(step: int, cfg: PlainConfig) -> float:
-    """Linear warm-up from 0, then a cosine to 0; step counts from 0."""
+    """Linear warm-up, then a cosine to 0; step counts from 0, so the first one has rate 0."""
     warm = math.ceil(cfg.warmup * cfg.steps)
     if step < warm:
         return cfg.lr * step / warm
@@ -140,13 +141,13 @@ def train(cfg: PlainConfig) -> tuple[InternVL, list[float]]:
         order = epoch_order(sets, cfg.seed, epoch)  # (set, line) of each pair
         pairs = order[batch * cfg.batch_size : (batch + 1) * cfg.batch_size]
         for p in policy.parameters():
-            p.grad = torch.zeros_like(p)  # also the ViT's, where no pair of the step has an image
+            p.grad = torch.zeros_like(p)  # without one AdamW would skip the ViT in a step of text
         loss = 0.0
         for set_number, line in pairs:
             record = sets[set_number][line]
-            of_pair, rewards = pair_loss(policy, reference, tokenizer, record, cfg.beta, shift)
-            (of_pair / len(pairs)).backward()
-            loss += of_pair.item() / len(pairs)
+            one_loss, rewards = pair_loss(policy, reference, tokenizer, record, cfg.beta, shift)
+            (one_loss / len(pairs)).backward()
+            loss += one_loss.item() / len(pairs)
             all_rewards += rewards
         torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:

@@ -5,13 +5,13 @@
     python train.py --config toy/train.json           the same on a laptop
     python train.py --plan --size 8b --gpus 8         what it needs a GPU, without weights
     python train.py --bench --size 8b                 what each idea saves
-    python train.py --config toy/train.json --loss all    every row of the paper's table 6
+    python train.py --config toy/train.json --loss all    every row of the paper's tables 6 and 7
 
-plain.py says what is computed: read it first.  This file gets the same numbers with a fifth of the
-work.  It reads top to bottom: `train` is the loop, then follows what the loop calls, in that order.
-A pair's prompt is computed once for both responses (a packed tree, data.py); the reference is
-scored once before training; every loss is a mean over the pairs of the global batch, so that
-1 process x 8 packs, 2 x 4 and 8 x 1 are one update.  docs/differences.md: what the
+plain.py says what is computed: read it first.  This file gets the same numbers with two fifths of
+the arithmetic.  It reads top to bottom: `train` is the loop, then follows what the loop calls, in
+that order.  A pair's prompt is computed once for both responses (a packed tree, data.py); the
+reference is scored once before training; every loss is a mean over the pairs of the global batch,
+so that 1 process x 8 packs, 2 x 4 and 8 x 1 are one update.  docs/differences.md: what the
 official trainer_dpo.py does in another way.
 """
 
@@ -49,7 +49,7 @@ class TrainConfig:
     )
     mine: Path | None = flag(None, "Python file with objectives of your own")
     beta: float = flag(0.1, "KL coefficient", low=1e-9)
-    label_smoothing: float = flag(-1.0, "for cdpo, robust; -1 = the objective's own", -1, 0.499)
+    label_smoothing: float | None = flag(None, "of cdpo, robust; default: their own", 0, 0.499)
     reference: Literal["cached", "online"] = flag("cached", "scored once, or a second model")
     reference_cache: Path | None = flag(None, "folder to share; default out_dir/reference")
     reference_update_every: int = flag(0, "TR-DPO: steps between updates; 0 = off", low=0)
@@ -197,6 +197,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             raise InputError(f"reference_cache lies in {folder}; pass a folder of its own")
     with runtime.alone_in(cfg.out_dir, LOCK_SECONDS, "end it, or pass another --out_dir"):
         run = Run(cfg, device)
+        run.meter.start()
 
         for step in run.steps():
             number = step.number + 1
@@ -205,6 +206,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
                 group["lr"] = lr * group["scale"]
             if step.number == 0 and run.reference:
                 say(check_start(run, step))
+                run.meter.start()  # it is no part of the step
             logps = step_gradient(run, step)
             norm = clip_gradient(run)
             check_finite(run, step, logps, norm)
@@ -217,7 +219,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             metrics |= {"bco_shift": run.shift.mean, "lr": lr, "grad_norm": norm}
             if run.heldout and (number == run.total or number % cfg.heldout_every == 0):
                 metrics |= score_heldout(run)
-                run.meter.began = time.perf_counter()  # no part of the next step
+                run.meter.start()
             if run.reference:
                 ratios = torch.cat([logps.chosen_logratio, logps.rejected_logratio])
                 run.shift.update(cfg.beta * ratios.double())
@@ -251,14 +253,14 @@ class Run:
         asked = with_recipe(cfg, config, say)
         self.device, self.terms = device, parse_objective(cfg.loss)
         self.constants = {"beta": cfg.beta}
-        if cfg.label_smoothing >= 0:
+        if cfg.label_smoothing is not None:
             losses.check_smoothing(self.terms)
             self.constants["label_smoothing"] = cfg.label_smoothing
         self.data, self.heldout = open_data(asked, self.terms)
         cfg = settle(asked, config, dist.get_world_size(), device, say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
-        self.cfg, self.total = cfg, min(total, cfg.max_steps or total)
+        self.cfg, self.total = cfg, last_step(self.data, min(total, cfg.max_steps or total))
         peak = max(lr_at(step, self.total, cfg) for step in range(self.total))
         if not peak:
             raise InputError(
@@ -335,14 +337,17 @@ class Run:
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
         say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
-        updates = int(next(iter(self.optimizer.state.values()))["step"])
-        state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
         if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
-            self.best_writer.save(number, self.tensors, state)
+            self.save(self.best_writer, number)
         if last or number % cfg.save_every == 0:
-            self.writer.save(number, self.tensors, state)
+            self.save(self.writer, number)
             self.tracker.draw(last)
         self.writer.settle()
+
+    def save(self, writer: weights.CheckpointWriter, number: int) -> None:
+        updates = int(next(iter(self.optimizer.state.values()))["step"])
+        state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
+        writer.save(number, self.tensors, state)
 
     def close(self) -> None:
         self.writer.finish()
@@ -401,6 +406,16 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     for name in (s.name for s in heldout.sets if s.lines.checksum in known):
         say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
     return data, heldout
+
+
+def last_step(data: PairData, total: int) -> int:
+    """The last of `total` steps of which a pair is left: a run ends with a step that it makes."""
+    while total and not data.plan(data.rows(total - 1))[0]:
+        say(f"step {total} is skipped: all of its records are too long")
+        total -= 1
+    if not total:
+        raise InputError(f"every record is longer than max_length {data.max_length}")
+    return total
 
 
 def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:

@@ -128,7 +128,11 @@ class Meter:
         say_plan(cfg, config, world // cfg.replicate, device, say)
         peak, origin = device_peak(device, compute_dtype(cfg, device))
         say(f"MFU is of {peak / 1e12:.3g} TFLOP/s a process ({origin})")
-        self.peak, self.began = peak * world, time.perf_counter()
+        self.peak = peak * world
+        self.start()
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
 
     def __call__(self, step: Any, reference: Any) -> dict[str, float]:
         """Metrics of a train.Step, which has lasted since the call before."""
