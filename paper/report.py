@@ -284,8 +284,8 @@ def write_report(folder: Path) -> str:
     write_atomic(folder / "claims.png", draw_claims(results["claims"]))
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))
     write_atomic(folder / "report.md", markdown)
-    body = figures.markdown_html(markdown, folder)
-    write_atomic(folder / "report.html", figures.page("The paper in miniature", body))
+    html = {"title": "The paper in miniature", "body": figures.markdown_html(markdown, folder)}
+    write_atomic(folder / "report.html", figures.render(figures.TEMPLATES / "page.html", **html))
     return markdown
 
 

@@ -101,7 +101,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def render(template: Path, **values: Any) -> str:
-    """A Jinja template filled in; what goes into HTML is escaped."""
+    """A Jinja template filled in; values are escaped in HTML, but for the body of page.html."""
     import jinja2  # noqa: PLC0415  (comes with torch)
 
     files = jinja2.FileSystemLoader([template.parent, TEMPLATES])
@@ -110,11 +110,6 @@ def render(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )  # fmt: skip
     return pages.get_template(template.name).render(values)
-
-
-def page(title: str, body: str) -> str:
-    """One self-contained HTML page; `body` is HTML already."""
-    return render(TEMPLATES / "page.html", title=title, body=body)
 
 
 def inline_image(data: bytes, kind: str = "png", alt: str = "") -> str:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from runtime import Failure, flag, parse_cli, read_json, run, write_atomic  # noqa: E402
-from tools.figures import SHOWN, markdown_html, page  # noqa: E402
+from tools.figures import SHOWN, TEMPLATES, markdown_html, render  # noqa: E402
 
 END = "\x1e"  # printed after each cell
 
@@ -64,7 +64,7 @@ def main() -> None:
         else:
             body += [f"<pre>{html.escape(text)}</pre>", output_html(next(outputs))]
     title = cells[0][1].partition("\n")[0].lstrip("# ")
-    write_atomic(cfg.out, page(title, "\n".join(body)))
+    write_atomic(cfg.out, render(TEMPLATES / "page.html", title=title, body="\n".join(body)))
     print(f"wrote {cfg.out}")
 
 

@@ -343,9 +343,10 @@ def say_plan(
     """Print the plan; InputError where it exceeds the GPU's memory, with flags that would help."""
     memory, plan = memory_of(cfg, device), plan_of(cfg, config, shards, device)
     say(plan)
-    if memory and plan.needed <= memory:
+    if not memory:
+        return
+    if plan.needed <= memory:
         say(f"fits into {memory / GB:.4g} GB")
-    if not memory or plan.needed <= memory:
         return
     fewer = max(cfg.max_length, cfg.pack_tokens // 2)
     ways: dict[str, dict[str, Any]] = {
