@@ -140,8 +140,13 @@ def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab
     llm = model.language_model
     tokens, positions, attend = cache.decode(plan)
     x = llm.model.tok_embeddings(tokens[:, None])
-    x = llm.model(x, positions[:, None], attend)
-    return torch.mm(x[:, 0], llm.head.T, out=aligned(x[:, 0], len(llm.head))).float()
+    x = llm.model(x, positions[:, None], attend)[:, 0]
+    logits = aligned(x, len(llm.head))
+    # a CPU multiplies rows with a wide matrix faster by parts of it: 1,024 columns take 0.8 to 0.9
+    part = 1024 if x.device.type == "cpu" and len(x) > 1 else len(llm.head)
+    for weight, out in zip(llm.head.split(part), logits.split(part, 1)):
+        torch.mm(x, weight.T, out=out)
+    return logits.float()
 
 
 def store(model: InternVL, by_columns: bool) -> None:

@@ -214,6 +214,18 @@ def test_cached_logits_equal_uncached_ones_at_every_step(toy, generator):
             torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
 
 
+def test_the_parts_of_a_wide_head_make_the_logits_of_one_product():
+    torch.manual_seed(0)
+    model, prompts = InternVL(parse_config(model_config(2500)), 7).eval(), [[11] * 5, [12] * 9]
+    cache = cache_of(model, 99)
+    rows = [(read(model, cache, ids)[0], Room()) for ids in prompts]
+    logits = feed(model, cache, rows, [13, 14])
+    for row, ids, token in zip(logits, prompts, (13, 14)):
+        with torch.no_grad():
+            full = model(torch.tensor([[*ids, token]]))[0, -1]
+        torch.testing.assert_close(row, full, atol=1e-5, rtol=1e-5)
+
+
 def test_past_the_limit_each_step_turns_only_its_own_key(toy):
     """The reference: keys computed one token at a time, each by the base of its own length."""
     raw = model_config(167)
