@@ -243,7 +243,7 @@ class KVCache:
         for span, filled, readers, table in zip(plan.spans, *(arrays[n::3] for n in range(3))):
             part = slice(span.start * KEYS, (span.start + span.pieces * span.blocks) * KEYS)
             hidden = torch.arange(span.blocks * KEYS, device=self.device) >= filled[:, None]
-            mask = torch.where(hidden, HIDDEN, 0.0).to(self.dtype)[:, None, None]
+            mask = torch.zeros_like(hidden, dtype=self.dtype).masked_fill_(hidden, HIDDEN)
             table, heads = table.view(rows, 1, span.width), torch.arange(j * g, device=self.device)
             numbers = table.clamp(min=0) * (j * g) + heads[:, None]  # row (query head) width
             spans.append((span, part, readers, mask, numbers.flatten(0, 1), table < 0))
@@ -255,7 +255,7 @@ class KVCache:
             for span, part, readers, mask, numbers, absent in spans:
                 asked = q.index_select(0, readers), *(memory[part] for memory in self.memory[layer])
                 asked = (x.view(span.pieces, -1, g, d).transpose(1, 2) for x in asked)
-                out, logsum = attend_pieces(*asked, mask)
+                out, logsum = attend_pieces(*asked, mask[:, None, None])
                 outs.append(out.transpose(1, 2).reshape(-1, d))  # (piece seat query head) d
                 if not whole:
                     logsum = logsum.transpose(1, 2).flatten()[numbers].view(rows, j * g, -1)

@@ -296,8 +296,7 @@ class Scheduler:
                 return
             self.grow()
             if self.rows:
-                logits = self.step()
-                yield from self.collect(list(self.rows), logits)
+                yield from self.collect(list(self.rows), self.step())
 
     def refill(self) -> list[Row]:
         """Start samples while there is memory for them, and for the rows under way to grow."""
@@ -329,8 +328,7 @@ class Scheduler:
             return None
         prompts = [group.ids for group in batch]
         attend = self.cache.prefill([group.room for group in batch], list(map(len, prompts)))
-        tiles = [self.generator.tiles(group.prompt) for group in batch]
-        tiles = [of_prompt for of_prompt in tiles if of_prompt is not None]
+        tiles = [tiles for x in batch if (tiles := self.generator.tiles(x.prompt)) is not None]
         logits = prefill(self.model, prompts, torch.cat(tiles) if tiles else None, attend)
         for group, group.first_logits in zip(batch, logits):
             self.groups.append(group)

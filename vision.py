@@ -203,12 +203,6 @@ class VisionMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))  # the exact (erf) GELU
 
 
-def drop_path(x: Tensor, rate: float) -> Tensor:  # (tile s d)
-    """Stochastic depth: drop the branch of whole tiles, divide the kept ones by the keep rate."""
-    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
-    return x * keep.to(x.dtype) / (1 - rate)
-
-
 class VisionBlock(nn.Module):
     """Pre-norm block; layer scale and stochastic depth act on the branch, not on the residual."""
 
@@ -222,8 +216,12 @@ class VisionBlock(nn.Module):
         self.ls2 = nn.Parameter(torch.ones(config.hidden_size))
         self.drop_rate = drop_rate
 
-    def branch(self, x: Tensor) -> Tensor:
-        return drop_path(x, self.drop_rate) if self.training and self.drop_rate else x
+    def branch(self, x: Tensor) -> Tensor:  # (tile s d)
+        """Stochastic depth: drop the branch of whole tiles, divide the others by the keep rate."""
+        if not (self.training and self.drop_rate):
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_rate
+        return x * keep.to(x.dtype) / (1 - self.drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:  # (tile s d)
         x = x + self.branch(self.ls1 * self.attn(self.norm1(x)))

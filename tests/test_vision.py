@@ -15,9 +15,9 @@ from config import parse_config
 from runtime import InputError
 from vision import (
     InternViT,
+    VisionBlock,
     VisionConfig,
     cut_tiles,
-    drop_path,
     num_tiles,
     pixels,
     preprocess,
@@ -157,7 +157,7 @@ def test_internvit_6b_normalises_queries_and_keys_over_the_whole_width():
 
 def test_drop_path_drops_whole_tiles_and_keeps_the_mean():
     torch.manual_seed(0)
-    out = drop_path(torch.ones(4000, 2, 3), 0.25)
+    out = VisionBlock(TINY, 0.25).branch(torch.ones(4000, 2, 3))
     per_tile = out.flatten(1)
     assert (per_tile == per_tile[:, :1]).all()
     kept = per_tile[:, 0][per_tile[:, 0] > 0]
