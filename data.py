@@ -167,8 +167,7 @@ class Pack:
     num_responses: int
     tiles: Tensor | None = None  # (tile 3 h w) uint8, distinct images, once each
     tile_order: Tensor | None = None  # (slot group) index into tiles
-    names: list[str] = field(default_factory=list)  # (pair)
-    keys: list[str] = field(default_factory=list)  # (response) what its log-prob depends on
+    trees: list[Tree] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Pack":
         """On a GPU through pinned memory, so that nobody waits for the copy."""
@@ -223,19 +222,20 @@ def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
             number += 1
     flat = tree, branch, predictor, target, owner, chosen, rejected
     tensors = [torch.tensor(x, dtype=torch.long) for x in ([ids], [positions], *flat)]
-    return Pack(*tensors, responses, names=[name for t in trees for name in t.names])
+    return Pack(*tensors, responses, trees=trees)
 
 
-def response_keys(tree: Tree) -> list[str]:
-    """What each response's log-prob depends on besides the weights: ids, and images' content."""
-    trunk = hashlib.blake2b(np.array(tree.trunk).tobytes(), digest_size=16)
-    for (path, limit, augment), tiles in zip(tree.images, tree.tiles):
-        trunk.update(repr((fingerprint([path]), limit, tiles, augment)).encode())
+def response_keys(trees: list[Tree]) -> list[str]:
+    """What each response's log-prob depends on beside weights: ids, and the content of images."""
     keys = []
-    for response in tree.responses:
-        h = trunk.copy()
-        h.update(np.array(response).tobytes())
-        keys.append(h.hexdigest())
+    for tree in trees:
+        trunk = hashlib.blake2b(np.array(tree.trunk).tobytes(), digest_size=16)
+        for (path, limit, augment), tiles in zip(tree.images, tree.tiles):
+            trunk.update(repr((fingerprint([path]), limit, tiles, augment)).encode())
+        for response in tree.responses:
+            h = trunk.copy()
+            h.update(np.array(response).tobytes())
+            keys.append(h.hexdigest())
     return keys
 
 
@@ -429,7 +429,6 @@ class PairData:
 
     def build(self, trees: list[Tree]) -> Pack:
         pack = lay_out(trees, self.share_prefix)
-        pack.keys = [key for t in trees for key in response_keys(t)]
         return add_tiles(pack, trees, self.config.tile_size, self.share_images, self.share_prefix)
 
 

@@ -67,9 +67,7 @@ class TrainConfig:
     max_steps: int = flag(0, "stop the schedule here; 0 = all epochs", low=0)
     limit: int = flag(0, "use only this many pairs, the same in every epoch; 0 = all", low=0)
     drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", 0, 0.99)
-    pack_tokens: int | None = flag(
-        None, "tokens of one forward pass; default 8192, at least max_length", low=1
-    )
+    pack_tokens: int | None = flag(None, "tokens of a pass; default max(8192, max_length)", low=1)
     max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", 0, 128)
     overlong: Literal["drop", "cut", "fewer_tiles"] = flag(
@@ -308,9 +306,8 @@ class Run:
         self.facts = old | now  # held-out pairs may be left out for a while
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
-        updates = state.get("updates", state["step"])  # fewer, where a step was skipped
         for of_parameter in self.optimizer.state.values():
-            of_parameter["step"].fill_(updates)
+            of_parameter["step"].fill_(state["updates"])  # fewer, where a step was skipped
         return state["step"]
 
     def steps(self) -> Iterator[Step]:
@@ -359,10 +356,7 @@ class Run:
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
-    """What the user left open is what the release's own MPO script sets.
-
-    max_length is at most what the model has positions for, and fits into a pack.
-    """
+    """What the user left open is what the release's own MPO script sets; max_length fits a pack."""
     values = recipe(config)
     settings = {n: value for n, value in vars(values).items() if getattr(cfg, n, "") is None}
     if cfg.pack_tokens is None:
@@ -621,9 +615,9 @@ class CachedReference:
         self.rows = np.frombuffer(rows, "S20")
         self.rows.sort()  # in place: there may be millions
 
-    def look_up(self, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def look_up(self, trees: list[Tree]) -> tuple[np.ndarray, np.ndarray]:
         """(log-prob of each response, whether it is there at all)."""
-        wanted = np.array([bytes.fromhex(key) for key in keys], "S16")
+        wanted = np.array([bytes.fromhex(key) for key in response_keys(trees)], "S16")
         places = self.rows.searchsorted(wanted).clip(max=len(self.rows) - 1)
         rows = self.rows[places].view([("key", "S16"), ("logp", "f4")])
         return rows["logp"], rows["key"] == wanted
@@ -638,13 +632,14 @@ class CachedReference:
         starts = range(rank * size, len(pairs), world * size)
         starts = runtime.bar(starts, desc="reference", unit="step", unit_scale=world)
         plans = prefetch(data.plan(pairs[start : start + size])[0] for start in starts)
-        trees = (trees for planned in plans for trees in planned if not self.has(trees))
-        packs, blank = prefetch(map(data.build, trees)), data.build([BLANK])
+        missing = (trees for plan in plans for trees in plan if not self.look_up(trees)[1].all())
+        packs, blank = prefetch(map(data.build, missing)), data.build([BLANK])
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
         while not runtime.all_of((pack := next(packs, None)) is None):
             pack = (pack or blank).to(self.device)
             sums, _ = score(policy, pack, self.cfg)
-            for key, logp in zip(pack.keys, sums.tolist()) if pack.names else ():
+            keys = response_keys(pack.trees) if pack.trees != [BLANK] else []
+            for key, logp in zip(keys, sums.tolist()):
                 row = {"key": key, "logp": logp}
                 part.append(row | {"checksum": checksum(row)})
             if asked_to_stop():
@@ -654,14 +649,12 @@ class CachedReference:
         part.close()
         dist.barrier()
 
-    def has(self, trees: list[Tree]) -> bool:
-        return self.look_up([key for tree in trees for key in response_keys(tree)])[1].all()
-
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
-        logps, there = self.look_up(pack.keys)
-        if pack.names and not there.all():
+        logps, there = self.look_up(pack.trees)
+        if pack.trees != [BLANK] and not there.all():
+            names = ", ".join(name for tree in pack.trees for name in tree.names)
             raise InputError(
-                f"{self.folder} lacks log-probs of responses in {', '.join(pack.names)}: an image "
+                f"{self.folder} lacks log-probs of responses in {names}: an image "
                 "or the tokenizer has changed since; delete covers-*.json there and start again"
             )
         return torch.from_numpy(logps).to(self.device)
