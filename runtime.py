@@ -398,8 +398,11 @@ def process_group(seed: int) -> Iterator[Any]:  # torch.device
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     dist.init_process_group(backend, **place)
     torch.manual_seed(seed)
-    yield device
-    dist.destroy_process_group()  # not after an error: it would wait for peers in a collective
+    try:
+        yield device
+    finally:
+        if alone or sys.exc_info()[0] is None:  # else it would wait for peers in a collective
+            dist.destroy_process_group()
 
 
 def start_worker() -> None:

@@ -827,6 +827,10 @@ def clip_gradient(run: Run) -> float:
     return weights.whole(norm).item()
 
 
+class Diverged(Failure):
+    """A loss or gradient that is no number; out_dir/failed-step-N.json tells of it."""
+
+
 def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
     """Non-finite numbers are never trained on: name the step and its records, and stop."""
     loss, number = objective(run.terms, logps, **run.hyper)[0], step.number + 1
@@ -837,7 +841,7 @@ def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
     path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or step.records
     if is_main():
         write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
-    raise Failure(
+    raise Diverged(
         f"{problem} at step {number}; records: {'; '.join(records[:4])} ... all in {path}"
     )
 
@@ -940,7 +944,7 @@ def in_group(seed: int) -> Iterator[torch.device]:
             signal.signal(signal.SIGINT, ask_to_stop)
             yield device
     except RuntimeError as error:
-        if dist.get_world_size() > 1 and (
+        if rank_and_world()[1] > 1 and (
             isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         ):
             raise Failure(

@@ -54,6 +54,18 @@ def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkey
     assert status == 2 and "nothing to compare" in error
 
 
+def test_a_run_that_diverges_ends_alone_and_is_not_started_again(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path, 8, 0)
+    flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=2", "--warmup=0", "--batch_size=4"]
+    flags += [f"--out_dir={tmp_path / 'sweep'}", "--loss=sft", "--lr=1e20,1e-3"]
+    status, table = sweep_here(monkeypatch, capsys, *flags)
+    _, diverged, well = table.splitlines()
+    assert status == 0 and diverged.startswith("lr=1e20, failed at step 2  ")
+    assert well.startswith("lr=1e-3  ") and (tmp_path / "sweep/lr=1e-3/model").is_dir()
+    monkeypatch.setattr(sweep, "train", lambda cfg, device: list(cfg.out_dir.glob("model/*"))[0])
+    assert sweep_here(monkeypatch, capsys, *flags) == (0, table)
+
+
 # --------------------------------------------------------------------------- where people look
 
 

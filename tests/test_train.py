@@ -621,6 +621,13 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_records(base, tmp_path, t
 # --------------------------------------------------------------------------- schedule, diagnosis
 
 
+def test_a_failure_leaves_the_process_free_for_another_group(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(Failure, match="loss is nan"), train_module.in_group(0):
+            raise Failure("loss is nan")
+
+
 def test_the_rate_rises_linearly_and_falls_as_a_cosine():
     cfg = TrainConfig(lr=1.0, warmup=0.05)
     rates = [lr_at(step, 100, cfg) for step in range(100)]

@@ -6,7 +6,7 @@
 Takes the flags of train.py; a flag with several values, separated by commas, is run with each of
 them, several such flags in every combination.  Each run is an ordinary one of train.py in a folder
 of out_dir and continues where it stopped; they share one reference cache, and end in one table and
-one picture.
+one picture.  A run that diverges ends alone, and is not started again: delete its folder for that.
 """
 
 import sys
@@ -24,12 +24,13 @@ from losses import parse_objective
 from runtime import InputError, is_main, parse_cli, read_json, read_whole_lines, say, write_atomic
 from tools.figures import curve_panels, text_table
 from tools.lab import register_file
-from train import TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
+from train import Diverged, TrainConfig, asked_to_stop, in_group, open_data, train, with_recipe
 
 # Tables 6 and 7 of the paper.  It gives beta 0.1 and nothing else per row: label smoothing 0.1 for
 # cDPO and RobustDPO, and TR-DPO's period and mix (TRL 0.10's), are our choice.
 TABLE = read_json(Path(__file__).with_name("rows.json"))
 ROWS = {row: about["flags"] for row, about in TABLE.items() if "flags" in about}
+FAILED = "failed-step-*.json"  # what train.py leaves of a run that diverged
 SHOWN = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nll".split()
 SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
 
@@ -72,9 +73,15 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.dev
     for name, cfg in runs.items():
         say(f"=== {name}: --loss {cfg.loss}")
         folder = base.out_dir / name
-        train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), device)
+        try:
+            if runtime.all_of(not list(folder.glob(FAILED))):
+                train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), device)
+        except Diverged as error:
+            say(f"{error}; the other runs go on")
         if asked_to_stop():
             return
+        for failed in folder.glob(FAILED):
+            name += f", failed at step {read_json(failed)['step']}"
         curves[name] = read_whole_lines(folder / "metrics.jsonl")
     if is_main():
         print(table_of_rows(curves))
@@ -88,7 +95,7 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.dev
 
 def table_of_rows(curves: dict[str, list[dict]]) -> str:
     """Metrics of the last step, one line a row; - where a row has no such number."""
-    last = {name: curve[-1] for name, curve in curves.items()}
+    last = {name: curve[-1] if curve else {} for name, curve in curves.items()}
     columns = [column for column in SHOWN if any(column in row for row in last.values())]
     rows = [
         [name, *(f"{row[column]:.3f}" if column in row else "-" for column in columns)]
