@@ -24,10 +24,11 @@ from runtime import InputError, named
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # an image bomb is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own, lower limit: each open warns from half of it on
 MAX_BYTES = 500_000_000
 DECODER_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError),
-    *(MemoryError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(MemoryError, NotImplementedError, struct.error, zlib.error),
 )
 real_folder = lru_cache(maxsize=64)(os.path.realpath)  # the root is asked for with every image
 NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what to do

@@ -1,10 +1,12 @@
 """Image files: which formats are read, how their levels become 8 bits, what is refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from images import image_paths, load_image
+from images import image_paths, load_image, open_image
 from runtime import InputError, fingerprint
 
 GRAY = np.linspace(0, 65535, 1024).reshape(32, 32)
@@ -122,6 +124,12 @@ def test_missing_broken_and_huge_images_are_named(tmp_path, monkeypatch):
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="b.png cannot be decoded"):
         load_image(tmp_path / "b.png")
+    (tmp_path / "large.ppm").write_bytes(b"P4\n14500 13700\n")  # within the limit, not Pillow's
+    with warnings.catch_warnings(action="error"):
+        open_image(tmp_path / "large.ppm").close()
+    (tmp_path / "large.ppm").write_bytes(b"P4\n14500 13800\n")
+    with pytest.raises(InputError, match="large.ppm has more than 200000000 pixels"):
+        open_image(tmp_path / "large.ppm")
     monkeypatch.setattr("images.MAX_PIXELS", 1000)
     (tmp_path / "b.png").write_bytes(whole)
     with pytest.raises(InputError, match="more than 1000 pixels"):
