@@ -42,7 +42,7 @@ class TrainConfig:
     meta: Path = flag(Path("MMPR/meta.json"), "MMPR's meta.json: the preference data")
     heldout: Path | None = flag(None, "pairs, as --meta, that are scored and never trained on")
     heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
-    keep_best: bool = flag(False, "keep the checkpoint of the best step by --heldout: out_dir/best")
+    keep_best: bool = flag(False, "keep the best step by --heldout in out_dir/best: see export.py")
     out_dir: Path = flag(Path("runs/mpo"), "metrics, checkpoints and the final model go here")
     loss: str = flag(
         "mpo", "weighted sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows"

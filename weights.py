@@ -432,11 +432,14 @@ def _damaged(checkpoint: Path, file: str) -> InputError:
 
 
 @torch.no_grad()
-def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor]) -> dict:
-    """Fill this process's rows of `tensors`; returns the state.  Any process count may read."""
+def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor], part: str = "") -> dict:
+    """Fill this process's rows of `tensors`; returns the state.  Any process count may read.
+
+    They are all that the checkpoint holds under names that begin with `part`.
+    """
     state = checkpoint_state(checkpoint)
     ours = {f"{name} {list(t.shape)}" for name, t in tensors.items()}
-    saved = {f"{name} {shape}" for name, shape in state["shapes"].items()}
+    saved = {f"{name} {x}" for name, x in state["shapes"].items() if name.startswith(part)}
     _compare_keys(f"{checkpoint} and this run", ours, saved)
     files = [checkpoint / name for name in state["shards"]]
     rank, world = runtime.rank_and_world()

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import exact_weights, run_forks, short_run, train_in_process
+from safetensors.torch import load_file
 
 import plain
 import train as train_module
 from records import read_meta
 from runtime import InputError, read_jsonl
 from tokenizer import load_tokenizer
+from tools.export import ExportConfig, export_checkpoint
 from toy import write_world
 from train import train
 from weights import complete_checkpoints, load_model
@@ -99,6 +101,10 @@ def test_the_best_step_is_named_and_kept(watched, base, toy, capsys):
     best = max(metrics, key=lambda r: (r["heldout/rewards/accuracy"], -r["heldout/loss"]))["step"]
     [kept] = complete_checkpoints(cfg.out_dir / "best")
     assert kept.name == f"step-{best:08d}"
+    kept_model = cfg.out_dir / "best/model"
+    export_checkpoint(ExportConfig(cfg.model_dir, kept_model, cfg.out_dir / "best"))
+    saved, trained = load_file(kept / "shard-000-of-001.safetensors"), load_model(kept_model)
+    assert all(torch.equal(p, saved[f"model/{name}"]) for name, p in trained.named_parameters())
     train_in_process(cfg)  # nothing left to do
     assert f"best step by held-out pairs: {best} of 3" in capsys.readouterr().err
 

@@ -41,10 +41,10 @@ from data import PairData, gather_questions, grow_bushes, lay_out, merge
 from memory import RandomRoundingAdamW, adapters, merge_adapters, start_adapters
 from model import InternVL, TreeAttention
 from records import read_meta
-from runtime import Failure, process_group, run, say
+from runtime import Failure, InputError, process_group, run, say
 from tokenizer import load_tokenizer
 from tools.bench import example_pack, example_tree
-from tools.export import ExportConfig, export
+from tools.export import ExportConfig, export, export_checkpoint
 from tools.releases import named_config
 from toy import write_world
 from train import TrainConfig, compile_blocks, prepare, score, sharded_model
@@ -335,6 +335,11 @@ def test_adapters_train_alone_and_are_merged_into_the_export(base, toy, referenc
         adapted = "layers." in name and p.ndim == 2
         assert torch.equal(p, start[name]) != adapted, name
     assert metrics == run_here(cfg), "the finished run is found and exported again"
+    export_checkpoint(ExportConfig(toy / "model", out / "again", out / "checkpoints"))
+    for path in (out / "model").glob("*.safetensors"):
+        assert (out / "again" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match="belongs to another start than .*model"):
+        export_checkpoint(ExportConfig(out / "model", out / "other", out / "checkpoints"))
 
 
 def test_adapters_with_the_bare_model_as_reference_give_cached_numbers(base, toy):

@@ -5,10 +5,13 @@
     --hf                   transformers' own layout, InternVLForConditionalGeneration: for
                            transformers 4.52 and later, TRL, ms-swift, vLLM
     --llm_only, --llama    the language model alone: Qwen2, Qwen3, or an InternLM2 as a Llama
+    --checkpoint           the official layout, from a checkpoint of a run that began at model_dir:
+                           runs/mpo/checkpoints (its newest), runs/mpo/best, or a step of them
 
-The official layout needs no export: `<out_dir>/model` of a training run is in it already, code
-included.  Files and dtypes are those of the model, one file is in memory at a time.  Configs say
-everything twice that transformers 4 and 5 read under different keys (rope, tied heads).
+The official layout needs no export once a run has ended: `<out_dir>/model` is in it already, code
+included.  Files and dtypes are those of the model, one file is in memory at a time (of a checkpoint
+the whole model).  Configs say everything twice that transformers 4 and 5 read under different keys
+(rope, tied heads).
 
 Prompts made by transformers' processor differ from chat(): no default system message stands in
 front of them (convert_internvl_weights_to_hf.py has none either).
@@ -23,36 +26,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
+from runtime import InputError, field_values, flag, parse_cli, read_json, run, write_atomic
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Write a trained model as other programs load it."""
 
-    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model")
+    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model; of a run, the start")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
+    checkpoint: Path | None = flag(None, "a run's checkpoints, best, or a step-N of them")
     hf: bool = flag(False, "the whole model in transformers' own layout")
     llm_only: bool = flag(False, "the language model alone")
     llama: bool = flag(False, "the same of an InternLM2, which becomes a Llama")
 
     def __post_init__(self) -> None:
-        if self.hf + self.llm_only + self.llama != 1:
-            raise InputError("choose one layout: --hf, --llm_only or --llama")
+        if self.hf + self.llm_only + self.llama + (self.checkpoint is not None) != 1:
+            raise InputError("choose one: --hf, --llm_only, --llama, or a --checkpoint")
 
 
 if __name__ == "__main__":
     parse_cli(ExportConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import tokenizers
+import torch
 from torch import Tensor
 
 import weights
 from config import InternVLConfig
 from layouts import HF, split_stored, stored_pieces
+from memory import merge_adapters
 from model import InternVL
 from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
 from tools.figures import TEMPLATES, render
+from train import TrainConfig, cache_facts, prepare
 from vision import IMAGENET_MEAN, IMAGENET_STD
 
 LLM = "language_model."
@@ -69,6 +76,30 @@ IMAGE_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
+
+
+def export_checkpoint(cfg: ExportConfig) -> None:
+    """Write the model of a run's checkpoint as the run itself would at its end."""
+    checkpoint = weights.newest_checkpoint(cfg.checkpoint) or cfg.checkpoint
+    flags = weights.checkpoint_state(checkpoint)["flags"]
+    names = "lora_rank lora_alpha lora_parts lr_vision lr_projector lr_language state_dtype"
+    trained = field_values(TrainConfig, {name: flags[name] for name in names.split()})
+    run = TrainConfig(cfg.model_dir, recompute="off", **trained)
+    if run.lora_rank:  # else no weight of model_dir is left
+        start = cache_facts(run, torch.device("cpu"))["weights"]
+        if flags["start weights"] != start:
+            raise InputError(f"{checkpoint} belongs to another start than {cfg.model_dir}")
+    dtype = weights.FLOATS[run.state_dtype]
+    model = prepare(weights.load_model(run.model_dir, dtype=dtype), run)
+    tensors = {
+        f"model/{name}": p
+        for name, p in model.named_parameters()
+        if not run.lora_rank or ".lora_" in name  # beside adapters nothing else is saved
+    }
+    weights.load_checkpoint(checkpoint, tensors, part="model/")
+    merge_adapters(model)
+    weights.save_model(model, cfg.out, like=cfg.model_dir)
+    print(f"wrote {cfg.out} from {checkpoint}")
 
 
 def export(cfg: ExportConfig) -> None:
@@ -226,7 +257,11 @@ def chat_template(template: str, with_bos: bool) -> str:
 
 
 def main() -> None:
-    export(parse_cli(ExportConfig))
+    cfg = parse_cli(ExportConfig)
+    if cfg.checkpoint:
+        export_checkpoint(cfg)
+    else:
+        export(cfg)
 
 
 if __name__ == "__main__":
