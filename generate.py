@@ -495,12 +495,18 @@ class Generator:
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
         """The text of sample 0, piece by piece; together equal to run()'s text without prefix."""
-        decoder = StreamDecoder(self.tokenizer, self.settings.marks)
+        decoder, text, shown = StreamDecoder(self.tokenizer, self.settings.marks), "", 0
         group = dataclasses.replace(self.encode(prompt), todo=[0])
         for row in Scheduler(self, iter([group])).run():
             if row.ids[-1] not in self.stop_ids:
-                yield decoder.push(row.ids[-1])
-        yield decoder.flush()
+                text += decoder.push(row.ids[-1])
+            text += decoder.flush() if row.finish_reason else ""
+            end = self.stop_place(text, 0)
+            if not row.finish_reason:  # a stop string may have begun
+                starts = (s[:n] for s in self.settings.stop for n in range(len(s)))
+                end -= max(map(len, filter(text.endswith, starts)), default=0)
+            yield text[shown:end]
+            shown = end
 
     def first_token_probs(self, prompts: Iterable[Prompt], words: list[str]) -> list[dict]:
         """For each prompt, {word: the probability that its answer begins with its first token}."""
@@ -549,8 +555,13 @@ class Generator:
         decode = partial(self.tokenizer.decode, marks=self.settings.marks)
         prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
         text, begin = decode(prefix + ids), len(decode(prefix))
-        cuts = [cut for s in self.settings.stop if s and (cut := text.find(s, begin)) >= 0]
-        return text[: min(cuts, default=len(text))], bool(cuts)
+        end = self.stop_place(text, begin)
+        return text[:end], end < len(text)
+
+    def stop_place(self, text: str, begin: int) -> int:
+        """Where the first stop string stands, or where the text ends."""
+        places = (text.find(s, begin) for s in self.settings.stop if s)
+        return min((place for place in places if place >= 0), default=len(text))
 
     def sample(self, row: Row) -> Sample:
         """What a finished row has become."""
@@ -591,7 +602,8 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
         while question := input(invitation).strip():
             if not history and cfg.image:
                 question = with_image_placeholders(question, len(cfg.image))
-            answer = ""
+            answer = cfg.prefix
+            print(answer, end="", flush=True)
             try:
                 for piece in generator.stream(make_prompt(cfg, question, history, tiles)):
                     print(piece, end="", flush=True)
