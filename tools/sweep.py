@@ -76,6 +76,8 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.dev
         try:
             if runtime.all_of(not list(folder.glob(FAILED))):
                 train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), device)
+            else:
+                say(f"it has failed before: delete {folder} to run it again")
         except Diverged as error:
             say(f"{error}; the other runs go on")
         if asked_to_stop():
