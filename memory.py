@@ -1,10 +1,10 @@
 """What fits a model into less memory: adapters, bfloat16 states, selective recompute.
 
     add_adapters, merge_adapters   LoRA (arXiv:2106.09685): train a product of low rank only
-    RandomRoundingAdamW            weights and moments in bfloat16, rounded at random
+    AdamW                          also with weights and moments in bfloat16, rounded at random
     recompute_in_backward          keep little of a block and compute the rest again
 
-train.py runs without any of them; each is a switch there, and off means the plain numbers.
+Each is a switch of train.py, and off means the plain numbers.
 """
 
 import contextlib
@@ -84,52 +84,53 @@ def merge_adapters(model: nn.Module) -> None:
         layer.on = False
 
 
-# --------------------------------------------------------------------------- bfloat16 states
+# --------------------------------------------------------------------------- optimizer
 
 
-class RandomRoundingAdamW(torch.optim.AdamW):
-    """AdamW on bfloat16 weights and moments, computed in float32, a piece at a time.
+class AdamW:
+    """AdamW (arXiv:1711.05101), with the fields of torch's own, which imports all of torch.compile.
 
-    bfloat16 has 8 bits: at lr 5e-6 rounding to nearest would lose every update of a weight above
-    0.003, and the second moment's decay of 0.1 %.  Rounding up or down at random, by how near each
-    is, keeps them on average.  The draws are a function of (seed, step, tensor, shard).
+    float32 weights take torch's fused kernel.  bfloat16 has 8 bits: at lr 5e-6 rounding to nearest
+    would lose every update of a weight above 0.003, and the second moment's decay of 0.1 %.  So all
+    is computed in float32, a piece at a time, and rounded up or down at random, by how near each
+    is: right on average.  The draws are a function of (seed, step, tensor, shard).
     """
 
-    PIECE = 1 << 24
+    BETAS, EPS, PIECE = (0.9, 0.999), 1e-8, 1 << 24
 
-    def __init__(self, groups: list[dict], *, seed: int, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.seed = seed
+    def __init__(self, groups: list[dict], seed: int) -> None:
+        self.param_groups, self.seed, self.updates, self.state = groups, seed, 0, {}
+        for p in (p for group in groups for p in group["params"]):
+            self.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
 
     @torch.no_grad()
     def step(self) -> None:
+        self.updates += 1
         for number, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self.update(p, group, (number, index))
+                self.update(p, group, (number, index))
 
     def update(self, p: Tensor, group: dict, place: tuple[int, int]) -> None:
-        """One AdamW step of parameter `p`; `place` = (group, index in it) seeds its rounding."""
-        state, (b1, b2) = self.state[p], group["betas"]
-        if not state:
-            state |= {"step": torch.tensor(0.0)}
-            state |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        state["step"] += 1
-        t = int(state["step"].item())
-        shard_number = shard_place({"": p})[0]
-        w, grad, mean, square = (
-            local(x).view(-1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-        )
+        """One step of parameter `p`; `place` = (group, index in it) seeds its rounding."""
+        t, (b1, b2), eps = self.updates, self.BETAS, self.EPS
+        lr, decay = group["lr"], group["weight_decay"]
+        tensors = [local(x) for x in (p, p.grad, *self.state[p].values())]
+        if p.dtype is torch.float32:
+            lists = *([x] for x in tensors), [], [torch.full((), float(t), device=p.device)]
+            options = {"lr": lr, "beta1": b1, "beta2": b2, "weight_decay": decay, "eps": eps}
+            torch._fused_adamw_(*lists, **options, amsgrad=False, maximize=False)
+            return
+        w, grad, mean, square = (x.view(-1) for x in tensors)
         generator = torch.Generator(w.device)
-        key = (self.seed, "rounding", t, place, shard_number)
+        key = (self.seed, "rounding", t, place, shard_place({"": p})[0])
         generator.manual_seed(int(seeded(*key).integers(2**62)))
         for i in range(0, len(w), self.PIECE):
             at = slice(i, i + self.PIECE)
             g = grad[at].float()
             m = mean[at].float().lerp(g, 1 - b1)
             v = square[at].float() * b2 + (1 - b2) * g * g
-            update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + group["eps"])
-            new = w[at].float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+            update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
+            new = w[at].float() * (1 - lr * decay) - lr * update
             for kept, exact in ((w, new), (mean, m), (square, v)):
                 kept[at] = round_at_random(exact, generator)
 

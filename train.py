@@ -209,7 +209,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             norm = clip_gradient(run)
             check_finite(run, step, logps, norm)
             run.optimizer.step()
-            run.optimizer.zero_grad()
+            run.policy.zero_grad()
             if cfg.reference_update_every and number % cfg.reference_update_every == 0:
                 run.reference.move(run.policy, cfg.reference_update_mix)
 
@@ -306,8 +306,7 @@ class Run:
         self.facts = old | now  # held-out pairs may be left out for a while
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
-        for of_parameter in self.optimizer.state.values():
-            of_parameter["step"].fill_(state["updates"])  # fewer, where a step was skipped
+        self.optimizer.updates = state["updates"]  # fewer, where a step was skipped
         return state["step"]
 
     def steps(self) -> Iterator[Step]:
@@ -342,7 +341,7 @@ class Run:
         self.writer.settle()
 
     def save(self, writer: weights.CheckpointWriter, number: int) -> None:
-        updates = int(next(iter(self.optimizer.state.values()))["step"])
+        updates = self.optimizer.updates  # fewer than steps, where one was skipped
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
         writer.save(number, self.tensors, state)
 
@@ -433,7 +432,7 @@ def sharded_model(
     dtype = FLOATS[cfg.state_dtype if trained else "fp32"]  # TR-DPO's small steps need float32
     model = prepare(weights.empty_model(cfg.model_dir, drop_path).to(dtype), cfg, trained)
     shard(model, cfg, device)
-    model.to_empty(device=device)
+    weights.with_memory(model, device)
     weights.load_weights(model, cfg.model_dir)
     memory.start_adapters(model, cfg.seed)
     return model.train(trained)
@@ -518,22 +517,18 @@ def reduce_gradients(run: Run, now: bool) -> None:
         run.policy.set_requires_all_reduce(now)
 
 
-def make_optimizer(cfg: TrainConfig, policy: InternVL) -> torch.optim.AdamW:
+def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
     """AdamW (0.9, 0.999, 1e-8); matrices decay, vectors do not."""
     groups = []
     for part, scale in cfg.rates.items():
         trained = [p for p in getattr(policy, part).parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        vectors = [p for p in trained if p.ndim <= 1]
-        groups.append({"params": matrices, "weight_decay": cfg.weight_decay, "scale": scale})
-        groups.append({"params": vectors, "weight_decay": 0.0, "scale": scale})
-    groups = [group for group in groups if group["params"]]
+        for wide, decay in ((True, cfg.weight_decay), (False, 0.0)):
+            params = [p for p in trained if (p.ndim > 1) is wide]
+            options = {"lr": cfg.lr, "scale": scale, "weight_decay": decay}
+            groups += [{"params": params, **options}] if params else []
     if not groups:
         raise InputError("nothing to train: the rate of every part that would learn is 0")
-    options = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": 1e-8}
-    if cfg.state_dtype == "bf16":
-        return memory.RandomRoundingAdamW(groups, **options, seed=cfg.seed)
-    return torch.optim.AdamW(groups, **options, fused=True)
+    return memory.AdamW(groups, cfg.seed)
 
 
 # --------------------------------------------------------------------------- the reference
@@ -681,21 +676,14 @@ def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
 # --------------------------------------------------------------------------- continuing a run
 
 
-def state_tensors(
-    policy: InternVL, optimizer: torch.optim.Optimizer, moving: InternVL | None
-) -> dict[str, Tensor]:
-    """All tensors of a run by name; AdamW's moments are made where there are none yet."""
+def state_tensors(policy: InternVL, optimizer: memory.AdamW, moving: InternVL | None) -> dict:
+    """All tensors of a run by name."""
     tensors = {}
     for name, p in policy.named_parameters():
         if p.requires_grad or not memory.adapters(policy):
             tensors[f"model/{name}"] = p
-        if not p.requires_grad:
-            continue
-        state = optimizer.state[p]
-        if not state:  # the step beside its parameter, where a GPU's fused kernel reads it
-            state["step"] = torch.zeros((), device=p.device)
-            state |= {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
-        tensors |= {f"{moment}/{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        for moment, tensor in optimizer.state.get(p, {}).items():
+            tensors[f"{moment}/{name}"] = tensor
     if moving:
         tensors |= {f"reference/{name}": p for name, p in moving.named_parameters()}
     return tensors

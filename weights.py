@@ -187,20 +187,23 @@ class Undrawn(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
+def with_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """A model of the meta device on `device`; torch's own `to_empty` imports sympy for it."""
+    if is_sharded(model):
+        return model.to_empty(device=device)
+    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
+
+
 def load_model(
     model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> InternVL:
     """The model of a folder in the official layout, in eval mode, every key accounted for."""
-    model = empty_model(model_dir).to(dtype).to_empty(device=device)
+    model = with_memory(empty_model(model_dir).to(dtype), device)
     load_weights(model, model_dir)
     return model.eval()
 
 
 # --------------------------------------------------------------------------- writing
-
-
-def barrier() -> None:
-    all_of(True)
 
 
 def whole(p: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
         if is_main():
             copy_small_files(Path(like), partial)
         write_weights(model, Path(like), partial)
-        barrier()
+        all_of(True)  # all wait here
         for name, p, rows in stored_rows(model, partial):
             if not torch.equal(local(p).to("cpu", rows.dtype), rows):
                 raise Failure(f"{partial}: {name} read back differs from the model; disk at fault")
@@ -287,17 +290,17 @@ def new_folder(partial: Path, final: Path) -> Iterator[Path]:
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
-    barrier()
+    all_of(True)  # all wait here
     try:
         yield partial
-        barrier()
+        all_of(True)  # all wait here
         if is_main():
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 os.replace(final, old)
             os.replace(partial, final)
             shutil.rmtree(old, ignore_errors=True)
-        barrier()
+        all_of(True)  # all wait here
     finally:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)

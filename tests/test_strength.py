@@ -38,7 +38,7 @@ import train as train_module
 import weights as weights_module
 from config import load_config
 from data import PairData, gather_questions, grow_bushes, lay_out, merge
-from memory import RandomRoundingAdamW, adapters, merge_adapters, start_adapters
+from memory import AdamW, adapters, merge_adapters, start_adapters
 from model import InternVL, TreeAttention
 from records import read_meta
 from runtime import Failure, InputError, process_group, run, say
@@ -391,7 +391,7 @@ def test_tiny_updates_do_not_stall_in_bfloat16():
     """At lr 5e-6 rounding to nearest moves no weight of 1; rounding at random does, on average."""
     p = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
     exact = torch.nn.Parameter(torch.ones(20000))
-    tiny = RandomRoundingAdamW([{"params": [p]}], lr=5e-6, weight_decay=0.0, seed=0)
+    tiny = AdamW([{"params": [p], "lr": 5e-6, "weight_decay": 0.0}], seed=0)
     plain = torch.optim.AdamW([exact], lr=5e-6, weight_decay=0.0)
     for _ in range(100):
         p.grad, exact.grad = torch.ones_like(p), torch.ones_like(exact)

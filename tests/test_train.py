@@ -28,7 +28,7 @@ from records import read_meta
 from runtime import Failure, InputError, process_group, read_json, run
 from tools.doctor import diagnose
 from toy import write_world
-from train import TrainConfig, compare_start, lr_at, main, state_tensors
+from train import TrainConfig, compare_start, lr_at, main
 from weights import load_model
 
 TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
@@ -673,14 +673,6 @@ def test_classic_troubles_are_told(name, steps, total, curves):
 def test_a_healthy_run_gets_no_diagnosis():
     healthy = history(50, nll=lambda i: 1 - i / 100)
     assert not any(diagnose(healthy[: n + 1], 50, {}) for n in range(50))
-
-
-def test_the_optimizer_s_step_count_lies_beside_its_parameter():
-    policy = torch.nn.Linear(2, 3, device="meta")  # stands for any device that is not the CPU
-    optimizer = torch.optim.AdamW(policy.parameters())
-    state_tensors(policy, optimizer, None)
-    states = list(optimizer.state.values())
-    assert len(states) == 2 and all(t.device.type == "meta" for s in states for t in s.values())
 
 
 def test_the_start_check_knows_rounding_from_other_weights():

@@ -353,7 +353,7 @@ def mpo(case: str) -> Iterator[Row]:
         train.step_gradient(run, step)
         train.clip_gradient(run)
         optimizer.step()
-        optimizer.zero_grad()
+        policy.zero_grad()
         return meter(step, None)
 
     once()  # compiles
