@@ -376,13 +376,14 @@ class PairData:
     def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
         sizes = [len(data_set) for data_set in self.sets]
-        starts, seen, parts = np.cumsum([0, *sizes[:-1]]), np.zeros(sum(sizes), bool), []
-        first = np.empty(len(seen), np.int32)  # record -> its first row of an epoch
+        starts, seen = np.cumsum([0, *sizes[:-1]], dtype=np.int32), np.zeros(sum(sizes), bool)
+        first, parts = np.empty(len(seen), np.int32), []  # record -> its first row of an epoch
         for epoch in range(-(-steps // self.steps_per_epoch)):
             rows = self.order(epoch)[: (steps - epoch * self.steps_per_epoch) * self.batch_size]
             places, number = starts[rows[:, 0]] + rows[:, 1], np.arange(len(rows), dtype=np.int32)
             first[places[::-1]] = number[::-1]  # what is written last stays
-            parts.append(rows[(first[places] == number) & ~seen[places]])
+            new = (first[places] == number) & ~seen[places]
+            parts.append(rows if new.all() else rows[new])  # no copy of millions
             seen[places] = True
             if seen.all():
                 break  # later epochs bring nothing new

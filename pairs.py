@@ -185,9 +185,8 @@ def read_questions(
     if limit:  # an even choice, whatever the order of the file
         records, total = choose(records, limit, "choose", seed), len(records)
         print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)
-    questions, lines = [], {}  # lines: qid -> its line
-    for line, record in records:
-        source = f"{path} line {line}"
+    questions, sources = [], {}  # sources: qid -> its line
+    for source, record in records:
         question, gold = record.get("question"), record.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise InputError(f"{source}: no 'question'")
@@ -204,8 +203,8 @@ def read_questions(
             # a number and its digits are the same answer
             gold_text = None if gold is None else str(gold)
             qid = digest(name, images, question, gold_text, version, max_tiles, *system_of(record))
-            if (first := lines.setdefault(qid, line)) != line:
-                raise InputError(f"{source}: the same question as line {first}")
+            if (first := sources.setdefault(qid, source)) != source:
+                raise InputError(f"{source}: the same question as {first}")
             wrapped = wrap_question(question, len(images), version, source)
             fields = {"qid": qid, **kept, "question": wrapped, "question_orig": question}
             questions.append((source, fields | {"prompt_version": version}))

@@ -88,11 +88,10 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*-of-*.jsonl"))
 
 
-def read_parts(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
+def read_parts(files: Iterable[Path], parse: Callable = parse_json) -> Iterator[tuple[str, Any]]:
     """("file line N", record) of all whole lines."""
     for path in files:
-        for number, record in runtime.read_jsonl(path, part=True):
-            yield f"{path} line {number}", record
+        yield from runtime.read_jsonl(path, True, parse)
 
 
 def grouped(

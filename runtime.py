@@ -456,15 +456,17 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return parse_json(file.read(), path, kind)
 
 
-def read_jsonl(path: Path, part: bool = False) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, object) of each non-empty line; a broken line is an InputError.
+def read_jsonl(path: Path, part: bool = False, parse: Callable = parse_json) -> Iterator[tuple]:
+    """("file line N", object) of each non-empty line; a broken line is an InputError.
 
     part: written by a process that may be killed; a last line without its end is never trusted.
+    parse: what reads a line, given its name for errors.
     """
     with open_file(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip() and (line.endswith(b"\n") or not part):
-                yield number, parse_json(line, f"{path} line {number}")
+                name = f"{path} line {number}"
+                yield name, parse(line, name)
 
 
 def read_whole_lines(path: Path) -> list[dict]:

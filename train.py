@@ -19,8 +19,8 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import signal
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -174,6 +174,8 @@ from weights import FLOATS, local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
+# a line of the reference's part files; older ones say how long a response is, too
+ROW = re.compile(r'{"key": "(\w{32})", "logp": ([^,]+)(, "length": \d+|), "checksum": "(\w+)"}\n')
 PARTS = ("vision_model", "projector", "language_model")
 SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
@@ -603,10 +605,8 @@ class CachedReference:
 
     def read(self) -> None:
         rows = bytearray(20)  # key and log-prob of each response, after one that is nobody's
-        for name, row in read_parts(part_files(self.folder)):
-            if row.pop("checksum", None) != checksum(row):
-                raise InputError(f"{name}: not as it was written; delete this part")
-            rows += bytes.fromhex(row["key"]) + struct.pack("f", row["logp"])
+        for _, row in read_parts(part_files(self.folder), scored_row):
+            rows += row
         self.rows = np.frombuffer(rows, "S20")
         self.rows.sort()  # in place: there may be millions
 
@@ -636,7 +636,7 @@ class CachedReference:
             keys = response_keys(pack.trees) if pack.trees != [BLANK] else []
             for key, logp in zip(keys, sums.tolist()):
                 row = {"key": key, "logp": logp}
-                part.append(row | {"checksum": checksum(row)})
+                part.append(row | {"checksum": checksum(key, json.dumps(logp))})
             if asked_to_stop():
                 part.close()
                 say("asked to stop: scores are kept; the same command continues")
@@ -655,8 +655,18 @@ class CachedReference:
         return torch.from_numpy(logps).to(self.device)
 
 
-def checksum(row: dict) -> str:
-    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=4).hexdigest()
+def scored_row(line: bytes, name: str) -> bytes:
+    """Key and log-prob of a line; there may be millions, too many to parse as JSON."""
+    row = ROW.fullmatch(line.decode("latin-1"))
+    if not row or row[4] != checksum(row[1], row[2], row[3]):
+        raise InputError(f"{name}: not as it was written; delete this part")
+    return bytes.fromhex(row[1]) + np.float32(row[2]).tobytes()
+
+
+def checksum(key: str, logp: str, length: str = "") -> str:
+    """Of the values of a line, in the digits that stand there."""
+    text = f'{{"key": "{key}"{length}, "logp": {logp}}}'
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:

@@ -48,16 +48,16 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
     except ValueError:
         content = None
     if isinstance(content, dict) and all(isinstance(v, dict | str) for v in content.values()):
-        named = [(f"key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
+        named = [(f"{path} key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
                  for k, v in content.items()]  # fmt: skip
     elif isinstance(content, list):  # MMHal's judge files are lists of texts
-        named = [(f"entry {i}", v if isinstance(v, dict) else {"index": i, "text": v})
+        named = [(f"{path} entry {i}", v if isinstance(v, dict) else {"index": i, "text": v})
                  for i, v in enumerate(content)]  # fmt: skip
     else:
-        named = [(f"line {number}", row) for number, row in read_jsonl(path)]
+        named = list(read_jsonl(path))
     category = next((c for c in categories if c in path.name), None)
     for name, row in named:
-        row |= {"_file": path, "_source": f"{path} {name}"}
+        row |= {"_file": path, "_source": name}
         if category and not row.get("category"):
             row["category"] = category
     return [row for _, row in named]
