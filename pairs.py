@@ -138,11 +138,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def digest(*key: Any) -> str:
     """A hexadecimal hash of JSON values: the same in every process and version."""
-    return hashlib.blake2b(json_bytes(key), digest_size=16).hexdigest()
-
-
-def json_bytes(value: Any) -> bytes:
-    return _encode(value).encode("utf-8", "surrogatepass")
+    content = _encode(key).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 digest_again = functools.lru_cache(maxsize=64)(digest)  # the rows of a question stand together
@@ -152,11 +149,14 @@ def choose(items: list, count: int, *key: Any) -> list:
     """`count` items without replacement, uniform, in order; a function of `key` alone."""
     if not count or len(items) <= count:
         return items[:count]
-    begun = json_bytes(key)[:-1]  # digest(*key, i) of each i, without its JSON made each time
-    hashes = [
-        hashlib.blake2b(b"%b,%d]" % (begun, i), digest_size=16).digest() for i in range(len(items))
-    ]
-    kept = sorted(range(len(items)), key=hashes.__getitem__)[:count]
+    begun = hashlib.blake2b(_encode(key)[:-1].encode(), digest_size=16)
+
+    def place(i: int) -> bytes:  # digest(*key, i), begun once for all
+        ended = begun.copy()
+        ended.update(b",%d]" % i)
+        return ended.digest()
+
+    kept = sorted(range(len(items)), key=place)[:count]
     return [items[i] for i in sorted(kept)]
 
 

@@ -83,13 +83,12 @@ def _answer_line(response: str) -> tuple[int, int, str, str, str]:
     """(number of triggers, end of the last one, text before it, trigger, answer): the texts
     without the marks that dress the answer line."""
     lower = response.replace("İ", "I").lower()  # as long: İ alone becomes two characters
-    spans = []  # three of a language are enough to know too many
-    for match in (m for t in _TRIGGERS for m in itertools.islice(t.finditer(lower), 3)):
-        start = match.start()
-        spans.append((start - 2 * lower.endswith("最终", 0, start), match.end()))
+    # three of a language are enough to know too many
+    spans = [m.span() for t in _TRIGGERS for m in itertools.islice(t.finditer(lower), 3)]
     if not spans:
         return 0, 0, "", "", ""
     start, end = max(spans)
+    start -= 2 * lower.endswith("最终", 0, start)
     head = response[response.rfind("\n", 0, start) + 1 : start]  # of the line
     marks, trigger, answer = _undress_line(head, response[start:end], response[end:].strip())
     return len(spans), end, response[: start - marks], trigger, answer
@@ -672,6 +671,7 @@ def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
 _TOKEN = pattern("TOKEN")
 
 
+@functools.lru_cache(maxsize=8192)
 def _tokens(text: str) -> str:
     """Words in lower case without a plural's s and numbers by value, each between two blanks."""
     text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()

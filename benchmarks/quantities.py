@@ -394,9 +394,8 @@ def same_value(a: Quantity, gold: Quantity) -> bool:
 def defined(a: Quantity, b: Quantity) -> list[tuple[Number, Number]]:
     """Both values where both have one; nothing if one of them alone has one somewhere."""
     values = paired(a, b)
-    if any((x is None) != (y is None) for x, y in values):
-        return []
-    return [pair for pair in values if None not in pair]
+    alike = all((x is None) == (y is None) for x, y in values)
+    return [(x, y) for x, y in values if alike and x is not None]
 
 
 def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -> bool:
