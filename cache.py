@@ -128,7 +128,10 @@ class KVCache:
         room.blocks, room.length = room.blocks[:0], 0
 
     def compact(self, rooms: set[Room], high: bool) -> None:
-        """Where a step would read a quarter of its blocks in vain, move the outermost inwards."""
+        """If over a quarter of a step's blocks are free, move the outermost into them.
+
+        high: the rooms lie at the end of the cache, as answers do.
+        """
         blocks = np.sort(np.concatenate([room.blocks for room in rooms]))
         used = self.num_blocks - blocks[0] if high else 1 + blocks[-1]
         if used >= 4 * self.free[:: -1 if high else 1][:used].sum():

@@ -351,7 +351,7 @@ class PairData:
         return self.orders[epoch]
 
     def digest(self, steps: int) -> str:
-        """Of all that decides which responses the first `steps` steps hold, but for image files."""
+        """A hash of what decides which responses the first `steps` steps hold; no image is read."""
         facts = [steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong]
         facts += [self.pairs_per_prompt, self.pack_tokens, self.share_prefix, self.config]
         for of in self.sets:

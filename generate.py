@@ -35,7 +35,7 @@ from runtime import InputError, Settings, fits, flag, local_device, named, parse
 
 @dataclass(frozen=True)
 class GenerateConfig(Settings):
-    """Ask an InternVL2 model.  The answer alone goes to stdout; without a question, a chat."""
+    """Ask an InternVL model.  The answer alone goes to stdout; without a question, a chat."""
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
     image: tuple[Path, ...] = flag((), "an image; may be repeated")
@@ -216,8 +216,8 @@ def choose(
     probs = filtered_probs(logits, temperature, top_k, top_p)
     # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
     vocab = probs.shape[1]
-    whole, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
-    sums = torch.cat([whole.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
+    full, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
+    sums = torch.cat([full.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
     ends = sums.double().cumsum(-1)
     part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
     ids = part[:, None] * PART + torch.arange(PART, device=probs.device)

@@ -72,7 +72,7 @@ def aligned(x: Tensor, width: int) -> Tensor:  # (row d) -> (row width), of any 
 class ChunkedHead(torch.autograd.Function):
     """log_softmax(hidden @ head_weight.T)[target] of every row, a chunk of rows at a time.
 
-    Backward computes each chunk again, so no more than (chunk, vocab) ever lives.  Written by hand
+    Backward computes each chunk again: only tensors of (chunk vocab) live.  Written by hand
     because autograd would add up the weight's gradient in the weight's dtype, rounding to bfloat16
     after every chunk; here it is added up in float32.
     """

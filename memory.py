@@ -155,7 +155,8 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Attention, and products no wider than their input."""
+    """Keeps attention, and products no wider than their input."""
+    # the last argument is the weight (in out): mm(x, weight), addmm(bias, x, weight)
     narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
     keep = narrow or op in ATTENTION
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -157,8 +157,8 @@ FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
     """Which blocks of keys each block of queries meets, from the range of each block alone.
 
-    Never wrong but possibly generous: a partial block may turn out empty, `visible` decides each
-    pair inside it.  No (s s) tensor, unlike create_block_mask.
+    May list an empty block and never misses one: `visible` decides each pair inside it.  No (s s)
+    tensor, unlike create_block_mask.
     """
     s = len(tree)
     blocks = -(-s // BLOCK)
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
         attend: Attend,
         wanted: Tensor | slice = ALL,
     ) -> Tensor:
-        """x (b s d), positions (b s) -> normed hidden (b s d).
+        """x (b s d), positions (b s) -> normed hidden (b wanted d).
 
         wanted: indices of the tokens that are asked for; of the others the last layer computes
         keys and values alone, which is most of its work saved.
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
         cos, sin = (t.to(x.dtype)[:, :, None, None] for t in turns)  # for each head and slot
         *layers, last = self.layers
         for layer in layers:
-            x = layer(x, cos, sin, attend, ALL)  # said, so that compiled blocks are called alike
+            x = layer(x, cos, sin, attend, ALL)  # each layer called alike: one compilation
         x = last(x, cos, sin, attend, wanted)
         return self.norm(x)
 
@@ -351,8 +351,8 @@ class InternVL(nn.Module):
     ) -> Tensor:
         """Token embeddings (b s d), rows of <IMG_CONTEXT> replaced by image features in order.
 
-        `tile_order` (slot group): which tile fills each run of slots, where an image that stands
-        in several prompts comes once in `tiles`; without it tiles are used in order, once each.
+        `tile_order` (run): for each run of tokens_per_tile <IMG_CONTEXT> tokens the number of its
+        tile, as an image of several prompts comes once in `tiles`; without it each tile in order.
         """
         x = self.language_model.model.tok_embeddings(input_ids)
         if self.image_context_id is None and tiles is not None:

@@ -50,14 +50,16 @@ from weights import load_model
 # --------------------------------------------------------------------------- one pair
 
 
-def read_prompt(record: PairRecord, model: InternVL, tokenizer: Tokenizer) -> tuple[Tensor, list]:
+def read_prompt(
+    record: PairRecord, model: InternVL, tokenizer: Tokenizer
+) -> tuple[Tensor | None, list]:
     """The record's images as tiles (tile 3 h w), its question as ids with their image tokens."""
     config = model.config
     if record.augment:
         raise InputError(f"{record.name}: plain.py has no data_augment; use train.py")
     images = [
         preprocess(load_image(path), record.max_tiles, config.tile_size) for path in record.images
-    ]  # each: tiles of 448 x 448, and the whole image as one more
+    ]  # each: tiles of tile_size, and last the whole image if it was cut
     prompt = encode_chat(
         tokenizer,
         config.template,
@@ -69,7 +71,7 @@ def read_prompt(record: PairRecord, model: InternVL, tokenizer: Tokenizer) -> tu
 
 
 def response_logp(model: InternVL, tiles: Tensor | None, prompt: list, response: list) -> Tensor:
-    """log pi(y | x), summed over the response's tokens."""
+    """log pi(y | x), summed over the response's tokens, its closing <|im_end|> too."""
     ids = torch.tensor([prompt + response])
     logits = model(ids, tiles)[0, len(prompt) - 1 : -1]  # (token vocab): each predicts the next
     logps = logits.log_softmax(-1)

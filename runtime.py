@@ -1,6 +1,6 @@
 """What every script shares: flags, the process group, JSON that people write, files that survive.
 
-A closed list, never "utils": a thing enters here when two rooms need it.
+A closed list, never "utils": a thing enters here when two files need it.
 
     flag, parse_cli, parse_command   one frozen dataclass per script; a field is a flag
     Settings, EngineConfig           flags that several scripts have
@@ -52,7 +52,7 @@ OTHER_NAMES = {
 }  # fmt: skip
 # heading of --help -> flags that open it; any other flag stands with the one declared before it
 GROUPS = {
-    "model and data": "model_dir meta max_length max_tiles seed questions domain pairs wide",
+    "model and data": "model_dir meta max_length max_tiles seed questions domain pairs",
     "objective": "loss beta",
     "optimisation": "lr steps",
     "memory and speed": "pack_tokens share_prefix gpu_memory cache_tokens dtype",
@@ -103,7 +103,7 @@ def check_fields(cls: type, values: dict[str, Any], begin: str = "") -> None:
     """InputError unless each value is of its field's type and range; `begin`: of the error."""
     hints, keys = type_hints(cls), getattr(cls, "KEYS", {})
     for f in fields_of(cls):
-        if f.name not in values or type(values[f.name]) is hints[f.name] is str:
+        if f.name not in values or type(values[f.name]) is str and hints[f.name] is str:
             continue
         value, hint, key = values[f.name], hints[f.name], keys.get(f.name, f.name)
         low, high = f.metadata.get("range", (-math.inf, math.inf))

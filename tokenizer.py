@@ -74,11 +74,9 @@ class Tokenizer:
         names = sorted(self.special | self.marks, key=len, reverse=True)  # the longest name wins
         self._split_special = re.compile("(" + "|".join(map(re.escape, names)) + ")").split
 
-        self.is_sentencepiece, as_bytes = getattr(backend.model, "byte_fallback", False), str.encode
-        if self.is_sentencepiece:
-            as_bytes = sentencepiece_bytes
-        elif "ByteLevel" in repr(backend.decoder):
-            as_bytes = byte_level_bytes
+        self.is_sentencepiece = getattr(backend.model, "byte_fallback", False)
+        as_bytes = byte_level_bytes if "ByteLevel" in repr(backend.decoder) else str.encode
+        as_bytes = sentencepiece_bytes if self.is_sentencepiece else as_bytes
         vocab = backend.get_vocab(with_added_tokens=True)
         self.pieces = {id: as_bytes(piece) for piece, id in vocab.items()}
         self.vocab_size = 1 + max(self.pieces)

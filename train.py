@@ -420,7 +420,7 @@ def compute_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def switched_on(setting: str, device: torch.device) -> bool:
-    """Of a flag that is on, off, or auto = on a GPU."""
+    """Whether a flag means on; auto is on beside a GPU."""
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
@@ -725,13 +725,13 @@ def step_gradient(run: Run, step: Step) -> PairLogps:
     by d loss / d its log-probs.  FSDP averages gradients over processes, so each pack's share is
     scaled by their number.
     """
-    whole, scored = losses.whole_step(run.terms), []
-    if whole:
+    sorts_step, scored = losses.whole_step(run.terms), []
+    if sorts_step:
         pulls = losses.coefficients(run.terms, score_step(run, step), **run.hyper)
     for place, logps in forward_packs(run, step):
         if place.start == place.stop:  # a stand-in
             loss = logps.policy_chosen.sum()
-        elif whole:
+        elif sorts_step:
             chosen, rejected = (pull[place] for pull in pulls)
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
@@ -755,12 +755,13 @@ def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
         torch.manual_seed(int(seed))
         reduce_gradients(run, now=pack is step.packs[-1][0])
         pack = pack.to(run.device)
-        fixed = run.reference(pack, run.cfg) if run.reference else None
+        reference = run.reference(pack, run.cfg) if run.reference else None
         sums, lengths = score(run.policy, pack, run.cfg)
-        references = (None, None) if fixed is None else (fixed[pack.chosen], fixed[pack.rejected])
-        ends = lengths[pack.chosen], lengths[pack.rejected]
-        logps = PairLogps(sums[pack.chosen], sums[pack.rejected], *references, *ends)
-        yield slice(first, first + len(pack.chosen)), logps
+        sides = pack.chosen, pack.rejected
+        columns = [
+            None if x is None else x[side] for x in (sums, reference, lengths) for side in sides
+        ]
+        yield slice(first, first + len(pack.chosen)), PairLogps(*columns)
 
 
 def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -777,8 +778,9 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
     compiled = switched_on(cfg.compile, pack.tree.device)
     several = rank_and_world()[1] > 1
     if pack.tiles is None and (several or "language_model" not in cfg.learning_parts):
-        # tiles that no prompt shows, so that every process takes part in the same collectives and
-        # the ViT gets a gradient, zero: small ones, or as compiled for; two, one is compiled apart
+        # No prompt shows these tiles.  With them every process runs the ViT's collectives, and the
+        # ViT gets a gradient, 0.  Of the size that blocks are compiled for, or else the smallest.
+        # Two of them: torch.compile treats a batch of one apart.
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
         tiles = pack.tree.new_zeros((2, 3, size, size), dtype=torch.uint8)
         pack = replace(pack, tiles=tiles, tile_order=pack.tree.new_zeros(0))

@@ -4,7 +4,7 @@
     InternViT                          tiles -> patch features (tile 1+patch d), class token first
 
 Follows the official internvl_chat code: `dataset.py: dynamic_preprocess, build_transform` and
-`modeling_intern_vit.py`.  Attributes are named as in the checkpoint, so weights need no renaming.
+`modeling_intern_vit.py`.  Attributes are named as in the official checkpoints.
 
 Shapes: tile, row, col, patch spelled out; s tokens of a tile, h heads, d channels.
 """

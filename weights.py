@@ -69,11 +69,11 @@ def open_weights(path: Path) -> safe_open:
         raise InputError(f"{path}: no whole safetensors file ({error}); fetch it again") from None
 
 
-def _compare_keys(pair: str, expected: set[str], present: set[str]) -> None:
+def _compare_keys(sides: str, expected: set[str], present: set[str]) -> None:
     missing, unexpected = sorted(expected - present), sorted(present - expected)
     if missing or unexpected:
         raise InputError(
-            f"{pair} disagree: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{sides} disagree: {len(missing)} missing ({', '.join(missing[:3])}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
         )
 
@@ -179,7 +179,8 @@ def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternV
 
 
 class Undrawn(TorchFunctionMode):
-    """Inside, nothing is drawn: on the meta device torch imports its compiler for it, a second."""
+    """Skips random initialisation: of no effect on the meta device, where torch imports its
+    compiler for it, which takes a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.init.normal_:
@@ -410,7 +411,7 @@ class CheckpointWriter:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """By step.  Copies and notes beside them have other names, half-written ones too."""
+    """Complete checkpoints, the oldest first; half-written ones and copies have other names."""
     return sorted(p.parent for p in Path(folder).glob(f"step-{'[0-9]' * 8}/state.json"))
 
 

@@ -42,8 +42,8 @@ def collect(folder: Path) -> tuple[dict, dict, dict, dict]:
             measures = result["measures"] | (read_json(more) if more.exists() else {})
             for name, value in measures.items():
                 if value is not None:
-                    of_questions = result["questions"].get(name, {})
-                    numbers[f"{result['row']} {name}"][seed] = value, of_questions
+                    by_question = result["questions"].get(name, {})
+                    numbers[f"{result['row']} {name}"][seed] = value, by_question
         if (start / "pairs.json").exists():
             pairs[seed] = read_json(start / "pairs.json")
             made_up = pairs[seed]["dropout"]

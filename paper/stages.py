@@ -231,8 +231,8 @@ def train_row(seed: Seed, row: str, name: str, flags: dict) -> str:
     """Train a row's objective from the base and measure it; `flags` are other than the row's."""
     if seed.mine:
         register_file(seed.mine)
-    of_paper = "MPO" if row == WITH_NTP else row
-    flags = {**ROWS.get(of_paper, {"loss": row}), "lr": CHOSEN_RATES.get(of_paper, 1e-3), **flags}
+    in_paper = "MPO" if row == WITH_NTP else row
+    flags = {**ROWS.get(in_paper, {"loss": row}), "lr": CHOSEN_RATES.get(in_paper, 1e-3), **flags}
     given, r = seed.folder / ("with_dropout" if row == WITH_NTP else "pairs"), seed.recipe
     train_model(
         seed, f"rows/{name}", model_dir=seed.folder / "base/model", meta=given / "meta.json",

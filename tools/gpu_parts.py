@@ -43,7 +43,7 @@ from model import InternVL, TreeAttention
 from records import read_meta
 from runtime import InputError, parse_cli, process_group, read_json, read_jsonl
 from tokenizer import load_tokenizer
-from tools import bench as pair
+from tools import bench as pair_bench
 from tools import plan, race
 from tools.releases import named_config
 from vision import cut_tiles, pixels
@@ -285,7 +285,7 @@ def shape(size: str) -> InternVLConfig:
 
 
 def noise(size: str) -> InternVL:
-    return pair.noise_model(shape(size), DTYPE, DEVICE).eval()
+    return pair_bench.noise_model(shape(size), DTYPE, DEVICE).eval()
 
 
 def seconds(work: Callable[[], object], count: int) -> float:
@@ -302,9 +302,9 @@ def peak() -> Row:
 def bench(case: str) -> Iterator[Row]:
     """train.py --bench: a pair's step with each idea switched on in turn."""
     config = shape(case)
-    modes = pair.modes_of(train.with_recipe(train.TrainConfig(), config, print), DEVICE)
-    modes, tree = modes[3:4] if TOY else modes, pair.paper_tree(config, SHORTER)
-    for name, row in pair.measured_rows(modes, config, tree, DEVICE):
+    modes = pair_bench.modes_of(train.with_recipe(train.TrainConfig(), config, print), DEVICE)
+    modes, tree = modes[3:4] if TOY else modes, pair_bench.paper_tree(config, SHORTER)
+    for name, row in pair_bench.measured_rows(modes, config, tree, DEVICE):
         yield Row(f"{name}: seconds", row["seconds"])
         yield Row(f"{name}: peak GB", row["peak GB"])
 
@@ -336,12 +336,12 @@ def mpo(case: str) -> Iterator[Row]:
         return
     policy = train.prepare(plan.meta_model(config), cfg).to(FLOATS[cfg.state_dtype])
     train.shard(policy, cfg, DEVICE)
-    pair.add_noise(policy.to_empty(device=DEVICE).train())
-    tree = pair.paper_tree(config, SHORTER)
+    pair_bench.add_noise(policy.to_empty(device=DEVICE).train())
+    tree = pair_bench.paper_tree(config, SHORTER)
     fit = max(1, cfg.pack_tokens // tree.size)
     count = 2 if TOY else 10  # as one of eight GPUs gets of the paper's 256 pairs
     trees = [replace(tree, images=[(Path(str(n)), *tree.images[0][1:])]) for n in range(fit)]
-    packs = [(pair.example_pack(config, trees), n, n * fit) for n in range(count)]
+    packs = [(pair_bench.example_pack(config, trees), n, n * fit) for n in range(count)]
     step = train.Step(0, packs, count * fit, [trees] * count, [], [], [])
     zeros = lambda pack, cfg: torch.zeros(pack.num_responses, device=DEVICE)  # noqa: E731
     run = SimpleNamespace(cfg=cfg, device=DEVICE, policy=policy, reference=zeros)
@@ -435,8 +435,8 @@ def mmpr(case: str) -> Iterator[Row]:
             row.finish_reason = "stop"
 
     scheduler.generator.push = push
-    whole = plan.seconds_of(lambda: list(scheduler.run()), DEVICE)
-    yield Row("tokens/s, end to end", lengths.sum() / whole)
+    seconds = plan.seconds_of(lambda: list(scheduler.run()), DEVICE)
+    yield Row("tokens/s, end to end", lengths.sum() / seconds)
     yield peak()
 
 
