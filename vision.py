@@ -10,7 +10,6 @@ Shapes: tile, row, col, patch spelled out; s tokens of a tile, h heads, d channe
 """
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,14 +31,25 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
-def candidate_grids(max_tiles: int) -> list[tuple[int, int]]:
-    """All (cols, rows) of up to max_tiles tiles, by area."""
-    sides = range(1, max_tiles + 1)
-    grids = [(cols, rows) for cols in sides for rows in sides[: max_tiles // cols]]
-    return sorted(grids, key=math.prod)
+def candidate_grids(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int], ...]:
+    """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area.
+
+    Within one area the order is that of a Python set, as officially: it can decide only an exact
+    tie of two grids of equal area, which needs min_tiles > 1.
+    """
+    grids = [
+        (cols, rows)
+        for cols in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // cols + 1)
+        if cols * rows >= min_tiles
+    ]
+    grids.sort(key=lambda grid: max(*grid, min_tiles))  # the order in which they enter the set
+    return tuple(sorted(set(grids), key=lambda grid: grid[0] * grid[1]))
 
 
-def tile_grid(width: int, height: int, max_tiles: int, tile_size: int = 448) -> tuple[int, int]:
+def tile_grid(
+    width: int, height: int, max_tiles: int, min_tiles: int = 1, tile_size: int = 448
+) -> tuple[int, int]:
     """The (cols, rows) whose aspect ratio is nearest to the image's.
 
     On an exact tie the larger grid wins iff the image has more than half of its pixels
@@ -47,10 +57,10 @@ def tile_grid(width: int, height: int, max_tiles: int, tile_size: int = 448) -> 
     """
     if width < 1 or height < 1:
         raise InputError(f"image of {width} x {height} pixels; both sides must be at least 1")
-    if not 1 <= max_tiles <= 1000:
-        raise InputError(f"max_tiles must be >= 1 and <= 1000, got {max_tiles}")
+    if not 1 <= min_tiles <= max_tiles <= 1000:
+        raise InputError(f"need 1 <= min_tiles <= max_tiles <= 1000, got {min_tiles}, {max_tiles}")
     aspect, best, best_difference = width / height, (1, 1), float("inf")
-    for cols, rows in candidate_grids(max_tiles):
+    for cols, rows in candidate_grids(max_tiles, min_tiles):
         difference = abs(aspect - cols / rows)
         if difference < best_difference:
             best, best_difference = (cols, rows), difference
@@ -61,7 +71,7 @@ def tile_grid(width: int, height: int, max_tiles: int, tile_size: int = 448) -> 
 
 def num_tiles(width: int, height: int, max_tiles: int, tile_size: int = 448) -> int:
     """How many tiles `preprocess` returns, the thumbnail included."""
-    cols, rows = tile_grid(width, height, max_tiles, tile_size)
+    cols, rows = tile_grid(width, height, max_tiles, tile_size=tile_size)
     return cols * rows + (cols * rows > 1)
 
 
@@ -70,7 +80,7 @@ def cut_tiles(
 ) -> list[Image.Image]:
     """Row-major square tiles of the resized image; the whole image once more, last, if cut."""
     image = to_rgb(image)  # before resizing: a palette image would be resized by nearest
-    cols, rows = tile_grid(*image.size, max_tiles, tile_size)
+    cols, rows = tile_grid(*image.size, max_tiles, tile_size=tile_size)
     resized = image.resize((cols * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
     tiles = [
         resized.crop((col, row, col + tile_size, row + tile_size))

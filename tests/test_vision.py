@@ -17,6 +17,7 @@ from vision import (
     InternViT,
     VisionBlock,
     VisionConfig,
+    candidate_grids,
     cut_tiles,
     num_tiles,
     pixels,
@@ -52,12 +53,20 @@ def test_a_tie_goes_to_the_larger_grid_only_for_a_large_image():
 
 def test_every_golden_tiling_decision_is_met(golden_tiny):
     golden = json.loads((golden_tiny / "tiling.json").read_text())
-    rows = [row for row in golden["rows"] if row["min_num"] == 1]  # as in all releases
-    for row in rows:
+    for row in golden["rows"]:
         (width, height), size = row["size"], row["image_size"]
-        assert list(tile_grid(width, height, row["max_num"], size)) == row["grid"], row
-        if row["use_thumbnail"]:
+        grid = tile_grid(width, height, row["max_num"], row["min_num"], size)
+        assert list(grid) == row["grid"], row
+        if row["use_thumbnail"] and row["min_num"] == 1:
             assert num_tiles(width, height, row["max_num"], size) == row["n_tiles"], row
+
+
+def test_golden_candidate_order_is_met(golden_tiny):
+    golden = json.loads((golden_tiny / "tiling.json").read_text())["candidate_order"]
+    assert golden
+    for limits, order in golden:
+        low, high = (int(n) for n in limits.split(".."))
+        assert [list(grid) for grid in candidate_grids(high, low)] == order, limits
 
 
 def test_the_thumbnail_is_the_whole_image_and_comes_last():
@@ -177,7 +186,7 @@ def test_drop_path_grows_with_depth_and_rests_in_eval():
 def test_impossible_tilings_are_refused():
     with pytest.raises(InputError, match="0 x 5"):
         tile_grid(0, 5, 12)
-    with pytest.raises(InputError, match="max_tiles must be >= 1"):
+    with pytest.raises(InputError, match="min_tiles <= max_tiles"):
         tile_grid(5, 5, 0)
 
 
