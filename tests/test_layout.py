@@ -1,6 +1,8 @@
 """The house: two rings, which file may import which, and what may be imported at all."""
 
 import ast
+import importlib
+import inspect
 import sys
 
 import pytest
@@ -76,6 +78,33 @@ def test_only_the_paper_knows_of_the_toy():
     for path in FILES:
         if path.stem != "toy" and path.parent.name != "paper":
             assert not any(m.split(".")[0] == "toy" for m, _, _ in imported(path)), path.name
+
+
+# what programs outside of this repository call; positions count, too
+CONTRACTS = {
+    "vision.tile_grid": "width height max_tiles min_tiles=1 tile_size=448",
+    "vision.preprocess": "image max_tiles=12 tile_size=448 thumbnail=True",
+    "tokenizer.load_tokenizer": "model_dir",
+    "weights.load_model": "model_dir device='cpu' dtype=torch.float32",
+    "weights.save_model": "model out_dir like",
+    "losses.token_logps": "logits labels",
+    "losses.parse_objective": "text",
+    "losses.PairLogps": "policy_chosen policy_rejected reference_chosen reference_rejected "
+    "chosen_length rejected_length",
+    "benchmarks.answers.parse_answer": "response prompt_version",
+    "benchmarks.answers.is_correct": "answer gold modes",
+    "benchmarks.answers.get_mode": "filename",
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_what_others_call_keeps_its_name_and_its_arguments(name):
+    module, function = name.rsplit(".", 1)
+    parameters = inspect.signature(
+        getattr(importlib.import_module(module), function)
+    ).parameters.values()
+    bare = (p.replace(annotation=p.empty, kind=p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    assert " ".join(map(str, bare)) == CONTRACTS[name]
 
 
 # lines that a room may have today; these numbers only go down (aims: 5,000, 2,000, 2,900, 700)
