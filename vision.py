@@ -10,6 +10,7 @@ Shapes: tile, row, col, patch spelled out; s tokens of a tile, h heads, d channe
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,20 +32,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @functools.cache
-def candidate_grids(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int], ...]:
-    """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area.
-
-    Within one area the order is that of a Python set, as officially: it can decide only an exact
-    tie of two grids of equal area, which needs min_tiles > 1.
-    """
-    grids = [
-        (cols, rows)
-        for cols in range(1, max_tiles + 1)
-        for rows in range(1, max_tiles // cols + 1)
-        if cols * rows >= min_tiles
-    ]
+def candidate_grids(max_tiles: int, min_tiles: int = 1) -> list[tuple[int, int]]:
+    """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area; ties as in a set."""
+    sides = range(1, max_tiles + 1)
+    grids = [(cols, rows) for cols in sides for rows in sides[: max_tiles // cols]]
+    grids = [grid for grid in grids if math.prod(grid) >= min_tiles]
     grids.sort(key=lambda grid: max(*grid, min_tiles))  # the order in which they enter the set
-    return tuple(sorted(set(grids), key=lambda grid: grid[0] * grid[1]))
+    return sorted(set(grids), key=math.prod)
 
 
 def tile_grid(
@@ -189,15 +183,13 @@ class VisionAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias)
         self.proj = nn.Linear(d, d)
-        self.qk_normalization = config.qk_normalization
-        if config.qk_normalization:  # over the whole width, all heads together
-            self.q_norm = RMSNorm(d, config.layer_norm_eps)
-            self.k_norm = RMSNorm(d, config.layer_norm_eps)
+        norm = RMSNorm if config.qk_normalization else nn.Identity
+        self.q_norm = norm(d, config.layer_norm_eps)  # over the whole width, all heads together
+        self.k_norm = norm(d, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:  # (tile s d)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.qk_normalization:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (rearrange(t, "tile s (h d) -> tile h s d", h=self.num_heads) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "tile h s d -> tile s (h d)"))
