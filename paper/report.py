@@ -158,11 +158,11 @@ def holds_on(line: dict) -> str:
     return f"{sum(beyond(line, value) >= 0 for value in values)} of {len(values)}"
 
 
-def among(line: dict) -> str | None:
-    """Where a claim's number falls among the committed seeds, if it was set beside them."""
-    value, seeds = line["number"], line.get("committed")
+def among(line: dict) -> str:
+    """Where a claim's number falls among the committed seeds."""
+    value, seeds = line["number"], line["committed"]
     if not seeds:
-        return None if seeds is None else "-"
+        return "-"
     if min(seeds) <= value <= max(seeds):
         return f"within the {len(seeds)} seeds"
     return f"{'below' if value < min(seeds) else 'above'} all {len(seeds)} seeds"

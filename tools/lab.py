@@ -147,19 +147,18 @@ def call_users_code(path: Path, function: Callable, *args: Any, **options: Any) 
 # --------------------------------------------------------------------------- checks
 
 
-def extreme_pairs(dtype: torch.dtype) -> PairLogps:
-    """Log-ratios to 1e4, log-probs of 0 and next to it, one token and many, a tie."""
-    rows = [
-        (-1, -10001, -10001, -1, 400, 400),
-        (-10044, -44, -1, -1, 400, 400),
-        (0, -3, -1, -1, 5, 5),
-        (-3, 0, -1, -1, 5, 5),
-        (0, 0, 0, 0, 1, 6000),
-        (-1e-7, -12000, -2e-7, -3, 1, 6000),
-        (-12000, -1e-7, -3, -2e-7, 6000, 1),
-        (-50, -50, -50, -50, 50, 50),
-    ]
-    return make_pairs(rows, dtype)
+# in the order of the fields of PairLogps: log-ratios to 1e4, log-probs of 0 and next to it, one
+# token and many, a tie
+EXTREMES = [
+    (-1, -10001, -10001, -1, 400, 400),
+    (-10044, -44, -1, -1, 400, 400),
+    (0, -3, -1, -1, 5, 5),
+    (-3, 0, -1, -1, 5, 5),
+    (0, 0, 0, 0, 1, 6000),
+    (-1e-7, -12000, -2e-7, -3, 1, 6000),
+    (-12000, -1e-7, -3, -2e-7, 6000, 1),
+    (-50, -50, -50, -50, 50, 50),
+]
 
 
 def check_loss(loss: Loss) -> dict[str, bool]:
@@ -172,7 +171,7 @@ def check_loss(loss: Loss) -> dict[str, bool]:
 
     point = (x.policy_chosen.requires_grad_(), x.policy_rejected.requires_grad_())
     dtypes = (torch.float32, torch.bfloat16)
-    extremes = [loss_and_gradient(loss, extreme_pairs(dtype)) for dtype in dtypes]
+    extremes = [loss_and_gradient(loss, make_pairs(EXTREMES, dtype)) for dtype in dtypes]
     return {
         "float32 per pair": value.dtype == torch.float32 and value.shape == x.policy_chosen.shape,
         "finite differences": torch.autograd.gradcheck(of_policy, point, raise_exception=False),
