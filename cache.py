@@ -26,7 +26,7 @@ from config import LLMConfig
 from model import Attend, causal_attention
 
 CPU_TOKENS = 65536
-TOGETHER = 512  # tokens of short prompts that a CPU reads in one pass: its products want more rows
+TOGETHER = 1024  # tokens of short prompts that a CPU reads in one pass: its products want many rows
 GPU_RESERVE = 0.15  # of the card: a prefill's activations, logits, partial sums of attention
 KEYS = 64  # tokens of a block of the cache
 HIDDEN = -1e30  # a score without weight; finite, so that a row without any key stays finite
