@@ -70,7 +70,10 @@ class Ask:
         return BENCHMARKS[self.bench]
 
     def items(self) -> list[Item]:
-        return files.load_items(self.benchmark, self.data, self.ids)
+        items = files.load_items(self.benchmark, self.data, self.ids)
+        if all(item["_left_out"] for item in items):
+            raise InputError(f"{self.ids}: names no item of the data")
+        return items
 
 
 # --------------------------------------------------------------------------- generate
@@ -161,6 +164,9 @@ def image_paths(
 ) -> list[Path | None]:
     """One path an item; every missing or forbidden one is named in a single error."""
     if not bench.image:
+        if shown := [item["id"] for item in items if item.get("image")]:
+            problem = f"{bench.name} shows no image, but items have one"
+            raise InputError(f"{problem}: {files.listed(shown)}; --bench own asks about images")
         return [None] * len(items)
     paths, bad = [], []
     for item in items:
@@ -233,6 +239,8 @@ class Score(Replies):
             raise ValueError(f"{self.bench} has no extraction {self.extraction!r}; known: {known}")
         if not self.answers and not (self.judgements and bench.modes == ("judge",)):
             raise ValueError("--answers is needed")
+        if self.synonyms and self.bench != "object_halbench":
+            raise ValueError(f"{self.bench} reads no --synonyms")
         if self.judgements and bench.judge is None:
             raise ValueError(f"{self.bench} is scored without a judge")
         if not self.data and not (self.judgements and bench.judgements_suffice):
@@ -317,6 +325,9 @@ def load_scored(cfg: Score) -> tuple[list[Item], dict[str, dict], dict[str, dict
     bench = cfg.benchmark
     if cfg.data:
         items = cfg.items()
+        if blank := [i["id"] for i in items if i.get("answer") in ("", [], [""], [None])]:
+            remedy = "a split whose answers are not published can only be answered, by `generate`"
+            raise InputError(f"no gold answer to {files.listed(blank)}: {remedy}")
     else:
         rows = [row for path in cfg.judgements for row in files.read_rows(path)]
         items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]

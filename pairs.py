@@ -49,9 +49,7 @@ class SampleConfig(EngineConfig):
     prompts: str = flag("", "prompt versions with commas, empty = by domain; none = as it is")
     num_samples: int = flag(32, "responses a question, shared among the prompt versions", 1, 1e5)
     max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
-    max_questions: int = flag(
-        0, "questions of the file at most, chosen evenly; 0 = all (the authors: 20,000)", low=0
-    )
+    max_questions: int = flag(0, "at most so many, chosen evenly; 0 = all (the authors: 20,000)", 0)
     modes: str = flag("", "matching modes with commas, kept for judging; empty = by name")
 
 
@@ -63,9 +61,7 @@ class CorrectnessConfig:
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
     modes: str = flag("", "matching modes with commas; empty = as given to `sample`, else by name")
-    pairs_per_query: int = flag(
-        15, "pairs a question at most, over both kinds and all prompt versions", low=1
-    )
+    pairs_per_query: int = flag(15, "pairs a question at most, of all kinds and prompt versions", 1)
     official_caps: bool = flag(False, "the cap for each kind")
     gold_rationales: Literal["off", "unsolved", "all"] = flag(
         "off", "let gold rationales join the right responses"
@@ -87,9 +83,7 @@ class DropoutConfig(EngineConfig):
     samples: Path = flag(Path("samples"), "folder of `sample`, best with --prompts none")
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
-    keep_ratio: float = flag(
-        0.5, "share of the response that is kept (paper: 0.25, 0.5, 0.75)", low=0, high=0.99
-    )
+    keep_ratio: float = flag(0.5, "share of the response kept (paper: 0.25, 0.5, 0.75)", 0, 0.99)
     max_new_tokens: int = flag(2048, "longest continuation", low=1)
     max_responses: int = flag(500_000, "responses of a data set at most, 0 = all", low=0)
 
@@ -163,6 +157,15 @@ def choose(items: list, count: int, *key: Any) -> list:
 # --------------------------------------------------------------------------- questions
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuestionLine:
+    """The keys of a question that are read, by `from_json`, beside its images and gold answer."""
+
+    question: str
+    rationale: str | None = None
+    system_prompt: str | None = None
+
+
 def wrap_question(question: str, num_images: int, version: str, name: str = "question") -> str:
     """The full prompt: instruction around the question, one placeholder an image."""
     text = question if version == "none" else answers.strip_instruction(question)
@@ -187,11 +190,9 @@ def read_questions(
         print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)
     questions, sources = [], {}  # sources: qid -> its line
     for source, record in records:
-        question, gold = record.get("question"), record.get("answer")
-        if not isinstance(question, str) or not question.strip():
+        question, gold = from_json(QuestionLine, record, source).question, record.get("answer")
+        if not question.strip():
             raise InputError(f"{source}: no 'question'")
-        if not isinstance(record.get("system_prompt"), str | None):
-            raise InputError(f"{source}: 'system_prompt' must be text")
         images = image_names(record, source)
         if gold is None and versions != ["none"]:
             raise InputError(f"{source}: no 'answer'; only --prompts none does without gold")
@@ -211,12 +212,12 @@ def read_questions(
     return questions
 
 
-@dataclass(frozen=True)
-class SampledLine:
-    """The keys of a line of sampled responses that are read, by `from_json`."""
+@dataclass(frozen=True, kw_only=True)
+class SampledLine(QuestionLine):
+    """The keys of a line of sampled responses, likewise."""
 
-    question: str
     response: str
+    question_orig: str | None = None
     prompt_version: str = "none"
     qid: str = ""
     k: int = 0
@@ -225,7 +226,6 @@ class SampledLine:
     prompt_tokens: int = 0
     image_tokens: int = 0
     image_keys: list[str] | None = None
-    system_prompt: str | None = None
 
 
 def system_of(record: dict) -> list[str]:
@@ -234,7 +234,7 @@ def system_of(record: dict) -> list[str]:
 
 
 def split_names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 # --------------------------------------------------------------------------- files
@@ -258,7 +258,8 @@ def drop_repeats(rows: list[dict], name: str) -> list[dict]:
     for row in rows:
         rid = (row.get("qid", ""), row["k"])
         if kept.setdefault(rid, row) != row:
-            raise InputError(f"{name}: response {rid} stands in two part files with different text")
+            problem = "stands in two part files, or on two lines, with different text"
+            raise InputError(f"{name}: response {rid} {problem}; give each line a 'k' or none one")
     return [kept[rid] for rid in sorted(kept)]
 
 
@@ -346,7 +347,7 @@ def sample_cost(sample: Sample) -> dict:
 
 def sample(cfg: SampleConfig) -> None:
     name = cfg.name or cfg.questions.stem
-    if Path(name).name != name or name.startswith("."):
+    if Path(name).name != name or name.startswith(".") or not name.strip():
         raise InputError(f"--name {name}: expected the name of one folder, without separators")
     answers.check_known("mode", split_names(cfg.modes), answers.MODES)
     default_versions, default_tiles = DOMAINS[cfg.domain]
@@ -440,8 +441,8 @@ def judge_group(
     counts["questions all right"] += labels <= {"correct"}
     counts["questions never right"] += not solved
     wanted = rationales == "all" or (rationales == "unsolved" and not solved)
-    if wanted and isinstance(rows[0].get("rationale"), str):
-        text = f"{rows[0]['rationale'].strip()}\nFinal answer: {rows[0]['answer']}"
+    if wanted and (rationale := (rows[0].get("rationale") or "").strip()):
+        text = f"{rationale}\nFinal answer: {rows[0]['answer']}"
         meta = {"k": None, "verdict": "correct", "reason": "gold rationale"}
         for question in sorted({row["question"] for row in rows}):
             judged[question, "correct", text] = Response(question, "correct", text, meta)
@@ -451,16 +452,9 @@ def judge_group(
 
 def possible_pairs(judged: list[Response], kind: str) -> Pairs:
     """Each right response against each one to the same prompt that the kind rejects."""
-    right, bad = (
-        [(r, r.question, r.text.strip()) for r in judged if r.verdict == verdict]
-        for verdict in ("correct", KINDS[kind])
-    )
-    return [
-        (chosen, rejected)
-        for chosen, prompt, text in right
-        for rejected, other_prompt, other_text in bad
-        if prompt == other_prompt and text != other_text
-    ]
+    right, bad = ([r for r in judged if r.verdict == v] for v in ("correct", KINDS[kind]))
+    both = [(c, r) for c in right for r in bad if c.question == r.question]
+    return [(c, r) for c, r in both if c.text.strip() != r.text.strip()]
 
 
 def draw_pairs(
@@ -477,15 +471,17 @@ def draw_pairs(
     return drawn
 
 
-_FIELDS = tuple(SampledLine.__annotations__)
-_SHAPES: set[tuple[type, ...]] = set()  # types of the fields of lines that were checked
+_FIELDS = [f.name for f in fields(SampledLine)]
+_SHAPES: set[tuple] = set()  # prompt versions, and types of the fields, of lines that were checked
 
 
 def response_key(record: dict, name: str) -> str:
     """The group of a response: (images, question before it was wrapped, gold as text)."""
-    shape = tuple(map(type, map(record.get, _FIELDS, repeat(...))))
-    if shape not in _SHAPES:
-        from_json(SampledLine, record, name)
+    types = map(type, map(record.get, _FIELDS, repeat(...)))
+    if (shape := (str(record.get("prompt_version")), *types)) not in _SHAPES:
+        version = from_json(SampledLine, record, name).prompt_version
+        with runtime.named(name):
+            answers.check_known("prompt_version", [version], answers.PROMPTS)
         _SHAPES.add(shape)
     if (answer := record.get("answer")) is None:
         raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
@@ -504,6 +500,7 @@ def correctness(cfg: CorrectnessConfig) -> None:
 def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet, tally: Tally) -> Plan:
     name = data_set.name
     modes = split_names(cfg.modes) or data_set.info.modes or answers.get_mode(name)
+    answers.check_known("mode", modes, answers.MODES)
     files = {kind: annotation_file(cfg, f"{name}_pairs_vqa_{kind}_rules") for kind in KINDS}
     files["all wrong"] = cfg.out_dir / "all_wrong" / f"{name}.jsonl"
     groups = grouped(data_set.files, response_key, cfg.workers, SAMPLED)
@@ -589,6 +586,8 @@ def make_pairs(
     """
     reports, entries, bad = {}, {}, []
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
+        paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
+        earlier = {path: runtime.read_json(path) if path.exists() else {} for path in paths}
         for data_set, plan_of in sets:
             tally = defaultdict(Counter)
             plan = plan_of(cfg, data_set, tally)
@@ -608,10 +607,8 @@ def make_pairs(
             reports[data_set.name] = report | counted
         settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
         report = {verb: {"settings": settings, "sets": reports}}
-        for name, new in (("meta.json", entries), ("pairs.report.json", report)):
-            path = cfg.out_dir / name
-            content = (runtime.read_json(path) if path.exists() else {}) | new
-            content = {k: v for k, v in content.items() if v is not None}
+        for (path, old), new in zip(earlier.items(), (entries, report)):
+            content = {k: v for k, v in (old | new).items() if v is not None}
             text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True, default=str)
             runtime.write_atomic(path, text + "\n")
     print_cost(verb, reports)
@@ -726,7 +723,7 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
             counts["empty kept part"] += 1
         else:
             prefix = kept + (glue if "\n" in glue else "")
-            yield row | {"rid": rid, "kept": kept, "glue": glue, "prefix": prefix}
+            yield row | {"rid": rid, "kept": kept, "glue": glue, "prefix": prefix, "line": name}
 
 
 def draws_so_far(folder: Path) -> Counter:
@@ -743,7 +740,7 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
     draws, todo = draws_so_far(folder), []
     for row in cut_responses(data_set, cfg, Counter()):
         if is_mine(row["rid"]) and draws[row["rid"]] < MAX_DRAWS:
-            checked_images(data_set.root(cfg.root), row, data_set.name)
+            checked_images(data_set.root(cfg.root), row, row["line"])
             todo.append(row)
 
     def finish(row: dict, s: Sample) -> dict:

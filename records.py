@@ -86,14 +86,17 @@ class Line(NamedTuple):
         return parse_json(self.content(), self)
 
 
+PART = "part-*-of-*.jsonl"  # a process appends to it: its last line may be torn, others end whole
+
+
 def part_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*-of-*.jsonl"))
+    return sorted(folder.glob(PART))
 
 
 def read_parts(files: Iterable[Path], parse: Callable = parse_json) -> Iterator[tuple[str, Any]]:
     """("file line N", record) of all whole lines."""
     for path in files:
-        yield from runtime.read_jsonl(path, True, parse)
+        yield from runtime.read_jsonl(path, path.match(PART), parse)
 
 
 def grouped(
@@ -107,7 +110,7 @@ def grouped(
     varying: fields on which no key depends.  Of lines that end in them, and are the same before,
     one is parsed here; the others have its key, which `Group.records` checks.
     """
-    groups, lines = defaultdict(list), [x for path in files for x in JsonLines(path, part=True)]
+    groups, lines = defaultdict(list), [x for p in files for x in JsonLines(p, p.match(PART))]
     end = f'"{varying[0]}": '.encode() if varying else b"\n"
 
     def keys_of(lines: list[Line]) -> list[str]:

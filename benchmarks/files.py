@@ -9,6 +9,7 @@ import datetime
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from inspect import formatannotation
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def wrong_field(fields: dict[str, Any], row: dict) -> str | None:
         if name is None and not fits(None, kind):
             return f"no {names!r}"
         if name is not None and not fits(row[name], kind):
-            wanted = getattr(kind, "__name__", None) or str(kind)
+            wanted = formatannotation(kind).replace("Literal", "one of ")
             return f"{name!r} must be {wanted}, got {row[name]!r:.80}"
     return None
 
@@ -179,6 +180,8 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
         reply = row[key]
         if isinstance(reply, list) and reply:  # the turns of M3CoT's own outputs
             reply = reply[-1].get("content") if isinstance(reply[-1], dict) else reply[-1]
+        if not fits(reply, str | int | float | None):
+            raise InputError(f"{row['_source']}: {key!r} must be text, got {reply!r:.60}")
         row["reply"] = "" if reply is None else str(reply)
     missing = [i["id"] for i in items if not i.get("_left_out") and i["id"] not in replies]
     if given and missing:

@@ -61,8 +61,7 @@ BENCHMARK = Benchmark(
     name="llava_bench", files=("questions.jsonl",),
     fields={"question_id": int | str, "image": str, "text": str, "category": str},
     suffix=" Please give a detailed answer.", new_tokens=1000, cot_tokens=0, read=read,
-    modes=("judge",),
-    judge=Judge(messages, max_tokens=1024, temperature=0.2),
+    modes=("judge",), judge=Judge(messages, max_tokens=1024, temperature=0.2),
     judgements_suffice=True, metric="relative score", n_expected=60, split="in the wild",
     groups=("category",), summary=ratio,
 )  # fmt: skip

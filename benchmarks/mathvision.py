@@ -103,8 +103,7 @@ def tuple_values(text: str) -> list | None:
     parts = text[1:-1].split(",")
     if (text[0], text[-1]) not in (("(", ")"), ("[", "]")) or len(parts) < 2:
         return None
-    symbols = ("a", "-a")
-    values = [p if "infty" in p or p in symbols else rounded(p) for p in parts]
+    values = [p if "infty" in p or p in ("a", "-a") else rounded(p) for p in parts]
     return None if None in values else [text[0], *values]
 
 

@@ -6,7 +6,7 @@ in the official script, `offline` our own reading without a judge.
 
 import functools
 import re
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import common
 from benchmarks.answers import MAX_ANSWER, edit_distance, plain_text, read_options
@@ -101,8 +101,9 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
 
 BENCHMARK = Benchmark(
     name="mathvista", files=("testmini.json", "testmini.jsonl"),
-    fields={"question": str, "question_type": str, "answer_type": str,
-            "choices": list[str] | None, "answer": Any, "query": str | None},
+    fields={"question": str, "question_type": Literal["multi_choice", "free_form"],
+            "answer_type": Literal["integer", "float", "list", "text"],
+            "choices": list[str] | None, "answer": str | int | float, "query": str | None},
     item=item, question=question, new_tokens=4096, read=read, modes=("rule", "offline", "judge"),
     judge=Judge(
         messages, max_tokens=256, settled=lambda item, reply: read_exactly(item, reply) is not None

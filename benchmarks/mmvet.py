@@ -41,8 +41,7 @@ BENCHMARK = Benchmark(
     fields={"question|text": str, "capability|question_id": list | str | int, "answer": str | None},
     item=item, question=lambda item: item["question"] + " ",
     cot=lambda question: COT + question.removesuffix(" "), new_tokens=1000, read=read,
-    modes=("judge",),
-    judge=Judge(messages, max_tokens=3),
+    modes=("judge",), judge=Judge(messages, max_tokens=3),
     metric="mean judged correctness", n_expected=218, groups=("capability",),
     summary=lambda readings: mean([100 * r.prediction for _, r in readings]),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from benchmarks import m3cot
 from benchmarks.answers import get_mode, is_correct, parse_answer
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Reply, last_number, lettered
 
+NOT_ASKED = dict.fromkeys(("images", "video", "history", "system_prompt"), type(None))
 OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
 
 
@@ -70,7 +71,7 @@ TEXT_EM = Benchmark(
     modes=("substring", "exact"), notes=TEXT_MC.notes,
 )  # fmt: skip
 OWN = Benchmark(
-    name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, "image": str},
+    name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, **NOT_ASKED, "image": str},
     item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
     notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
 )  # fmt: skip

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Readings, Reply
 from benchmarks.files import near, read_rows
@@ -17,6 +18,7 @@ from benchmarks.quantities import pattern
 from runtime import InputError
 
 CATEGORIES = ("random", "popular", "adversarial")
+HEAD = "3,000 random questions (repository HEAD); the paper's evaluation has 2,910"
 
 
 def item(row: Item) -> None:
@@ -78,17 +80,13 @@ def confusion(readings: Readings) -> dict:
             "f1": f1, "accuracy": (tp + tn) / n, "yes_ratio": (tp + fp) / n}  # fmt: skip
 
 
-def notes(items: list[Item], mode: str, cot: bool) -> list[str]:
-    if sum(item["category"] == "random" for item in items) == 3000:
-        return ["3,000 random questions (repository HEAD); the paper's evaluation has 2,910"]
-    return []
-
-
 BENCHMARK = Benchmark(
     name="pope", files=("coco_pope_*.json", "llava_pope_test.jsonl"),
-    fields={"question_id": int | str, "image": str, "text": str, "label": str | None},
+    fields={"question_id": int | str, "image": str, "text": str,
+            "label": Literal["yes", "no", None]},
     categories=CATEGORIES, item=item, suffix=PHRASE_SUFFIX,
     new_tokens=100, read=read, modes=("rule", "plain"), metric="mean of the three F1",
     n_expected=8910, split="COCO val2014", groups=("category",), summary=confusion,
-    mean_of=CATEGORIES, pooled_as="pooled_f1", notes=notes,
+    mean_of=CATEGORIES, pooled_as="pooled_f1",
+    notes=lambda items, mode, cot: [HEAD] * (sum(i["category"] == "random" for i in items) == 3000),
 )  # fmt: skip

@@ -71,8 +71,8 @@ def setting_rows(name: str, columns: list[list[float | str | None]]) -> list[lis
     numbers = [all(isinstance(x, float | int) for x in pair) for pair in columns]
     gaps = [f"{b - a:+.1f}" if known else "-" for known, (a, b) in zip(numbers, columns)]
     rows = [*([cell(x) for x in row] for row in zip(*columns)), gaps]
-    labels = (*SETTINGS, "CoT - Direct")
-    return [[f"{name} {label}", *row] for label, row in zip(labels, rows) if set(row) != {"-"}]
+    labelled = zip((*SETTINGS, "CoT - Direct"), rows)
+    return [[f"{name} {label}", *row] for label, row in labelled if set(row) != {"-"}]
 
 
 def report_text(scores: Scores) -> str:

@@ -476,6 +476,7 @@ def test_bad_input_is_named(tmp_path, capsys):
         ("score --bench pope", "--answers is needed"),
         ("score --bench pope --data d --answers a --judgements j", "without a judge"),
         ("score --bench pope --data d --answers a --extraction magic", "known: rule"),
+        ("score --bench own --data d --answers a --synonyms s", "reads no --synonyms"),
         ("generate --bench llava_bench --cot", "no chain-of-thought setting"),
     ):
         assert message in error_of(capsys, command.split())
@@ -495,12 +496,50 @@ def test_bad_input_is_named(tmp_path, capsys):
         ("object_halbench", {"image_id": 1, "gt_objects": "dog"}),
         ("gsm8k", {"question": "?", "answer": "#### x"}),
         ("text_em", {"question": None, "answer": "a"}),
+        ("own", {"image": "a.png", "question": "?", "answer": "a", "history": [["a", "b"]]}),
+        ("own", {"image": "a.png", "question": "?", "answer": "a", "system_prompt": "Be brief."}),
+        ("pope", {"question_id": 1, "image": "a.jpg", "text": "?", "category": "random",
+                  "label": "Yes"}),
+        ("mathvista", {"question": "?", "question_type": "free_form", "answer_type": "number",
+                       "answer": "1"}),
+        ("mathvista", {"question": "?", "question_type": "free_form", "answer_type": "text",
+                       "answer": None}),
     ],
 )  # fmt: skip
 def test_a_row_of_the_wrong_type_ends_in_one_line_that_names_it(bench, row, tmp_path, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", [row])
     error = error_of(capsys, ["score", "--bench", bench, "--data", data, "--answers", data])
     assert error.count("\n") == 1 and "data.jsonl line 1" in error
+
+
+@pytest.mark.parametrize("answer", ["", [], [""], [None]])
+@pytest.mark.parametrize("bench", ["own", "text_em"])
+def test_a_split_without_published_answers_is_not_scored_as_wrong(bench, answer, tmp_path):
+    rows = [
+        {"image": "a.png", "question": "?", "answer": a, "response": "x"} for a in ("x", answer)
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", [row | {"id": i} for i, row in enumerate(rows)])
+    with pytest.raises(InputError, match="no gold answer to 1: a split whose answers are not"):
+        scored(bench, data, data)
+
+
+@pytest.mark.parametrize("reply", [{"text": "x"}, True])
+def test_a_reply_that_is_no_text_is_named(reply, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"id": 1, "question": "?", "answer": "x"}])
+    with pytest.raises(InputError, match="a.jsonl line 1: 'response' must be text"):
+        scored("text_em", data, write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "response": reply}]))
+
+
+def test_an_empty_choice_of_ids_and_images_that_nobody_asks_about_are_refused(tmp_path, capsys):
+    rows = [{"id": 1, "question": "?", "answer": "x", "image": "a.png", "response": "x"}]
+    data, ids = write_jsonl(tmp_path / "d.jsonl", rows), tmp_path / "ids.txt"
+    ids.write_text("\n")
+    flags = f"--bench text_em --data {data}"
+    command = f"score {flags} --answers {data} --ids {ids}"
+    assert "ids.txt: names no item of the data" in error_of(capsys, command.split())
+    (tmp_path / "config.json").write_text("{}")
+    command = f"generate {flags} --model_dir {tmp_path} --out {tmp_path}/out"
+    assert "text_em shows no image, but items have one: 1" in error_of(capsys, command.split())
 
 
 MMVET = {

@@ -362,12 +362,13 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
             [{"images": ["0.png"], "question": "q", "answer": 1}],
             "line 1: 'images' is not supported",
         ),
-        ([{"system_prompt": ["x"], "question": "q", "answer": 1}], "'system_prompt' must be text"),
+        ([{"system_prompt": ["x"], "question": "q", "answer": 1}], "'system_prompt' must be str"),
         ([{"history": [["a", "b"]], "question": "q", "answer": 1}], "line 1: 'history' is not"),
         ([{"image": False, "question": "q", "answer": 1}], "line 1: 'image' must be"),
         ([{"question": "<image> q", "answer": 1}], "line 1: the question has 1 <image>"),
         ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
+        ([{"question": "q", "answer": 1, "rationale": ["x"]}], "'rationale' must be str"),
         ([], "no file with questions"),
     ],
 )
@@ -377,7 +378,7 @@ def test_bad_questions_are_named(world, rows, message):
         pairs.sample(sampling(questions=Path("bad.jsonl")))
 
 
-@pytest.mark.parametrize("name", ["../../evil", "a/b", "..", ".", ".hidden", "/tmp/evil"])
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "..", ".", ".hidden", "/tmp/evil", " "])
 def test_a_name_cannot_leave_the_output_folder(world, name):
     with pytest.raises(InputError, match="expected the name of one folder"):
         pairs.sample(sampling(name=name))
@@ -415,6 +416,9 @@ def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):
         ({"tokens": [1]}, "'tokens' must be int"),
         ({"response": None}, "'response' must be str"),
         ({"answer": {"a": 1}}, "the gold answer is dict"),
+        ({"question_orig": 5}, "'question_orig' must be str"),
+        ({"rationale": 5}, "'rationale' must be str"),
+        ({"prompt_version": "fr"}, "unknown prompt_version 'fr'"),
     ],
 )
 def test_a_spoilt_line_of_samples_is_named(world, change, message):
@@ -487,6 +491,34 @@ def test_a_response_with_two_texts_is_an_error_and_a_repeated_line_is_not(world)
     )
     with pytest.raises(InputError, match="two part files"):
         pairs.correctness(pairs.CorrectnessConfig())
+
+
+def test_the_last_line_of_a_file_of_another_model_counts_without_its_end(world, run_pairs):
+    rows = [json.dumps({"question": "q", "answer": 3, "response": f"a\nFinal answer: {n}",
+                        "prompt_version": "en"}) for n in (3, 4)]  # fmt: skip
+    words = ("correctness", "--samples", "other.jsonl")
+    for text, status, message in (
+        ("\n".join(rows), 0, ""),
+        ("\n".join(rows)[:-9], 2, "other.jsonl line 2: not valid JSON"),
+        (f"[{rows[0]}, {rows[1]}]", 2, "other.jsonl line 1: expected a JSON object, got list"),
+    ):
+        Path("other.jsonl").write_text(text)
+        found, output = run_pairs(*words)
+        assert found == status and message in output
+    Path("other.jsonl").write_text("\n".join(rows))
+    Path("pairs/meta.json").write_text("[]")  # seen before anything is judged
+    written = Path("pairs/pairs.report.json").stat().st_mtime_ns
+    assert run_pairs(*words)[0] == 2
+    assert Path("pairs/pairs.report.json").stat().st_mtime_ns == written
+    assert "unknown mode 'exact'" in run_pairs(*words, "--out_dir", "x", "--modes", "exact")[1]
+
+
+def test_a_prompt_version_named_twice_is_one_and_a_blank_rationale_is_none(world):
+    pairs.sample(sampling(prompts="en,en", num_samples=2))
+    assert len(responses("samples/toys")) == len(read_lines("samples/toys/part-0-of-1.jsonl")) == 12
+    row = {"question": "q", "answer": 3, "response": "a\nFinal answer: 4", "prompt_version": "en"}
+    judged, counts = pairs.judge_group([row | {"rationale": " "}], ["vqa_score"], "all")
+    assert len(judged) == 1 and not counts["gold rationales"]
 
 
 def test_no_pair_and_too_many_format_failures_end_with_status_1(world, capsys):
