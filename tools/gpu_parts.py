@@ -326,7 +326,8 @@ def mpo(case: str) -> Iterator[Row]:
     """A full MPO step at random weights: ten packs, gradient, clipping, AdamW."""
     size, *flags = case.split() + ["--pack_tokens", "80", "--max_length", "80"] * TOY
     config = shape(size)
-    process_group(0).__enter__()  # for good: this process ends with its case
+    group = process_group(0)  # held, as it would end with its context
+    group.__enter__()
     cfg = train.with_recipe(parse_cli(train.TrainConfig, flags), config, print)
     cfg = plan.settle(cfg, config, 1, DEVICE, print)
     try:
