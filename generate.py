@@ -444,8 +444,10 @@ class Generator:
         with named(prompt.label):
             if not question.strip():
                 raise InputError("the question is empty")
-            if not prompt.history and (prompt.images or IMAGE in question):
+            if not prompt.history:
                 question = with_image_placeholders(question, len(prompt.images))
+            elif not prompt.images:  # or else its <image> would be plain text
+                with_image_placeholders("".join(q for q, _ in prompt.history) + question, 0)
             tokens = []
             for path in prompt.images:
                 with open_image(Path(path)) as image:

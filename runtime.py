@@ -49,6 +49,9 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "batch_size", "gradient_checkpointing": "recompute",
     "model_name_or_path": "model_dir", "meta_path": "meta", "output_dir": "out_dir",
     "loss_type": "loss", "max_seq_length": "max_length", "max_dynamic_patch": "max_tiles",
+    "gradient_accumulation_steps": "batch_size", "dataset": "meta", "rpo_alpha": "loss",
+    "save_steps": "save_every", "save_total_limit": "keep", "use_llm_lora": "lora_rank",
+    "freeze_backbone": "lr_vision", "freeze_llm": "lr_language", "freeze_mlp": "lr_projector",
 }  # fmt: skip
 # heading of --help -> flags that open it; any other flag stands with the one declared before it
 GROUPS = {

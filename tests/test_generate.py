@@ -755,6 +755,7 @@ def test_first_token_probabilities_are_the_models(toy, generator):
         ({"question": " "}, "prompt text: the question is empty"),
         ({"question": "", "images": ("nowhere.png",)}, "prompt text: the question is empty"),
         ({"question": "<image> what?"}, "question has 1 <image> for 0 images"),
+        ({"history": (("<image> what?", "A."),)}, "question has 1 <image> for 0 images"),
         ({"images": ("nowhere.png",)}, "no image nowhere.png"),
     ],
 )

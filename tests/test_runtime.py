@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from runtime import (
+    OTHER_NAMES,
     AppendLog,
     InputError,
     claim,
@@ -31,6 +32,7 @@ from runtime import (
     run,
     write_atomic,
 )
+from train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def test_wrong_usage_exits_with_status_2_and_says_why(argv, message, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_what_other_programs_call_a_flag_leads_to_one_of_train():
+    flags = {f.name for f in fields(TrainConfig)}
+    assert set(OTHER_NAMES.values()) <= flags and not flags & set(OTHER_NAMES)
 
 
 def test_help_has_a_line_a_flag_under_headings(capsys):
