@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from runtime import flag, parse_cli, run, write_atomic
+from runtime import InputError, flag, parse_cli, run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -337,6 +337,9 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 def main() -> None:
     cfg = parse_cli(ToyConfig)
+    ours = (cfg.out / "toy_steps.jsonl").is_file()
+    if cfg.out.is_dir() and any(cfg.out.iterdir()) and not ours:
+        raise InputError(f"{cfg.out} holds other files; pass a new folder, or an earlier toy's")
     write_world(cfg.out, cfg.pairs, cfg.seed, cfg.llm, cfg.demo)
     print(f"wrote {cfg.out}; next: python train.py --config {cfg.out / 'train.json'}")
 

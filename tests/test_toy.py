@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from config import load_config
-from runtime import read_jsonl
+from runtime import InputError, read_jsonl
 from tokenizer import load_tokenizer
-from toy import Question, Thing, World, random_things, write_world
+from toy import Question, Thing, World, main, random_things, write_world
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,16 @@ def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path):
     pairs = "toy_steps.jsonl"
     assert (tmp_path / "a" / pairs).read_bytes() != (tmp_path / "c" / pairs).read_bytes()
     assert json.loads((tmp_path / "a" / "train.json").read_text())["loss"] == "mpo"
+
+
+def test_a_folder_of_other_files_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path), "--pairs", "8"])
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(InputError, match="holds other files; pass a new folder"):
+        main()
+    (tmp_path / "meta.json").unlink()
+    main()
+    main()  # over its own
 
 
 def test_pictures_hold_three_to_seven_objects_in_different_cells(tmp_path):
