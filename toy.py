@@ -338,8 +338,9 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def main() -> None:
     cfg = parse_cli(ToyConfig)
     ours = (cfg.out / "toy_steps.jsonl").is_file()
-    if cfg.out.is_dir() and any(cfg.out.iterdir()) and not ours:
-        raise InputError(f"{cfg.out} holds other files; pass a new folder, or an earlier toy's")
+    for name in ("model", "meta.json", "train.json"):
+        if not ours and (cfg.out / name).exists():
+            raise InputError(f"{cfg.out / name} is no earlier toy's; pass another folder")
     write_world(cfg.out, cfg.pairs, cfg.seed, cfg.llm, cfg.demo)
     print(f"wrote {cfg.out}; next: python train.py --config {cfg.out / 'train.json'}")
 

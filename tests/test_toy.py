@@ -70,9 +70,10 @@ def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path):
 def test_a_folder_of_other_files_is_not_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path), "--pairs", "8"])
     (tmp_path / "meta.json").write_text("{}")
-    with pytest.raises(InputError, match="holds other files; pass a new folder"):
+    with pytest.raises(InputError, match="meta.json is no earlier toy's; pass another"):
         main()
-    (tmp_path / "meta.json").unlink()
+    (tmp_path / "meta.json").rename(tmp_path / "notes.json")
+    (tmp_path / "story").mkdir()  # paper.story has the same default folder
     main()
     main()  # over its own
 
