@@ -354,6 +354,7 @@ class PairData:
         """A hash of what decides which responses the first `steps` steps hold; no image is read."""
         facts = [steps, self.batch_size, self.seed, self.limit, self.max_length, self.overlong]
         facts += [self.pairs_per_prompt, self.pack_tokens, self.share_prefix, self.config]
+        facts += [fingerprint([self.tokenizer.source])]
         for of in self.sets:
             facts += [of.name, of.repeat_time, of.max_tiles, of.augment, of.lines.checksum]
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
@@ -422,7 +423,7 @@ class PairData:
         room = self.max_length - len(tree.trunk)
         if self.overlong == "cut" and room > 0:
             tree = replace(tree, responses=[response[:room] for response in tree.responses])
-            alike = len(tree.responses) == 2 and tree.responses[0] == tree.responses[1]
+            alike = tree.responses[1:] == tree.responses[:1]
             return None if alike or not self.fits(tree) else tree
         if self.overlong == "fewer_tiles" and record.max_tiles > 1:
             return self.fit(replace(record, max_tiles=record.max_tiles // 2))

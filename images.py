@@ -1,8 +1,5 @@
 """Image files: a list of formats, limits, one way to RGB.
 
-    image_names, image_paths   what a record names -> files under a root that nothing leaves
-    open_image, load_image     size without decoding; RGB pixels
-
 As the official code (`Image.open(path).convert("RGB")`): the first frame of an animation, and EXIF
 orientation is not applied.  Differs: gray levels of 16 bits are scaled (there they end at 255,
 nearly all white), those of 32 bits are refused, transparent places are white (there whatever lies
@@ -33,9 +30,11 @@ DECODER_ERRORS = (
 real_folder = lru_cache(maxsize=64)(os.path.realpath)  # the root is asked for with every image
 NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what to do
     "images": "name the key 'image', a path or a list of paths",
+    "image_path": "name the key 'image'",
     "history": "write earlier turns into 'question'",
     "video": "remove the record",
     "clip": "remove the record",
+    "system": "name the key 'system_prompt'",
 }
 
 

@@ -263,12 +263,7 @@ class Entry:
 
 
 def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
-    """meta.json -> data sets.  `max_tiles` holds where an entry has no max_dynamic_patch.
-
-    A .jsonl alone is one data set, with its images beside it.  Paths are looked for beside
-    meta.json, then from the working folder, then by their longest end that exists: MMPR was
-    published with paths of its authors' disks, or from above the folder (`find_beside`).
-    """
+    """Data sets of a meta.json, or of a .jsonl; max_tiles holds where no max_dynamic_patch is."""
     path, notes = Path(path), []
     if not path.is_file():
         raise InputError(f"no {path}; expected MMPR's meta.json (see README)")
@@ -300,7 +295,8 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
 def find_beside(meta: Path, path: str, name: str, notes: list[str]) -> Path:
     """A path of meta.json: beside it, else from the working folder, else its longest tail.
 
-    Two tails that name different files are an error; `notes` gets a line when a tail is taken.
+    MMPR was published with paths of its authors' disks, or from above the folder.  Two tails that
+    name different files are an error; `notes` gets a line when a tail is taken.
     """
     beside = meta.parent / path
     if not path or os.path.lexists(beside):

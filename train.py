@@ -230,7 +230,8 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
                 say(f"asked to stop: saved step {number}; the same command continues")
                 return
         run.close()
-        if not any(row["lr"] and row["grad_norm"] for row in run.rows):
+        squares = (t for name, t in run.tensors.items() if name.startswith("exp_avg_sq/"))
+        if runtime.all_of(not any(local(t).any() for t in squares)):
             raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
         if best := best_row(run.rows):
             say(f"best step by held-out pairs: {best['step']} of {run.total}")
@@ -257,18 +258,24 @@ class Run:
             losses.check_smoothing(self.terms)
             self.constants["label_smoothing"] = cfg.label_smoothing
         self.data, self.heldout = open_data(asked, self.terms)
+        seen = self.data.digest(0), weights.newest_checkpoint(cfg.out_dir / "checkpoints")
+        number = int.from_bytes(hashlib.blake2b(repr(seen).encode(), digest_size=6).digest())
+        ends = torch.tensor([number, -number])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends.sum():  # nodes may have disks of their own
+            raise InputError(f"{cfg.meta} or {cfg.out_dir} differs between nodes: share a disk")
         cfg = settle(asked, config, dist.get_world_size(), device, say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
         total = self.data.steps_per_epoch * cfg.epochs
         self.cfg, self.total = cfg, last_step(self.data, min(total, cfg.max_steps or total))
+        if cfg.max_steps > total:
+            say(f"--max_steps {cfg.max_steps}: {cfg.epochs} --epochs have {total} steps")
         peak = max(lr_at(step, self.total, cfg) for step in range(self.total))
-        if not peak:
-            raise InputError(
-                f"the learning rate is 0 at every one of {self.total} steps, so no weight would "
-                "change: warm-up starts at 0; pass more --epochs or --max_steps, or --warmup 0"
-            )
         if peak < cfg.lr:
-            say(f"lr {cfg.lr:g} is not reached: warm-up or decay is too long, {peak:g} is")
+            reached = f"lr {cfg.lr:g}: {self.total} steps reach {peak:g}; warm-up or decay is long"
+            if not peak:
+                raise InputError(f"{reached}: pass more --epochs or --max_steps, or --warmup 0")
+            say(reached)
         self.meter = Meter(cfg, config, device)
 
         self.policy = sharded_model(cfg, device, cfg.drop_path)
@@ -285,6 +292,12 @@ class Run:
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
         self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= self.done]
+        other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
+        if other:
+            raise InputError(
+                f"{path}: step {other[0]} had another lr than {self.total} steps give it; "
+                "pass --warmup in steps, or continue from a checkpoint before the rate fell"
+            )
         if is_main():
             write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -323,7 +336,7 @@ class Run:
             if step.pairs:
                 yield step
             else:
-                say(f"step {step.number + 1} is skipped: nothing is left of it")
+                say(f"step {step.number + 1} is skipped, and what is due then: no pair is left")
 
     def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
         """Log step `number` (from 1); save it if it is the last, the best or its turn."""
@@ -555,11 +568,11 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     return OnlineReference(sharded_model(cfg, run.device, 0.0, trained=False))
 
 
+@dataclass(eq=False)
 class OnlineReference:
     """A second sharded model with the start weights, or the policy without its adapters."""
 
-    def __init__(self, model: InternVL) -> None:
-        self.model = model
+    model: InternVL
 
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
         with scoring(self.model), memory.without_adapters(self.model):

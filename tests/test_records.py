@@ -65,6 +65,8 @@ def test_several_images_share_the_tile_limit(tmp_path):
             "line 2: .* has 1 <image> for 0 images: add .*'image'",
         ),
         ({**GOOD, "images": ["a.png"]}, "line 2: 'images' is not supported; name the key 'image'"),
+        ({**GOOD, "image_path": "a.png"}, "line 2: 'image_path' is not supported; name the key"),
+        ({**GOOD, "system": "x"}, "line 2: 'system' is not supported; name .* 'system_prompt'"),
         ({**GOOD, "history": [["a", "b"]]}, "line 2: 'history' is not supported; write earlier"),
         ({**GOOD, "system_prompt": ["x"]}, "line 2: 'system_prompt' must be"),
         ({**GOOD, "video": "x.mp4"}, "line 2: 'video' is not supported; remove the record"),

@@ -293,22 +293,30 @@ def test_ctrl_c_and_sigterm_both_ask_for_a_checkpoint(monkeypatch):
 )
 def test_a_run_in_which_no_weight_would_move_is_refused(base, toy, tmp_path, change):
     cfg = replace(base, out_dir=tmp_path / "run", reference_cache=toy / "reference", **change)
-    with pytest.raises(InputError, match="the learning rate is 0 at every one of 1 steps"):
+    with pytest.raises(InputError, match="lr 0.001: 1 steps reach 0; .*: pass more --epochs"):
         run_here(cfg)
 
 
 @pytest.mark.parametrize("flags", [{"warmup": 500.0}, {"warmup": 0.0, "decay": 500}])
 def test_a_rate_that_the_run_never_reaches_is_told(base, toy, tmp_path, capsys, flags):
     run_here(replace(base, loss="sft", out_dir=tmp_path / "run", **flags))
-    told = "lr 0.001 is not reached: .* too long, [0-9.]+e-06 is"
+    told = "lr 0.001: 4 steps reach [0-9.]+e-06; warm-up or decay is long"
     assert re.search(told, capsys.readouterr().err)
 
 
-def test_a_run_without_any_gradient_fails_and_saves_no_model(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "clip_gradient", lambda run: 0.0)
+def test_a_run_without_any_gradient_fails_and_saves_no_model(base, tmp_path):
+    """The weight of its loss is one that float32 takes for 0."""
     with pytest.raises(Failure, match="no weight has changed, so nothing is saved"):
-        run_here(replace(base, out_dir=tmp_path / "run"))
+        run_here(replace(base, out_dir=tmp_path / "run", loss="1e-320*sft"))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_finished_run_whose_metrics_were_deleted_is_exported_again(base, tmp_path):
+    cfg = replace(base, loss="sft", out_dir=tmp_path / "run")
+    run_here(cfg)
+    (cfg.out_dir / "metrics.jsonl").unlink()
+    shutil.rmtree(cfg.out_dir / "model")
+    assert run_here(cfg) == [] and (cfg.out_dir / "model/config.json").exists()
 
 
 def test_a_checkpoint_of_other_flags_is_refused(straight):
@@ -357,6 +365,16 @@ def test_a_run_is_not_continued_with_objectives_of_its_own_that_were_edited(base
     run_here(cfg)
     own.write_text(own.read_text().replace("2", "3"))
     with pytest.raises(InputError, match=r"content of .*own.py was .*, now .*; undo it"):
+        run_here(cfg)
+
+
+def test_a_run_is_not_continued_with_a_tokenizer_that_was_edited(base, toy, tmp_path):
+    shutil.copytree(toy / "model", tmp_path / "model")
+    cfg = replace(base, model_dir=tmp_path / "model", loss="sft", out_dir=tmp_path / "run")
+    run_here(cfg)
+    with open(tmp_path / "model/tokenizer.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="pairs was .*, now .*; undo it"):
         run_here(cfg)
 
 
@@ -555,6 +573,24 @@ def test_a_batch_that_does_not_divide_is_refused(base, tmp_path):
     )
 
 
+def refused_on_its_own_disk(cfg, folder):
+    os.chdir(folder / os.environ["RANK"])
+    refused_here(cfg, Path("said"))
+
+
+def test_nodes_whose_copies_of_the_pairs_differ_are_refused(base, toy, tmp_path):
+    lines = (toy / "toy_text.jsonl").read_text().splitlines(keepends=True) * 8
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "pairs.jsonl").write_text("".join(lines[rank:]))
+    cfg = replace(base, meta=Path("pairs.jsonl"), loss="sft", out_dir=tmp_path / "run")
+    for fork in start_forks(2, refused_on_its_own_disk, cfg, tmp_path):
+        fork.join(120)
+    for rank in (0, 1):
+        said = (tmp_path / str(rank) / "said").read_text()
+        assert "pairs.jsonl or " in said and "differs between nodes: share a disk" in said
+
+
 def refused_here(cfg, said):
     try:
         train_in_process(cfg)
@@ -644,6 +680,27 @@ def test_a_constant_rate_may_be_prolonged_and_falls_at_the_end(base, toy):
     whole = replace(short, max_steps=5, decay=2, out_dir=toy / "whole")
     run_here(short)
     assert run_here(replace(short, max_steps=5, decay=2)) == run_here(whole)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"warmup": 0.5}, {"max_steps": 9}),  # a share of the steps: it would rise again
+        ({"decay": 2}, {"max_steps": 6}),  # it has fallen already
+        ({}, {"max_steps": 2}),  # the third step would never have been
+    ],
+)
+def test_a_run_whose_steps_had_other_rates_is_not_prolonged(base, tmp_path, before, now):
+    flags = {"loss": "sft", "decay": 0, "warmup": 0.0, "max_steps": 3, "batch_size": 2} | before
+    cfg = replace(base, out_dir=tmp_path / "run", save_every=1, **flags)
+    run_here(cfg)
+    with pytest.raises(InputError, match=r"metrics.jsonl: step [123] had another lr than"):
+        run_here(replace(cfg, **now))
+
+
+def test_more_steps_than_the_epochs_have_are_told(base, tmp_path, capsys):
+    run_here(replace(base, loss="sft", max_steps=9, out_dir=tmp_path / "run"))
+    assert "--max_steps 9: 1 --epochs have 4 steps" in capsys.readouterr().err
 
 
 def history(steps, **curves):
