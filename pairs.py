@@ -63,9 +63,7 @@ class CorrectnessConfig:
     modes: str = flag("", "matching modes with commas; empty = as given to `sample`, else by name")
     pairs_per_query: int = flag(15, "pairs a question at most, of all kinds and prompt versions", 1)
     official_caps: bool = flag(False, "the cap for each kind")
-    gold_rationales: Literal["off", "unsolved", "all"] = flag(
-        "off", "let gold rationales join the right responses"
-    )
+    gold_rationales: Literal["off", "unsolved", "all"] = flag("off", "pair gold rationales, too")
     clean: bool = flag(True, "drop markdown marks around the answer line")
     max_format_share: float = flag(0.5, "fail above this share of format failures", low=0)
     workers: int = flag(0, "processes that judge, 0 = one a core; the output is the same", low=0)
@@ -154,7 +152,7 @@ def choose(items: list, count: int, *key: Any) -> list:
     return [items[i] for i in sorted(kept)]
 
 
-# --------------------------------------------------------------------------- questions
+# --------------------------------------------------------------------------- questions and files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +233,6 @@ def system_of(record: dict) -> list[str]:
 
 def split_names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-# --------------------------------------------------------------------------- files
 
 
 def open_part(folder: Path) -> runtime.AppendLog:
@@ -562,10 +557,7 @@ def lines_of(pair: Callable, items: list) -> tuple[dict[str, bytes], Tally]:
 
 
 def pair_record(row: dict, question: str, chosen: tuple, rejected: tuple, more: dict) -> dict:
-    """A line of the output, in MMPR's format; chosen, rejected: the text, and what is known of it.
-
-    `more` fields stand before what is known.
-    """
+    """A line in MMPR's format; chosen, rejected: (text, what is known of it, behind `more`)."""
     record = {name: row[name] for name in ("image", "system_prompt") if row.get(name)}
     record |= {"question": question, "chosen": chosen[0], "rejected": rejected[0]}
     return record | more | {"chosen_meta": chosen[1], "rejected_meta": rejected[1]}
