@@ -21,6 +21,7 @@ import json
 import math
 import re
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -175,7 +176,7 @@ from weights import FLOATS, local
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
 # a line of the reference's part files; older ones say how long a response is, too
-ROW = re.compile(r'{"key": "(\w{32})", "logp": ([^,]+)(, "length": \d+|), "checksum": "(\w+)"}\n')
+ROW = re.compile(rb'{"key": "(.{32})", "logp": ([^,]+)(, "length": \d+|), "checksum": "(.{8})"}\n')
 PARTS = ("vision_model", "projector", "language_model")
 SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
@@ -649,7 +650,7 @@ class CachedReference:
             keys = response_keys(pack.trees) if pack.trees != [BLANK] else []
             for key, logp in zip(keys, sums.tolist()):
                 row = {"key": key, "logp": logp}
-                part.append(row | {"checksum": checksum(key, json.dumps(logp))})
+                part.append(row | {"checksum": checksum(key.encode(), json.dumps(logp).encode())})
             if asked_to_stop():
                 part.close()
                 say("asked to stop: scores are kept; the same command continues")
@@ -670,16 +671,16 @@ class CachedReference:
 
 def scored_row(line: bytes, name: str) -> bytes:
     """Key and log-prob of a line; there may be millions, too many to parse as JSON."""
-    row = ROW.fullmatch(line.decode("latin-1"))
-    if not row or row[4] != checksum(row[1], row[2], row[3]):
+    row = ROW.fullmatch(line)
+    if not row or row[4].decode() != checksum(row[1], row[2], row[3]):
         raise InputError(f"{name}: not as it was written; delete this part")
-    return bytes.fromhex(row[1]) + np.float32(row[2]).tobytes()
+    return bytes.fromhex(row[1].decode()) + struct.pack("f", float(row[2]))
 
 
-def checksum(key: str, logp: str, length: str = "") -> str:
+def checksum(key: bytes, logp: bytes, length: bytes = b"") -> str:
     """Of the values of a line, in the digits that stand there."""
-    text = f'{{"key": "{key}"{length}, "logp": {logp}}}'
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    text = b'{"key": "%b"%b, "logp": %b}' % (key, length, logp)
+    return hashlib.blake2b(text, digest_size=4).hexdigest()
 
 
 def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
