@@ -45,16 +45,16 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     repeat_time r = k + f gives k copies of every record and floor(f * n) more drawn without
     replacement (anew each epoch).
     """
-    rows = []
-    for i, data_set in enumerate(sets):
+    records = []
+    for data_set in sets:
         copies, part = divmod(data_set.repeat_time, 1)
         every = np.arange(len(data_set), dtype=np.int32)
         drawn = seeded(seed, data_set.name, epoch).permutation(every)
         drawn = np.sort(drawn[: int(part * len(data_set))])
-        records = np.concatenate([np.tile(every, int(copies)), drawn])
-        rows.append(np.stack([np.full_like(records, i), records], axis=1))
-    rows = np.concatenate(rows)
-    return rows[seeded(seed, "order", epoch).permutation(len(rows))]
+        records.append(np.concatenate([np.tile(every, int(copies)), drawn]))
+    numbers = np.repeat(np.arange(len(sets), dtype=np.int32), [*map(len, records)])
+    places = seeded(seed, "order", epoch).permutation(np.arange(len(numbers), dtype=np.int32))
+    return np.stack([numbers[places], np.concatenate(records)[places]], axis=1)
 
 
 # --------------------------------------------------------------------------- trees
