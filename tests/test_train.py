@@ -353,7 +353,9 @@ def test_a_run_is_not_continued_on_pairs_that_were_edited(base, toy, tmp_path):
 def test_a_run_is_continued_where_its_data_folder_has_moved(base, toy, tmp_path):
     cfg = replace(base, loss="sft", out_dir=tmp_path / "run", max_steps=2)
     expected = run_here(cfg)
-    shutil.copytree(toy, tmp_path / "moved", ignore=shutil.ignore_patterns("s*", "reference"))
+    shutil.copytree(toy / "images", tmp_path / "moved/images")
+    for path in (*toy.glob("*.jsonl"), toy / "meta.json"):
+        shutil.copy(path, tmp_path / "moved")
     cfg = replace(cfg, meta=tmp_path / "moved/meta.json")
     assert run_here(cfg) == expected
 
@@ -433,11 +435,12 @@ def test_only_the_first_run_on_some_pairs_looks_them_through_for_the_reference(
         run_here(replace(cfg, out_dir=tmp_path / name, max_steps=2))
         return Counter(Counter(planned).values())
 
-    assert pairs_planned("first") == {2: 16}
-    assert pairs_planned("second") == {1: 16}
+    # those of the last step are planned once more: it may be empty
+    assert pairs_planned("first") == {2: 8, 3: 8}
+    assert pairs_planned("second") == {1: 8, 2: 8}
     lines = (tmp_path / "toy_steps.jsonl").read_text().splitlines()
     (tmp_path / "toy_steps.jsonl").write_text("\n".join(lines[::-1]) + "\n")
-    assert pairs_planned("other order") == {2: 16}
+    assert pairs_planned("other order") == {2: 8, 3: 8}
     for image in (tmp_path / "images").glob("*.png"):
         image.write_bytes(image.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"toy_steps.jsonl line .*delete covers-\*.json"):
