@@ -67,6 +67,7 @@ IMPLEMENTED = {
     "use_thumbnail": True,
     "pad2square": False,
     "use_sliding_window": False,
+    "hidden_act": "silu",  # the ViT's is gelu
 }
 # language models of the family -> what the official class assumes where a key is absent
 CLASS_DEFAULTS = {

@@ -126,6 +126,7 @@ class VisionConfig:
     qk_normalization: bool = True
     norm_type: Literal["layer_norm", "rms_norm"] = "rms_norm"
     layer_norm_eps: float = 1e-6
+    hidden_act: Literal["gelu"] = "gelu"
     drop_path_rate: float = 0.0
 
 

@@ -299,6 +299,8 @@ def with_llm(**values):
         (without("", "vision_config"), "no 'vision_config'"),
         (without("", "template"), "no 'template'"),
         (lambda c: c.update(ps_version="v1"), "ps_version is 'v1'"),
+        (lambda c: c["llm_config"].update(hidden_act="gelu"), "hidden_act is 'gelu'; .* 'silu'"),
+        (lambda c: c["vision_config"].update(hidden_act="relu"), "vision_config: .*hidden_act"),
         (without("", "ps_version"), "ps_version is 'v1'"),  # the official class's default
         (without("", "use_thumbnail"), "use_thumbnail is False"),
         (lambda c: c.update(min_dynamic_patch=3), "min_dynamic_patch is 3"),
