@@ -330,10 +330,13 @@ class Objective:
     whole_step: bool = False  # a pair's loss depends on the step's other pairs: see `coefficients`
 
     def __call__(self, logps: PairLogps, **hyper: float) -> Tensor:  # (pair)
-        """Calls the function with those of `hyper` that it names; others keep its defaults."""
+        return self.function(logps, **self.taken(hyper))
+
+    def taken(self, hyper: dict[str, float]) -> dict[str, float]:
+        """Those of `hyper` that the function names; of what is not given it has a default."""
         if unknown := hyper.keys() - set(HYPER):
             raise TypeError(f"no objective takes {', '.join(unknown)}; HYPER names what they take")
-        return self.function(logps, **{k: v for k, v in hyper.items() if k in self.keywords})
+        return {name: value for name, value in hyper.items() if name in self.keywords}
 
     @property
     def keywords(self) -> Iterable[str]:
@@ -414,7 +417,8 @@ def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, d
 
     A micro-batch contributes total.sum() / (pairs of the whole step), however many it holds.
     """
-    parts = {name: LOSSES[name](logps, **hyper) for _, name in terms}
+    losses = {name: LOSSES[name] for _, name in terms}
+    parts = {name: loss.function(logps, **loss.taken(hyper)) for name, loss in losses.items()}
     return sum(weight * parts[name] for weight, name in terms), parts
 
 

@@ -51,7 +51,7 @@ class JsonLines:
         if empty := [n for n in short if not self[n].content().strip()]:
             self.places = np.delete(self.places, empty)
         if len(self) and self[0].content().lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-            raise InputError(f"{path} is a JSON list; call it .json for tools/convert.py")
+            raise InputError(f"{path} is a JSON list; write one object a line")
 
     def __len__(self) -> int:
         return len(self.places)

@@ -978,20 +978,9 @@ def main() -> None:
     if cfg.loss != "all":
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
     if cfg.plan or cfg.bench:
-        from tools.bench import run_bench  # noqa: PLC0415
-        from tools.plan import say_plan, settle  # noqa: PLC0415
-        from tools.releases import named_config  # noqa: PLC0415
+        from tools.bench import plan_or_bench  # noqa: PLC0415
 
-        config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
-        cfg = with_recipe(cfg, config, print)
-        if cfg.gpus % cfg.replicate:
-            raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
-        if cfg.plan:
-            device = torch.device("cuda")
-            cfg = settle(cfg, config, cfg.gpus, device, print)
-            say_plan(cfg, config, cfg.gpus // cfg.replicate, device, print)
-        else:
-            run_bench(cfg, config)
+        plan_or_bench(cfg)
         return
     with in_group(cfg.seed) as device:
         if cfg.loss == "all":

@@ -500,7 +500,7 @@ def test_the_last_line_of_a_file_of_another_model_counts_without_its_end(world, 
     for text, status, message in (
         ("\n".join(rows), 0, ""),
         ("\n".join(rows)[:-9], 2, "other.jsonl line 2: not valid JSON"),
-        (f"[{rows[0]}, {rows[1]}]", 2, "other.jsonl line 1: expected a JSON object, got list"),
+        (f"[{rows[0]}, {rows[1]}]", 2, "other.jsonl is a JSON list; write one object a line"),
     ):
         Path("other.jsonl").write_text(text)
         found, output = run_pairs(*words)

@@ -83,9 +83,7 @@ def test_a_bad_record_is_named_by_file_line_and_key(tmp_path, record, message):
 def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
     """A line each would be a million for a file that is printed with line breaks."""
     meta = write_set(tmp_path, [json.dumps([GOOD, GOOD], indent=1)])
-    with pytest.raises(
-        InputError, match="a.jsonl is a JSON list; call it .json for tools/convert.py"
-    ):
+    with pytest.raises(InputError, match="a.jsonl is a JSON list; write one object a line"):
         read_meta(meta, 12)
 
 

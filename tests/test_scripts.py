@@ -228,6 +228,7 @@ RUN_BY = {
     "train.py": "test_train.py: test_the_exported_model_is_the_trained_one",
     "tools/race.py": "test_scripts.py: test_a_command_of_the_readme_runs",
     "pairs.py correctness": "test_scripts.py: test_a_command_of_the_readme_runs",
+    "tools/export.py --checkpoint": "test_strength.py: test_adapters_train_alone",
     "tools/convert.py": "test_convert.py: test_every_program_s_record_becomes_the_same_pair",
     "tools/convert.py --to": "test_convert.py: test_mmpr_goes_out_and_comes_back",
     "tools/sweep.py": "test_sweep.py: test_a_sweep_shares_one_cache",

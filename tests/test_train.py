@@ -162,7 +162,7 @@ def test_how_pairs_are_packed_changes_no_update(straight, base, toy):
 
 def test_an_online_reference_gives_the_numbers_of_the_cached_one(straight, base, toy, monkeypatch):
     _, metrics = straight
-    monkeypatch.setattr("data.fingerprint", None)  # images are hashed for cached ones alone
+    monkeypatch.setattr("train.response_keys", None)  # images are hashed for cached ones alone
     close(run_here(replace(base, out_dir=toy / "online", reference="online")), metrics)
 
 
@@ -490,7 +490,7 @@ def test_an_objective_that_sorts_the_step_does_not_depend_on_processes(base, toy
 
 
 def test_sft_reads_no_rejected_response_and_needs_no_reference(base, toy, monkeypatch):
-    monkeypatch.setattr("data.fingerprint", None)
+    monkeypatch.setattr("train.response_keys", None)
     metrics = run_here(replace(base, loss="sft", out_dir=toy / "sft", reference_cache=None))
     assert "rewards/chosen" not in metrics[0] and "logps/rejected" not in metrics[0]
     assert metrics[0]["loss"] == metrics[0]["nll"]

@@ -18,12 +18,21 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from config import InternVLConfig
+from config import InternVLConfig, load_config
 from data import Pack, Tree, lay_out
 from model import InternVL
+from runtime import InputError
 from tools import plan
 from tools.releases import named_config
-from train import TrainConfig, compile_blocks, compute_dtype, prepare, score, switched_on
+from train import (
+    TrainConfig,
+    compile_blocks,
+    compute_dtype,
+    prepare,
+    score,
+    switched_on,
+    with_recipe,
+)
 
 Row = dict[str, float]  # a table's column -> its value
 # a mode's name -> the flags that it changes; each goes on from the one before
@@ -132,6 +141,20 @@ def add_noise(model: InternVL) -> InternVL:
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
     return model
+
+
+def plan_or_bench(cfg: TrainConfig) -> None:
+    """train.py --plan or --bench, of a named --size or of the model in cfg.model_dir."""
+    config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
+    cfg = with_recipe(cfg, config, print)
+    if cfg.gpus % cfg.replicate:
+        raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
+    if cfg.bench:
+        run_bench(cfg, config)
+    else:
+        device = torch.device("cuda")
+        cfg = plan.settle(cfg, config, cfg.gpus, device, print)
+        plan.say_plan(cfg, config, cfg.gpus // cfg.replicate, device, print)
 
 
 def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
