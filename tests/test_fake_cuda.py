@@ -85,7 +85,6 @@ def test_scores_losses_and_the_optimizer_stay_on_the_card(world, fake):
     assert slots and len(pack.rejected)
     config = {"model_dir": world / "model", "meta": world / "meta.json", "out_dir": world / "run"}
     cfg = train.TrainConfig(**config, pack_tokens=2000, compile="off", head_rows=128, lr=1e-5)
-    optimizer = train.make_optimizer(cfg, policy)
     pack = on_card(mode, pack)
     with ImageSlots(slots), torch.no_grad():  # autograd's engine asks for a real card
         sums, lengths = train.score(policy, pack, cfg)
@@ -95,6 +94,10 @@ def test_scores_losses_and_the_optimizer_stay_on_the_card(world, fake):
     terms = losses.parse_objective("0.8*dpo+0.2*bco+sft")
     loss = losses.objective(terms, logps, beta=0.1, bco_shift=torch.zeros((), device=CUDA))[0]
     assert loss.device == CUDA and loss.shape == pack.chosen.shape
+    for module in policy.modules():  # a run keeps float32 weights
+        for name, p in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(p.detach().float())
+    optimizer = train.make_optimizer(cfg, policy)
     for p in policy.parameters():
         p.grad = torch.empty_like(p)
     optimizer.step()
