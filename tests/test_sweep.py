@@ -54,6 +54,19 @@ def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkey
     assert status == 2 and "nothing to compare" in error
 
 
+def test_rows_beside_adapters_leave_out_the_one_that_moves_a_second_model(
+    tmp_path, monkeypatch, capsys
+):
+    write_world(tmp_path, 8, 0)
+    monkeypatch.setattr(sweep, "ROWS", {row: sweep.ROWS[row] for row in ("SFT", "TR-DPO")})
+    flags = f"--config={tmp_path / 'train.json'} --loss=all --lora_rank=2 --max_steps=2 --warmup=0"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), f"--out_dir={tmp_path / 'rows'}"])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    train.main()
+    assert "TR-DPO is left out" in capsys.readouterr().err
+    assert (tmp_path / "rows/SFT/model").is_dir() and not (tmp_path / "rows/TR-DPO").exists()
+
+
 def test_a_run_that_diverges_ends_alone_and_is_not_started_again(tmp_path, monkeypatch, capsys):
     write_world(tmp_path, 8, 0)
     flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=2", "--warmup=0", "--batch_size=4"]

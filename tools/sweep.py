@@ -42,12 +42,11 @@ def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
     rows = ROWS | {name: {"loss": name} for name in own}
     runs = {name: replace(cfg, **flags) for name, flags in rows.items()}
+    every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
     if cfg.lora_rank:
         say("TR-DPO is left out: it moves a second model, and adapters share one")
         runs.pop("TR-DPO")
-        return train_all(runs, cfg)
-    every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
-    if every > total:
+    elif every > total:
         say(f"TR-DPO: updates every {often} steps, since {every} would never come")
         runs["TR-DPO"] = replace(runs["TR-DPO"], reference_update_every=often)
     train_all(runs, cfg, device)
