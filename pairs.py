@@ -361,8 +361,8 @@ def sample(cfg: SampleConfig) -> None:
         line = from_json(SampledLine, row, source)
         done.add((line.qid, line.k))
         pixels[line.qid] = line.image_keys
-    if others := len(pixels.keys() - {question["qid"] for _, question in questions}):
-        told = f"{others} questions that {cfg.questions} does not hold; they are paired, too"
+    if others := pixels.keys() - {question["qid"] for _, question in questions}:
+        told = f"{len(others)} questions that {cfg.questions} does not hold; they are paired, too"
         print(f"{folder}: has responses to {told}", file=sys.stderr)
     requests = []
     for source, question in questions:
@@ -378,7 +378,7 @@ def sample(cfg: SampleConfig) -> None:
             settings = {"max_tiles": each, "samples": missing, "name": source}
             settings["system_prompt"] = question.get("system_prompt")
             requests.append((Prompt(qid, question["question"], paths, **settings), question))
-    if len(done) >= responses:
+    if sum(qid not in others for qid, _ in done) >= responses:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
     def finish(question: dict, s: Sample) -> dict:
