@@ -26,9 +26,10 @@ from config import LLMConfig
 from model import Attend, causal_attention
 
 CPU_TOKENS = 65536
-TOGETHER = 1024  # tokens of short prompts that a CPU reads in one pass: its products want many rows
+TOGETHER = 1024  # tokens of short prompts that a CPU reads in one pass, a GPU four times as many
 GPU_RESERVE = 0.15  # of the card: a prefill's activations, logits, partial sums of attention
 KEYS = 64  # tokens of a block of the cache
+STEADY = 32  # steps in which no shape shrinks: a new one costs a GPU as much as ten steps
 HIDDEN = -1e30  # a score without weight; finite, so that a row without any key stays finite
 
 
@@ -75,7 +76,7 @@ class KVCache:
     never turn them again.
 
     apart: prompts take low blocks and answers high ones, as suits many answers a prompt.
-    rounded: sizes are rounded up, so that few different shapes are captured.
+    rounded: sizes are rounded up, and held for a while, so that few shapes are captured.
     exact: a row's numbers depend on no other row: pieces are blocks, rows and the queries of a
     block come in multiples of 16, and each prompt is read by itself.  With AVX-512 and one thread
     MKL and oneDNN then round alike in any batch (MKL with AVX2, or with two threads and 1024 terms,
@@ -98,10 +99,13 @@ class KVCache:
         self.apart = apart or exact
         self.row_multiple = 16 if exact else 1
         self.seat_multiple = 16 // math.gcd(16, self.queries) if exact else 1
-        self.round = rounded_up if rounded else int
+        self.rounded, self.steps, self.held = rounded, 0, {}
         # longer prompts would turn the shorter ones beside them by another base (see `rotary`)
+        most = min(
+            TOGETHER * (4 if self.device.type == "cuda" else 1), config.max_position_embeddings
+        )
+        self.together = 0 if exact else most
         self.neighbours = not exact and self.device.type != "cuda"
-        self.together = min(TOGETHER, config.max_position_embeddings) if self.neighbours else 0
         self.num_blocks, self.free = blocks, np.ones(blocks, bool)
         self.arranged: tuple[list, list] | None = None  # rows of the last step, what they read
         # token head d, and one more block where idle rows write
@@ -159,12 +163,19 @@ class KVCache:
         index = torch.from_numpy(np.concatenate(places)).to(self.device)
         for room, length in zip(rooms, lengths):
             room.length = length
+        # attended as rows of one length: what is behind a prompt, no token of it sees
+        shape = len(lengths), max(lengths)
+        own = np.concatenate([n * shape[1] + np.arange(length) for n, length in enumerate(lengths)])
+        own = torch.from_numpy(own).to(self.device)
 
         def attend(layer: int, *qkv: Tensor) -> Tensor:
             for memory, new in zip(self.memory[layer], qkv[1:]):
                 memory.index_copy_(0, index, new[0])
-            prompts = zip(*(x.split(lengths, dim=1) for x in qkv))
-            return torch.cat([causal_attention(layer, *prompt) for prompt in prompts], dim=1)
+            rows = (
+                x.new_zeros(math.prod(shape), *x.shape[2:]).index_copy_(0, own, x[0]) for x in qkv
+            )
+            out = causal_attention(layer, *(row.unflatten(0, shape) for row in rows))
+            return out.flatten(0, 1).index_select(0, own)[None]
 
         return attend
 
@@ -174,7 +185,10 @@ class KVCache:
         That one must have space for the token.  Idle rows, up to a rounded number of rows, are
         computed and ignored.
         """
-        padded = -(-self.round(len(rows)) // self.row_multiple) * self.row_multiple
+        self.steps += 1
+        if self.rounded and self.steps % STEADY == 0:
+            self.held, self.arranged = {}, None
+        padded = -(-self.round(len(rows), "rows") // self.row_multiple) * self.row_multiple
         if self.arranged is None or self.arranged[0] != rows:
             self.arranged = rows, self._arrange(rows, padded)
         numbers = np.zeros((3, padded), int)
@@ -192,11 +206,19 @@ class KVCache:
         on_device = torch.from_numpy(np.concatenate(parts)).to(self.device)
         return Plan(padded, tuple(span for span, *_ in self.arranged[1]), on_device)
 
+    def round(self, n: int, *what: object) -> int:
+        """Where steps are captured, n or a little more, and no less than lately."""
+        if not self.rounded:
+            return int(n)
+        self.held[what] = max(rounded_up(n), self.held.get(what, 0))
+        return self.held[what]
+
     def _arrange(self, rows: list[tuple[Room, ...]], padded: int) -> list[tuple]:
         """What the rows read: the same from step to step while they and their blocks stay."""
         taken = defaultdict(itertools.count)  # rows of one prompt sit side by side
         seat = np.array([next(taken[id(prompt)]) for prompt, *_ in rows])
-        seats = -(-self.round(seat.max() + 1) // self.seat_multiple) * self.seat_multiple
+        seats = rounded_up(seat.max() + 1) if self.rounded else int(seat.max() + 1)
+        seats = -(-seats // self.seat_multiple) * self.seat_multiple
         if not self.apart and seats == 1:  # prompts and answers are read alike
             return [self._span(rows, seat, 1, padded, False)]
         prompts, answers = [row[:-1] for row in rows], [row[-1:] for row in rows]
@@ -214,7 +236,7 @@ class KVCache:
         self.compact(set(rooms), high)
         piece = np.concatenate([room.blocks for room in rooms])
         used = self.num_blocks - piece.min() if high else 1 + piece.max()
-        blocks = min(self.round(used), self.num_blocks)
+        blocks = min(self.round(used, "blocks", seats, high), self.num_blocks)
         start = self.num_blocks - blocks if high else 0
         piece, in_room, size = piece - start, np.array([len(room.blocks) for room in rooms]), 1
         if self.neighbours and (in_room == in_room[0]).all():
@@ -226,7 +248,7 @@ class KVCache:
         room = np.repeat(np.arange(len(rooms)), in_room)
         row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[room]
         in_row = np.bincount(row, minlength=len(rows))
-        width = self.round(in_row.max())
+        width = self.round(in_row.max(), "width", seats, high)
         span = Span(start, blocks // size, size, seats, width)
         readers = np.zeros((span.pieces, seats), int)
         readers[piece, seat[row]] = row
@@ -297,9 +319,9 @@ def counted(counts: np.ndarray) -> np.ndarray:
 
 
 def rounded_up(n: int) -> int:
-    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: at most a quarter more."""
-    step = 1 << max(0, (int(n) - 1).bit_length() - 3)
-    return -(-int(n) // step) * step
+    """The next of 1, 2, 4, 8, 12, ... 32, 40, ... 64, 80, ...: past 12 at most a quarter more."""
+    step = 1 << max(2, (int(n) - 1).bit_length() - 3)
+    return int(n) if n < 3 else -(-int(n) // step) * step
 
 
 def most_blocks(config: LLMConfig, device: torch.device, dtype: torch.dtype, tokens: int) -> int:
@@ -314,29 +336,26 @@ def most_blocks(config: LLMConfig, device: torch.device, dtype: torch.dtype, tok
 
 
 class Captured:
-    """A step on a GPU without launch costs: a CUDA graph, captured once for each shape of plan."""
+    """Steps on a GPU without launch costs: a CUDA graph for each shape of plan that comes twice.
+
+    The first time runs as it is, and makes ready what a capture wants to find.
+    """
 
     def __init__(self, step: Callable) -> None:
         self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()
 
-    def __call__(self, model: nn.Module, cache: KVCache, plan: Plan) -> Tensor:
+    def __call__(self, model: nn.Module, cache: KVCache, plan: Plan, head: Tensor) -> Tensor:
         shape = (plan.rows, plan.spans)
         if shape not in self.graphs:
-            self.graphs[shape] = self.capture(model, cache, plan)
+            self.graphs[shape] = None
+            return self.step(model, cache, plan, head)
+        if not self.graphs[shape]:
+            plan = plan._replace(numbers=plan.numbers.clone())  # the graph reads its numbers here
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                logits = self.step(model, cache, plan, head)
+            self.graphs[shape] = graph, plan.numbers, logits
         graph, numbers, logits = self.graphs[shape]
         numbers.copy_(plan.numbers)
         graph.replay()
         return logits
-
-    def capture(self, model: nn.Module, cache: KVCache, plan: Plan) -> tuple:
-        plan = plan._replace(numbers=plan.numbers.clone())  # the graph reads its numbers here
-        side = torch.cuda.Stream()  # capture wants a warmed-up allocator, off the main stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step(model, cache, plan)  # writes what the replay will write again
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.step(model, cache, plan)
-        return graph, plan.numbers, logits

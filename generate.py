@@ -132,21 +132,25 @@ def prefill(
 
 
 @torch.inference_mode()
-def decode(model: InternVL, cache: KVCache, plan: Plan) -> Tensor:  # (row vocab)
+def decode(
+    model: InternVL, cache: KVCache, plan: Plan, head: Tensor | None = None
+) -> Tensor:  # (row vocab)
     """Feed each row of the plan its token; the logits of what follows.
 
     Text only, so not through InternVL.forward, which counts image slots on the host.
+    head: the model's own, as a GPU likes it (`losses.aligned`).
     """
     llm = model.language_model
     tokens, positions, attend = cache.decode(plan)
     x = llm.model.tok_embeddings(tokens[:, None])
     x = llm.model(x, positions[:, None], attend)[:, 0]
-    logits = aligned(x, len(llm.head))
+    head = llm.head if head is None else head
+    logits = x.new_empty(len(x), len(head))
     # a CPU multiplies rows with a wide matrix faster by parts of it: 1,024 columns take 0.8 to 0.9
-    part = 1024 if x.device.type == "cpu" and len(x) > 1 else len(llm.head)
-    for weight, out in zip(llm.head.split(part), logits.split(part, 1)):
+    part = 1024 if x.device.type == "cpu" and len(x) > 1 else len(head)
+    for weight, out in zip(head.split(part), logits.split(part, 1)):
         torch.mm(x, weight.T, out=out)
-    return logits.float()
+    return logits[:, : len(llm.head)].float()
 
 
 def store(model: InternVL, by_columns: bool) -> None:
@@ -383,7 +387,7 @@ class Scheduler:
     def step(self) -> Tensor:  # (row vocab)
         """Feed each row its last token."""
         plan = self.cache.plan([row.rooms for row in self.rows], [row.ids[-1] for row in self.rows])
-        return self.decode(self.model, self.cache, plan)[: len(self.rows)]
+        return self.decode(self.model, self.cache, plan, self.generator.head)[: len(self.rows)]
 
     def collect(self, rows: list[Row], logits: Tensor) -> Iterator[Row]:  # logits (row vocab)
         """Choose each row's next token, and take out the rows that end with it."""
@@ -421,8 +425,9 @@ class Generator:
     def __init__(self, model: InternVL, tokenizer: Tokenizer, **settings: object) -> None:
         self.settings = Settings(**settings)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.device = model.language_model.head.device
-        self.dtype = model.language_model.head.dtype
+        head = model.language_model.head
+        self.device, self.dtype = head.device, head.dtype
+        self.head = aligned(head.detach()) if head.is_cuda else None
         self.stop_ids = {tokenizer.im_end_id}
         banned = tokenizer.banned_ids(model.config.llm.vocab_size)
         self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)

@@ -357,12 +357,12 @@ class InternVL(nn.Module):
         x = self.language_model.model.tok_embeddings(input_ids)
         if self.image_context_id is None and tiles is not None:
             raise InputError("no tokenizer came with the weights: set model.image_context_id first")
-        slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
-        rows = slots.flatten().nonzero()[:, 0]  # of x as (b*s d)
         features = x.new_empty(0, x.shape[-1])
         if tiles is not None and len(tiles):
             features = self.image_features(tiles).to(x.dtype)  # (tile token d)
             features = (features if tile_order is None else features[tile_order]).flatten(0, 1)
+        slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
+        rows = slots.flatten().nonzero()[:, 0]  # of x as (b*s d); here the host waits for a GPU
         if len(features) != len(rows):
             raise InputError(
                 f"the prompt has {len(rows)} image tokens, its tiles fill {len(features)}: build "

@@ -521,13 +521,13 @@ def scoring(model: InternVL) -> Iterator[None]:
 def reduce_gradients(run: Run, now: bool) -> None:
     """Whether the next backward reduces gradients over processes, or adds them up here.
 
-    With --sync step weights stay gathered meanwhile (a process alone has nobody to wait for with
-    its gradients); with --replicate it is the reduction over copies of the model that waits.
+    With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
+    copies of the model that waits.
     """
     if not weights.is_sharded(run.policy):
         return
     if run.cfg.sync == "step":
-        run.policy.set_requires_gradient_sync(now or dist.get_world_size() == 1)
+        run.policy.set_requires_gradient_sync(now)
         run.policy.set_reshard_after_backward(now)
     else:
         run.policy.set_requires_all_reduce(now)
