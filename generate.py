@@ -567,7 +567,7 @@ class Generator:
 
     def stop_place(self, text: str, begin: int) -> int:
         """Where the first stop string stands, or where the text ends."""
-        places = (text.find(s, begin) for s in self.settings.stop if s)
+        places = (text.find(s, begin) for s in self.settings.stop)
         return min((place for place in places if place >= 0), default=len(text))
 
     def sample(self, row: Row) -> Sample:

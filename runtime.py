@@ -264,6 +264,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(type(self), vars(self))
         check_needs(self)
+        if "" in self.stop:
+            raise InputError("stop: an empty text would end every answer; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -752,10 +752,12 @@ def test_a_stop_string_ends_the_text_before_it(toy, expected):
     name, text = max(firsts.items(), key=lambda item: len(item[1]))
     word = text[len(text) // 2 :][:4]
     prompt = next(p for p in prompts(toy) if p.id == name)
-    stopping = sampler(toy, stop=("", word, text[:3] + "\n"))  # the last only seems to begin
+    stopping = sampler(toy, stop=(word, text[:3] + "\n"))  # the last only seems to begin
     [sample] = stopping.run([replace(prompt, samples=(0,))])
     assert sample.text == text[: text.index(word)] == "".join(stopping.stream(prompt))
     assert sample.finish_reason == "stop"
+    with pytest.raises(InputError, match="stop: an empty text would end every answer"):
+        sampler(toy, stop=("", word))
 
 
 def test_first_token_probabilities_are_the_models(toy, generator):
