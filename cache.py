@@ -101,10 +101,8 @@ class KVCache:
         self.seat_multiple = 16 // math.gcd(16, self.queries) if exact else 1
         self.rounded, self.steps, self.held = rounded, 0, {}
         # longer prompts would turn the shorter ones beside them by another base (see `rotary`)
-        most = min(
-            TOGETHER * (4 if self.device.type == "cuda" else 1), config.max_position_embeddings
-        )
-        self.together = 0 if exact else most
+        tokens = TOGETHER * (4 if self.device.type == "cuda" else 1)
+        self.together = 0 if exact else min(tokens, config.max_position_embeddings)
         self.neighbours = not exact and self.device.type != "cuda"
         self.num_blocks, self.free = blocks, np.ones(blocks, bool)
         self.arranged: tuple[list, list] | None = None  # rows of the last step, what they read
