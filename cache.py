@@ -205,7 +205,7 @@ class KVCache:
         return Plan(padded, tuple(span for span, *_ in self.arranged[1]), on_device)
 
     def round(self, n: int, *what: object) -> int:
-        """Where steps are captured, n or a little more, and no less than lately."""
+        """Where steps are captured, n or a little more, and no less than lately of the same."""
         if not self.rounded:
             return int(n)
         self.held[what] = max(rounded_up(n), self.held.get(what, 0))
@@ -342,16 +342,16 @@ class Captured:
     def __init__(self, step: Callable) -> None:
         self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()
 
-    def __call__(self, model: nn.Module, cache: KVCache, plan: Plan, head: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, cache: KVCache, plan: Plan) -> Tensor:
         shape = (plan.rows, plan.spans)
         if shape not in self.graphs:
             self.graphs[shape] = None
-            return self.step(model, cache, plan, head)
+            return self.step(model, cache, plan)
         if not self.graphs[shape]:
             plan = plan._replace(numbers=plan.numbers.clone())  # the graph reads its numbers here
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                logits = self.step(model, cache, plan, head)
+                logits = self.step(model, cache, plan)
             self.graphs[shape] = graph, plan.numbers, logits
         graph, numbers, logits = self.graphs[shape]
         numbers.copy_(plan.numbers)

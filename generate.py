@@ -132,10 +132,8 @@ def prefill(
 
 
 @torch.inference_mode()
-def decode(
-    model: InternVL, cache: KVCache, plan: Plan, head: Tensor | None = None
-) -> Tensor:  # (row vocab)
-    """Feed each row of the plan its token; the logits of what follows.
+def decode(model: InternVL, cache: KVCache, plan: Plan, head: Tensor | None = None) -> Tensor:
+    """Feed each row of the plan its token; the logits of what follows, (row vocab).
 
     Text only, so not through InternVL.forward, which counts image slots on the host.
     head: the model's own, as a GPU likes it (`losses.aligned`).
@@ -287,9 +285,11 @@ class Scheduler:
         self.waiting = deque(islice(coming, MAX_ROWS))  # seen, not in the cache
         self.groups: list[Group] = []  # in the cache
         self.rows: list[Row] = []  # the oldest first
+        self.decode = decode
+        if generator.device.type == "cuda":  # before the cache, which takes what memory is left
+            head = aligned(self.model.language_model.head.detach())
+            self.decode = Captured(partial(decode, head=head))
         self.cache = generator.make_cache(self.waiting)
-        on_gpu = generator.device.type == "cuda"
-        self.decode = Captured(decode) if on_gpu else decode
 
     def run(self) -> Iterator[Row]:
         """Each row each time it got a token; `finish_reason` says whether that was its last."""
@@ -387,7 +387,7 @@ class Scheduler:
     def step(self) -> Tensor:  # (row vocab)
         """Feed each row its last token."""
         plan = self.cache.plan([row.rooms for row in self.rows], [row.ids[-1] for row in self.rows])
-        return self.decode(self.model, self.cache, plan, self.generator.head)[: len(self.rows)]
+        return self.decode(self.model, self.cache, plan)[: len(self.rows)]
 
     def collect(self, rows: list[Row], logits: Tensor) -> Iterator[Row]:  # logits (row vocab)
         """Choose each row's next token, and take out the rows that end with it."""
@@ -425,9 +425,8 @@ class Generator:
     def __init__(self, model: InternVL, tokenizer: Tokenizer, **settings: object) -> None:
         self.settings = Settings(**settings)
         self.model, self.tokenizer = model.eval(), tokenizer
-        head = model.language_model.head
-        self.device, self.dtype = head.device, head.dtype
-        self.head = aligned(head.detach()) if head.is_cuda else None
+        self.device = model.language_model.head.device
+        self.dtype = model.language_model.head.dtype
         self.stop_ids = {tokenizer.im_end_id}
         banned = tokenizer.banned_ids(model.config.llm.vocab_size)
         self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)

@@ -122,7 +122,8 @@ def test_prefill_decode_and_choice_stay_on_the_card(fake, temperature, top_k, to
     kv.release(left)  # so that the prompt's blocks move
     plan = kv.plan([(prompt, answer) for answer in answers], [1, 2, 3])
     assert prompt.blocks.max() < 40
-    logits = generate.decode(policy, kv, plan)[:3]
+    head = losses.aligned(policy.language_model.head.detach())
+    logits = generate.decode(policy, kv, plan, head)[:3]
     assert logits.device == CUDA and logits.shape == (3, policy.config.llm.vocab_size)
     uniforms = torch.empty(3, device=CUDA)
     tokens = generate.choose(logits, uniforms, temperature, top_k, top_p)

@@ -32,6 +32,7 @@ from generate import (
     row_key,
     uniform,
 )
+from losses import aligned
 from model import InternVL
 from runtime import InputError, rank_and_world, run
 from tokenizer import load_tokenizer
@@ -567,6 +568,15 @@ def test_steps_have_few_shapes_where_they_are_captured(toy, monkeypatch):
     monkeypatch.setattr("generate.KVCache", Rounded)
     assert texts(generator, asked) == expected
     assert len(shapes) == 31 and len(set(shapes)) <= 4
+
+
+def test_a_head_with_rows_behind_its_vocabulary_gives_the_same_logits(generator):
+    """What a GPU decodes with; the toy's vocabulary is odd."""
+    model = generator.model
+    head = aligned(model.language_model.head.detach())
+    expected, logits = (decode(model, *a_step(model)[::2], head=h) for h in (None, head))
+    assert len(head) == expected.shape[1] + 7 and logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_move_together_where_a_step_would_read_in_vain(generator):

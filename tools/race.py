@@ -54,7 +54,7 @@ from tools.bench import example_tree, measured_peak, noise_model, step_of
 from tools.export import hf_config, text_config
 from tools.figures import markdown_table
 from tools.releases import named_config
-from train import TrainConfig, compile_blocks, prepare
+from train import TrainConfig, compile_blocks, prepare, switched_on
 
 Contestants = dict[str, Callable[[], object]]  # the first one is what the others are held against
 Line = tuple[str, Contestants]
@@ -129,7 +129,7 @@ def our_step(
     size = sum(tree.size for tree in trees)
     cfg = TrainConfig(recompute=recompute, reference=reference, pack_tokens=size)
     model = prepare(copy.deepcopy(model), cfg).train()
-    if model.language_model.head.is_cuda:  # as train.py does there
+    if switched_on(cfg.compile, model.language_model.head.device):
         compile_blocks(model)
     return step_of(cfg, model, trees)
 
