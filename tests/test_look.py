@@ -87,6 +87,21 @@ def test_check_uses_the_length_that_training_uses_and_names_set_and_line(toy, tm
     assert "bad: a, " in out and "line 2: image" in out, out
 
 
+def test_check_counts_a_pair_that_no_pack_holds_though_each_response_keeps_the_limit(
+    toy, tmp_path, run_look
+):
+    shutil.copytree(toy / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["llm_config"]["max_position_embeddings"] = 8192
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    long = {**GOOD, "chosen": "It is so. " * 1200, "rejected": "It is so. " * 1201}
+    words = ("check", write_set(tmp_path, [GOOD, long]), "--model_dir", tmp_path / "model")
+    status, out = run_look(*words, "--max_length", 8192)
+    assert status == 0, out
+    assert out.count("look: ") == 1 and " tokens, more than 8192" in out
+    assert "1 records are longer than 8192 tokens, or with both answers than 8192" in out
+
+
 def test_show_tells_prompt_and_responses_apart(toy, run_look):
     words = ("show", toy / "meta.json", "--model_dir", toy / "model", "--limit", 4)
     status, out = run_look(*words)

@@ -12,7 +12,6 @@ import io
 import os
 import re
 import sys
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,7 +63,6 @@ VERBS = {"check": CheckConfig, "show": ShowConfig, "stats": StatsConfig}
 if __name__ == "__main__":
     parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
 
-import numpy as np
 from PIL import ImageDraw
 
 from config import load_config, recipe
@@ -97,11 +95,11 @@ def check(cfg: CheckConfig) -> None:
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     tokenizer.check_vocabulary(config.llm.vocab_size)
     asked = cfg.max_length or recipe(config).max_length
-    max_length = min(asked, config.llm.max_position_embeddings)
+    max_length, pack = min(asked, config.llm.max_position_embeddings), max(8192, asked)
     sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
 
-    def inspect(data_set: DataSet, number: int) -> tuple[list[str], tuple[int, int] | None]:
-        """(lines about the record, its tiles and tokens unless it is bad)."""
+    def inspect(data_set: DataSet, number: int) -> tuple[list[str], tuple[int, int, bool] | None]:
+        """(lines about the record; unless it is bad its tiles, tokens, whether it is too long)."""
         try:
             record = data_set[number]
             tree = encode_tree(record, tokenizer, config)
@@ -110,9 +108,12 @@ def check(cfg: CheckConfig) -> None:
         except InputError as error:
             return [f"bad: {error}"], None
         odd = [f"look: {record.name}: image {path} is of one colour" for path in flat]
-        if tree.longest > max_length:
-            odd.append(f"look: {record.name}: {tree.longest} tokens, more than {max_length}")
-        return odd, (sum(tree.tiles), tree.longest)
+        too_long = [
+            f"look: {record.name}: {tokens} tokens, more than {limit}"
+            for tokens, limit in ((tree.longest, max_length), (tree.size, pack))
+            if tokens > limit
+        ]
+        return odd + too_long, (sum(tree.tiles), tree.longest, bool(too_long))
 
     for data_set in sets:
         print(f"{data_set.name}: {len(data_set)} records, repeat_time {data_set.repeat_time}")
@@ -122,13 +123,14 @@ def check(cfg: CheckConfig) -> None:
         if size:
             tiles[size[0]] += 1
             tokens[max(64, 1 << (size[1] - 1).bit_length())] += 1
-            overlong += size[1] > max_length
+            overlong += size[2]
     print(text_table(("tiles a record", "records"), sorted(tiles.items())))
     print(text_table(("tokens a record, at most", "records"), sorted(tokens.items())))
     for remark in remarks:
         print(remark)
     if overlong:
-        print(f"{overlong} records are longer than {max_length} tokens: see train.py --overlong")
+        limits = f"{max_length} tokens, or with both answers than {pack}"
+        print(f"{overlong} records are longer than {limits}: see train.py --overlong")
     total, good = sum(map(len, sets)), tiles.total()
     print(f"{total} records: {good} can be read, {total - good} are bad")
     if good < total:
@@ -269,9 +271,9 @@ def stats(cfg: StatsConfig) -> None:
 
     # of each group how often a column has each value: as much for millions of pairs as for few
     groups = defaultdict(lambda: [Counter() for _ in PARTS + COUNTED])
-    questions = defaultdict(lambda: array("q"))  # eight bytes a pair
+    questions = defaultdict(Counter)  # gold kind -> question -> its pairs
     for gold, name, values, key in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
-        questions[gold].append(key)
+        questions[gold][key] += 1
         for column, value in zip(groups[gold] + groups[name], values * 2):
             column[value] += 1
     if not groups:
@@ -288,8 +290,7 @@ def stats(cfg: StatsConfig) -> None:
         rows.append(row)
         if name in PAPER:
             rows.append([f"  in the paper {name}", *PAPER[name], *"----"])
-            _, pairs = np.unique(questions[name], return_counts=True)
-            histogram = dict(sorted(Counter(pairs.tolist()).items()))
+            histogram = dict(sorted(Counter(questions[name].values()).items()))
             print(f"{name}: pairs a question {histogram}")
     print(text_table((f"lengths in {unit}", "pairs", *PARTS, *COUNTED), rows))
 
