@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,18 +65,6 @@ from vision import IMAGENET_MEAN, IMAGENET_STD
 
 LLM = "language_model."
 Shard = tuple[str, dict[str, Tensor]]  # name of a file, its tensors by name
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# keys of our LLMConfig that have the same name and meaning in transformers
-SAME_TEXT = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta
-    pad_token_id""".split()
-# attributes that InternVLProcessor wants of its tokenizer; <video> is no token of the releases
-IMAGE_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
 
 
 def export_checkpoint(cfg: ExportConfig) -> None:
@@ -113,7 +102,9 @@ def export(cfg: ExportConfig) -> None:
         settings |= write_tokenizer(cfg.model_dir, model.config, partial, images=cfg.hf)
         if cfg.hf:
             settings = hf_config(model, settings)
-            write_processor(model.config, partial)
+            for name in ("processor_config.json", "preprocessor_config.json"):
+                known = {"config": model.config, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+                write_json(partial / name, filled(name, **known))
         write_json(partial / "config.json", settings)
         write_shards(renamed_shards(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
     print(f"wrote {cfg.out}")
@@ -154,26 +145,15 @@ def write_shards(shards: Iterable[Shard], out: Path) -> None:
 # --------------------------------------------------------------------------- config.json
 
 
+def filled(name: str, **values: Any) -> dict:
+    """A file of templates/ with these values."""
+    return json.loads(render(TEMPLATES / name, **values))
+
+
 def text_config(config: InternVLConfig, raw: dict) -> dict:
     """The config under which transformers' decoder computes what ours does."""
-    llm, given = config.llm, raw.get("llm_config") or raw["text_config"]
-    model_type = "llama" if llm.architecture == "internlm2" else llm.architecture
-    rope = {"rope_type": "default"}
-    if llm.rope_factor:
-        rope = {"rope_type": "dynamic", "type": "dynamic", "factor": llm.rope_factor}
-    dtype = given.get("dtype") or given.get("torch_dtype") or "bfloat16"
-    return {
-        "architectures": [CLASSES[model_type]],
-        "model_type": model_type,
-        **{key: getattr(llm, key) for key in SAME_TEXT},
-        "rope_scaling": rope if llm.rope_factor else None,  # transformers 4
-        "rope_parameters": rope | {"rope_theta": llm.rope_theta},  # transformers 5
-        "tie_word_embeddings": llm.tied,
-        "bos_token_id": given.get("bos_token_id"),
-        "eos_token_id": given.get("eos_token_id"),
-        "torch_dtype": dtype,  # transformers before 4.56
-        "dtype": dtype,
-    }
+    given = raw.get("llm_config") or raw["text_config"]
+    return filled("text_config.json", llm=config.llm, given=given)
 
 
 def hf_config(model: InternVL, text: dict) -> dict:
@@ -181,15 +161,7 @@ def hf_config(model: InternVL, text: dict) -> dict:
     if model.image_context_id is None:
         raise InputError("the model's folder has no tokenizer, which names the image token's id")
     known = {"config": model.config, "vit": model.config.vision, "text": text}
-    file = TEMPLATES / "config.json"
-    return json.loads(render(file, image_token_id=model.image_context_id, **known))
-
-
-def write_processor(config: InternVLConfig, out: Path) -> None:
-    """What InternVLProcessor does to images: tiles, thumbnail, ImageNet's mean and deviation."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        text = render(TEMPLATES / name, config=config, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        write_atomic(out / name, text)
+    return filled("config.json", image_token_id=model.image_context_id, **known)
 
 
 # --------------------------------------------------------------------------- tokenizer
@@ -203,27 +175,18 @@ def write_tokenizer(model_dir: Path, config: InternVLConfig, out: Path, images: 
     if not any((model_dir / name).is_file() for name in TOKENIZERS):
         return {}
     tokenizer = load_tokenizer(model_dir)
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    ids = {"eos_token_id": tokenizer.im_end_id}
-    if config.llm.architecture in ("internlm2", "llama"):
-        special |= {"pad_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-        ids["bos_token_id"] = tokenizer.token_id("<s>")
-    template = chat_template(config.template, "bos_token" in special)
-    settings = special | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],  # no model takes token_type_ids
-        "clean_up_tokenization_spaces": False,
-        "chat_template": template,
-    }
-    if images:
-        settings |= {"processor_class": "InternVLProcessor", "extra_special_tokens": IMAGE_TOKENS}
-        settings |= IMAGE_TOKENS
-    write_atomic(out / "chat_template.jinja", template)
+    with_bos = config.llm.architecture in ("internlm2", "llama")
+    template = chat_template(config.template, with_bos)
+    known = {"with_bos": with_bos, "images": images, "chat_template": template}
+    settings = filled("tokenizer_config.json", **known)
     write_json(out / "tokenizer_config.json", settings)
-    content = tokenizer_json(tokenizer, special.get("bos_token"), images)
-    write_atomic(out / "tokenizer.json", content)
+    write_atomic(out / "chat_template.jinja", template)
+    bos = settings.get("bos_token")
+    write_atomic(out / "tokenizer.json", tokenizer_json(tokenizer, bos, images))
+    ids = {"eos_token_id": tokenizer.im_end_id}
+    ids |= {"bos_token_id": tokenizer.token_id(bos)} if bos else {}
     # not in config.json: a row of the embedding that is padding there would get no gradient
-    pad = tokenizer.token_id(special["pad_token"])
+    pad = tokenizer.token_id(settings["pad_token"])
     write_json(out / "generation_config.json", ids | {"pad_token_id": pad})
     return ids
 
