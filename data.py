@@ -335,7 +335,7 @@ class PairData:
         self.orders: dict[int, np.ndarray] = {}
         self.steps_per_epoch = -(-len(self.order(0)) // self.batch_size)
         if not self.steps_per_epoch:
-            raise InputError(f"no records: {self.sets[0].lines.path} is empty or has repeat_time 0")
+            raise InputError(f"no records: {self.sets[0].name} is empty or has repeat_time 0")
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch not in self.orders:

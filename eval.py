@@ -202,9 +202,7 @@ def answered(out: Path) -> dict[str, dict]:
     """id -> reply from the part files of every process of every earlier start."""
     rows: dict[str, dict] = {}
     for path in sorted(out.glob("answers.*-of-*.jsonl")):
-        for row in runtime.read_whole_lines(path):
-            if problem := files.wrong_field({"id": str, "response": str}, row):
-                raise InputError(f"{path}: {problem}: not replies of `generate`")
+        for row in runtime.read_whole_lines(path, id=str, response=str):
             if rows.setdefault(row["id"], row)["response"] != row["response"]:
                 raise InputError(f"{path}: a second, different reply to {row['id']!r}")
     return rows

@@ -94,7 +94,7 @@ if __name__ == "__main__":
 from benchmarks import answers
 from generate import Generator, Prompt, Sample
 from images import checked_images, image_names
-from records import Group, grouped, in_order, json_line, new_lines, part_files, read_parts
+from records import Group, grouped, in_order, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import FLOATS, weight_files
 
@@ -537,11 +537,11 @@ def pair_question(
 def write_plan(plan: Plan, label: str, tally: Tally) -> None:
     """Write the records of all items, and count them."""
     with contextlib.ExitStack() as stack:
-        write = {kind: stack.enter_context(new_lines(path)) for kind, path in plan.files.items()}
+        files = {k: stack.enter_context(runtime.new_file(path)) for k, path in plan.files.items()}
         work = functools.partial(lines_of, plan.pair)
         for lines, part in in_order(work, plan.items, 50, plan.workers, label):
             for kind, text in lines.items():
-                write[kind](text)
+                files[kind].write(text)
             for name, counter in part.items():
                 tally[name].update(counter)
 
@@ -551,7 +551,7 @@ def lines_of(pair: Callable, items: list) -> tuple[dict[str, bytes], Tally]:
     lines, tally = defaultdict(list), defaultdict(Counter)
     for item in items:
         for kind, records in pair(item, tally).items():
-            lines[kind] += map(json_line, records)
+            lines[kind] += map(runtime.json_line, records)
             tally["written"][kind] += len(records)
     return {kind: b"".join(made) for kind, made in lines.items()}, tally
 
@@ -587,6 +587,8 @@ def make_pairs(
             images = data_set.root(cfg.root).resolve()
             root, lengths = Path(os.path.relpath(images, cfg.out_dir.resolve())).as_posix(), {}
             for kind, path in plan.files.items():
+                if not tally["written"][kind]:
+                    path.unlink()
                 if path.parent.name == "annotations":
                     lengths[kind] = length = tally["written"][kind]
                     entry = {"root": root, "annotation": f"annotations/{path.name}"}

@@ -2,18 +2,17 @@
 
     read_meta    meta.json -> data sets with repeat_time, tile limits, JPEG augmentation
     DataSet      its records by number, each read and checked when it is asked for
-    JsonLines    the objects of any jsonl file, likewise; grouped by a key, or written whole
+    JsonLines    the objects of any jsonl file, likewise; grouped by a key
 
 `tools/look.py` checks and shows what is read here.  Differs from the official loader: a bad record
 stops the run instead of being replaced by a random one, image paths cannot leave their root, and a
 key that changes what a record means is obeyed or refused by name.
 """
 
-import contextlib
-import json
 import multiprocessing
 import os
 import zlib
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,11 +22,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import runtime
 from images import image_paths
-from runtime import InputError, flag, from_json, named, new_file, open_file, parse_json, read_json
+from runtime import InputError, flag, from_json, named, open_file, parse_json, read_json, read_lines
 from tokenizer import with_image_placeholders
 
 
@@ -36,25 +33,18 @@ class JsonLines:
 
     def __init__(self, path: Path, part: bool = False) -> None:
         """part: written by a process that may be killed; a torn last line is left out."""
-        self.path, self.file = Path(path), open_file(path)  # read from at any time
-        size, ends, self.checksum = 0, [np.zeros(1, int)], 0
-        self.ahead = 0, b""  # where a block of the file begins, and the block
-        while block := self.file.read(1 << 24):
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size + 1)
-            size += len(block)
-            self.checksum = 0 if part else zlib.crc32(block, self.checksum)
-        bounds = np.concatenate(ends)  # a line stands between two of them
-        if bounds[-1] < size and not part:
-            bounds = np.append(bounds, size)
-        self.bounds, self.places = bounds, range(len(bounds) - 1)  # of every line; of those kept
-        short = np.flatnonzero(np.diff(bounds) < 64)  # no record fits there, only blanks
-        if empty := [n for n in short if not self[n].content().strip()]:
-            self.places = np.delete(self.places, empty)
-        if len(self) and self[0].content().lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-            raise InputError(f"{path} is a JSON list; write one object a line")
+        self.file = open_file(path)  # read from at any time
+        self.numbers, self.places, end = array("I"), array("q"), 0  # of lines, and where they begin
+        self.checksum = 0
+        for number, place, line in read_lines(self.file, part):
+            self.numbers.append(number)
+            self.places.append(place)
+            self.checksum = zlib.crc32(line, self.checksum)
+            end = place + len(line)
+        self.places.append(end)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.numbers)
 
     def __getitem__(self, n: int) -> "Line":
         return Line(self, n)
@@ -70,17 +60,12 @@ class Line(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.lines.path} line {self.lines.places[self.n] + 1}"
+        return f"{self.lines.file.name} line {self.lines.numbers[self.n]}"
 
     def content(self) -> bytes:
-        """Each read takes a block, as the next line is often asked for next; threads share it."""
-        lines, (begin, block) = self.lines, self.lines.ahead
-        place = lines.places[self.n]
-        start, end = lines.bounds[place : place + 2].tolist()
-        if not begin <= start <= end <= begin + len(block):
-            begin, block = start, os.pread(lines.file.fileno(), max(end - start, 1 << 15), start)
-            lines.ahead = begin, block
-        return block[start - begin : end - begin]
+        """The line, with empty ones behind it; threads and forked processes may ask at once."""
+        start, end = self.lines.places[self.n : self.n + 2]
+        return os.pread(self.lines.file.fileno(), end - start, start)
 
     def record(self) -> dict:
         return parse_json(self.content(), self)
@@ -170,25 +155,6 @@ def in_order(work: Callable, items: Sequence, size: int, workers: int, label: st
 
 def call_work(start: int) -> Any:
     return _WORK[0](start)
-
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def json_line(record: dict) -> bytes:
-    return _encode(record).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def new_lines(path: Path) -> Iterator[Callable[[dict | bytes], int]]:
-    """Gives a function that writes a record, or lines of `json_line`.
-
-    The file appears complete or not at all, never empty.
-    """
-    with new_file(path) as file:
-        yield lambda record: file.write(record if isinstance(record, bytes) else json_line(record))
-    if not path.stat().st_size:
-        path.unlink()
 
 
 # --------------------------------------------------------------------------- pairs

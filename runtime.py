@@ -114,9 +114,14 @@ def check_fields(cls: type, values: dict[str, Any], begin: str = "") -> None:
             limits = [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
             wanted = " and ".join(limits) or "a number"
             raise InputError(f"{begin}{key} must be {wanted}, got {value!r:.40}")
-        if not fits(value, hint):
-            wanted = re.sub(r"(typing\.)?Literal", "one of ", inspect.formatannotation(hint))
-            raise InputError(f"{begin}{key!r} must be {wanted}, got {value!r:.80}")
+        check_type(f"{begin}{key!r}", value, hint)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """InputError unless the value called `name` is of the type."""
+    if not fits(value, hint):
+        wanted = re.sub(r"(typing\.)?Literal", "one of ", inspect.formatannotation(hint))
+        raise InputError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
 def check_needs(cfg: Any) -> None:
@@ -433,18 +438,16 @@ _EACH_KEY_ONCE = json.JSONDecoder(object_pairs_hook=_each_once)  # made once for
 
 def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
     """One JSON object or list: equal keys refused, a byte-order mark taken; `name`: for errors."""
-    hint = r"; in jsonl write one object a line, ended by \n" if kind is dict else ""
     try:
         text = content.decode() if isinstance(content, bytes) else content
-        text = text.removeprefix("\ufeff")
-        is_list = text.lstrip().startswith("[")  # read no further: its end may be lines away
-        record = [] if is_list and kind is dict else _EACH_KEY_ONCE.decode(text)
+        record = _EACH_KEY_ONCE.decode(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        more = hint if "Extra data" in str(error) else ""  # also where only \r ends the lines
-        raise InputError(f"{name}: not valid JSON ({error}){more}") from None
+        more = "Extra data" in str(error)  # also where only \r ends the lines
+        hint = r"; in jsonl write one object a line, ended by \n" if more else ""
+        raise InputError(f"{name}: not valid JSON ({error}){hint}") from None
     if not isinstance(record, kind):
         wanted, got = "object" if kind is dict else "list", type(record).__name__
-        raise InputError(f"{name}: expected a JSON {wanted}, got {got}{hint}")
+        raise InputError(f"{name}: expected a JSON {wanted}, got {got}")
     return record
 
 
@@ -461,22 +464,46 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return parse_json(file.read(), path, kind)
 
 
+def read_lines(file: BinaryIO, part: bool = False) -> Iterator[tuple[int, int, bytes]]:
+    """(number from 1, place in the file, line) of each non-empty line of a jsonl file.
+
+    part: written by a process that may be killed; a last line without its end is never trusted.
+    """
+    place = 0
+    for number, line in enumerate(file, 1):
+        if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            raise InputError(f"{file.name} is a JSON list; write one object a line")
+        if line.strip() and (line.endswith(b"\n") or not part):
+            yield number, place, line
+        place += len(line)
+
+
 def read_jsonl(path: Path, part: bool = False, parse: Callable = parse_json) -> Iterator[tuple]:
     """("file line N", object) of each non-empty line; a broken line is an InputError.
 
-    part: written by a process that may be killed; a last line without its end is never trusted.
-    parse: what reads a line, given its name for errors.
+    part: see read_lines.  parse: what reads a line, given its name for errors.
     """
-    with open_file(path) as f:
-        for number, line in enumerate(f, 1):
-            if line.strip() and (line.endswith(b"\n") or not part):
-                name = f"{path} line {number}"
-                yield name, parse(line, name)
+    with open_file(path) as file:
+        for number, _, line in read_lines(file, part):
+            name = f"{path} line {number}"
+            yield name, parse(line, name)
 
 
-def read_whole_lines(path: Path) -> list[dict]:
-    """The records of a part file so far; none where it is not there yet."""
-    return [record for _, record in read_jsonl(path, part=True)] if Path(path).is_file() else []
+def read_whole_lines(path: Path, **types: Any) -> list[dict]:
+    """The records of a part file so far, none where it is not there; `types`: of their fields."""
+    records = []
+    for name, record in read_jsonl(path, part=True) if Path(path).is_file() else ():
+        for key, hint in types.items():
+            check_type(f"{name}: {key!r}", record.get(key), hint)
+        records.append(record)
+    return records
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def json_line(record: dict) -> bytes:
+    return _encode(record).encode() + b"\n"
 
 
 def from_json(cls: type, record: dict, name: object) -> Any:
@@ -528,7 +555,6 @@ class AppendLog:
     """
 
     def __init__(self, path: Path) -> None:
-        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")  # noqa: SIM115  (lives as long as the log)
         if path.is_file():  # no device
@@ -538,7 +564,7 @@ class AppendLog:
 
     def append(self, record: dict) -> None:
         with named(self.file.name):
-            self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self.file.write(json_line(record))
             self.file.flush()
 
     def close(self) -> None:

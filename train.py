@@ -292,7 +292,8 @@ class Run:
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
-        self.rows = [r for r in runtime.read_whole_lines(path) if r["step"] <= self.done]
+        rows = runtime.read_whole_lines(path, step=int, lr=float)
+        self.rows = [row for row in rows if row["step"] <= self.done]
         other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
         if other:
             raise InputError(

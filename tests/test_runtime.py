@@ -165,6 +165,16 @@ def test_a_torn_last_line_is_cut_and_a_broken_middle_line_is_an_error(tmp_path):
         read_whole_lines(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "got"), [('{"loss": 1}', None), ('{"step": 1.5}', 1.5), ('{"step": true}', True)]
+)
+def test_a_row_without_a_field_of_the_type_that_is_asked_for_is_named(tmp_path, line, got):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(InputError, match=f"metrics.jsonl line 2: 'step' must be int, got {got}"):
+        read_whole_lines(path, step=int)
+
+
 def test_a_line_that_is_no_object_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n[2]\n')
@@ -224,7 +234,7 @@ def test_a_good_object_gets_its_defaults():
 def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('[{"a": 1},\n {"a": 2}]\n')
-    with pytest.raises(InputError, match="line 1: .* got list; in jsonl write one object"):
+    with pytest.raises(InputError, match="a.jsonl is a JSON list; write one object a line"):
         list(read_jsonl(path))
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import InputError, flag, need, parse_cli, read_json, run, write_atomic
+from runtime import InputError, flag, json_line, need, parse_cli, read_json, run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ConvertConfig:
 if __name__ == "__main__":
     parse_cli(ConvertConfig)  # --help and wrong flags need no torch, which takes seconds
 
-from records import JsonLines, PairRecord, check_pair, json_line, read_meta
+from records import JsonLines, PairRecord, check_pair, read_meta
 from tokenizer import IMAGE
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names

@@ -83,7 +83,7 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.dev
             return
         for failed in folder.glob(FAILED):
             name += f", failed at step {read_json(failed)['step']}"
-        curves[name] = read_whole_lines(folder / "metrics.jsonl")
+        curves[name] = read_whole_lines(folder / "metrics.jsonl", step=int)
     if is_main():
         print(table_of_rows(curves))
         panels = {  # a line a run, its name at the line's end
