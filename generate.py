@@ -348,8 +348,8 @@ class Scheduler:
         if num_blocks(length) + num_blocks(group.limit) > self.cache.num_blocks:
             raise InputError(
                 f"{group.prompt.label}: {length} tokens and up to {group.limit} new ones do "
-                f"not fit a cache of {self.cache.num_blocks * KEYS}; raise --cache_tokens, or use "
-                "fewer tiles"
+                f"not fit a cache of {self.cache.num_blocks * KEYS} tokens; raise --cache_tokens, "
+                "use fewer tiles, or free memory of the GPU"
             )
         if batch and (
             any(len(group.todo) > 1 for group in together)
