@@ -8,7 +8,7 @@ where they are there the run's config.json, its weights, the start weights and, 
 pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
 rules that need metrics and flags alone after every step (`diagnose`).
 
-A rule is a function; illnesses.json holds what a finding means, what to try, and the source.
+illnesses.json holds what a finding means, what to try, and the source.
 """
 
 import json
@@ -16,9 +16,9 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -78,37 +78,78 @@ class Case:
 
 
 # --------------------------------------------------------------------------- illnesses
-# A rule each: the case -> what was seen, in numbers; None where it is healthy or cannot be told.
+# Each rule yields (an illness of WORDS, what is seen of it, in numbers) where it can be told.
 WORDS = read_json(Path(__file__).with_name("illnesses.json"))
+Seen = Iterator[tuple[str, str]]
 
 
-def loss_is_0(case: Case) -> str | None:
+def in_losses(case: Case) -> Seen:
     zeros = [n for n, loss in enumerate(case.column("loss"), 1) if loss == 0]
     if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
-        return f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]}"
+        yield "loss is 0", f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]}"
+
+    first, last = case.ends("nll")
+    if last > 1.2 * first + 0.05:
+        yield "forgetting", f"NLL {first:.3f} -> {last:.3f}"
+
+    limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
+    if limit and len(norms) >= 10 and min(norms) > limit and median(norms) > 10 * limit:
+        seen = f"every gradient norm is above {limit:g}, their median is {median(norms):.3g}"
+        yield "always clipped", seen
+
+    shifts = case.column("bco_shift")
+    late = shifts[len(shifts) // 2 :]
+    one_way = len(shifts) >= 10 and late in (sorted(late), sorted(late, reverse=True))
+    # rewards rise with all likelihoods where the model learns to write such answers
+    healthy = one_way and late[-1] > 0 and last < first - 0.1
+    if one_way and not healthy and abs(late[-1]) >= max(1, 1.2 * abs(late[0])):
+        seen = f"over the last half the shift goes only one way, {late[0]:+.2f} -> {late[-1]:+.2f}"
+        yield "shift drifts", seen
+
+    # not of a toy, and not of adapters, which take larger steps
+    model, lora = case.model, case.flags.get("lora_rank")
+    if model and model.llm.hidden_size >= 512 and not lora:
+        peak, usual = max([case.flags.get("lr") or 0, *case.column("lr")]), recipe(model)
+        if peak >= 4 * usual.lr:
+            times = f"{peak:.3g}, {peak / usual.lr:.3g} times the {usual.lr:g}"
+            seen = f"learning rate {times} of InternVL{model.generation} ({usual.source})"
+            yield "learning rate", seen
 
 
-def stuck(case: Case) -> str | None:
+def in_rewards(case: Case) -> Seen:
     rows = case.rows[-max(5, case.total // 20) :]
     rewards = [row.get(f"rewards/{side}", 1) for row in rows for side in ("chosen", "rejected")]
     if len(case.rows) > max(3, case.total // 10) and not any(rewards):
-        return f"both rewards are exactly 0 at the last {len(rows)} steps"
+        yield "stuck", f"both rewards are exactly 0 at the last {len(rows)} steps"
+
+    (first, last), (margin, wider) = case.ends("rewards/chosen"), case.ends("rewards/margin")
+    if last <= min(-0.1, first - 0.1) and wider >= margin + 0.05:
+        seen = f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
+        yield "slide", seen
+    if wider > 10:
+        yield "margin explosion", f"margin {margin:.1f} -> {wider:.1f}"
+
+    accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
+    early = range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0)
+    sure = (n for n in early if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98)
+    if (n := next(sure, None)) is not None:
+        seen = f"accuracy is 1.0 from step {n + 1} of {case.total} on"
+        yield "too easy", "; ".join([seen, *surface_marks(case.records)])
+
+    late = accuracy[len(accuracy) // 2 :]
+    if len(accuracy) >= 20 and 0.42 < fmean(late) < 0.58 and abs(wider) <= 0.05:
+        seen = f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {wider:+.3f}"
+        yield "not learning", seen
 
 
-def no_weight_moved(case: Case) -> str | None:
-    for name in ("lr", "grad_norm"):
-        values = case.column(name)
-        if values and not any(values) and len(case.rows) == case.total:
-            return f"{name} is 0 at all {len(values)} steps"
-    if case.weights and case.start and fingerprint(case.weights) == fingerprint(case.start):
-        return "the trained weights are the start weights, byte for byte"
+def in_weights(case: Case) -> Seen:
+    values = {name: case.column(name) for name in ("lr", "grad_norm", "loss", "nll")}
+    idle = [name for name in ("lr", "grad_norm") if values[name] and not any(values[name])]
+    if idle and len(case.rows) == case.total:
+        yield "no weight moved", f"{idle[0]} is 0 at all {len(values[idle[0]])} steps"
+    elif case.weights and case.start and fingerprint(case.weights) == fingerprint(case.start):
+        yield "no weight moved", "the trained weights are the start weights, byte for byte"
 
-
-def weights_lost(case: Case) -> str | None:
-    for name in ("loss", "grad_norm", "nll"):
-        bad = [n for n, value in enumerate(case.column(name), 1) if not math.isfinite(value)]
-        if bad:
-            return f"{name} is not finite at {len(bad)} steps, first at {bad[0]}"
     lost: dict[str, list[str]] = {"NaN or infinite": [], "all 0": []}
     for path in case.weights:
         with open_weights(path) as file:
@@ -118,98 +159,34 @@ def weights_lost(case: Case) -> str | None:
                     lost["NaN or infinite"].append(name)
                 elif tensor.ndim > 1 and not tensor.any():
                     lost["all 0"].append(name)
-    return " and ".join(f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n)
+    seen = [f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n]
+    for name, column in values.items():
+        bad = [n for n, value in enumerate(column, 1) if not math.isfinite(value)]
+        seen += [f"{name} is not finite at {len(bad)} steps, first at {bad[0]}"] if bad else []
+    if seen:
+        yield "weights lost", " and ".join(seen)
 
 
-def slide(case: Case) -> str | None:
-    (first, last), (margin, wider) = case.ends("rewards/chosen"), case.ends("rewards/margin")
-    if last <= min(-0.1, first - 0.1) and wider >= margin + 0.05:
-        return f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
-
-
-def forgetting(case: Case) -> str | None:
-    first, last = case.ends("nll")
-    if last > 1.2 * first + 0.05:
-        return f"NLL {first:.3f} -> {last:.3f}"
-
-
-def too_easy(case: Case) -> str | None:
-    accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
-    for n in range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0):
-        if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98:
-            seen = f"accuracy is 1.0 from step {n + 1} of {case.total} on"
-            return "; ".join([seen, *surface_marks(case.records)])
-
-
-def not_learning(case: Case) -> str | None:
-    accuracy, (_, margin) = case.column("rewards/accuracy"), case.ends("rewards/margin")
-    late = accuracy[len(accuracy) // 2 :]
-    if len(accuracy) >= 20 and 0.42 < fmean(late) < 0.58 and abs(margin) <= 0.05:
-        return f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {margin:+.3f}"
-
-
-def margin_explosion(case: Case) -> str | None:
-    margin, wider = case.ends("rewards/margin")
-    if wider > 10:
-        return f"margin {margin:.1f} -> {wider:.1f}"
-
-
-def always_clipped(case: Case) -> str | None:
-    limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
-    if limit and len(norms) >= 10 and min(norms) > limit and median(norms) > 10 * limit:
-        return f"every gradient norm is above {limit:g}, their median is {median(norms):.3g}"
-
-
-def length_bias(case: Case) -> str | None:
+def in_pairs(case: Case) -> Seen:
     unit, chosen, rejected = "tokens", case.column("length/chosen"), case.column("length/rejected")
     if not (chosen and rejected):
         unit, chosen = "characters", [len(record.chosen) for record in case.records]
         rejected = [len(record.rejected) for record in case.records]
     if chosen and not 2 / 3 <= fmean(chosen) / fmean(rejected) <= 3 / 2:
-        return f"chosen responses have {fmean(chosen):.0f} {unit}, rejected {fmean(rejected):.0f}"
+        seen = f"chosen responses have {fmean(chosen):.0f} {unit}, rejected {fmean(rejected):.0f}"
+        yield "length bias", seen
 
-
-def repeated_pairs(case: Case) -> str | None:
     copies = Counter((r.question, r.images, r.chosen, r.rejected) for r in case.records)
     pairs, again = len(case.records), len(case.records) - len(copies)
     if again > pairs / 20:
-        return f"{again} of {pairs} pairs are copies; one stands there {max(copies.values())} times"
-
-
-def shift_drifts(case: Case) -> str | None:
-    shifts, (first, last) = case.column("bco_shift"), case.ends("nll")
-    late = shifts[len(shifts) // 2 :]
-    one_way = len(shifts) >= 10 and late in (sorted(late), sorted(late, reverse=True))
-    # rewards rise with all likelihoods where the model learns to write such answers
-    healthy = one_way and late[-1] > 0 and last < first - 0.1
-    if one_way and not healthy and abs(late[-1]) >= max(1, 1.2 * abs(late[0])):
-        return f"over the last half the shift goes only one way, {late[0]:+.2f} -> {late[-1]:+.2f}"
-
-
-def learning_rate(case: Case) -> str | None:
-    model = case.model
-    if not model or model.llm.hidden_size < 512 or case.flags.get("lora_rank"):
-        return None  # a toy, or adapters, which take larger steps
-    peak, usual = max([case.flags.get("lr") or 0, *case.column("lr")]), recipe(model)
-    if peak >= 4 * usual.lr:
-        times = f"{peak:.3g}, {peak / usual.lr:.3g} times the {usual.lr:g}"
-        return f"learning rate {times} of InternVL{model.generation} ({usual.source})"
-
-
-ILLNESSES = (
-    loss_is_0, stuck, no_weight_moved, weights_lost, slide, forgetting, too_easy, not_learning,
-    margin_explosion, always_clipped, length_bias, repeated_pairs, shift_drifts, learning_rate,
-)  # fmt: skip
+        most = f"one stands there {max(copies.values())} times"
+        yield "repeated pairs", f"{again} of {pairs} pairs are copies; {most}"
 
 
 def examine(case: Case) -> list[dict[str, str]]:
     """The findings: name, what is seen, what it means, what to try, the source."""
-    findings = []
-    for rule in ILLNESSES:
-        if seen := rule(case):
-            name = rule.__name__.replace("_", " ")
-            findings.append({"name": name, "seen": seen} | WORDS[name])
-    return findings
+    seen = chain(in_losses(case), in_rewards(case), in_weights(case), in_pairs(case))
+    return [{"name": name, "seen": words} | WORDS[name] for name, words in seen]
 
 
 # what a pair may be told apart by, unread: the mark of a response beside the other one
