@@ -13,7 +13,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,29 +29,7 @@ import runtime
 from runtime import flag, read_whole_lines, write_atomic
 
 # in order of worth: a function of gpu_parts -> seconds that a case may take, its cases
-PARTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "start": (90, ("--compile off", "")),
-    "flex": (90, ("300", "2", "40", "127", "128", "1000", "8191")),
-    "golden": (60, ("internvl2-micro", "qwen3-micro", "qwen2-micro")),
-    "steps": (180, (
-        "", "--lora_rank 4", "--compile off", "--recompute selective", "--state_dtype bf16",
-        "--recompute full", "--reference online", "--lora_rank 4 --reference online",
-    )),
-    "ids": (90, ("1", "0")),
-    "resume": (180, ("", "--async_save off")),
-    "bench": (180, ("2b",)),
-    "tiles": (60, ("8192", "8191")),
-    "mpo": (180, (
-        "2b", "2b --compile off", "1b", "2b --recompute selective", "2b --recompute full",
-        "2b --head_rows 1024", "2b --sync pack", "8b --lora_rank 16 --state_dtype bf16",
-        "8b --state_dtype bf16",
-    )),
-    "sample": (120, ("8b 1", "8b 256", "8b 8", "8b 64")),
-    "vit": (120, ("eager", "compiled")),
-    "mmpr": (240, ("8b",)),
-    "peers": (240, ("training", "generation")),
-    "loader": (60, ("one process",)),
-}  # fmt: skip
+PARTS = runtime.read_json(Path(__file__).with_name("gpu_parts.json"))
 AT_TOY_SIZE = {"steps": 2, "peers": 2}  # the first cases; of other parts one
 
 
@@ -75,12 +52,10 @@ from tools.figures import markdown_table
 from tools.gpu_parts import ROOT, TOY, Row
 
 
-def output_of(*command: str) -> str:
-    """What a command prints; empty where it is missing or fails."""
-    if not shutil.which(command[0]):
-        return ""
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return ended.stdout.strip() if ended.returncode == 0 else ""
+def output_of(command: str) -> str:
+    """What a shell command prints; nothing where it is missing."""
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    return ended.stdout.strip()
 
 
 def in_child(folder: Path, check: Callable, case: str, log: Path) -> None:
@@ -135,12 +110,12 @@ def main() -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     log = cfg.out.resolve() / "gpu.log"
     log.write_text("")
-    card = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    card = output_of("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
     facts = {
         "device": f"CPU, {os.cpu_count()} cores, toy size" if TOY else card,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": output_of("git", "rev-parse", "HEAD"),
+        "commit": output_of("git rev-parse HEAD"),
         "command": " ".join(["python", *sys.argv]),
     }
     with tempfile.TemporaryDirectory() as name:

@@ -3,7 +3,7 @@
     start ... resume    right: against a dense mask, official numbers, plain.py, itself
     bench ... loader    fast: at random weights, since speed does not depend on them
 
-Each is called with a case of gpu_check.PARTS, in a folder with the toy's world in world/.
+Each is called with a case of gpu_parts.json, in a folder with the toy's world in world/.
 Without a GPU shapes are small, nothing is compiled or captured, and aims do not count.  A figure
 without a bound is only measured.
 """
@@ -22,8 +22,6 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
