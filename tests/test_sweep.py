@@ -1,7 +1,10 @@
 """Runs of several settings side by side; a run's curves and the programs its metrics go to."""
 
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,13 +98,27 @@ class Writer:
         self.given.append((row, step))
 
 
-def test_each_row_goes_to_tensorboard_and_wandb_as_they_take_it():
-    board, weights_and_biases = Writer(), Writer()
+@dataclass
+class Asked:
+    """The flags of a run that say where its metrics go."""
+
+    out_dir: Path
+    tensorboard: bool = True
+    wandb: str = "a project"
+
+
+def test_each_row_goes_to_tensorboard_and_wandb_as_they_take_it(tmp_path, monkeypatch):
+    board, run, asked = Writer(), Writer(), {}
+    boards = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
+    programs = SimpleNamespace(init=lambda **settings: asked.update(settings) or run)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", boards)
+    monkeypatch.setitem(sys.modules, "wandb", programs)
     row = {"step": 3, "loss": 0.5}
-    track.to_tensorboard(board, row)
-    track.to_wandb(weights_and_biases, row)
+    for write in track.open_writers(Asked(tmp_path), done=2):
+        write(row)
     assert board.given == [("step", 3, 3), ("loss", 0.5, 3)]
-    assert weights_and_biases.given == [(row, 3)]
+    assert run.given == [(row, 3)]
+    assert asked["project"] == "a project" and asked["resume"] == "allow"
 
 
 def test_a_missing_package_is_named_with_what_to_do():

@@ -34,25 +34,14 @@ PANELS = {
 }
 
 
-def to_tensorboard(writer: Any, row: Row) -> None:
-    """`writer`: a torch.utils.tensorboard.SummaryWriter."""
-    for name, value in row.items():
-        writer.add_scalar(name, value, row["step"])
-
-
-def to_wandb(run: Any, row: Row) -> None:
-    """`run`: what wandb.init returns."""
-    run.log(row, step=row["step"])
-
-
 def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
     """What each row is handed to; `done` steps of an earlier start stand there already."""
     writers = []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
-        writer = SummaryWriter(str(cfg.out_dir / "tensorboard"), purge_step=done + 1)
-        writers.append(partial(to_tensorboard, writer))
+        board = SummaryWriter(str(cfg.out_dir / "tensorboard"), purge_step=done + 1)
+        writers.append(partial(to_tensorboard, board))
     if cfg.wandb:
         import wandb  # noqa: PLC0415
 
@@ -64,8 +53,13 @@ def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
             resume="allow",  # the same folder is the same run
             config={name: str(value) for name, value in asdict(cfg).items()},
         )
-        writers.append(partial(to_wandb, run))
+        writers.append(lambda row: run.log(row, step=row["step"]))
     return writers
+
+
+def to_tensorboard(board: Any, row: Row) -> None:
+    for name, value in row.items():
+        board.add_scalar(name, value, row["step"])
 
 
 class Tracker:
