@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +52,11 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
         print(f"{clock(spent)}  {progress}  {task.name}: {words}", flush=True)
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores
-    others, running = multiprocessing.active_children(), {}
+    running: dict[Future, Task] = {}
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker)
     for _ in range(jobs):  # starts every worker: at a submission the pool watches those there
-        pool.submit(load_modules, {task.function.partition(":")[0] for task in waiting})
+        pool.submit(time.sleep, 0)
     try:
         while waiting or running:
             ready = [task for task in waiting if set(task.needs) <= done]
@@ -72,14 +72,9 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
                 tell(task, future.result())
     finally:
         if running:  # after a failure: what the other workers do is continued next time
-            for worker in set(multiprocessing.active_children()) - set(others):
+            for worker in multiprocessing.active_children():
                 worker.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def load_modules(names: set[str]) -> None:
-    for name in names:
-        importlib.import_module(name)
 
 
 def perform(task: Task) -> str:
