@@ -24,12 +24,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, flag, parse_cli, run, write_atomic
+from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,10 @@ def probe(path: Path, name: str, loss: Loss) -> Objective:
     return Objective(loss, not torch.equal(value, moved), whole_step)
 
 
-def example_pairs() -> PairLogps:
-    """Ordinary pairs in float64: margins of both signs, no ties, lengths apart, off the kinks."""
-    rows = [
-        (-31.2, -44.9, -35.7, -42.3, 20, 31),
-        (-12.8, -10.1, -11.6, -13.4, 9, 7),
-        (-75.3, -60.7, -58.9, -66.2, 64, 50),
-        (-22.1, -48.6, -29.5, -37.8, 25, 33),
-        (-5.4, -9.3, -6.2, -5.9, 3, 11),
-        (-41.7, -39.2, -40.1, -38.3, 40, 28),
-    ]
-    return make_pairs(rows)
+def example_pairs(kind: str = "ordinary", dtype: torch.dtype = torch.float64) -> PairLogps:
+    """Those of lab_pairs.json: ordinary or extreme, whose keys say what is special about some."""
+    pairs = read_json(Path(__file__).with_name("lab_pairs.json"))[kind]
+    return make_pairs(list(chain(*pairs.values())), dtype)
 
 
 def make_pairs(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -> PairLogps:
@@ -147,20 +141,6 @@ def call_users_code(path: Path, function: Callable, *args: Any, **options: Any) 
 # --------------------------------------------------------------------------- checks
 
 
-# in the order of the fields of PairLogps: log-ratios to 1e4, log-probs of 0 and next to it, one
-# token and many, a tie
-EXTREMES = [
-    (-1, -10001, -10001, -1, 400, 400),
-    (-10044, -44, -1, -1, 400, 400),
-    (0, -3, -1, -1, 5, 5),
-    (-3, 0, -1, -1, 5, 5),
-    (0, 0, 0, 0, 1, 6000),
-    (-1e-7, -12000, -2e-7, -3, 1, 6000),
-    (-12000, -1e-7, -3, -2e-7, 6000, 1),
-    (-50, -50, -50, -50, 50, 50),
-]
-
-
 def check_loss(loss: Loss) -> dict[str, bool]:
     """Every check of one objective, by name; `loss` takes PairLogps alone."""
     x = example_pairs()
@@ -171,7 +151,7 @@ def check_loss(loss: Loss) -> dict[str, bool]:
 
     point = (x.policy_chosen.requires_grad_(), x.policy_rejected.requires_grad_())
     dtypes = (torch.float32, torch.bfloat16)
-    extremes = [loss_and_gradient(loss, make_pairs(EXTREMES, dtype)) for dtype in dtypes]
+    extremes = [loss_and_gradient(loss, example_pairs("extreme", dtype)) for dtype in dtypes]
     return {
         "float32 per pair": value.dtype == torch.float32 and value.shape == x.policy_chosen.shape,
         "finite differences": torch.autograd.gradcheck(of_policy, point, raise_exception=False),
