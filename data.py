@@ -377,18 +377,16 @@ class PairData:
     def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
         sizes = [len(data_set) for data_set in self.sets]
-        starts, seen = np.cumsum([0, *sizes[:-1]], dtype=np.int32), np.zeros(sum(sizes), bool)
-        first, parts = np.empty(len(seen), np.int32), []  # record -> its first row of an epoch
+        starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+        seen, parts = np.zeros(sum(sizes), bool), []
         for epoch in range(-(-steps // self.steps_per_epoch)):
             rows = self.order(epoch)[: (steps - epoch * self.steps_per_epoch) * self.batch_size]
-            places, number = starts[rows[:, 0]] + rows[:, 1], np.arange(len(rows), dtype=np.int32)
-            first[places[::-1]] = number[::-1]  # what is written last stays
-            new = (first[places] == number) & ~seen[places]
-            parts.append(rows if new.all() else rows[new])  # no copy of millions
-            seen[places] = True
+            records, first = np.unique(starts[rows[:, 0]] + rows[:, 1], return_index=True)
+            parts.append(rows[np.sort(first[~seen[records]])])
+            seen[records] = True
             if seen.all():
                 break  # later epochs bring nothing new
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return np.concatenate(parts)
 
     def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
         """(packs of trees of these pairs, names of the records dropped as too long).

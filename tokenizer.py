@@ -79,9 +79,11 @@ class Tokenizer:
         as_bytes = sentencepiece_bytes if self.is_sentencepiece else as_bytes
         vocab = backend.get_vocab(with_added_tokens=True)
         self.pieces = {id: as_bytes(piece) for piece, id in vocab.items()}
+        self.pieces |= {id: token.content.encode() for id, token in added.items()}
         self.vocab_size = 1 + max(self.pieces)
-        if not self.is_sentencepiece:
-            self.pieces |= {id: token.content.encode() for id, token in added.items()}
+        self.bos_id = self.special.get("<s>")  # opens InternLM2's prompts; Qwen's have none
+        self.im_end_id = self.token_id("<|im_end|>")  # the one id that ends an answer
+        self.image_context_id = self.token_id("<IMG_CONTEXT>")
         if self.decode(self.encode_plain("a"))[:1] == " ":
             raise InputError(
                 f"{source}: puts a blank before every text, as no InternVL does, so prompts could "
@@ -118,20 +120,6 @@ class Tokenizer:
         if id is None:
             raise InputError(f"{self.source}: no token {name!r}; is this an InternVL tokenizer?")
         return id
-
-    @property
-    def bos_id(self) -> int | None:
-        """`<s>`, which opens InternLM2's prompts; Qwen's have none."""
-        return self.special.get("<s>")
-
-    @property
-    def im_end_id(self) -> int:
-        """The one id that ends an answer."""
-        return self.token_id("<|im_end|>")
-
-    @property
-    def image_context_id(self) -> int:
-        return self.token_id("<IMG_CONTEXT>")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """InputError unless the model has a row for each id that a text or a prompt can hold.
