@@ -92,17 +92,17 @@ if __name__ == "__main__":
     runtime.parse_command(VERBS)  # --help and wrong flags need no torch, which takes seconds
 
 from benchmarks import answers
+from data import seeded
 from generate import Generator, Prompt, Sample
 from images import checked_images, image_names
-from records import Group, grouped, in_order, part_files, read_parts
+from records import Line, grouped, in_order, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import FLOATS, weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
+Group = tuple[str, list[Line]]  # a key and the lines of its records
 Request = tuple[Prompt, Any]  # and what it asks about
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
-# what `sample` adds to the fields of a question, in this order
-SAMPLED = "k seed response tiles finish_reason tokens prompt_tokens image_tokens".split()
 
 
 class Plan(NamedTuple):
@@ -125,13 +125,10 @@ DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the 
 }
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def digest(*key: Any) -> str:
     """A hexadecimal hash of JSON values: the same in every process and version."""
-    content = _encode(key).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    content = json.dumps(key, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 digest_again = functools.lru_cache(maxsize=64)(digest)  # the rows of a question stand together
@@ -141,15 +138,8 @@ def choose(items: list, count: int, *key: Any) -> list:
     """`count` items without replacement, uniform, in order; a function of `key` alone."""
     if not count or len(items) <= count:
         return items[:count]
-    begun = hashlib.blake2b(_encode(key)[:-1].encode(), digest_size=16)
-
-    def place(i: int) -> bytes:  # digest(*key, i), begun once for all
-        ended = begun.copy()
-        ended.update(b",%d]" % i)
-        return ended.digest()
-
-    kept = sorted(range(len(items)), key=place)[:count]
-    return [items[i] for i in sorted(kept)]
+    kept = seeded(*key).permutation(len(items))[:count]
+    return [items[i] for i in sorted(kept.tolist())]
 
 
 # --------------------------------------------------------------------------- questions and files
@@ -498,25 +488,27 @@ def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet, tally: Tally) 
     answers.check_known("mode", modes, answers.MODES)
     files = {kind: annotation_file(cfg, f"{name}_pairs_vqa_{kind}_rules") for kind in KINDS}
     files["all wrong"] = cfg.out_dir / "all_wrong" / f"{name}.jsonl"
-    groups = grouped(data_set.files, response_key, cfg.workers, SAMPLED)
-    lines, wanted = sum(len(group.lines) for group in groups), data_set.info.responses
+    groups = grouped(data_set.files, response_key, cfg.workers)
+    lines, wanted = sum(map(len, groups.values())), data_set.info.responses
     if lines < wanted:
         print(f"{name}: {lines} of {wanted} responses so far")
     pair = functools.partial(pair_question, cfg, name, modes)
-    return Plan(files, groups, pair, {"modes": modes, "cap": cfg.pairs_per_query}, cfg.workers)
+    facts = {"modes": modes, "cap": cfg.pairs_per_query}
+    return Plan(files, [*groups.items()], pair, facts, cfg.workers)
 
 
 def pair_question(
     cfg: CorrectnessConfig, name: str, modes: list[str], group: Group, tally: Tally
 ) -> dict[str, list[dict]]:
     """Kind -> pairs of the responses to one question."""
-    records, counts = group.records(), tally["counts"]
+    (key, lines), counts = group, tally["counts"]
+    records = [line.record() for line in lines]
     for i, row in enumerate(records):
         row.setdefault("k", i)
     rows = drop_repeats(records, name)
     spend(tally["cost"], *rows)
     judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
-    drawn = draw_pairs(judged, group.key, cfg.seed, cfg.pairs_per_query, cfg.official_caps)
+    drawn = draw_pairs(judged, key, cfg.seed, cfg.pairs_per_query, cfg.official_caps)
     counts += judged_counts
     counts["repeated lines"] += len(records) - len(rows)
     counts["questions without a pair"] += not any(drawn.values())
@@ -764,12 +756,12 @@ def plan_continuations(
     counts["responses"] = sum(1 for _ in cut_responses(data_set, cfg, counts))
     groups = grouped(part_files(folder), lambda record, _: record["rid"])
     files = {"dropout_ntp": annotation_file(cfg, stem)}
-    return Plan(files, groups, functools.partial(pair_draws, cfg), {})
+    return Plan(files, [*groups.items()], functools.partial(pair_draws, cfg), {})
 
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
     """The pair of a response and the first of its continuations that is usable."""
-    draws, counts = {row["draw"]: row for row in group.records()}, tally["counts"]
+    draws, counts = {row["draw"]: row for row in map(Line.record, group[1])}, tally["counts"]
     source = next(iter(draws.values()))["source"]
     spend(tally["cost"], source, *({**row, "k": row["draw"]} for row in draws.values()))
     for row in draws.values():

@@ -62,13 +62,10 @@ class Line(NamedTuple):
     def __str__(self) -> str:
         return f"{self.lines.file.name} line {self.lines.numbers[self.n]}"
 
-    def content(self) -> bytes:
-        """The line, with empty ones behind it; threads and forked processes may ask at once."""
-        start, end = self.lines.places[self.n : self.n + 2]
-        return os.pread(self.lines.file.fileno(), end - start, start)
-
     def record(self) -> dict:
-        return parse_json(self.content(), self)
+        """Threads and forked processes may ask at once: no place in the file is moved."""
+        start, end = self.lines.places[self.n : self.n + 2]
+        return parse_json(os.pread(self.lines.file.fileno(), end - start, start), self)
 
 
 PART = "part-*-of-*.jsonl"  # a process appends to it: its last line may be torn, others end whole
@@ -85,52 +82,18 @@ def read_parts(files: Iterable[Path], parse: Callable = parse_json) -> Iterator[
 
 
 def grouped(
-    files: list[Path],
-    key_of: Callable[[dict, Line], str],
-    workers: int = 1,
-    varying: Sequence[str] = (),
-) -> list["Group"]:
-    """Groups of the records of one key, in the order of the keys; only their lines are held.
-
-    varying: fields on which no key depends.  Of lines that end in them, and are the same before,
-    one is parsed here; the others have its key, which `Group.records` checks.
-    """
+    files: list[Path], key_of: Callable[[dict, Line], str], workers: int = 1
+) -> dict[str, list[Line]]:
+    """Key -> the lines of its records, in the order of the keys."""
     groups, lines = defaultdict(list), [x for p in files for x in JsonLines(p, p.match(PART))]
-    end = f'"{varying[0]}": '.encode() if varying else b"\n"
 
     def keys_of(lines: list[Line]) -> list[str]:
-        keys, known = [], {}
-        for line in lines:
-            start = line.content().partition(end)[0]
-            if (key := known.get(start)) is None:
-                record = line.record()
-                key = key_of(record, line)
-                fixed = [name for name in record if name not in varying]
-                if list(record)[: len(fixed)] == fixed:
-                    known[start] = key
-            keys.append(key)
-        return keys
+        return [key_of(line.record(), line) for line in lines]
 
     keys = chain.from_iterable(in_order(keys_of, lines, 1000, workers, "reading"))
     for key, line in zip(keys, lines):
         groups[key].append(line)
-    return [Group(key, groups[key], key_of) for key in sorted(groups)]
-
-
-class Group(NamedTuple):
-    """The records of one key, read when they are asked for."""
-
-    key: str
-    lines: list[Line]
-    key_of: Callable[[dict, Line], str]
-
-    def records(self) -> list[dict]:
-        """InputError names a line that is broken, or of another key."""
-        rows = [line.record() for line in self.lines]
-        for line, row in zip(self.lines, rows):
-            if self.key_of(row, line) != self.key:
-                raise InputError(f"{line}: write its fields in the order of the other lines")
-        return rows
+    return dict(sorted(groups.items()))
 
 
 _WORK: list[Callable] = []  # what a worker process does, from before it was forked

@@ -157,15 +157,15 @@ def plan_candidates(
 ) -> pairs.Plan:
     """Pairs by score, then without those that would teach length."""
     (counts, cost), drawn = (tally["counts"], tally["cost"]), []
-    for group in grouped(part_files(folder), lambda record, _: pairs.digest(record["qid"])):
-        rows = pairs.drop_repeats(group.records(), data_set.name)
+    for key, lines in grouped(part_files(folder), lambda row, _: pairs.digest(row["qid"])).items():
+        rows = pairs.drop_repeats([line.record() for line in lines], data_set.name)
         for row in rows:
             for spent in (row, *row["split_cost"]):
                 pairs.spend(cost, spent)
             cost["generated"] += len(row["yes_no"])
             counts["claims and questions do not match"] += row["score"] is None
         counts["candidates"] += len(rows)
-        drawn += pairs.choose(better_pairs(rows), cfg.pairs_per_query, cfg.seed, group.key)
+        drawn += pairs.choose(better_pairs(rows), cfg.pairs_per_query, cfg.seed, key)
     lengths = [tuple(len(row["response"].split()) for row in pair) for pair in drawn]
     limit = length_limit(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
