@@ -327,14 +327,14 @@ class Objective:
     needs_reference: bool = True
     whole_step: bool = False  # a pair's loss depends on the step's other pairs: see `coefficients`
 
-    def __call__(self, logps: PairLogps, **hyper: float) -> Tensor:  # (pair)
+    def __call__(self, logps: PairLogps, **hyper: float | None) -> Tensor:  # (pair)
         return self.function(logps, **self.taken(hyper))
 
-    def taken(self, hyper: dict[str, float]) -> dict[str, float]:
-        """Those of `hyper` that the function names; of what is not given it has a default."""
+    def taken(self, hyper: dict[str, float | None]) -> dict[str, float]:
+        """Those of `hyper` that the function names; of what is None it has a default."""
         if unknown := hyper.keys() - set(HYPER):
             raise TypeError(f"no objective takes {', '.join(unknown)}; HYPER names what they take")
-        return {name: value for name, value in hyper.items() if name in self.keywords}
+        return {k: v for k, v in hyper.items() if k in self.keywords and v is not None}
 
     @property
     def keywords(self) -> Iterable[str]:

@@ -45,9 +45,7 @@ class TrainConfig:
     heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
     keep_best: bool = flag(False, "keep the best step by --heldout in out_dir/best: see export.py")
     out_dir: Path = flag(Path("runs/mpo"), "metrics, checkpoints and the final model go here")
-    loss: str = flag(
-        "mpo", "weighted sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows"
-    )
+    loss: str = flag("mpo", "a sum as 0.8*dpo+0.2*bco+sft, or a preset; all = the paper's rows")
     mine: Path | None = flag(None, "Python file with objectives of your own")
     beta: float = flag(0.1, "KL coefficient", low=1e-9)
     label_smoothing: float | None = flag(None, "of cdpo, robust; default: their own", 0, 0.499)
@@ -103,9 +101,7 @@ class TrainConfig:
     keep: int = flag(2, "checkpoints kept", low=1)
     tensorboard: bool = flag(False, "metrics also into out_dir/tensorboard; needs tensorboard")
     wandb: str = flag("", "metrics also into this Weights & Biases project; needs wandb")
-    async_save: Literal["auto", "on", "off"] = flag(
-        "auto", "write checkpoints while training goes on; auto = beside a GPU"
-    )
+    async_save: Literal["auto", "on", "off"] = flag("auto", "save beside training; auto = on a GPU")
     seed: int = flag(42, "order of the data, stochastic depth")
     gpu_memory: float = flag(0.0, "GB a GPU has; 0 = ask the device", low=0)
     plan: bool = flag(False, "only print what a run would need a GPU, without weights")
@@ -175,17 +171,15 @@ from weights import FLOATS, local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
-# a line of the reference's part files; older ones say how long a response is, too
-ROW = re.compile(rb'{"key": "(.{32})", "logp": ([^,]+)(, "length": \d+|), "checksum": "(.{8})"}\n')
+# a line of the reference's part files
+ROW = re.compile(rb'({"key": "(.{32})", "logp": ([^,]+)), "checksum": "(.{8})"}\n')
 PARTS = ("vision_model", "projector", "language_model")
 SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
 # flags that may differ between a run and its continuation
-FREE_FLAGS = set(
-    """out_dir reference_cache save_every keep async_save compile recompute recompute_blocks sync
-    head_rows model_dir meta replicate gpu_memory plan bench size gpus heldout heldout_every
-    keep_best tensorboard wandb""".split()
-)
+FREE_FLAGS = """out_dir reference_cache save_every keep async_save compile recompute sync head_rows
+recompute_blocks model_dir meta replicate gpu_memory plan bench size gpus heldout heldout_every
+keep_best tensorboard wandb""".split()
 
 # --------------------------------------------------------------------------- the loop
 
@@ -242,10 +236,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
 
 
 class Run:
-    """A run in its folder, as the last checkpoint left it: what a step needs, what it leaves.
-
-    metrics.jsonl has one JSON object a step; a resumed run drops those past its checkpoint.
-    """
+    """A run in its folder, as the last checkpoint left it: what a step needs, what it leaves."""
 
     def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
         from tools.plan import Meter, settle  # noqa: PLC0415  (a run tells its memory and speed)
@@ -254,29 +245,18 @@ class Run:
         config = load_config(cfg.model_dir)
         asked = with_recipe(cfg, config, say)
         self.device, self.terms = device, parse_objective(cfg.loss)
-        self.constants = {"beta": cfg.beta}
         if cfg.label_smoothing is not None:
             losses.check_smoothing(self.terms)
-            self.constants["label_smoothing"] = cfg.label_smoothing
         self.data, self.heldout = open_data(asked, self.terms)
-        seen = self.data.digest(0), weights.newest_checkpoint(cfg.out_dir / "checkpoints")
-        number = int.from_bytes(hashlib.blake2b(repr(seen).encode(), digest_size=6).digest())
+        newest = weights.newest_checkpoint(cfg.out_dir / "checkpoints")
+        number = int(seeded(self.data.digest(0), newest).integers(2**62))
         ends = torch.tensor([number, -number])
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends.sum():  # nodes may have disks of their own
             raise InputError(f"{cfg.meta} or {cfg.out_dir} differs between nodes: share a disk")
         cfg = settle(asked, config, dist.get_world_size(), device, say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
-        total = self.data.steps_per_epoch * cfg.epochs
-        self.cfg, self.total = cfg, last_step(self.data, min(total, cfg.max_steps or total))
-        if cfg.max_steps > total:
-            say(f"--max_steps {cfg.max_steps}: {cfg.epochs} --epochs have {total} steps")
-        peak = max(lr_at(step, self.total, cfg) for step in range(self.total))
-        if peak < cfg.lr:
-            reached = f"lr {cfg.lr:g}: {self.total} steps reach {peak:g}; warm-up or decay is long"
-            if not peak:
-                raise InputError(f"{reached}: pass more --epochs or --max_steps, or --warmup 0")
-            say(reached)
+        self.cfg, self.total = cfg, last_step(cfg, self.data)
         self.meter = Meter(cfg, config, device)
 
         self.policy = sharded_model(cfg, device, cfg.drop_path)
@@ -307,9 +287,10 @@ class Run:
         self.tracker, self.began = Tracker(cfg, self.rows, self.total), time.time()
 
     @property
-    def hyper(self) -> dict[str, float]:
+    def hyper(self) -> dict[str, float | None]:
         """What the objectives are passed; the shift moves at the end of a step."""
-        return self.constants | {"bco_shift": self.shift.mean}
+        flags = {"beta": self.cfg.beta, "label_smoothing": self.cfg.label_smoothing}
+        return flags | {"bco_shift": self.shift.mean}
 
     def restore(self) -> int:
         """Continue from the newest complete checkpoint in out_dir; returns the steps done."""
@@ -323,7 +304,7 @@ class Run:
         self.facts = old | now  # held-out pairs may be left out for a while
         state = weights.load_checkpoint(checkpoint, self.tensors)
         self.shift = BcoShift(**state["bco_shift"])
-        self.optimizer.updates = state["updates"]  # fewer, where a step was skipped
+        self.optimizer.updates = state["updates"]
         return state["step"]
 
     def steps(self) -> Iterator[Step]:
@@ -331,10 +312,7 @@ class Run:
         left = range(self.done, self.total)
         for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
             for name in step.dropped:
-                say(
-                    f"dropped, longer than max_length {self.cfg.max_length}, or with both "
-                    f"responses than pack_tokens {self.cfg.pack_tokens}: {name}"
-                )
+                say(f"dropped, longer than max_length, or with both than pack_tokens: {name}")
             if step.pairs:
                 yield step
             else:
@@ -350,17 +328,14 @@ class Run:
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
         say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
         self.tracker()
-        if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
-            self.save(self.best_writer, number)
-        if last or number % cfg.save_every == 0:
-            self.save(self.writer, number)
-            self.tracker.draw(last)
-        self.writer.settle()
-
-    def save(self, writer: weights.CheckpointWriter, number: int) -> None:
         updates = self.optimizer.updates  # fewer than steps, where one was skipped
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
-        writer.save(number, self.tensors, state)
+        if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
+            self.best_writer.save(number, self.tensors, state)
+        if last or number % cfg.save_every == 0:
+            self.writer.save(number, self.tensors, state)
+            self.tracker.draw(last)
+        self.writer.settle()
 
     def close(self) -> None:
         self.writer.finish()
@@ -403,8 +378,7 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     limit = cfg.max_tiles or config.max_tiles
     sets = read_meta(cfg.meta, limit)
     only_chosen = all(name == "sft" for _, name in terms)  # SFT never looks at rejected responses
-    shared = {f.name for f in fields(PairData)} & vars(cfg).keys()  # flags that it has as fields
-    flags = {name: getattr(cfg, name) for name in shared}
+    flags = {f.name: getattr(cfg, f.name) for f in fields(PairData) if hasattr(cfg, f.name)}
     data = PairData(sets, tokenizer, config, only_chosen=only_chosen, **flags)
     drawn = np.bincount(data.order(0)[:, 0], minlength=len(sets))
     for data_set, count in zip(sets, drawn):
@@ -418,13 +392,23 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     return data, heldout
 
 
-def last_step(data: PairData, total: int) -> int:
-    """The last of `total` steps of which a pair is left: a run ends with a step that it makes."""
+def last_step(cfg: TrainConfig, data: PairData) -> int:
+    """The number of steps: a run ends with one that it makes, of which a pair is left."""
+    there = data.steps_per_epoch * cfg.epochs
+    total = min(there, cfg.max_steps or there)
+    if cfg.max_steps > there:
+        say(f"--max_steps {cfg.max_steps}: {cfg.epochs} --epochs have {there} steps")
     while total and not data.plan(data.rows(total - 1))[0]:
         say(f"step {total} is skipped: all of its records are too long")
         total -= 1
     if not total:
         raise InputError(f"every record is longer than max_length {data.max_length}")
+    peak = max(lr_at(step, total, cfg) for step in range(total))
+    if peak < cfg.lr:
+        reached = f"lr {cfg.lr:g}: {total} steps reach {peak:g}; warm-up or decay is long"
+        if not peak:
+            raise InputError(f"{reached}: pass more --epochs or --max_steps, or --warmup 0")
+        say(reached)
     return total
 
 
@@ -442,15 +426,11 @@ def switched_on(setting: str, device: torch.device) -> bool:
 def sharded_model(
     cfg: TrainConfig, device: torch.device, drop_path: float, trained: bool = True
 ) -> InternVL:
-    """The model of cfg.model_dir, FSDP-sharded block by block, weights streamed into the shards.
-
-    Parameters are fp32 for the policy; compute is cfg.dtype, gradients are reduced in fp32.
-    """
+    """The model of cfg.model_dir, FSDP-sharded block by block, weights streamed into the shards."""
     dtype = FLOATS[cfg.state_dtype if trained else "fp32"]  # TR-DPO's small steps need float32
     model = prepare(weights.empty_model(cfg.model_dir, drop_path).to(dtype), cfg, trained)
     shard(model, cfg, device)
-    weights.with_memory(model, device)
-    weights.load_weights(model, cfg.model_dir)
+    weights.load_weights(model, cfg.model_dir, device)
     memory.start_adapters(model, cfg.seed)
     return model.train(trained)
 
@@ -602,8 +582,7 @@ class CachedReference:
     def __init__(self, run: Run) -> None:
         self.cfg, self.folder, self.device = run.cfg, run.cfg.cache_folder, run.device
         if is_main():
-            facts = cache_facts(self.cfg, self.device)
-            runtime.claim(self.folder, facts, "pass another --reference_cache")
+            runtime.claim(self.folder, cache_facts(run), "pass another --reference_cache")
         wanted = [(run.data, run.total)]
         if run.heldout:
             wanted.append((run.heldout, run.heldout.steps_per_epoch))
@@ -646,12 +625,10 @@ class CachedReference:
         packs, blank = prefetch(map(data.build, missing)), data.build([BLANK])
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
         while not runtime.all_of((pack := next(packs, None)) is None):
-            pack = (pack or blank).to(self.device)
-            sums, _ = score(policy, pack, self.cfg)
-            keys = response_keys(pack.trees) if pack.trees != [BLANK] else []
-            for key, logp in zip(keys, sums.tolist()):
+            sums, _ = score(policy, (pack or blank).to(self.device), self.cfg)
+            for key, logp in zip(response_keys(pack.trees) if pack else [], sums.tolist()):
                 row = {"key": key, "logp": logp}
-                part.append(row | {"checksum": checksum(key.encode(), json.dumps(logp).encode())})
+                part.append(row | {"checksum": checksum(json.dumps(row).encode())})
             if asked_to_stop():
                 part.close()
                 say("asked to stop: scores are kept; the same command continues")
@@ -673,24 +650,23 @@ class CachedReference:
 def scored_row(line: bytes, name: str) -> bytes:
     """Key and log-prob of a line; there may be millions, too many to parse as JSON."""
     row = ROW.fullmatch(line)
-    if not row or row[4].decode() != checksum(row[1], row[2], row[3]):
+    if not row or row[4].decode() != checksum(row[1] + b"}"):
         raise InputError(f"{name}: not as it was written; delete this part")
-    return bytes.fromhex(row[1].decode()) + struct.pack("f", float(row[2]))
+    return bytes.fromhex(row[2].decode()) + struct.pack("f", float(row[3]))
 
 
-def checksum(key: bytes, logp: bytes, length: bytes = b"") -> str:
-    """Of the values of a line, in the digits that stand there."""
-    text = b'{"key": "%b"%b, "logp": %b}' % (key, length, logp)
-    return hashlib.blake2b(text, digest_size=4).hexdigest()
+def checksum(values: bytes) -> str:
+    """Of a line without it."""
+    return hashlib.blake2b(values, digest_size=4).hexdigest()
 
 
-def cache_facts(cfg: TrainConfig, device: torch.device) -> dict[str, str]:
+def cache_facts(run: Run) -> dict[str, str]:
     """What cached log-probs depend on besides each response's own key."""
-    dtype, files = compute_dtype(cfg, device), set(weights.weight_files(cfg.model_dir).values())
+    cfg, dtype = run.cfg, compute_dtype(run.cfg, run.device)
     # in bfloat16 the shape of a pack moves single tokens by 0.01 to 0.1 nats, in float32 by 1e-6
     packing = f"{cfg.pack_tokens} {cfg.share_prefix} {cfg.share_images}"
     return {
-        "weights": runtime.fingerprint(files),
+        "weights": weights.fingerprint(cfg.model_dir),
         "config": runtime.fingerprint([cfg.model_dir / "config.json"]),
         "dtype": str(dtype),
         "packing": packing if dtype is torch.bfloat16 else "any",
@@ -716,17 +692,17 @@ def state_tensors(policy: InternVL, optimizer: memory.AdamW, moving: InternVL | 
 
 def run_facts(run: Run) -> dict[str, str]:
     """What a continuation must share with its run: flags, pairs, objectives, start weights."""
-    cfg, free = run.cfg, FREE_FLAGS
-    if cfg.decay >= 0:  # a constant rate does not know the run's length: it may be prolonged
-        free = free | {"max_steps", "epochs", "decay"}
+    cfg, constant = run.cfg, run.cfg.decay >= 0
+    # a constant rate does not know the run's length: it may be prolonged
+    free = FREE_FLAGS + constant * ["max_steps", "epochs", "decay"]
     facts = {k: str(v) for k, v in asdict(cfg).items() if k not in free}
-    facts |= {"schedule": "constant" if cfg.decay >= 0 else "cosine", "pairs": run.data.digest(0)}
+    facts |= {"schedule": "constant" if constant else "cosine", "pairs": run.data.digest(0)}
     if run.heldout:
         facts["held-out pairs"] = run.heldout.digest(0)
     if cfg.mine:
         facts[f"content of {cfg.mine}"] = runtime.fingerprint([cfg.mine])
     if is_main() and (run.reference or cfg.lora_rank):  # read once, they are large
-        facts["start weights"] = cache_facts(cfg, run.device)["weights"]
+        facts["start weights"] = weights.fingerprint(cfg.model_dir)
     return facts
 
 

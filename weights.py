@@ -143,9 +143,18 @@ def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def fingerprint(model_dir: Path) -> str:
+    """32 hex digits of all its weights, read once and not again while they stay as they are."""
+    return runtime.fingerprint(set(weight_files(model_dir).values()))
+
+
 @torch.no_grad()
-def load_weights(model: InternVL, model_dir: Path) -> None:
-    """Fill `model` from official files; a sharded model reads only its own rows."""
+def load_weights(model: InternVL, model_dir: Path, device: str | torch.device) -> None:
+    """Fill a model of the meta device from official files, a sharded one with its own rows."""
+    if is_sharded(model):
+        model.to_empty(device=device)
+    else:  # to_empty would import sympy
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
     for name, p, rows in stored_rows(model, model_dir):
         local(p).copy_(rows)
         if not is_finite(local(p)):
@@ -188,19 +197,12 @@ class Undrawn(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
-def with_memory(model: nn.Module, device: str | torch.device) -> nn.Module:
-    """A model of the meta device on `device`; torch's own `to_empty` imports sympy for it."""
-    if is_sharded(model):
-        return model.to_empty(device=device)
-    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
-
-
 def load_model(
     model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> InternVL:
     """The model of a folder in the official layout, in eval mode, every key accounted for."""
-    model = with_memory(empty_model(model_dir).to(dtype), device)
-    load_weights(model, model_dir)
+    model = empty_model(model_dir).to(dtype)
+    load_weights(model, model_dir, device)
     return model.eval()
 
 

@@ -50,7 +50,6 @@ if __name__ == "__main__":
     parse_cli(ExportConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import tokenizers
-import torch
 from torch import Tensor
 
 import weights
@@ -60,7 +59,7 @@ from memory import merge_adapters
 from model import InternVL
 from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
 from tools.figures import TEMPLATES, render
-from train import TrainConfig, cache_facts, prepare
+from train import TrainConfig, prepare
 from vision import IMAGENET_MEAN, IMAGENET_STD
 
 LLM = "language_model."
@@ -75,8 +74,7 @@ def export_checkpoint(cfg: ExportConfig) -> None:
     trained = field_values(TrainConfig, {name: flags[name] for name in names.split()})
     run = TrainConfig(cfg.model_dir, recompute="off", **trained)
     if run.lora_rank:  # else no weight of model_dir is left
-        start = cache_facts(run, torch.device("cpu"))["weights"]
-        if flags["start weights"] != start:
+        if flags["start weights"] != weights.fingerprint(cfg.model_dir):
             raise InputError(f"{checkpoint} belongs to another start than {cfg.model_dir}")
     dtype = weights.FLOATS[run.state_dtype]
     model = prepare(weights.load_model(run.model_dir, dtype=dtype), run)
