@@ -18,12 +18,13 @@ from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 from tools import figures
 
 # row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7 of 2411.10442
-TABLE = read_json(Path(__file__).parent.parent / "tools/rows.json")
+HERE = Path(__file__).parent
+TABLE = read_json(HERE.parent / "tools/rows.json")
 PAPER = {row: tuple(about["M3CoT"]) for row, about in TABLE.items()}
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's
 SETTINGS = ("direct", "cot")
 MEASURES = (*SETTINGS, "malformed", "mentions", "chosen_shift", "rejected_shift")
-COMMITTED = Path(__file__).parent / "results.json"
+COMMITTED = HERE / "results.json"
 
 
 def collect(folder: Path) -> tuple[dict, dict, dict, dict]:
@@ -127,7 +128,7 @@ def orderings(lines: list[dict]) -> dict:
 
 
 # each: "one" minus "other", both "row measure", and what that must be; open: not expected of a toy
-CLAIMS = read_json(Path(__file__).with_name("claims.json"), list)
+CLAIMS = read_json(HERE / "claims.json", list)
 
 
 def judge(numbers: dict, claim: dict) -> dict:
@@ -179,9 +180,10 @@ def results_of(folder: Path) -> dict:
         committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
         for line in claims:
             line["committed"] = sorted(committed.get(line["claim"], {}).values())
+    headline = figures.render(HERE / "headline.md", rows=plain, claims=claims, show=show)
     return {
         "about": about,
-        "headline": headline(plain, claims),
+        "headline": " ".join(headline.split()),
         "rows": plain,
         "claims": claims,
         "orderings": orderings(plain),
@@ -257,20 +259,6 @@ def show(line: dict, key: str, spread: str = "", form: str = ".1f") -> str:
     return f"{number:{form}}" + ("" if half is None else f" ± {half:{form.lstrip('+')}}")
 
 
-def headline(lines: list[dict], claims: list[dict]) -> str:
-    """The story in some words, with its own figures."""
-    accuracy = {line["row"]: f"{show(line, 'direct')} / {show(line, 'cot')} %" for line in lines}
-    trained = [f"{accuracy[row]} ({row})" for row in ("SFT", "DPO", "MPO") if row in accuracy]
-    verdicts = [line["verdict"] for line in claims if not line["open"]]
-    return (
-        f"A small model that was taught to count shapes answers {accuracy['base']} of questions "
-        "rightly, directly / with a chain of thought. Trained on its own sampled answers, right "
-        f"ones preferred to wrong ones: {', '.join(trained) or 'nothing yet'}. "
-        f"Of {len(verdicts)} claims of the paper {verdicts.count('agrees')} agree, "
-        f"{verdicts.count('disagrees')} disagree, {verdicts.count('undecided')} are undecided."
-    )
-
-
 def write_report(folder: Path) -> str:
     """results.json, PNGs, report.md and report.html of the story in `folder`; the Markdown."""
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
@@ -278,7 +266,7 @@ def write_report(folder: Path) -> str:
         write_atomic(folder / "results.json", text)
     results = read_json(folder / "results.json")
     functions = {"show": show, "holds_on": holds_on, "among": among}
-    text = figures.render(Path(__file__).parent / "page.md", **results, **functions)
+    text = figures.render(HERE / "page.md", **results, **functions)
     markdown = text.rstrip() + "\n"
     write_atomic(folder / "world.png", draw_world())
     write_atomic(folder / "claims.png", draw_claims(results["claims"]))
