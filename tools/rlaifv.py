@@ -10,7 +10,7 @@ chosen.  `pairs.py sample` makes the samples; runs over any number of processes,
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, permutations
 from pathlib import Path
@@ -43,23 +43,9 @@ from generate import Generator, Prompt
 from images import checked_images
 from records import grouped, part_files, read_parts
 from tokenizer import IMAGE
+from tools.figures import TEMPLATES, render
 
 CHUNK = 256  # candidates that go through the steps together
-
-
-def claims_prompt(row: dict) -> str:
-    return (
-        "Split the answer into single factual claims that can each be understood alone. One claim "
-        'a line, each line starting with "- ". Leave opinions out.\n\n'
-        f"Question: {pairs.without_image(row['question'])}\nAnswer: {row['response']}"
-    )
-
-
-def questions_prompt(row: dict) -> str:
-    return (
-        "Turn each claim into a yes/no question. Keep negations, add nothing. One question a line, "
-        'each line starting with "- ".\n\n' + "\n".join(f"- {claim}" for claim in row["claims"])
-    )
 
 
 def bullets(text: str) -> list[str]:
@@ -77,16 +63,21 @@ def split_sentences(text: str) -> list[str]:
 def add_claims(rows: list[dict], generator: Generator) -> None:
     """The model splits each response into claims, then turns the claims into questions."""
 
-    def ask(step: str, prompt_of: Callable[[dict], str]) -> Iterator[tuple[dict, str]]:
-        prompts = [Prompt(f"{step} {row['rid']}", prompt_of(row)) for row in rows]
+    def ask(step: str) -> Iterator[tuple[dict, str]]:
+        """Each row with the answer to templates/STEP.txt."""
+        prompts = []
+        for row in rows:
+            known = {"row": row, "question": pairs.without_image(row["question"])}
+            text = render(TEMPLATES / f"{step}.txt", **known).removesuffix("\n")
+            prompts.append(Prompt(f"{step} {row['rid']}", text))
         samples = {sample.prompt_id: sample for sample in generator.run(prompts)}
         for row, prompt in zip(rows, prompts):
             row.setdefault("split_cost", []).append(pairs.sample_cost(samples[prompt.id]))
             yield row, samples[prompt.id].text
 
-    for row, text in ask("claims", claims_prompt):
+    for row, text in ask("claims"):
         row["claims"] = bullets(text) or split_sentences(row["response"])
-    for row, text in ask("questions", questions_prompt):
+    for row, text in ask("questions"):
         row["questions"] = bullets(text)
 
 
