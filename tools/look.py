@@ -15,7 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,9 @@ SIDES = PARTS[1:]
 def each_record(sets: list[DataSet], workers: int, inspect: Callable) -> Iterator[Any]:
     """inspect(data set, number) of every record, in order, computed on `workers` processes."""
     for data_set in sets:
-
-        def inspect_some(numbers: range, data_set: DataSet = data_set) -> list:
-            return [inspect(data_set, number) for number in numbers]
-
-        for results in in_order(inspect_some, range(len(data_set)), 100, workers, data_set.name):
-            yield from results
+        some = lambda numbers, s=data_set: [inspect(s, number) for number in numbers]  # noqa: E731
+        numbers = range(len(data_set))
+        yield from chain.from_iterable(in_order(some, numbers, 100, workers, data_set.name))
 
 
 # --------------------------------------------------------------------------- check

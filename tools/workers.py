@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import Failure, InputError, clock, start_worker
+from runtime import Failure, clock, start_worker
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,6 @@ def perform(task: Task) -> str:
 
 def raise_for(task: Task, error: BaseException, under_way: list[str]) -> None:
     """One line about a task that failed; the traceback goes to its log."""
-    if isinstance(error, (InputError, Failure)):
-        raise type(error)(f"{task.name}: {error}") from None
     if isinstance(error, BrokenProcessPool):
         during = ", ".join(under_way)
         raise Failure(f"a process was killed (memory?) during {during}; start this again")
