@@ -30,10 +30,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from runtime import InputError, Settings, fits, flag, local_device, named, parse_cli, read_json, run
+import runtime
+from runtime import InputError, Settings, fits, flag, local_device, named, read_json
 
 
-@dataclass(frozen=True)
+@runtime.command_line
 class GenerateConfig(Settings):
     """Ask an InternVL model.  The answer alone goes to stdout; without a question, a chat."""
 
@@ -49,9 +50,6 @@ class GenerateConfig(Settings):
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
     NEEDS = {"num_samples": "--question", "json": "--question"}  # a chat has neither
 
-
-if __name__ == "__main__":
-    parse_cli(GenerateConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import numpy as np
 import torch
@@ -621,7 +619,7 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
 
 
 def main() -> None:
-    cfg = parse_cli(GenerateConfig)
+    cfg = runtime.parse_cli(GenerateConfig)
     dtype = FLOATS.get(cfg.dtype)
     history = read_history(cfg.history)
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)}
@@ -641,4 +639,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)

@@ -10,13 +10,12 @@ and the tests of train.py and generate.py compare them with this file.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import InputError, flag, parse_cli, run
+from runtime import InputError, command_line, flag, parse_cli, run
 
 
-@dataclass(frozen=True)
+@command_line
 class PlainConfig:
     """Train on preference pairs in the plainest way, and ask the model one question."""
 
@@ -31,9 +30,6 @@ class PlainConfig:
     max_grad_norm: float = flag(1.0, "clip the gradient's norm", low=0)
     seed: int = flag(42, "order of the pairs")
 
-
-if __name__ == "__main__":
-    parse_cli(PlainConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 import torch.nn.functional as F

@@ -194,6 +194,15 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
         parser.error(str(error))
 
 
+@typing.dataclass_transform(frozen_default=True)
+def command_line(cls: type) -> type:
+    """A frozen dataclass of flags, parsed at once in the script itself: --help needs no torch."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    if cls.__module__ == "__main__":
+        parse_cli(cls)
+    return cls
+
+
 def add_flag(group: Any, f: dataclasses.Field, hint: Any) -> None:
     """Tell argparse of a field; `field_values` reads the text that it hands back."""
     text, _, values = f.metadata["help"].partition("\n")  # a line a value, where they need one

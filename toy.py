@@ -20,10 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from runtime import InputError, flag, parse_cli, run, write_atomic
+from runtime import InputError, command_line, flag, parse_cli, run, write_atomic
 
 
-@dataclass(frozen=True)
+@command_line
 class ToyConfig:
     """Write a tiny world in the real formats: model, images, preference pairs, training flags."""
 
@@ -33,9 +33,6 @@ class ToyConfig:
     llm: Literal["internlm2", "qwen2", "qwen3"] = flag("internlm2", "the model's language model")
     demo: bool = flag(False, "a model that sees, and pairs enough to learn counting from")
 
-
-if __name__ == "__main__":
-    parse_cli(ToyConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import numpy as np
 import torch

@@ -32,7 +32,7 @@ import runtime
 from runtime import Failure, InputError, flag, is_main, rank_and_world, say, write_atomic
 
 
-@dataclass(frozen=True)
+@runtime.command_line
 class TrainConfig:
     """Train InternVL on preference pairs.  The defaults are the paper's run.
 
@@ -148,9 +148,6 @@ class TrainConfig:
         parts = {f"{name}_model" for name in names} if self.lora_rank else PARTS
         return {part for part in parts if self.rates[part] > 0}
 
-
-if __name__ == "__main__":
-    runtime.parse_cli(TrainConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import numpy as np
 import torch

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     files = [path for folder in (".", "tools", "paper") for path in (ROOT / folder).glob("*.py")]
     files = [path for path in files if path.name != "command.py" and path.name[0] != "_"]
-    scripts = {path.stem: path for path in sorted(files) if "__main__" in path.read_text()}
+    scripts = {path.stem: path for path in sorted(files) if "\nif __name__" in path.read_text()}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in scripts:
         near = difflib.get_close_matches(name, scripts, n=1)

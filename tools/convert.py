@@ -14,7 +14,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from os.path import commonpath, relpath
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +21,10 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import InputError, flag, json_line, need, parse_cli, read_json, run, write_atomic
+from runtime import InputError, flag, json_line, need, read_json, write_atomic
 
 
-@dataclass(frozen=True)
+@runtime.command_line
 class ConvertConfig:
     """Convert pairs of TRL, ms-swift, LLaMA-Factory, RLAIF-V or CSV to MMPR's layout, and back."""
 
@@ -38,9 +37,6 @@ class ConvertConfig:
     root: Path | None = flag(None, "folder of the images; default: that of the input")
     flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
 
-
-if __name__ == "__main__":
-    parse_cli(ConvertConfig)  # --help and wrong flags need no torch, which takes seconds
 
 from records import JsonLines, PairRecord, check_pair, read_meta
 from tokenizer import IMAGE
@@ -249,9 +245,9 @@ def convert(cfg: ConvertConfig) -> dict:
 
 
 def main() -> None:
-    report = convert(parse_cli(ConvertConfig))
+    report = convert(runtime.parse_cli(ConvertConfig))
     print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}; see the report")
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)

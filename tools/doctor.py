@@ -25,10 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, fingerprint, flag, parse_cli, read_json, read_whole_lines, run
+import runtime
+from runtime import InputError, fingerprint, flag, read_json, read_whole_lines
 
 
-@dataclass(frozen=True)
+@runtime.command_line
 class DoctorConfig:
     """Name what is wrong with a preference run."""
 
@@ -37,9 +38,6 @@ class DoctorConfig:
     meta: Path | None = flag(None, "meta.json of its pairs; default: the one of its config.json")
     json: bool = flag(False, "print JSON")
 
-
-if __name__ == "__main__":
-    parse_cli(DoctorConfig)  # --help and wrong flags need no torch, which takes seconds
 
 from config import InternVLConfig, load_config, recipe
 from records import PairRecord, read_meta
@@ -266,7 +264,7 @@ def read_case(path: Path, meta: Path | None) -> Case:
 
 
 def main() -> None:
-    cfg = parse_cli(DoctorConfig)
+    cfg = runtime.parse_cli(DoctorConfig)
     path = metrics_file(cfg.run_dir)
     case = read_case(path, cfg.meta)
     findings = examine(case)
@@ -282,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)

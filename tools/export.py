@@ -21,16 +21,16 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, field_values, flag, parse_cli, read_json, run, write_atomic
+import runtime
+from runtime import InputError, field_values, flag, read_json, write_atomic
 
 
-@dataclass(frozen=True)
+@runtime.command_line
 class ExportConfig:
     """Write a trained model as other programs load it."""
 
@@ -45,9 +45,6 @@ class ExportConfig:
         if self.hf + self.llm_only + self.llama + (self.checkpoint is not None) != 1:
             raise InputError("choose one: --hf, --llm_only, --llama, or a --checkpoint")
 
-
-if __name__ == "__main__":
-    parse_cli(ExportConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import tokenizers
 from torch import Tensor
@@ -218,7 +215,7 @@ def chat_template(template: str, with_bos: bool) -> str:
 
 
 def main() -> None:
-    cfg = parse_cli(ExportConfig)
+    cfg = runtime.parse_cli(ExportConfig)
     if cfg.checkpoint:
         export_checkpoint(cfg)
     else:
@@ -226,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    runtime.run(main)

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +32,7 @@ PARTS = runtime.read_json(Path(__file__).with_name("gpu_parts.json"))
 AT_TOY_SIZE = {"steps": 2, "peers": 2}  # the first cases; of other parts one
 
 
-@dataclass(frozen=True)
+@runtime.command_line
 class CheckConfig:
     """Check this code on one GPU; without a GPU, at toy size on the CPU."""
 
@@ -41,9 +40,6 @@ class CheckConfig:
     only: tuple[Literal[*PARTS], ...] = flag((), "a part to run; may be repeated; default all")
     seconds: int = flag(1500, "time for everything; cases that would begin later are skipped", 1)
 
-
-if __name__ == "__main__":
-    runtime.parse_cli(CheckConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 

@@ -23,17 +23,17 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
+from runtime import InputError, command_line, flag, parse_cli, read_json, run, write_atomic
 
 
-@dataclass(frozen=True)
+@command_line
 class LabConfig:
     """Draw every objective over the (chosen, rejected) log-ratio plane, tabulate and check it."""
 
@@ -43,9 +43,6 @@ class LabConfig:
     label_smoothing: float = flag(0.1, "chance that a label is wrong: cdpo, robust", 0, 0.499)
     bco_shift: float = flag(0.0, "mean reward so far: bco")
 
-
-if __name__ == "__main__":
-    parse_cli(LabConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import torch
 from torch import Tensor

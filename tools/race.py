@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +26,10 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import flag, parse_cli, run
+from runtime import command_line, flag, parse_cli, run
 
 
-@dataclass(frozen=True)
+@command_line
 class RaceConfig:
     """Do the same work as the peers, in turns, and print the tables of docs/speed.md."""
 
@@ -37,9 +37,6 @@ class RaceConfig:
     seconds: int = flag(40, "of CPU for the turns of a line; each has one at least", 1)
     tiny: bool = flag(False, "short lengths and a smaller model: does it run?")
 
-
-if __name__ == "__main__":
-    parse_cli(RaceConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import tokenizers
 import torch

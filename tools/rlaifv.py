@@ -11,16 +11,15 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice, permutations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import EngineConfig, InputError, flag, from_json, parse_cli, run
+from runtime import EngineConfig, InputError, command_line, flag, from_json, parse_cli, run
 
 
-@dataclass(frozen=True)
+@command_line
 class DivideConfig(EngineConfig):
     """The RLAIF-V baseline, small: the same model splits answers into claims and checks them."""
 
@@ -34,9 +33,6 @@ class DivideConfig(EngineConfig):
     max_new_tokens: int = flag(256, "longest list of claims or questions", low=1)
     pairs_per_query: int = flag(2, "pairs a question at most", low=1)
 
-
-if __name__ == "__main__":
-    parse_cli(DivideConfig)  # --help and wrong flags need no torch, which takes seconds
 
 import pairs
 from generate import Generator, Prompt
