@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 # the first ring, in reading order: each file imports only what stands before it
-ORDER = """runtime images vision vocabulary tokenizer losses config model cache layouts weights
+ORDER = """runtime images vision tokenizer losses config model cache layouts weights
 records data generate plain memory train pairs eval toy""".split()
 FOLDERS = ("benchmarks", "tools", "paper")  # the second ring
 PACKAGES = {"torch", "safetensors", "tokenizers", "PIL", "einops", "numpy", "tqdm", "matplotlib"}
@@ -108,7 +108,7 @@ def test_what_others_call_keeps_its_name_and_its_arguments(name):
 
 
 # lines that a room may have today; these numbers only go down (aims: 5,000, 2,000, 2,900, 700)
-AT_MOST = {"reading ring": 6255, "benchmarks": 2699, "tools": 3565, "paper": 775}
+AT_MOST = {"reading ring": 6239, "benchmarks": 2699, "tools": 3565, "paper": 775}
 
 
 def test_no_room_grows():
