@@ -60,14 +60,8 @@ CHOSEN_RATES = {row: tried["chosen"] for row, tried in TUNED.items()}  # best of
 BETA = 0.1
 SPEED = {"pack_tokens": 2560, "recompute": "off", "drop_path": 0.0, "head_rows": 0}
 QUICK_ROWS = ("MPO", "SFT", "DPO")  # the longest first
-SEEN = Recipe.steps * Recipe.batch_size  # pairs that a row trains on
-ABLATIONS: dict[str, dict] = {  # of the paper's Figure 4: flags of MPO
-    **{f"data scale={share}": {"limit": round(share * SEEN)} for share in (0.1, 0.4, 0.7)},
-    **{f"learning rate={lr}": {"lr": lr} for lr in (1e-4, 3e-4, 3e-3, 1e-2)},
-    **{f"w_p : w_q={p}:{q}": {"loss": f"{p / (p + q):g}*dpo+{q / (p + q):g}*bco+sft"}
-       for p, q in ((1, 1), (3, 1), (5, 1), (9, 1))},
-    **{f"w_g={w}": {"loss": f"0.8*dpo+0.2*bco+{w}*sft"} for w in (0.01, 0.5, 2.0, 5.0)},
-}  # fmt: skip
+# of the paper's Figure 4: name of a value -> flags of MPO; data scales are shares of 6,400 pairs
+ABLATIONS = read_json(Path(__file__).parent / "ablations.json")
 
 
 @dataclass(frozen=True)

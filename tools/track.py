@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from runtime import is_main, say, write_atomic
+from runtime import is_main, read_json, say, write_atomic
 from tools.doctor import diagnose
 from tools.figures import curve_panels
 
@@ -22,16 +23,7 @@ Row = dict[str, float]
 FEWEST_ROWS = 20  # of which curves are drawn
 SECONDS_APART = 30  # two drawings: one takes a second or two
 # title of a panel -> name of a curve -> metric
-PANELS = {
-    "loss": {"training": "loss", "held out": "heldout/loss"},
-    "rewards": {"chosen": "rewards/chosen", "rejected": "rewards/rejected"},
-    "margin": {"training": "rewards/margin", "held out": "heldout/rewards/margin"},
-    "accuracy": {"training": "rewards/accuracy", "held out": "heldout/rewards/accuracy"},
-    "NLL of chosen responses": {"training": "nll", "held out": "heldout/nll"},
-    "BCO's shift": {"training": "bco_shift"},
-    "learning rate": {"training": "lr"},
-    "gradient norm": {"training": "grad_norm"},
-}
+PANELS = read_json(Path(__file__).with_name("curves.json"))
 
 
 def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
