@@ -18,40 +18,23 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import train
 from config import InternVLConfig, load_config
 from data import Pack, Tree, lay_out
 from model import InternVL
-from runtime import InputError
+from runtime import InputError, read_json
 from tools import plan
 from tools.releases import named_config
-from train import (
-    TrainConfig,
-    compile_blocks,
-    compute_dtype,
-    prepare,
-    score,
-    switched_on,
-    with_recipe,
-)
+from train import TrainConfig, compute_dtype, prepare, score
 
 Row = dict[str, float]  # a table's column -> its value
 # a mode's name -> the flags that it changes; each goes on from the one before
-MODES: dict[str, dict[str, Any]] = {
-    "plain, two passes": {
-        "share_images": False, "share_prefix": False, "head_rows": 0,
-        "reference": "online", "compile": "off",
-    },
-    "+ image once": {"share_images": True},
-    "+ prompt once": {"share_prefix": True},
-    "+ head by chunks": {"head_rows": 512},
-    "+ cached reference": {"reference": "cached"},
-    "+ compile": {"compile": "on"},
-}  # fmt: skip
+MODES = read_json(Path(__file__).with_name("modes.json"))
 
 
 def modes_of(cfg: TrainConfig, device: torch.device) -> list[tuple[str, TrainConfig]]:
     """Name and flags of each mode; without the last where cfg does not compile."""
-    compiled, modes = switched_on(cfg.compile, device), []
+    compiled, modes = train.switched_on(cfg.compile, device), []
     cfg = replace(cfg, recompute=cfg.recompute.replace("auto", "full"))  # memory is compared
     for name, change in MODES.items():
         cfg = replace(cfg, **change)
@@ -146,7 +129,7 @@ def add_noise(model: InternVL) -> InternVL:
 def plan_or_bench(cfg: TrainConfig) -> None:
     """train.py --plan or --bench, of a named --size or of the model in cfg.model_dir."""
     config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
-    cfg = with_recipe(cfg, config, print)
+    cfg = train.with_recipe(cfg, config, print)
     if cfg.gpus % cfg.replicate:
         raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
     if cfg.bench:
@@ -197,7 +180,7 @@ def measured_rows(
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for name, cfg in modes:
         if cfg.compile == "on":
-            compile_blocks(model)
+            train.compile_blocks(model)
         step, row = step_of(cfg, model, [tree]), formula_row(cfg, config, tree, dtype.itemsize)
         row["peak GB"] = measured_peak(step, device) / plan.GB
         yield name, row | {"seconds": min(plan.seconds_of(step, device) for _ in range(3))}
