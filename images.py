@@ -11,7 +11,6 @@ import io
 import os
 import struct
 import zlib
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,6 @@ DECODER_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError),
     *(MemoryError, NotImplementedError, struct.error, zlib.error),
 )
-real_folder = lru_cache(maxsize=64)(os.path.realpath)  # the root is asked for with every image
 NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what to do
     "images": "name the key 'image', a path or a list of paths",
     "image_path": "name the key 'image'",
@@ -64,7 +62,7 @@ def image_paths(root: Path, record: dict, name: object) -> tuple[Path, ...]:
             raise InputError(f"{name}: image {image!r}: give a path relative to root {root}")
         path = Path(root) / image
         try:
-            inside = Path(os.path.realpath(path)).is_relative_to(real_folder(Path(root).absolute()))
+            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
         except ValueError:  # a null character, half a character
             raise InputError(f"{name}: image {image!r:.80} is no file name") from None
         if not inside:
@@ -113,22 +111,17 @@ def checked_images(root: Path, record: dict, name: object) -> tuple[Path, ...]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits, transparency on white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(eight_bits(image)).convert("RGB")
+    """Three channels of 8 bits: gray levels of 16 bits scaled to 0..255, transparency on white."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise InputError("gray levels of 32 bits have no known range; save it as 8 or 16 bits")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.float64)
+        transparent = levels == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(transparent, 255, np.rint(levels / 257)).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-def eight_bits(image: Image.Image) -> np.ndarray:  # (row col) uint8
-    """Gray levels of 16 bits scaled to 0..255."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise InputError("gray levels of 32 bits have no known range; save it as 8 or 16 bits")
-    levels = np.asarray(image).astype(np.float64)
-    transparent = levels == image.info.get("transparency", -1)
-    return np.where(transparent, 255, np.rint(levels / 257)).astype(np.uint8)
 
 
 def jpeg(tile: Image.Image, quality: int) -> Image.Image:

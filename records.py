@@ -194,8 +194,6 @@ class Entry:
 def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     """Data sets of a meta.json, or of a .jsonl; max_tiles holds where no max_dynamic_patch is."""
     path, notes = Path(path), []
-    if not path.is_file():
-        raise InputError(f"no {path}; expected MMPR's meta.json (see README)")
     alone = path.suffix == ".jsonl"
     meta = {path.stem: {"annotation": path.name}} if alone else read_json(path)
     if not meta:

@@ -42,7 +42,6 @@ from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
-LONGEST_LINE = 1 << 24  # bytes of a line in a part file, at most
 # what other training programs call a flag -> what it is called here
 OTHER_NAMES = {
     "learning_rate": "lr", "warmup_ratio": "warmup", "num_train_epochs": "epochs",
@@ -567,7 +566,7 @@ class AppendLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")  # noqa: SIM115  (lives as long as the log)
         if path.is_file():  # no device
-            start = max(0, self.file.tell() - LONGEST_LINE)
+            start = max(0, self.file.tell() - (1 << 24))  # bytes of a line, at most
             self.file.seek(start)
             self.file.truncate(start + self.file.read().rfind(b"\n") + 1)
 

@@ -138,7 +138,7 @@ def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no .*meta.json; expected MMPR's"),
+        (None, "no file .*meta.json"),
         ("[]", "expected a JSON object"),
         ("{}", "expected one object of data set name"),
         ('{"a": 3}', "meta.json: a: expected an object with 'annotation', got 3"),
