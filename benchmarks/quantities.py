@@ -62,21 +62,23 @@ class Rules:
     """A section of rewrites.txt; ASCII text with none of the characters it needs stays as it is."""
 
     def __init__(self, section: str, flags: int = re.DOTALL) -> None:
-        self.needs, self.pairs = frozenset(), []
+        self.needs, self.rules = frozenset(), []
         for line in _REWRITES[section].splitlines():
             old, arrow, new = f"{line} ".partition(" => ")
             if line.startswith("needs = "):
                 self.needs = frozenset(line[8:])
             elif arrow:
-                new = new.rstrip(" ").replace("␣", " ")
-                computed = _COMPUTED.get(new, partial(_ordinals, new) if "@" in new else new)
-                self.pairs.append((pattern(old, flags), computed))
+                compiled, new = pattern(old, flags), new.rstrip(" ").replace("␣", " ")
+                find = compiled.match if old.startswith("^") else compiled.search
+                self.rules.append((find, compiled.sub, _COMPUTED.get(new, partial(_expand, new))))
 
     def apply(self, text: str) -> str:
         if self.needs and self.needs.isdisjoint(text) and text.isascii():
             return text
-        for old, new in self.pairs:
-            text = old.sub(new, text).strip()
+        text = text.strip()
+        for find, replace, new in self.rules:
+            if find(text):  # few do, and asking is faster than replacing nothing
+                text = replace(new, text).strip()
         return text
 
 
@@ -90,7 +92,7 @@ def _sign(match: re.Match) -> str:
     return " " if sign == "_" else sign + " " * sign.startswith("\\")
 
 
-def _ordinals(new: str, match: re.Match) -> str:
+def _expand(new: str, match: re.Match) -> str:
     return re.sub("@([0-9])", lambda m: str(NUMBER_OF[match[int(m[1])].lower()]), match.expand(new))
 
 

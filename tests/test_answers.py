@@ -222,6 +222,11 @@ def siblings():
     return table
 
 
+def test_half_a_date_is_no_date():
+    for text in ("2024-05-", "2024--05", "2024-05- 3", "2024年-05日"):
+        assert not answers.is_correct(text, "March 5, 2024", STANDARD)
+
+
 @pytest.mark.parametrize("kind, rows", siblings().items())
 def test_siblings_are_judged_right(kind, rows):
     for want, pred, gold in rows:
