@@ -32,7 +32,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from benchmarks import quantities
-from benchmarks.quantities import Quantity, Rules, parse_expression, pattern, read_quantity
+from benchmarks.quantities import Quantity, parse_expression, pattern, read_quantity, rewrites
 from runtime import InputError
 
 MAX_ANSWER = 2000  # characters; a longer answer matches only if it is the gold text itself
@@ -49,12 +49,12 @@ def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 # What a response is asked for decides how it is read below.  "en" is the wording of the official
 # script and of the benchmarks; the paper does not publish its three special prompts (section 4.2).
 PROMPTS = quantities.sections("prompts.txt")
-strip_instruction = Rules("instruction", re.IGNORECASE).apply  # of a question
+strip_instruction = rewrites("instruction", re.IGNORECASE)  # of a question
 
 _TRIGGERS = tuple(  # one a language: a literal start passes megabytes quickly
     re.compile(word + r"[*_ \t]{0,8}[:：]") for word in (r"final[ \t]{1,4}answer", "答案")
 )
-_EMPHASIS = Rules("emphasis")
+_emphasis = rewrites("emphasis")
 
 
 class Parsed(NamedTuple):
@@ -102,7 +102,7 @@ def _undress_line(head: str, trigger: str, answer: str) -> tuple[int, str, str]:
         marks = head if head.strip() else ""
     if len(answer) <= MAX_ANSWER:
         inner = re.sub(r"[^*_]", "", trigger)  # of **Final answer**: 5
-        answer = _EMPHASIS.apply(f"{marks.strip()}\0{inner}{answer}").partition("\0")[2].strip()
+        answer = _emphasis(f"{marks.strip()}\0{inner}{answer}").partition("\0")[2].strip()
         if answer.count("**") % 2 or not answer.strip("*_ \n"):  # half a mark, or marks alone
             answer = answer.strip("*_ \n")
     return len(marks), re.sub(r"[*_]", "", trigger), answer
@@ -198,9 +198,10 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
 
 # --------------------------------------------------------------------------- plain text
 
-_INVISIBLE, _MARKUP = Rules("invisible"), Rules("markup")
+_invisible, _markup, _half = map(rewrites, ("invisible", "markup", "half"))
 _IN_WORDS = "numbers chinese wording amounts groups".split()
-_ONE_SPELLING = [quantities.SPELLINGS, *(Rules(name, re.IGNORECASE) for name in _IN_WORDS)]
+_ONE_SPELLING = [quantities.plain_spelling]
+_ONE_SPELLING += [rewrites(name, re.IGNORECASE) for name in _IN_WORDS]
 # most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -209,15 +210,12 @@ _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?
 def undress(text: str) -> str:
     """NFKC, ASCII minus and quotes; no invisible characters, end tokens, marks and closing stop."""
     if not text.isascii():
-        text = quantities.SIGNS.apply(unicodedata.normalize("NFKC", quantities.SIGNS.apply(text)))
-    text = " ".join(_INVISIBLE.apply(text).split())
+        text = quantities.plain_signs(unicodedata.normalize("NFKC", quantities.plain_signs(text)))
+    text = " ".join(_invisible(text).split())
     for _ in range(8):  # layers
-        bare = _EMPHASIS.apply(_MARKUP.apply(text.rstrip(".。;,、 ")))
-        if bare.count("**") % 2:  # half a mark
-            bare = bare.removeprefix("**").removesuffix("**").strip()
-        if bare == text:
+        dressed, text = text, _half(_emphasis(_markup(text.rstrip(".。;,、 "))))
+        if text == dressed:
             break
-        text = bare
     return text
 
 
@@ -228,7 +226,7 @@ def plain_text(text: str) -> str:
     if _PLAIN_NUMBER.fullmatch(text):
         return text
     for rules in _ONE_SPELLING:
-        text = rules.apply(text)
+        text = rules(text)
     return text
 
 
@@ -357,7 +355,7 @@ def _read_relation(text: str, depth: int) -> Any:
 # --------------------------------------------------------------------------- comparing
 
 _BESIDE = [  # what one answer looks like, and how both are spelled then
-    (pattern(sign, re.IGNORECASE), Rules(section, re.IGNORECASE))
+    (pattern(sign, re.IGNORECASE), rewrites(section, re.IGNORECASE))
     for sign, section in (("IN_POUNDS", "pounds"), ("IN_24_HOURS", "evening"), ("SAYS", "reply"))
 ]
 
@@ -368,7 +366,7 @@ def same_answer(pred: str, gold: str) -> bool:
     pred, gold = plain_text(pred), plain_text(gold)
     for sign, rules in _BESIDE:
         if sign.match(pred) or sign.match(gold):
-            pred, gold = rules.apply(pred), rules.apply(gold)
+            pred, gold = rules(pred), rules(gold)
     try:
         return bool(pred and gold) and _same_plain(pred, gold)
     except ArithmeticError:  # an exact number beyond the floats beside a float
@@ -478,7 +476,7 @@ def _proportional(a: Quantity, b: Quantity, sign: str) -> bool:
 
 
 # --------------------------------------------------------------------------- options and wording
-_LEAD, _OPTION = Rules("lead", re.IGNORECASE), Rules("option")
+_lead, _option = rewrites("lead", re.IGNORECASE), rewrites("option")
 _ONE_OPTION = pattern("ONE_OPTION", re.DOTALL | re.IGNORECASE)
 _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、'\"和及与]", re.IGNORECASE)
 
@@ -488,12 +486,12 @@ def read_options(text: str, strict: bool = False) -> Options | None:
     """The option letters A-N that a plain answer clearly names; `strict` for gold answers."""
     if _PLAIN_NUMBER.fullmatch(text):
         return None
-    for body in dict.fromkeys((_LEAD.apply(text), text)):
+    for body in dict.fromkeys((_lead(text), text)):
         if letters := _option_set(body, strict):
             return Options(letters)
         if match := _ONE_OPTION.fullmatch(body):
             return Options(frozenset((match[1] or match[2]).upper()), match[3].strip())
-        if not strict and re.fullmatch("[A-N]", bare := _OPTION.apply(body)):
+        if not strict and re.fullmatch("[A-N]", bare := _option(body)):
             return Options(frozenset(bare))
     return None
 
@@ -512,12 +510,12 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
 
 
 _NOT_WORDING = pattern("NOT_WORDING")  # compared letter by letter
-_JOINED, _WORDS = Rules("joined"), Rules("words")
+_joined, _words = rewrites("joined"), rewrites("words")
 
 
 def _same_wording(pred: str, gold: str) -> bool:
     """EvalAI's wording; anything with signs or operators letter by letter."""
-    pred, gold = _JOINED.apply(pred), _JOINED.apply(gold)
+    pred, gold = _joined(pred), _joined(gold)
     if _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold):
         return "".join(pred.lower().split()) == "".join(gold.lower().split())
     return _wording(pred) == _wording(gold) != []
@@ -525,7 +523,7 @@ def _same_wording(pred: str, gold: str) -> bool:
 
 def _wording(text: str) -> list[str]:
     """Words without articles and `and`."""
-    words = _WORDS.apply(unicodedata.normalize("NFD", text.lower())).split()
+    words = _words(unicodedata.normalize("NFD", text.lower())).split()
     if any(len(word) > 1 for word in words):  # "A B" names two options: no articles there
         words = [word for word in words if word not in ("a", "an", "the", "and")]
     return words

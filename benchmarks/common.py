@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.answers import PROMPTS as COT_PROMPTS
-from benchmarks.quantities import SIGNS, SPELLINGS, pattern
+from benchmarks.quantities import pattern, plain_signs, plain_spelling
 from runtime import InputError
 
 PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
@@ -79,7 +79,7 @@ def last_number(text: str) -> str:
 
     Thousands may be grouped by commas, `{,}`, `\,` or narrow blanks; a power of ten may follow.
     """
-    numbers = _NUMBER.findall(SPELLINGS.apply(SIGNS.apply(text.replace("\\!", ""))))
+    numbers = _NUMBER.findall(plain_spelling(plain_signs(text.replace("\\!", ""))))
     return re.sub(r"\s*\*\s*10\^\{?", "e", numbers[-1].replace(",", "")) if numbers else ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from benchmarks.common import Benchmark, Item, Reading, Reply, lettered, option_lines
-from benchmarks.quantities import MAX_EXPRESSION, Rules, parse_expression, pattern
+from benchmarks.quantities import MAX_EXPRESSION, parse_expression, pattern, rewrites
 
 
 def question(item: Item) -> str:
@@ -19,7 +19,7 @@ def question(item: Item) -> str:
 
 
 _COMMANDS = pattern("COMMANDS")
-_AFTER_PHRASE, _CLEAN = Rules("mathvision_phrases"), Rules("mathvision")
+_after_phrase, _clean = rewrites("mathvision_phrases"), rewrites("mathvision")
 
 
 def clean_answer(reply: str) -> str:
@@ -36,7 +36,7 @@ def clean_answer(reply: str) -> str:
     except ValueError:
         pass
     if "oxed{" not in text:
-        text = _AFTER_PHRASE.apply(text)
+        text = _after_phrase(text)
     elif text.count("oxed{") > 1:
         text = "\\boxed{" + text.split("oxed{")[-1]
     text = re.sub(r"\(([a-e])\)", r"\1", clean_math(text))
@@ -54,7 +54,7 @@ def brace_arguments(text: str) -> str:
 
 def clean_math(text: str) -> str:
     """MATH-V's find_math_answer: the content of the last box, without LaTeX noise and units."""
-    text = _CLEAN.apply(text.lower())
+    text = _clean(text.lower())
     if "sqrt" in text:  # fractions too are only repaired beside a root
         text = brace_arguments(text)
     if text == "0.5":

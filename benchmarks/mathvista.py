@@ -11,7 +11,7 @@ from typing import Any, Literal
 from benchmarks import common
 from benchmarks.answers import MAX_ANSWER, edit_distance, plain_text, read_options
 from benchmarks.common import Benchmark, Item, Judge, Reading, Reply
-from benchmarks.quantities import SIGNS
+from benchmarks.quantities import plain_signs
 from runtime import InputError, read_json
 
 read_once = functools.cache(read_json)
@@ -49,7 +49,7 @@ def read_exactly(item: Item, reply: str) -> str | None:
 
 def read_offline(item: Item, reply: str) -> str:
     """Better than the rule, without a judge: the last number, letter or option named."""
-    text = SIGNS.apply(common.final_answer(reply))
+    text = plain_signs(common.final_answer(reply))
     if item["question_type"] == "multi_choice":
         if bracketed := re.findall(r"\(([A-Za-z])\)", text):
             return f"({bracketed[-1]})"
@@ -57,7 +57,7 @@ def read_offline(item: Item, reply: str) -> str:
         letters = sorted(named.letters) if named else []
         if len(letters) == 1 and letters[0] in common.lettered(item["choices"]):
             return f"({letters[0]})"
-        last = max((text.rfind(SIGNS.apply(c)), len(c), c) for c in item["choices"])
+        last = max((text.rfind(plain_signs(c)), len(c), c) for c in item["choices"])
         return last[2] if last[0] >= 0 else text
     if item["answer_type"] == "list":
         return (re.findall(r"\[[^\[\]]*\]", text) or [text])[-1]

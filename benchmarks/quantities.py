@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import operator
+import random
 import re
 import zlib
 from collections.abc import Callable
@@ -58,28 +59,28 @@ def pattern(text: str, flags: int = 0) -> re.Pattern:
     return re.compile(text, flags)
 
 
-class Rules:
-    """A section of rewrites.txt; ASCII text with none of the characters it needs stays as it is."""
+def rewrites(section: str, flags: int = re.DOTALL) -> Callable[[str], str]:
+    """A section of rewrites.txt as a function; ASCII text without what it needs stays as it is."""
+    needs, rules = frozenset(), []
+    for line in _REWRITES[section].splitlines():
+        old, arrow, new = f"{line} ".partition(" => ")
+        if line.startswith("needs = "):
+            needs = frozenset(line[8:])
+        elif arrow:
+            compiled, new = pattern(old, flags), new.rstrip(" ").replace("␣", " ")
+            find = compiled.match if old.startswith("^") else compiled.search
+            rules.append((find, compiled.sub, _COMPUTED.get(new, partial(_expand, new))))
 
-    def __init__(self, section: str, flags: int = re.DOTALL) -> None:
-        self.needs, self.rules = frozenset(), []
-        for line in _REWRITES[section].splitlines():
-            old, arrow, new = f"{line} ".partition(" => ")
-            if line.startswith("needs = "):
-                self.needs = frozenset(line[8:])
-            elif arrow:
-                compiled, new = pattern(old, flags), new.rstrip(" ").replace("␣", " ")
-                find = compiled.match if old.startswith("^") else compiled.search
-                self.rules.append((find, compiled.sub, _COMPUTED.get(new, partial(_expand, new))))
-
-    def apply(self, text: str) -> str:
-        if self.needs and self.needs.isdisjoint(text) and text.isascii():
+    def rewrite(text: str) -> str:
+        if needs and needs.isdisjoint(text) and text.isascii():
             return text
         text = text.strip()
-        for find, replace, new in self.rules:
+        for find, replace, new in rules:
             if find(text):  # few do, and asking is faster than replacing nothing
                 text = replace(new, text).strip()
         return text
+
+    return rewrite
 
 
 def inside_brackets(head: str) -> bool:
@@ -130,7 +131,7 @@ _COMPUTED = {
     "@ungrouped": _ungrouped, "@date": _date, "@clock": _clock,
     "@evening": lambda match: f"{int(match[1]) + 12}{match[2] or ':00'}",
 }  # fmt: skip
-SIGNS, SPELLINGS = Rules("signs"), Rules("spelling")
+plain_signs, plain_spelling = rewrites("signs"), rewrites("spelling")
 
 # --------------------------------------------------------------------------- expressions
 
@@ -141,7 +142,6 @@ _TOKEN = re.compile(
     r"|[-+*/^!%°(){}\[\]|])"
 )
 _PROSE = pattern("PROSE", re.IGNORECASE)
-_POINTS = 6  # where free letters take values: all positive, then all negative, then mixed
 
 
 class Unit(NamedTuple):
@@ -170,14 +170,12 @@ def constant(number: Number, step: Fraction = Fraction(0)) -> Quantity:
     return Quantity((number,), step=step)
 
 
+@functools.lru_cache(maxsize=256)
 def letter(name: str) -> Quantity:
-    """A free letter: values that are never whole."""
-    values = []
-    for point in range(_POINTS):
-        seed = zlib.crc32(f"{name} {point}".encode())
-        size = 0.3 + 2.4 * ((seed % 99991) / 99991)
-        values.append(-size if point == 4 or (point == 5 and seed % 2) else size)
-    return Quantity(tuple(values), frozenset([name]))
+    """A free letter at six points, never whole: four times positive, once negative, once either."""
+    draw = random.Random(name)
+    signs = (1, 1, 1, 1, -1, draw.choice((1, -1)))
+    return Quantity(tuple(sign * draw.uniform(0.3, 2.7) for sign in signs), frozenset([name]))
 
 
 def paired(*expressions: Quantity) -> list[tuple[Number | None, ...]]:
@@ -218,7 +216,7 @@ def parse_expression(text: str) -> Quantity | None:
     if len(text) > MAX_EXPRESSION:
         return None
     try:
-        parser = _Parser(SPELLINGS.apply(text))
+        parser = _Parser(plain_spelling(text))
         expression = parser.expression()
     except ValueError:
         return None
@@ -419,7 +417,7 @@ def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -
 
 # --------------------------------------------------------------------------- units
 
-_UNIT_SPELLINGS = Rules("units", re.IGNORECASE)
+_unit_spelling = rewrites("units", re.IGNORECASE)
 _UNIT_FACTOR = pattern("FACTOR")
 _FILLERS = frozenset("of the old long wide high tall deep total altogether each more".split())
 
@@ -445,7 +443,7 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
 
     `invented`: words outside the table (red apples) are units of their own.
     """
-    text, product = _UNIT_SPELLINGS.apply(text.strip().rstrip(".")), Unit()
+    text, product = _unit_spelling(text.strip().rstrip(".")), Unit()
     for place, part in enumerate(text.split("/")):
         for factor in part.split():
             if (match := _UNIT_FACTOR.fullmatch(factor)) is None:
@@ -494,13 +492,13 @@ _fill_units()
 # --------------------------------------------------------------------------- quantities
 
 _GLUED = frozenset("mgshlLNJWVAKCFΩ°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
-_AMOUNT = Rules("amount")
+_amount = rewrites("amount")
 _UNIT_START = pattern("UNIT_START")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
 
 
 def read_quantity(text: str) -> Quantity | None:
-    text = _AMOUNT.apply(text.strip().lstrip("∠"))
+    text = _amount(text.strip().lstrip("∠"))
     for match in itertools.islice(_UNIT_START.finditer(text), 8):
         head, tail = text[: match.start()], text[match.end() :]
         word = tail.partition(" ")[0]
