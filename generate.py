@@ -49,6 +49,7 @@ class GenerateConfig(Settings):
     json: bool = flag(False, "one object a line: text, tokens, finish reason, log-prob")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
     NEEDS = {"num_samples": "--question", "json": "--question"}  # a chat has neither
+    NEEDS |= dict.fromkeys(("top_k", "top_p"), "--temperature")  # greedy answers take neither
 
 
 import numpy as np
@@ -211,7 +212,7 @@ def choose(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
 ) -> Tensor:  # (row vocab), (row) -> (row)
     """The most probable token at temperature 0, else the inverse of the cumulative sum."""
-    if temperature == 0:
+    if temperature < 1e-6:  # nothing else is left, and a smaller one would overflow
         return logits.argmax(-1)
     probs = filtered_probs(logits, temperature, top_k, top_p)
     # first the part of the vocabulary, then the token in it: sums of few numbers, in float64

@@ -30,10 +30,8 @@ NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what 
     "images": "name the key 'image', a path or a list of paths",
     "image_path": "name the key 'image'",
     "history": "write earlier turns into 'question'",
-    "video": "remove the record",
-    "clip": "remove the record",
     "system": "name the key 'system_prompt'",
-}
+} | dict.fromkeys(("video", "videos", "clip", "audio", "audios"), "remove the record")
 
 
 # --------------------------------------------------------------------------- paths
@@ -58,15 +56,13 @@ def image_paths(root: Path, record: dict, name: object) -> tuple[Path, ...]:
     """Files of a record under `root`; absolute names, and what leaves the root, are refused."""
     paths = []
     for image in image_names(record, name):
-        if "://" in image or Path(image).is_absolute():
-            raise InputError(f"{name}: image {image!r}: give a path relative to root {root}")
         path = Path(root) / image
         try:
             inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
         except ValueError:  # a null character, half a character
             raise InputError(f"{name}: image {image!r:.80} is no file name") from None
-        if not inside:
-            raise InputError(f"{name}: image {image!r} leaves its root {root}")
+        if not inside or "://" in image or Path(image).is_absolute():
+            raise InputError(f"{name}: image {image!r} leaves its root: be relative to root {root}")
         paths.append(path)
     return tuple(paths)
 

@@ -264,7 +264,7 @@ class Settings:
     """How answers are drawn: flags of generate.py and pairs.py, keywords of a Generator."""
 
     max_new_tokens: int = flag(1024, "tokens of an answer, at most", 1)
-    temperature: float = flag(0.0, "0 = greedy", 0)
+    temperature: float = flag(0.0, "0 = greedy", 0, 1e6)
     top_k: int = flag(0, "sample from the k most probable tokens; 0 = off", 0)
     top_p: float = flag(1.0, "sample from the smallest set with this probability; 1 = off", 1e-6, 1)
     seed: int = flag(0, "with the prompt and the sample's number it decides the text")
@@ -286,7 +286,7 @@ class EngineConfig(Settings):
     """How responses are generated; shared by the verbs of pairs.py that need the model."""
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and weights")
-    temperature: float = flag(1.0, "sampling temperature", low=1e-3)
+    temperature: float = flag(1.0, "sampling temperature", 1e-3, 1e6)
     top_k: int = flag(50, "sample among the k likeliest tokens, 0 = all", low=0)
     max_new_tokens: int = flag(4096, "longest response", low=1)
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
@@ -601,14 +601,14 @@ def _digest(path: Path, size: int, time: int) -> str:
 def claim(folder: Path, facts: dict[str, Any], remedy: str) -> None:
     """Say in `folder`/run.json what its content depends on; refuse other values by name."""
     about = Path(folder) / "run.json"
-    if not about.exists():
+    if not about.exists() and not any(Path(folder).glob("*.jsonl")):  # else nobody knows whose
         write_atomic(about, json.dumps(facts, indent=1) + "\n")
-    known = read_json(about)
+    known = read_json(about) if about.exists() else {}
     for key, value in json.loads(json.dumps(facts)).items():
         if known.get(key) != value:
             raise InputError(
-                f"{folder} was made with another {key} ({known.get(key)}, now {value}); {remedy}, "
-                "or delete that folder"
+                f"{folder} was made with another {key} ({known.get(key, 'run.json does not say')}, "
+                f"now {value}); {remedy}, or delete that folder"
             )
 
 
@@ -643,11 +643,7 @@ def _lock(file: BinaryIO) -> bool:
 
 # --------------------------------------------------------------------------- metrics
 
-
-def clock(seconds: float) -> str:
-    """1:02:03"""
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+clock = tqdm.format_interval  # seconds -> 1:02:03
 
 
 def bar(items: Iterable | None = None, **options: Any) -> tqdm:

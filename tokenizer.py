@@ -45,7 +45,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from runtime import InputError, open_file, read_json
+from runtime import InputError, read_json
 
 IMAGE = "<image>"  # the placeholder in texts; not a token
 BLANK = "\u2581"  # stands for a space inside SentencePiece's pieces
@@ -261,11 +261,14 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
 
 def from_vocab_and_merges(merges: Path) -> tokenizers.Tokenizer:
     """Qwen's byte-level BPE: merges.txt and the vocab.json beside it."""
-    with open_file(merges) as file:
-        lines = file.read().decode().split("\n")
+    lines = merges.read_text("utf-8").split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     pieces = {id: piece for piece, id in read_json(merges.with_name("vocab.json")).items()}
-    backend = bpe(pieces, pairs, added_tokens(merges.parent))
+    added = added_tokens(merges.parent)
+    made = set(map("".join, pairs)) | {token.content for token in added.values()}
+    if lost := [piece for piece in pieces.values() if len(piece) > 1 and piece not in made]:
+        raise InputError(f"{merges}: no merge makes {lost[0]!r} of vocab.json; fetch it again")
+    backend = bpe(pieces, pairs, added)
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

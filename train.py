@@ -225,7 +225,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
         squares = (t for name, t in run.tensors.items() if name.startswith("exp_avg_sq/"))
         if runtime.all_of(not any(local(t).any() for t in squares)):
             raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
-        if best := best_row(run.rows):
+        if best := best_row(run.best or run.rows):
             say(f"best step by held-out pairs: {best['step']} of {run.total}")
         memory.merge_adapters(run.policy)
         weights.save_model(run.policy, cfg.out_dir / "model", like=cfg.model_dir)
@@ -271,6 +271,8 @@ class Run:
         path = cfg.out_dir / "metrics.jsonl"
         rows = runtime.read_whole_lines(path, step=int, lr=float)
         self.rows = [row for row in rows if row["step"] <= self.done]
+        kept = cfg.keep_best and weights.newest_checkpoint(cfg.out_dir / "best")  # None at first
+        self.best = [r for r in self.rows if kept and kept.name == f"step-{r['step']:08d}"]
         other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
         if other:
             raise InputError(
@@ -327,7 +329,8 @@ class Run:
         self.tracker()
         updates = self.optimizer.updates  # fewer than steps, where one was skipped
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
-        if cfg.keep_best and best_row(self.rows) is self.rows[-1]:
+        if cfg.keep_best and best_row([*self.best, self.rows[-1]]) is self.rows[-1]:
+            self.best = self.rows[-1:]
             self.best_writer.save(number, self.tensors, state)
         if last or number % cfg.save_every == 0:
             self.writer.save(number, self.tensors, state)

@@ -46,12 +46,13 @@ def weight_files(model_dir: Path) -> dict[str, Path]:
     """Stored tensor name -> the safetensors file that holds it: the index's shards, or else all."""
     index, files = Path(model_dir) / INDEX, {}
     present = {path.name: path for path in Path(model_dir).glob("*.safetensors")}
-    listed = read_json(index).get("weight_map") if index.is_file() else None
-    shards = set(map(str, listed.values())) if isinstance(listed, dict) else None
-    for shard in sorted(shards or present):
-        if (path := present.get(shard)) is None:  # as is a shard outside of the folder
-            raise InputError(f"{index}: missing shard {shard}; fetch it again")
-        with open_weights(path) as f:
+    listed = read_json(index).get("weight_map") if index.is_file() else {x: x for x in present}
+    shards = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+    for shard in sorted(shards | present.keys()):
+        if shard in shards ^ present.keys():  # one outside of the folder is missing, too
+            kind = "missing" if shard in shards else "unlisted"
+            raise InputError(f"{index}: {kind} shard {shard}; fetch what it lists, and no more")
+        with open_weights(path := present[shard]) as f:
             for name in f.keys():  # noqa: SIM118  (it is no dict)
                 if name in files:
                     raise InputError(f"{path} and {files[name].name} both hold {name}; keep one")

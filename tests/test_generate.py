@@ -675,6 +675,12 @@ def test_top_k_and_top_p_equal_a_plain_reference(top_k, top_p):
             assert found[i].item() == pytest.approx(probs[i] / scale)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7, 1e-6])
+def test_a_tiny_temperature_is_greedy_and_no_noise(temperature):
+    logits = torch.tensor([[0.0, -torch.inf, 3.0, 2.5, -torch.inf]])
+    assert choose(logits, torch.tensor([0.999]), temperature, 0, 1.0).item() == 2
+
+
 def test_greedy_takes_the_most_probable_and_tokens_without_mass_never_come():
     logits = torch.tensor([[0.0, -torch.inf, 3.0, -torch.inf]])
     assert choose(logits, torch.zeros(1), 0, 0, 1.0).item() == 2
@@ -816,6 +822,7 @@ def test_a_prompt_longer_than_the_cache_names_both_numbers(toy):
     [
         ({"temperature": -1}, "temperature must be >= 0"),
         ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"temperature": 1e300}, "temperature must be >= 0 and <= 1e.06"),
         ({"top_p": 0}, "top_p must be >= 1e-06 and <= 1"),
         ({"top_p": 1.5}, "top_p must be >= 1e-06 and <= 1"),
         ({"top_k": -1}, "top_k must be >= 0"),
@@ -904,6 +911,10 @@ def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
         done = ask(flag)
         name = flag.partition("=")[0]
         assert done.returncode == 2 and f"{name} does nothing without --question" in done.stderr
+    for flag in ("--top_p=0.9", "--top_k=5"):  # greedy answers are the default
+        done = ask("--question", "x", flag)
+        name = flag.partition("=")[0]
+        assert done.returncode == 2 and f"{name} does nothing without --temperature" in done.stderr
 
 
 def test_the_prompt_of_a_question_does_not_depend_on_where_it_is_asked():

@@ -109,6 +109,26 @@ def test_the_best_step_is_named_and_kept(watched, base, toy, capsys):
     assert f"best step by held-out pairs: {best} of 3" in capsys.readouterr().err
 
 
+def test_keep_best_in_mid_run_keeps_and_names_the_best_step_since(base, toy, monkeypatch, capsys):
+    cfg = replace(base, out_dir=toy / "later", keep_best=False)
+    scores = {1: 0.9, 2: 0.2, 3: 0.4}  # the best step comes before best/ is asked for
+
+    def scored(run):
+        step = len(run.rows) + 1
+        return {"heldout/rewards/accuracy": scores[step], "heldout/loss": 1.0}
+
+    monkeypatch.setattr(train_module, "score_heldout", scored)
+    begun = cfg.out_dir / "metrics.jsonl"
+    monkeypatch.setattr(train_module, "asked_to_stop", begun.exists)  # after step 1
+    train_in_process(cfg)
+    monkeypatch.undo()
+    monkeypatch.setattr(train_module, "score_heldout", scored)
+    capsys.readouterr()
+    train_in_process(replace(cfg, keep_best=True))
+    assert [path.name for path in complete_checkpoints(cfg.out_dir / "best")] == ["step-00000003"]
+    assert "best step by held-out pairs: 3 of 3" in capsys.readouterr().err
+
+
 def test_ctrl_c_saves_and_the_same_command_continues_bit_for_bit(
     watched, base, toy, monkeypatch, capsys
 ):

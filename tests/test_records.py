@@ -71,6 +71,8 @@ def test_several_images_share_the_tile_limit(tmp_path):
         ({**GOOD, "system_prompt": ["x"]}, "line 2: 'system_prompt' must be"),
         ({**GOOD, "video": "x.mp4"}, "line 2: 'video' is not supported; remove the record"),
         ({**GOOD, "clip": [0, 1]}, "line 2: 'clip' is not supported"),
+        ({**GOOD, "videos": ["x.mp4"]}, "line 2: 'videos' is not supported; remove the record"),
+        ({**GOOD, "audio": "x.wav"}, "line 2: 'audio' is not supported; remove the record"),
     ],
 )
 def test_a_bad_record_is_named_by_file_line_and_key(tmp_path, record, message):

@@ -313,6 +313,16 @@ def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path)
         claim(tmp_path / "run", {"weights": second, "tiles": 12}, "pass another --out")
 
 
+def test_a_folder_of_lines_that_has_lost_its_run_json_is_not_claimed_anew(tmp_path):
+    claim(tmp_path, {"weights": "a"}, "pass another --out")
+    (tmp_path / "run.json").unlink()
+    claim(tmp_path, {"weights": "a"}, "pass another --out")  # it holds nothing yet
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "answers.0-of-1.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="another weights .run.json does not say, now b.; pass"):
+        claim(tmp_path, {"weights": "b"}, "pass another --out")
+
+
 EARLY = "train generate pairs toy plain".split() + [
     f"tools/{name}" for name in "look lab convert export doctor gpu_check rlaifv race".split()
 ]

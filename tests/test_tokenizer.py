@@ -508,6 +508,13 @@ def edited(path, change):
     path.write_text(json.dumps(data))
 
 
+def test_merges_may_end_their_lines_as_on_windows(byte_level):
+    expected = load_tokenizer(byte_level).encode_plain("answering <think> in")
+    merges = byte_level / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_tokenizer(byte_level).encode_plain("answering <think> in") == expected
+
+
 def test_tokenizer_json_alone_is_the_same_byte_level_tokenizer(byte_level, tmp_path_factory):
     whole = load_tokenizer(byte_level)
     folder = tmp_path_factory.mktemp("json")
@@ -535,7 +542,12 @@ def test_damaged_byte_level_files_are_input_errors(byte_level):
         InputError, match=r"merges.txt \(or vocab.json beside it\): not a tokenizer file"
     ):
         load_tokenizer(byte_level)
-    (byte_level / "merges.txt").unlink()
+    edited(byte_level / "vocab.json", lambda d: d.update({"in": 259}))
+    merges = byte_level / "merges.txt"
+    merges.write_text("\n".join(merges.read_text().splitlines()[:-3]))  # a fetch that broke off
+    with pytest.raises(InputError, match="merges.txt: no merge makes '.*' of vocab.json; fetch"):
+        load_tokenizer(byte_level)
+    merges.unlink()
     with pytest.raises(InputError, match="no tokenizer.model, merges.txt, tokenizer.json in"):
         load_tokenizer(byte_level)
 

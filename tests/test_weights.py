@@ -123,6 +123,11 @@ def copy_shard(folder):
         (lambda f: rewrite(f, lambda t: t.popitem()), "disagree: 1 missing"),
         (lambda f: rewrite(f, lambda t: t.update(x=torch.ones(2))), r"1 unexpected \(x\)"),
         (copy_shard, "00001-of-00002.safetensors and copy.safetensors both hold"),
+        (lambda f: (f / INDEX).write_text("{}"), "index.json: unlisted shard model-00001-of-00002"),
+        (
+            lambda f: shutil.copy(sorted(f.glob("*.safetensors"))[0], f / "adapter.safetensors"),
+            "index.json: unlisted shard adapter.safetensors; fetch what it lists, and no more",
+        ),
         (lambda f: (f / "config.json").unlink(), "no config.json in"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda f: [p.unlink() for p in f.glob("*.s*")], "missing shard|no .*safetensors"),
