@@ -259,10 +259,8 @@ class Run:
         self.policy = sharded_model(cfg, device, cfg.drop_path)
         self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()
         self.reference = make_reference(self)
-        moving = self.reference.model if cfg.reference_update_every else None
-        self.tensors = state_tensors(self.policy, self.optimizer, moving)
-        self.facts = run_facts(self)
-        self.done = self.restore()
+        self.tensors, self.facts = state_tensors(self), run_facts(self)
+        self.done = restore(self, newest) if newest else 0
         say(f"{self.done} of {self.total} steps are done")
 
         background = switched_on(cfg.async_save, device)
@@ -290,21 +288,6 @@ class Run:
         """What the objectives are passed; the shift moves at the end of a step."""
         flags = {"beta": self.cfg.beta, "label_smoothing": self.cfg.label_smoothing}
         return flags | {"bco_shift": self.shift.mean}
-
-    def restore(self) -> int:
-        """Continue from the newest complete checkpoint in out_dir; returns the steps done."""
-        checkpoint = weights.newest_checkpoint(self.cfg.out_dir / "checkpoints")
-        if checkpoint is None:
-            return 0
-        old, now = weights.checkpoint_state(checkpoint)["flags"], self.facts
-        changed = [f"{k} was {old[k]}, now {now[k]}" for k in now if old.get(k, now[k]) != now[k]]
-        if changed:
-            raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
-        self.facts = old | now  # held-out pairs may be left out for a while
-        state = weights.load_checkpoint(checkpoint, self.tensors)
-        self.shift = BcoShift(**state["bco_shift"])
-        self.optimizer.updates = state["updates"]
-        return state["step"]
 
     def steps(self) -> Iterator[Step]:
         """The steps that are left, each made while the one before is computed."""
@@ -499,21 +482,6 @@ def scoring(model: InternVL) -> Iterator[None]:
             unit.reshard()
 
 
-def reduce_gradients(run: Run, now: bool) -> None:
-    """Whether the next backward reduces gradients over processes, or adds them up here.
-
-    With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
-    copies of the model that waits.
-    """
-    if not weights.is_sharded(run.policy):
-        return
-    if run.cfg.sync == "step":
-        run.policy.set_requires_gradient_sync(now)
-        run.policy.set_reshard_after_backward(now)
-    else:
-        run.policy.set_requires_all_reduce(now)
-
-
 def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
     """AdamW (0.9, 0.999, 1e-8); matrices decay, vectors do not."""
     groups = []
@@ -533,8 +501,8 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
 
 def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
-    cfg, needed = run.cfg, losses.needs_reference(run.terms)
-    every = cfg.reference_update_every
+    cfg, every = run.cfg, run.cfg.reference_update_every
+    needed = losses.needs_reference(run.terms)
     if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
         raise InputError(
             f"--reference_update_every {every} moves a second model: it needs an objective with a "
@@ -630,7 +598,6 @@ class CachedReference:
                 row = {"key": key, "logp": logp}
                 part.append(row | {"checksum": checksum(json.dumps(row).encode())})
             if asked_to_stop():
-                part.close()
                 say("asked to stop: scores are kept; the same command continues")
                 raise SystemExit(0)
         part.close()
@@ -677,16 +644,17 @@ def cache_facts(run: Run) -> dict[str, str]:
 # --------------------------------------------------------------------------- continuing a run
 
 
-def state_tensors(policy: InternVL, optimizer: memory.AdamW, moving: InternVL | None) -> dict:
+def state_tensors(run: Run) -> dict[str, Tensor]:
     """All tensors of a run by name."""
     tensors = {}
-    for name, p in policy.named_parameters():
-        if p.requires_grad or not memory.adapters(policy):
+    for name, p in run.policy.named_parameters():
+        if p.requires_grad or not run.cfg.lora_rank:
             tensors[f"model/{name}"] = p
-        for moment, tensor in optimizer.state.get(p, {}).items():
+        for moment, tensor in run.optimizer.state.get(p, {}).items():
             tensors[f"{moment}/{name}"] = tensor
-    if moving:
-        tensors |= {f"reference/{name}": p for name, p in moving.named_parameters()}
+    if run.cfg.reference_update_every:
+        moving = run.reference.model.named_parameters()
+        tensors |= {f"reference/{name}": p for name, p in moving}
     return tensors
 
 
@@ -704,6 +672,18 @@ def run_facts(run: Run) -> dict[str, str]:
     if is_main() and (run.reference or cfg.lora_rank):  # read once, they are large
         facts["start weights"] = weights.fingerprint(cfg.model_dir)
     return facts
+
+
+def restore(run: Run, checkpoint: Path) -> int:
+    """Continue from a checkpoint; returns the steps done."""
+    old, now = weights.checkpoint_state(checkpoint)["flags"], run.facts
+    changed = [f"{k} was {old[k]}, now {now[k]}" for k in now if old.get(k, now[k]) != now[k]]
+    if changed:
+        raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
+    run.facts = old | now  # held-out pairs may be left out for a while
+    state = weights.load_checkpoint(checkpoint, run.tensors)
+    run.shift, run.optimizer.updates = BcoShift(**state["bco_shift"]), state["updates"]
+    return state["step"]
 
 
 # --------------------------------------------------------------------------- one step: its gradient
@@ -753,6 +733,21 @@ def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
             None if x is None else x[side] for x in (sums, reference, lengths) for side in sides
         ]
         yield slice(first, first + len(pack.chosen)), PairLogps(*columns)
+
+
+def reduce_gradients(run: Run, now: bool) -> None:
+    """Whether the next backward reduces gradients over processes, or adds them up here.
+
+    With --sync step weights stay gathered meanwhile; with --replicate it is the reduction over
+    copies of the model that waits.
+    """
+    if not weights.is_sharded(run.policy):
+        return
+    if run.cfg.sync == "step":
+        run.policy.set_requires_gradient_sync(now)
+        run.policy.set_reshard_after_backward(now)
+    else:
+        run.policy.set_requires_all_reduce(now)
 
 
 def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor]:
