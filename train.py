@@ -218,12 +218,9 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             stop = asked_to_stop()
             run.keep(number, metrics, stop)
             if stop and number < run.total:
-                run.close()
                 say(f"asked to stop: saved step {number}; the same command continues")
                 return
-        run.close()
-        squares = (t for name, t in run.tensors.items() if name.startswith("exp_avg_sq/"))
-        if runtime.all_of(not any(local(t).any() for t in squares)):
+        if run.rows and not any(row["grad_norm"] for row in run.rows):
             raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
         if best := best_row(run.best or run.rows):
             say(f"best step by held-out pairs: {best['step']} of {run.total}")
@@ -256,7 +253,7 @@ class Run:
         self.cfg, self.total = cfg, last_step(cfg, self.data)
         self.meter = Meter(cfg, config, device)
 
-        self.policy = sharded_model(cfg, device, cfg.drop_path)
+        self.policy = sharded_model(cfg, device)
         self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()
         self.reference = make_reference(self)
         self.tensors, self.facts = state_tensors(self), run_facts(self)
@@ -267,7 +264,7 @@ class Run:
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
         self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
-        rows = runtime.read_whole_lines(path, step=int, lr=float)
+        rows = runtime.read_whole_lines(path, step=int, lr=float, grad_norm=float)
         self.rows = [row for row in rows if row["step"] <= self.done]
         kept = cfg.keep_best and weights.newest_checkpoint(cfg.out_dir / "best")  # None at first
         self.best = [r for r in self.rows if kept and kept.name == f"step-{r['step']:08d}"]
@@ -318,12 +315,7 @@ class Run:
         if last or number % cfg.save_every == 0:
             self.writer.save(number, self.tensors, state)
             self.tracker.draw(last)
-        self.writer.settle()
-
-    def close(self) -> None:
-        self.writer.finish()
-        if is_main():
-            self.log.close()
+        self.writer.finish(wait=last)
 
 
 # --------------------------------------------------------------------------- before the loop
@@ -406,12 +398,10 @@ def switched_on(setting: str, device: torch.device) -> bool:
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
-def sharded_model(
-    cfg: TrainConfig, device: torch.device, drop_path: float, trained: bool = True
-) -> InternVL:
+def sharded_model(cfg: TrainConfig, device: torch.device, trained: bool = True) -> InternVL:
     """The model of cfg.model_dir, FSDP-sharded block by block, weights streamed into the shards."""
     dtype = FLOATS[cfg.state_dtype if trained else "fp32"]  # TR-DPO's small steps need float32
-    model = prepare(weights.empty_model(cfg.model_dir, drop_path).to(dtype), cfg, trained)
+    model = prepare(weights.empty_model(cfg.model_dir, cfg.drop_path).to(dtype), cfg, trained)
     shard(model, cfg, device)
     weights.load_weights(model, cfg.model_dir, device)
     memory.start_adapters(model, cfg.seed)
@@ -505,9 +495,8 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     needed = losses.needs_reference(run.terms)
     if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
         raise InputError(
-            f"--reference_update_every {every} moves a second model: it needs an objective with a "
-            f"reference, --reference online, no --lora_rank, and a run of {every} steps (this: "
-            f"{run.total})"
+            f"--reference_update_every {every} needs an objective with a reference, --reference "
+            f"online, no --lora_rank, and a run of {every} steps (this: {run.total})"
         )
     if not needed:
         return None
@@ -515,7 +504,7 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
         return CachedReference(run)
     if cfg.lora_rank:
         return OnlineReference(run.policy)
-    return OnlineReference(sharded_model(cfg, run.device, 0.0, trained=False))
+    return OnlineReference(sharded_model(cfg, run.device, trained=False))
 
 
 @dataclass(eq=False)
@@ -930,14 +919,13 @@ def in_group(seed: int) -> Iterator[torch.device]:
             signal.signal(signal.SIGINT, ask_to_stop)
             yield device
     except RuntimeError as error:
-        if rank_and_world()[1] > 1 and (
-            isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        ):
-            raise Failure(
-                "another process has died or does not answer; its message says why; the same "
-                "command continues from the newest checkpoint"
-            ) from None
-        raise
+        from_peers = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if not from_peers or rank_and_world()[1] == 1:
+            raise
+        raise Failure(
+            "another process has died or does not answer; its message says why; the same command "
+            "continues from the newest checkpoint"
+        ) from None
 
 
 def main() -> None:

@@ -363,7 +363,7 @@ class CheckpointWriter:
     Later ones, of a run that was killed and went back, go first.  In the background a thread writes
     a copy in host memory while training goes on, as beside a GPU.  The checkpoint counts once every
     process has written its shard and process 0 has renamed the folder; only the main thread talks
-    to other processes, in `save`, `settle` and `finish`.
+    to other processes, in `save` and `finish`.
     """
 
     def __init__(self, folder: Path, keep: int, background: bool = False) -> None:
@@ -392,17 +392,11 @@ class CheckpointWriter:
                 sign(partial / "state.json")
 
         self.under_way = final, folder, self.thread.submit(write)
-        if not self.background:
-            self.finish()
+        self.finish(wait=not self.background)
 
-    def settle(self) -> None:
-        """Once a step: complete a checkpoint that all processes have written by now."""
-        if self.under_way and all_of(self.under_way[-1].done()):
-            self.finish()
-
-    def finish(self) -> None:
-        """Wait for the checkpoint under way and complete it."""
-        if not self.under_way:
+    def finish(self, wait: bool = True) -> None:
+        """Complete the checkpoint under way, if all processes have written it or one may wait."""
+        if not self.under_way or not (wait or all_of(self.under_way[-1].done())):
             return
         (final, folder, writing), self.under_way = self.under_way, None
         with folder:

@@ -452,7 +452,7 @@ def load_within(cfg, limit):
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        model = sharded_model(cfg, device, 0.0)
+        model = sharded_model(cfg, device)
         done.set()
         watcher.join()
         held = sum(local(p).nbytes for p in model.parameters())

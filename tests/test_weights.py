@@ -389,11 +389,11 @@ def test_a_checkpoint_in_the_background_counts_once_it_is_written(tmp_path, monk
     real = weights.write_tensors
     monkeypatch.setattr(weights, "write_tensors", lambda *a: (gate.wait(20), real(*a)))
     writer.save(1, {"a": torch.zeros(3)}, {})
-    writer.settle()
+    writer.finish(wait=False)
     assert newest_checkpoint(tmp_path) is None
     gate.set()
     while newest_checkpoint(tmp_path) is None:
-        writer.settle()
+        writer.finish(wait=False)
     assert newest_checkpoint(tmp_path).name == "step-00000001"
 
 
