@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import InternVLConfig, LLMConfig
 from runtime import InputError
-from vision import InternViT, RMSNorm
+from vision import InternViT, RMSNorm, drawn
 
 # (layer number, q (b s h d), k (b s g d), v (b s g d)) -> (b s h d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -269,9 +269,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         # padding_idx: that row is loaded but never gets a gradient, as officially (InternLM2: </s>)
-        self.tok_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
+        table = drawn(config.vocab_size, config.hidden_size)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table, False, config.pad_token_id)
         self.layers = nn.ModuleList(
             DecoderBlock(config, i) for i in range(config.num_hidden_layers)
         )

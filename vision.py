@@ -145,6 +145,11 @@ class RMSNorm(nn.Module):
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}  # of InternViT-300M, InternViT-6B
 
 
+def drawn(*shape: int) -> Tensor:
+    """Random numbers, but none on the meta device: torch imports its compiler for those."""
+    return (torch.empty if torch.get_default_device().type == "meta" else torch.randn)(*shape)
+
+
 class VisionEmbeddings(nn.Module):
     """Patches, class token, positions."""
 
@@ -152,9 +157,9 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.grid = config.image_size // config.patch_size  # patches along one side of a tile
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, d))
+        self.class_embedding = nn.Parameter(drawn(1, 1, d))
         self.patch_embedding = nn.Conv2d(3, d, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Parameter(torch.randn(1, self.grid**2 + 1, d))
+        self.position_embedding = nn.Parameter(drawn(1, self.grid**2 + 1, d))
 
     def positions(self, rows: int, cols: int) -> Tensor:  # (1 1+patch d)
         """The position table, its patch part resized if the patch grid is not the native one."""

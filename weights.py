@@ -25,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import runtime
 from config import load_config
@@ -184,18 +183,8 @@ def empty_model(model_dir: Path, drop_path_rate: float | None = None) -> InternV
         config = replace(config, llm=replace(config.llm, tied=False))
     if any((Path(model_dir) / name).is_file() for name in TOKENIZERS):
         image_token = load_tokenizer(model_dir).image_context_id
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"):
         return InternVL(config, config.image_token_id if image_token is None else image_token)
-
-
-class Undrawn(TorchFunctionMode):
-    """Skips random initialisation: of no effect on the meta device, where torch imports its
-    compiler for it, which takes a second."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.init.normal_:
-            return kwargs["tensor"]
-        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def load_model(

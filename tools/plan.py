@@ -29,7 +29,6 @@ from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, rank_and_world, say
 from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of
-from weights import Undrawn
 
 GB = 1e9
 VISION, PROJECTOR, LANGUAGE = PARTS
@@ -238,7 +237,7 @@ def activations_of(
 
 def meta_model(config: InternVLConfig) -> InternVL:
     """A model of shapes alone, to count its parameters."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"):
         return InternVL(config, 1)
 
 
