@@ -863,9 +863,8 @@ def score_heldout(run: Run) -> dict[str, float]:
 
 def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:
     """The row of the highest held-out accuracy; of equal ones, and for SFT, the lowest loss."""
-    scored = [row for row in rows if "heldout/loss" in row]
-    scored.sort(key=lambda row: row["heldout/loss"])
-    return max(scored, key=lambda row: row.get("heldout/rewards/accuracy", 0.0), default=None)
+    scored = sorted((r for r in rows if "heldout/loss" in r), key=lambda r: r["heldout/loss"])
+    return max(scored, key=lambda r: r.get("heldout/rewards/accuracy", 0.0), default=None)
 
 
 def check_start(run: Run, step: Step) -> str:
