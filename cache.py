@@ -38,10 +38,13 @@ def num_blocks(tokens: int) -> int:
 
 
 class Room:
-    """A prompt's or an answer's place in the cache: its blocks in order, and the tokens in them."""
+    """A prompt's or an answer's place in the cache: its blocks in order, and the tokens in them.
 
-    def __init__(self) -> None:
-        self.blocks, self.length = np.zeros(0, np.int64), 0
+    high: takes blocks from the end of the cache, as answers do that share their prompt.
+    """
+
+    def __init__(self, high: bool = False) -> None:
+        self.high, self.blocks, self.length = high, np.zeros(0, np.int64), 0
 
     def place(self, t: int | np.ndarray) -> int | np.ndarray:
         """Where its token number t is kept."""
@@ -75,7 +78,6 @@ class KVCache:
     rooms are neighbouring blocks, as many each.  Keys are stored as they were turned; later steps
     never turn them again.
 
-    apart: prompts take low blocks and answers high ones, as suits many answers a prompt.
     rounded: sizes are rounded up, and held for a while, so that few shapes are captured.
     exact: a row's numbers depend on no other row: pieces are blocks, rows and the queries of a
     block come in multiples of 16, and each prompt is read by itself.  With AVX-512 and one thread
@@ -89,15 +91,13 @@ class KVCache:
         blocks: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        apart: bool = True,
         rounded: bool = False,
         exact: bool = False,
     ) -> None:
         self.heads, self.channels = config.num_key_value_heads, config.head_dim
         self.queries = config.num_attention_heads // self.heads  # that share a key head
         self.device, self.dtype = torch.device(device), dtype
-        self.apart = apart or exact
-        self.row_multiple = 16 if exact else 1
+        self.exact, self.row_multiple = exact, 16 if exact else 1
         self.seat_multiple = 16 // math.gcd(16, self.queries) if exact else 1
         self.rounded, self.steps, self.held = rounded, 0, {}
         # longer prompts would turn the shorter ones beside them by another base (see `rotary`)
@@ -113,14 +113,14 @@ class KVCache:
 
     # ----- rooms
 
-    def enlarge(self, room: Room, length: int, prompt: bool = False) -> bool:
+    def enlarge(self, room: Room, length: int) -> bool:
         """Take blocks until the room holds `length` tokens; False if too few are free."""
         missing = num_blocks(length) - len(room.blocks)
         if missing > 0:
             free = np.flatnonzero(self.free)
             if missing > len(free):
                 return False
-            taken = free[::-1][:missing] if self.apart and not prompt else free[:missing]
+            taken = free[:: -1 if room.high else 1][:missing]
             self.free[taken], self.arranged = False, None
             room.blocks = np.concatenate([room.blocks, taken])
         return True
@@ -130,10 +130,7 @@ class KVCache:
         room.blocks, room.length = room.blocks[:0], 0
 
     def compact(self, rooms: set[Room], high: bool) -> None:
-        """If over a quarter of a step's blocks are free, move the outermost into them.
-
-        high: the rooms lie at the end of the cache, as answers do.
-        """
+        """If over a quarter of a step's blocks are free, move the outermost into them."""
         blocks = np.sort(np.concatenate([room.blocks for room in rooms]))
         used = self.num_blocks - blocks[0] if high else 1 + blocks[-1]
         if used >= 4 * self.free[:: -1 if high else 1][:used].sum():
@@ -217,11 +214,10 @@ class KVCache:
         seat = np.array([next(taken[id(prompt)]) for prompt, *_ in rows])
         seats = rounded_up(seat.max() + 1) if self.rounded else int(seat.max() + 1)
         seats = -(-seats // self.seat_multiple) * self.seat_multiple
-        if not self.apart and seats == 1:  # prompts and answers are read alike
-            return [self._span(rows, seat, 1, padded, False)]
-        prompts, answers = [row[:-1] for row in rows], [row[-1:] for row in rows]
-        first = self._span(prompts, seat, seats, padded, False)
-        return [first, self._span(answers, 0 * seat, 1, padded, self.apart)]
+        spans = [self._span([row[:1] for row in rows], seat, seats, padded, False)]
+        if any(row[1:] for row in rows):
+            spans.append(self._span([row[1:] for row in rows], 0 * seat, 1, padded, True))
+        return spans
 
     def _span(
         self, rows: list[tuple[Room, ...]], seat: np.ndarray, seats: int, padded: int, high: bool

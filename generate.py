@@ -62,7 +62,6 @@ from images import load_image, open_image
 from losses import aligned
 from model import Attend, InternVL, causal_attention
 from tokenizer import (
-    IMAGE,
     StreamDecoder,
     Tokenizer,
     encode_chat,
@@ -185,9 +184,6 @@ def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:  # (row) uint64,
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-PART = 256  # tokens whose probabilities are summed first: short sums are exact enough
-
-
 def filtered_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """(row vocab) probabilities after temperature, then top-k, then top-p; 0 and 1 mean off.
 
@@ -214,26 +210,13 @@ def choose(
     """The most probable token at temperature 0, else the inverse of the cumulative sum."""
     if temperature < 1e-6:  # nothing else is left, and a smaller one would overflow
         return logits.argmax(-1)
-    probs = filtered_probs(logits, temperature, top_k, top_p)
-    # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
-    vocab = probs.shape[1]
-    full, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
-    sums = torch.cat([full.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
-    ends = sums.double().cumsum(-1)
-    part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
-    ids = part[:, None] * PART + torch.arange(PART, device=probs.device)
-    inside = probs.gather(1, ids.clamp(max=vocab - 1)).masked_fill(ids >= vocab, 0)
-    return part * PART + find(inside.double().cumsum(-1), rest)[0]
-
-
-def find(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the intervals that end at `ends` (row n) holds target (row 1), and how far inside.
-
-    An interval of length 0 spans nothing and is never met, whatever the target was rounded to.
-    """
-    target = torch.minimum(target, ends[:, -1:].nextafter(ends.new_zeros(1)))
-    index = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
-    return index[:, 0], target - F.pad(ends, (1, 0)).gather(1, index)
+    # cumulated in float64 and in place: a row of InternVL2-8B is 0.7 MB
+    ends = filtered_probs(logits, temperature, top_k, top_p).double().cumsum_(-1)
+    total = ends[:, -1:]
+    target = uniforms.to(ends)[:, None] * total
+    # below the total, however it was rounded: a token without probability is never met
+    target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(ends, target, right=True)[:, 0]
 
 
 # --------------------------------------------------------------------------- the scheduler
@@ -311,8 +294,8 @@ class Scheduler:
             if self.rows and not self.has_room(1, len(self.groups), group.rows + 1):
                 break
             sample = group.todo.pop(0)
-            last = not (group.rows or group.todo or self.cache.apart)  # continues the prompt's room
-            rooms = (group.room,) if last else (group.room, Room())
+            only = not (group.rows or group.todo or self.cache.exact)  # continues the prompt's room
+            rooms = (group.room,) if only else (group.room, Room(high=True))
             key = row_key(self.generator.settings.seed, group.prompt.id, sample)
             row = Row(group, sample, key, rooms)
             self.cache.enlarge(rooms[-1], rooms[-1].length + 1)
@@ -325,7 +308,7 @@ class Scheduler:
         """Prefill the next prompt, if there is one and room for it, and short ones behind it."""
         batch: list[Group] = []
         while group := self.next(batch):
-            self.cache.enlarge(group.room, len(group.ids), prompt=True)
+            self.cache.enlarge(group.room, len(group.ids))
             batch.append(group)
         if not batch:
             return None
@@ -443,20 +426,19 @@ class Generator:
 
     def encode(self, prompt: Prompt) -> Group:
         """Ids of the prompt; reads the sizes of its images."""
-        config, question = self.model.config, prompt.question
+        config, count = self.model.config, len(prompt.images)
         with named(prompt.label):
-            if not question.strip():
+            if not prompt.question.strip():
                 raise InputError("the question is empty")
-            if not prompt.history:
-                question = with_image_placeholders(question, len(prompt.images))
-            elif not prompt.images:  # or else its <image> would be plain text
-                with_image_placeholders("".join(q for q, _ in prompt.history) + question, 0)
+            turns = [*prompt.history, (prompt.question, None)]
+            asked = "\n".join(question for question, _ in turns)
+            if with_image_placeholders(asked, count) != asked:  # none yet: to the first turn
+                turns[0] = with_image_placeholders(turns[0][0], count), turns[0][1]
             tokens = []
             for path in prompt.images:
                 with open_image(Path(path)) as image:
                     tiles = num_tiles(*image.size, prompt.max_tiles, config.tile_size)
                 tokens.append(tiles * config.tokens_per_tile)
-            turns = [*prompt.history, (question, None)]
             system = prompt.system_prompt or config.system_message
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
         prefix = self.tokenizer.encode_plain(prompt.prefix)
@@ -484,10 +466,9 @@ class Generator:
         # CPU libraries multiply fewer rows in another way, with other rounding; at temperature 0
         # that hardly matters, and one row alone is faster without company
         exact = settings.exact_batches and not on_gpu and settings.temperature > 0
-        apart = samples > len(groups)
         alone = samples == 1 and not exact and not on_gpu
         store(self.model, by_columns=alone and self.dtype == torch.float32)
-        return KVCache(llm, blocks, self.device, self.dtype, apart, rounded=on_gpu, exact=exact)
+        return KVCache(llm, blocks, self.device, self.dtype, rounded=on_gpu, exact=exact)
 
     # ----- running
 
@@ -590,9 +571,6 @@ def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
 
 
 def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) -> Prompt:
-    if history and cfg.image and IMAGE not in "".join(q for q, _ in history) + question:
-        first, *rest = history  # the images belong to the first turn, as in chat()
-        history = ((with_image_placeholders(first[0], len(cfg.image)), first[1]), *rest)
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
     given = (cfg.image, history, cfg.prefix, cfg.max_tiles or tiles, cfg.num_samples)
     return Prompt(digest.hexdigest(), question, *given, name="the question")

@@ -109,10 +109,10 @@ def test_scores_losses_and_the_optimizer_stay_on_the_card(world, fake):
 def test_prefill_decode_and_choice_stay_on_the_card(fake, temperature, top_k, top_p):
     mode, policy = fake
     kv = cache.KVCache(policy.config.llm, 64, CUDA, torch.bfloat16, rounded=True)
-    prompt, answers, left = cache.Room(), [cache.Room() for _ in range(3)], cache.Room()
-    kv.enlarge(left, 40 * cache.KEYS, prompt=True)
+    prompt, answers, left = cache.Room(), [cache.Room(high=True) for _ in range(3)], cache.Room()
+    kv.enlarge(left, 40 * cache.KEYS)
     ids = [policy.image_context_id] * policy.config.tokens_per_tile + [5] * 40
-    kv.enlarge(prompt, len(ids), prompt=True)
+    kv.enlarge(prompt, len(ids))
     tiles = torch.empty(1, 3, policy.config.tile_size, policy.config.tile_size, device=CUDA)
     with ImageSlots(policy.config.tokens_per_tile):
         [logits] = generate.prefill(policy, [ids], tiles, kv.prefill([prompt], [len(ids)]))

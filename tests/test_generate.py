@@ -91,7 +91,7 @@ def cache_of(model, tokens, **kinds):
 def read(model, cache, ids, tiles=None):
     """(room, logits) of a prompt that enters the cache."""
     room = Room()
-    assert cache.enlarge(room, len(ids), prompt=True)
+    assert cache.enlarge(room, len(ids))
     [logits] = prefill(model, [ids], tiles, cache.prefill([room], [len(ids)]))
     return room, logits
 
@@ -105,7 +105,7 @@ def feed(model, cache, rows, tokens):
 
 def steps(model, ids, tiles, count, banned=()):
     """Greedy ids by prefill and decode, and the logits of every step."""
-    cache, answer = cache_of(model, len(ids)), Room()
+    cache, answer = cache_of(model, len(ids)), Room(high=True)
     room, logits = read(model, cache, ids, tiles)
     out, seen = [], []
     for _ in range(count):
@@ -219,7 +219,7 @@ def test_the_parts_of_a_wide_head_make_the_logits_of_one_product():
     torch.manual_seed(0)
     model, prompts = InternVL(parse_config(model_config(2500)), 7).eval(), [[11] * 5, [12] * 9]
     cache = cache_of(model, 99)
-    rows = [(read(model, cache, ids)[0], Room()) for ids in prompts]
+    rows = [(read(model, cache, ids)[0], Room(high=True)) for ids in prompts]
     logits = feed(model, cache, rows, [13, 14])
     for row, ids, token in zip(logits, prompts, (13, 14)):
         with torch.no_grad():
@@ -234,7 +234,7 @@ def test_past_the_limit_each_step_turns_only_its_own_key(toy):
     torch.manual_seed(0)
     model = InternVL(parse_config(raw), 7).eval()
     ids = torch.randint(10, 160, (36,)).tolist()
-    cache, answer, memory = cache_of(model, 36), Room(), {}
+    cache, answer, memory = cache_of(model, 36), Room(high=True), {}
     room, _ = read(model, cache, ids[:16])
 
     def uncached(n):
@@ -265,9 +265,9 @@ def test_forked_rows_equal_separate_prefills(toy, generator):
     prompt = prompts(toy)[2]
     ids, tiles = generator.encode(prompt).ids, generator.tiles(prompt)
     new, model = torch.randint(10, 60, (4, 150)), generator.model  # more than one block
-    caches = [cache_of(model, 800, apart=apart) for apart in (True, False, False)]
-    forked = [(room, Room()) for room in [read(model, caches[0], ids, tiles)[0]] * 4]
-    alone = [(read(model, caches[1], ids, tiles)[0], Room()) for _ in range(4)]
+    caches = [cache_of(model, 800) for _ in range(3)]
+    forked = [(room, Room(high=True)) for room in [read(model, caches[0], ids, tiles)[0]] * 4]
+    alone = [(read(model, caches[1], ids, tiles)[0], Room(high=True)) for _ in range(4)]
     continued = [(read(model, caches[2], ids, tiles)[0],) for _ in range(4)]  # at first one piece
     for n in range(0, 150, 2):
         a = feed(model, caches[0], forked, new[:, n].tolist())
@@ -542,8 +542,8 @@ def a_step(model, device="cpu"):
     """A cache with a prompt of 100 tokens, and a plan for three rows that continue it."""
     dtype = model.language_model.head.dtype
     cache, prompt = KVCache(model.config.llm, 40, device, dtype, rounded=True), Room()
-    rows = [(prompt, Room()) for _ in range(3)]
-    assert cache.enlarge(prompt, 100, prompt=True)
+    rows = [(prompt, Room(high=True)) for _ in range(3)]
+    assert cache.enlarge(prompt, 100)
     assert all(cache.enlarge(answer, 1) for _, answer in rows)
     return cache, prompt, cache.plan(rows, [3, 4, 5])
 
@@ -581,9 +581,9 @@ def test_a_head_with_rows_behind_its_vocabulary_gives_the_same_logits(generator)
 
 def test_blocks_move_together_where_a_step_would_read_in_vain(generator):
     cache = KVCache(generator.model.config.llm, 40, "cpu", torch.float32)
-    prompts, answers = [Room(), Room()], [Room(), Room()]
+    prompts, answers = [Room(), Room()], [Room(high=True), Room(high=True)]
     for prompt, answer in zip(prompts, answers):
-        assert cache.enlarge(prompt, 3 * KEYS, prompt=True) and cache.enlarge(answer, 5 * KEYS)
+        assert cache.enlarge(prompt, 3 * KEYS) and cache.enlarge(answer, 5 * KEYS)
         prompt.length, answer.length = 3 * KEYS, 4 * KEYS
     number = torch.arange(41.0).view(41, 1, 1, 1)
     memories = [x.unflatten(0, (41, KEYS)) for pair in cache.memory for x in pair]

@@ -107,8 +107,12 @@ def test_loss_and_every_gradient_equal_the_official_ones(micro):
 
 def decode_all(model, ids, prefilled):
     """Logits of the tokens after the first `prefilled`, each in a step of its own."""
-    cache, prompt, answer = KVCache(model.config.llm, 9, "cpu", torch.float32), Room(), Room()
-    assert cache.enlarge(prompt, prefilled, prompt=True)
+    cache, prompt, answer = (
+        KVCache(model.config.llm, 9, "cpu", torch.float32),
+        Room(),
+        Room(high=True),
+    )
+    assert cache.enlarge(prompt, prefilled)
     model(ids[:, :prefilled], attend=cache.prefill([prompt], [prefilled]))
     steps = []
     for n in range(prefilled, ids.shape[1]):
