@@ -18,7 +18,7 @@ from losses import token_logps
 from model import InternVL, causal_attention
 from runtime import InputError
 from tokenizer import load_tokenizer
-from tools.releases import RELEASES, named_config
+from tools.plan import RELEASES, named_config
 from vision import IMAGENET_MEAN, IMAGENET_STD
 from weights import load_model
 

@@ -36,7 +36,7 @@ from losses import aligned
 from model import InternVL
 from runtime import InputError, rank_and_world, run
 from tokenizer import load_tokenizer
-from tools.releases import named_config
+from tools.plan import named_config
 from toy import model_config, parse_config, write_world
 from weights import load_model
 

@@ -21,8 +21,7 @@ from tools.bench import (
     paper_tree,
     run_bench,
 )  # fmt: skip
-from tools.plan import GB, RESERVE, flops, load_of, plan_of, say_plan, settle
-from tools.releases import named_config
+from tools.plan import GB, RESERVE, flops, load_of, named_config, plan_of, say_plan, settle
 from train import TrainConfig, prepare, score, shard, units_of, with_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

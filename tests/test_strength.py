@@ -45,7 +45,7 @@ from runtime import Failure, InputError, process_group, run, say
 from tokenizer import load_tokenizer
 from tools.bench import example_pack, example_tree
 from tools.export import ExportConfig, export, export_checkpoint
-from tools.releases import named_config
+from tools.plan import named_config
 from toy import write_world
 from train import TrainConfig, compile_blocks, prepare, score, sharded_model
 from weights import empty_model, load_model, local, newest_checkpoint

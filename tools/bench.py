@@ -24,7 +24,6 @@ from data import Pack, Tree, lay_out
 from model import InternVL
 from runtime import InputError, read_json
 from tools import plan
-from tools.releases import named_config
 from train import TrainConfig, compute_dtype, prepare, score
 
 Row = dict[str, float]  # a table's column -> its value
@@ -128,7 +127,7 @@ def add_noise(model: InternVL) -> InternVL:
 
 def plan_or_bench(cfg: TrainConfig) -> None:
     """train.py --plan or --bench, of a named --size or of the model in cfg.model_dir."""
-    config = named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
+    config = plan.named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
     cfg = train.with_recipe(cfg, config, print)
     if cfg.gpus % cfg.replicate:
         raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
@@ -148,7 +147,7 @@ def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:
     say_rows((name, formula_row(mode, config, tree, 2)) for name, mode in modes[:5])
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else 2 * plan.GB
     if 3 * 2 * plan.count(plan.meta_model(config)) > memory:
-        config = named_config("2b" if on_gpu else "toy")
+        config = plan.named_config("2b" if on_gpu else "toy")
         print(f"that is too large for this device; measured on a smaller model, {device}:")
     tree = paper_tree(config, 1 if on_gpu else 4)
     say_size(config, tree, f"{device}, {compute_dtype(cfg, device)}")

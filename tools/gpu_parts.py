@@ -43,7 +43,6 @@ from runtime import InputError, parse_cli, process_group, read_json, read_jsonl
 from tokenizer import load_tokenizer
 from tools import bench as pair_bench
 from tools import plan, race
-from tools.releases import named_config
 from vision import cut_tiles, pixels
 from weights import FLOATS, load_model
 
@@ -281,7 +280,7 @@ def resume(case: str) -> Iterator[Row]:
 
 
 def shape(size: str) -> InternVLConfig:
-    return named_config("toy" if TOY else size)
+    return plan.named_config("toy" if TOY else size)
 
 
 def noise(size: str) -> InternVL:

@@ -1,5 +1,6 @@
 """What training costs: FLOPs and bytes of a step, known before it runs; `--plan` of train.py.
 
+    named_config  the shapes of a release or a toy, without weights
     Load, flops   useful FLOPs of a pack by part, forward and backward; recomputing is not useful
     Meter         tokens and pairs a second of a running step, and its share of the peak (MFU)
     plan_of       bytes a GPU needs, as sums and products that one can check by hand
@@ -18,21 +19,40 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from config import InternVLConfig
+from config import InternVLConfig, LLMConfig
 from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
-from runtime import InputError, rank_and_world, say
+from runtime import InputError, rank_and_world, read_json, say
 from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of
+from vision import VisionConfig
 
 GB = 1e9
 VISION, PROJECTOR, LANGUAGE = PARTS
 RESERVE = 0.08  # of the plan: CUDA's context, NCCL's buffers, fragmentation
+# of the releases' config.json; of 2.5-38B, 3-38B and 3.5-38B from those of their language models
+TABLE = read_json(Path(__file__).with_name("releases.json"))
+RELEASES = TABLE["releases"]  # name -> a value for each of TABLE["columns"]
+
+
+def named_config(size: str) -> InternVLConfig:
+    """A release by generation and size ("3.5-8b"), or a toy.
+
+    A size alone ("8b") is that of the first generation that has it, from InternVL2 on.
+    """
+    name = next((n for n in RELEASES if size in (n, n.split("-")[-1])), None)
+    if name is None:
+        raise InputError(f"unknown size {size!r}; known: {', '.join(RELEASES)}")
+    row = dict(zip(TABLE["columns"], RELEASES[name]))
+    vit = VisionConfig(**TABLE["vision"][row.pop("vision")])
+    own = {key: row.pop(key) for key in ("generation", "template")}
+    return InternVLConfig(vit, LLMConfig(**row), tile_size=vit.image_size, max_tiles=12, **own)
 
 
 # --------------------------------------------------------------------------- useful FLOPs

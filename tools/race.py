@@ -50,7 +50,7 @@ from model import InternVL
 from tools.bench import example_tree, measured_peak, noise_model, step_of
 from tools.export import hf_config, text_config
 from tools.figures import markdown_table
-from tools.releases import named_config
+from tools.plan import named_config
 from train import TrainConfig, compile_blocks, prepare, switched_on
 
 Contestants = dict[str, Callable[[], object]]  # the first one is what the others are held against
