@@ -2,12 +2,6 @@
 
     python tools/export.py --model_dir runs/mpo/model --out export/hf --hf
 
-    --hf                   transformers' own layout, InternVLForConditionalGeneration: for
-                           transformers 4.52 and later, TRL, ms-swift, vLLM
-    --llm_only, --llama    the language model alone: Qwen2, Qwen3, or an InternLM2 as a Llama
-    --checkpoint           the official layout, from a checkpoint of a run that began at model_dir:
-                           runs/mpo/checkpoints (its newest), runs/mpo/best, or a step of them
-
 The official layout needs no export once a run has ended: `<out_dir>/model` is in it already, code
 included.  Files and dtypes are those of the model, one file is in memory at a time (of a checkpoint
 the whole model).  Configs say everything twice that transformers 4 and 5 read under different keys
@@ -36,9 +30,9 @@ class ExportConfig:
 
     model_dir: Path = flag(Path("runs/mpo/model"), "the trained model; of a run, the start")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
-    checkpoint: Path | None = flag(None, "a run's checkpoints, best, or a step-N of them")
-    hf: bool = flag(False, "the whole model in transformers' own layout")
-    llm_only: bool = flag(False, "the language model alone")
+    checkpoint: Path | None = flag(None, "official layout of a run's checkpoints, best, or a step")
+    hf: bool = flag(False, "layout of transformers 4.52 and later, TRL, ms-swift, vLLM")
+    llm_only: bool = flag(False, "the language model alone: Qwen2, Qwen3 or Llama")
     llama: bool = flag(False, "the same of an InternLM2, which becomes a Llama")
 
     def __post_init__(self) -> None:
