@@ -55,9 +55,6 @@ def collect(folder: Path) -> tuple[dict, dict, dict, dict]:
     return about, {row: flags[row] for row in sorted(flags, key=order.index)}, numbers, pairs
 
 
-# --------------------------------------------------------------------------- numbers over seeds
-
-
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -122,9 +119,6 @@ def orderings(lines: list[dict]) -> dict:
     differ = len(known) > 2 and len(set(ours)) > 1
     spearman = statistics.correlation(ours, papers) if differ else None
     return {"spearman": spearman, "rows": len(known)}
-
-
-# --------------------------------------------------------------------------- claims
 
 
 # each: "one" minus "other", both "row measure", and what that must be; open: not expected of a toy
@@ -193,9 +187,6 @@ def results_of(folder: Path) -> dict:
     }
 
 
-# --------------------------------------------------------------------------- pictures
-
-
 def draw_world(count: int = 4) -> bytes:
     """Pictures of the toy, each with a question and its two right answers."""
     import toy  # noqa: PLC0415  (torch takes seconds to load; a report of files needs none)
@@ -246,9 +237,6 @@ def draw_rows(lines: list[dict]) -> bytes:
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figures.png(drawn)
-
-
-# --------------------------------------------------------------------------- text
 
 
 def show(line: dict, key: str, spread: str = "", form: str = ".1f") -> str:

@@ -26,8 +26,6 @@ from train import TrainConfig, train
 
 DESCRIBE = "Describe the image."
 
-# --------------------------------------------------------------------------- lessons
-
 
 def describe(things: list[Thing]) -> str:
     return f"I see {', '.join(thing.words for thing in things) or 'nothing'}."
@@ -88,9 +86,6 @@ def made_up(seed: Seed, rows: list[dict], key: str) -> float:
         truth = {thing.words for thing in things}
         wrong += [words not in truth for words in MENTION.findall(row[key])]
     return 100 * sum(wrong) / max(1, len(wrong))
-
-
-# --------------------------------------------------------------------------- base
 
 
 def train_model(seed: Seed, folder: str, **flags) -> None:
@@ -169,9 +164,6 @@ def measure(seed: Seed, folder: str, flags: dict) -> str:
     return f"Direct {measures['direct']:.1f}, CoT {measures['cot']:.1f}"
 
 
-# --------------------------------------------------------------------------- answers and pairs
-
-
 def sample(
     seed: Seed, questions: str, prompts: str, start: str = "base", out: str = "samples"
 ) -> list[dict]:
@@ -222,9 +214,6 @@ def make_pairs(seed: Seed) -> str:
     write_atomic(seed.folder / "pairs.json", json.dumps(summary, indent=1) + "\n")
     counts = f"{summary['correctness']['pairs']} CoT and {summary['direct']['pairs']} Direct pairs"
     return f"{counts}, {summary['correctness']['right']:.0f} % of CoT samples right"
-
-
-# --------------------------------------------------------------------------- rows
 
 
 def train_row(seed: Seed, row: str, name: str, flags: dict) -> str:

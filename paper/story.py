@@ -96,9 +96,6 @@ class Seed(NamedTuple):
     mine: Path | None
 
 
-# --------------------------------------------------------------------------- tasks
-
-
 def runs_of(cfg: StoryConfig) -> list[tuple[str, str, dict]]:
     """(row, name, flags other than the row's) of every training from the base, quick rows first."""
     rows = list(QUICK_ROWS)
@@ -138,9 +135,6 @@ def tasks_of(cfg: StoryConfig, number: int) -> list[Task]:
         made = f"rows/{name}/{last}"
         tasks.append(task(name, ["pairs"], seconds, made, "train_row", row, name, flags))
     return tasks
-
-
-# --------------------------------------------------------------------------- command line
 
 
 def begin(cfg: StoryConfig) -> dict:

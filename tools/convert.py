@@ -56,9 +56,6 @@ FORMATS = {
 Turns = list[tuple[str, str]]  # (user, assistant or system, text)
 
 
-# --------------------------------------------------------------------------- a format to MMPR
-
-
 def turns_of(messages: Any, role: str) -> Turns:
     """The turns of a text that `role` says, of a message or of messages.
 
@@ -148,9 +145,6 @@ def image_name(image: Any, root: Path) -> str:
     return relpath(path, root) if Path(path).is_absolute() else path
 
 
-# --------------------------------------------------------------------------- MMPR to a format
-
-
 def written(record: PairRecord, to: str, root: Path) -> dict:
     """The record as another program reads it; image paths are absolute, those of MMPR in `root`."""
     images = [str(path.resolve()) for path in record.images]
@@ -171,9 +165,6 @@ def written(record: PairRecord, to: str, root: Path) -> dict:
         return {"prompt": messages, **both, "images": images}
     messages += both["chosen"]
     return {"messages": messages, "rejected_response": record.rejected, "images": images}
-
-
-# --------------------------------------------------------------------------- files
 
 
 def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:

@@ -75,7 +75,6 @@ class Case:
         return (fmean(values[:fifth]), fmean(values[-fifth:])) if len(values) >= 10 else (0.0, 0.0)
 
 
-# --------------------------------------------------------------------------- illnesses
 # Each rule yields (an illness of WORDS, what is seen of it, in numbers) where it can be told.
 WORDS = read_json(Path(__file__).with_name("illnesses.json"))
 Seen = Iterator[tuple[str, str]]
@@ -218,9 +217,6 @@ def diagnose(history: Rows, total: int, flags: dict[str, Any]) -> dict[str, str]
     """What a run's metrics and flags show so far: name of the illness -> one line."""
     findings = examine(Case(history, total, flags))
     return {f["name"]: f"{f['name']}: {f['seen']}. {f['means']} Try: {f['try']}" for f in findings}
-
-
-# --------------------------------------------------------------------------- reading a run
 
 
 def metrics_file(run_dir: Path) -> Path:

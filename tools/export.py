@@ -103,9 +103,6 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-# --------------------------------------------------------------------------- weights
-
-
 def renamed_shards(model: InternVL, model_dir: Path, part: str = "") -> Iterator[Shard]:
     """The model's files under the -hf names, of which only those that begin with `part` count."""
     parameters, renamed = dict(model.named_parameters()), stored_pieces(model, HF)
@@ -131,9 +128,6 @@ def write_shards(shards: Iterable[Shard], out: Path) -> None:
     write_json(out / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-# --------------------------------------------------------------------------- config.json
-
-
 def filled(name: str, **values: Any) -> dict:
     """A file of templates/ with these values."""
     return json.loads(render(TEMPLATES / name, **values))
@@ -151,9 +145,6 @@ def hf_config(model: InternVL, text: dict) -> dict:
         raise InputError("the model's folder has no tokenizer, which names the image token's id")
     known = {"config": model.config, "vit": model.config.vision, "text": text}
     return filled("config.json", image_token_id=model.image_context_id, **known)
-
-
-# --------------------------------------------------------------------------- tokenizer
 
 
 def write_tokenizer(model_dir: Path, config: InternVLConfig, out: Path, images: bool) -> dict:

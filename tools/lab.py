@@ -54,9 +54,6 @@ from tools.figures import new_figure, png, text_table
 GRID, REACH, TOKENS, START = 41, 20.0, 20.0, -30.0  # points a side, nats, tokens, log-prob of both
 
 
-# --------------------------------------------------------------------------- your own objectives
-
-
 def register_file(path: Path) -> list[str]:
     """Add every objective of a user's Python file to losses.LOSSES; returns their names.
 
@@ -135,9 +132,6 @@ def call_users_code(path: Path, function: Callable, *args: Any, **options: Any) 
         raise InputError(f"{place}: {type(error).__name__}: {error}") from error
 
 
-# --------------------------------------------------------------------------- checks
-
-
 def check_loss(loss: Loss) -> dict[str, bool]:
     """Every check of one objective, by name; `loss` takes PairLogps alone."""
     x = example_pairs()
@@ -163,9 +157,6 @@ def loss_and_gradient(loss: Loss, x: PairLogps) -> tuple[Tensor, Tensor, Tensor]
     value = loss(replace(x, policy_chosen=chosen, policy_rejected=rejected))
     grads = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
     return value.detach(), *grads
-
-
-# --------------------------------------------------------------------------- plane, drawing, table
 
 
 def plane(loss: Loss, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

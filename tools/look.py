@@ -84,9 +84,6 @@ def each_record(sets: list[DataSet], workers: int, inspect: Callable) -> Iterato
         yield from chain.from_iterable(in_order(some, numbers, 100, workers, data_set.name))
 
 
-# --------------------------------------------------------------------------- check
-
-
 def check(cfg: CheckConfig) -> None:
     """Verify all records; print tables of tiles and tokens, the bad records and the odd ones."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
@@ -132,9 +129,6 @@ def check(cfg: CheckConfig) -> None:
     print(f"{total} records: {good} can be read, {total - good} are bad")
     if good < total:
         raise SystemExit(1)
-
-
-# --------------------------------------------------------------------------- show
 
 
 def print_records(cfg: ShowConfig) -> None:
@@ -238,8 +232,6 @@ def picture(path: Path, raw: dict) -> str:
     image.save(buffer, format="JPEG", quality=80)
     return inline_image(buffer.getvalue(), "jpeg")
 
-
-# --------------------------------------------------------------------------- stats
 
 # section 3 of arXiv 2411.10442, which gives pairs and lengths
 PAPER = {

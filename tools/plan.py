@@ -55,9 +55,6 @@ def named_config(size: str) -> InternVLConfig:
     return InternVLConfig(vit, LLMConfig(**row), tile_size=vit.image_size, max_tiles=12, **own)
 
 
-# --------------------------------------------------------------------------- useful FLOPs
-
-
 @dataclass(frozen=True)
 class Load:
     """What packs ask of the model."""
@@ -168,9 +165,6 @@ class Meter:
             "pairs_per_s": step.pairs / seconds,
             "mfu": (forward * (1 + online) + backward) / (seconds * self.peak),
         }
-
-
-# --------------------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,6 @@ def race(cfg: RaceConfig, line: Line, memory: bool) -> None:
     print(*markdown_table(HEADER, rows).split("\n")[2:], sep="\n", flush=True)
 
 
-# --------------------------------------------------------------------------- training
-
-
 def training(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator[Line]:
     """A pair with 7 tiles, 1 tile and none; answers of 300 and 350 tokens as in the paper."""
     answers = (8, 10) if tiny else (300, 350)
@@ -191,9 +188,6 @@ def trl_step(theirs: nn.Module, tree: Tree) -> Callable[[], None]:
         trainer.model.zero_grad()
 
     return step
-
-
-# --------------------------------------------------------------------------- generation
 
 
 class Asked(NamedTuple):
