@@ -70,8 +70,7 @@ class Tree:
     rejected: list[int]  # (pair) likewise; the chosen one where no loss looks at it
     images: list[tuple[Path, int, bool]]  # (file, tile limit, JPEG augmentation)
     tiles: list[int]  # (image) tile counts, thumbnails included
-    names: list[str]  # (pair)
-    sets: list[str] = field(default_factory=list)  # (pair) data sets
+    pairs: list[PairRecord]
 
     @property
     def size(self) -> int:
@@ -102,8 +101,7 @@ def encode_tree(
         if responses[1:] == responses[:1]:  # of texts that a tokenizer takes alike
             raise InputError("chosen and rejected are the same tokens; remove the record")
     images = [(path, record.max_tiles, record.augment) for path in record.images]
-    pair = [0], [len(responses) - 1]
-    return Tree(trunk, responses, *pair, images, tiles, [record.name], [record.data_set])
+    return Tree(trunk, responses, [0], [len(responses) - 1], images, tiles, [record])
 
 
 def merge(a: Tree, b: Tree) -> Tree:
@@ -115,8 +113,7 @@ def merge(a: Tree, b: Tree) -> Tree:
         responses=responses,
         chosen=a.chosen + [place[i] for i in b.chosen],
         rejected=a.rejected + [place[i] for i in b.rejected],
-        names=a.names + b.names,
-        sets=a.sets + b.sets,
+        pairs=a.pairs + b.pairs,
     )
 
 
@@ -126,7 +123,7 @@ def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> 
     for tree in trees:
         last = bushes[-1] if bushes else None
         same = last and (last.trunk, last.images) == (tree.trunk, tree.images)
-        merged = merge(last, tree) if same and len(last.names) < pairs else None
+        merged = merge(last, tree) if same and len(last.pairs) < pairs else None
         if merged and fits(merged):
             bushes[-1] = merged
         else:
@@ -302,11 +299,9 @@ class Step:
 
     number: int  # from 0
     packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, its first pair)
-    pairs: int  # of the whole step, all processes
+    pairs: list[PairRecord]  # of the whole step, all processes
     trees: list[list[Tree]]  # (pack) likewise
     dropped: list[str]  # names of too long records
-    records: list[str]  # (pair) record names
-    sets: list[str]  # (pair) names of their data sets
 
 
 @dataclass(eq=False)
@@ -362,12 +357,11 @@ class PairData:
     def step(self, number: int, rank: int, world: int) -> Step:
         """Plan the whole step, then build every world-th pack of it."""
         planned, dropped = self.plan(self.rows(number))
-        records = [name for pack in planned for tree in pack for name in tree.names]
-        sets = [name for pack in planned for tree in pack for name in tree.sets]
+        pairs = [pair for pack in planned for tree in pack for pair in tree.pairs]
         trees = planned + [[BLANK]] * (-len(planned) % world)
-        firsts = [0, *accumulate(sum(len(tree.names) for tree in pack) for pack in trees)]
+        firsts = [0, *accumulate(sum(len(tree.pairs) for tree in pack) for pack in trees)]
         packs = [(self.build(trees[n]), n, firsts[n]) for n in range(rank, len(trees), world)]
-        return Step(number, packs, len(records), planned, dropped, records, sets)
+        return Step(number, packs, pairs, planned, dropped)
 
     def rows(self, step: int) -> np.ndarray:  # (pair 2)
         """(set, record) of the pairs of step 0, 1, ...; an epoch's last step may have fewer."""

@@ -162,7 +162,7 @@ from config import InternVLConfig, load_config, recipe
 from data import BLANK, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
-from records import part_files, read_meta, read_parts
+from records import PairRecord, part_files, read_meta, read_parts
 from tokenizer import load_tokenizer
 from weights import FLOATS, local
 
@@ -207,7 +207,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             if cfg.reference_update_every and number % cfg.reference_update_every == 0:
                 run.reference.move(run.policy, cfg.reference_update_mix)
 
-            metrics = step_metrics(run, logps, step.sets) | run.meter(step, run.reference)
+            metrics = step_metrics(run, logps, step.pairs) | run.meter(step, run.reference)
             metrics |= {"bco_shift": run.shift.mean, "lr": lr, "grad_norm": norm}
             if run.heldout and (number == run.total or number % cfg.heldout_every == 0):
                 metrics |= score_heldout(run)
@@ -595,7 +595,7 @@ class CachedReference:
     def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
         logps, there = self.look_up(pack.trees)
         if pack.trees != [BLANK] and not there.all():
-            names = ", ".join(name for tree in pack.trees for name in tree.names)
+            names = ", ".join(pair.name for tree in pack.trees for pair in tree.pairs)
             raise InputError(
                 f"{self.folder} lacks log-probs of responses in {names}: an image "
                 "or the tokenizer has changed since; delete covers-*.json there and start again"
@@ -695,7 +695,7 @@ def step_gradient(run: Run, step: Step) -> PairLogps:
             chosen, rejected = (pull[place] for pull in pulls)
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
-            loss = objective(run.terms, logps, **run.hyper)[0].sum() / step.pairs  # eq. 3
+            loss = objective(run.terms, logps, **run.hyper)[0].sum() / len(step.pairs)  # eq. 3
         (loss * dist.get_world_size()).backward()
         scored.append((place, logps))
     return gather(run, step, scored)
@@ -771,7 +771,7 @@ def gather(run: Run, step: Step, scored: Iterable[tuple[slice, PairLogps]]) -> P
     Each writes its own columns into zeros; adding zeros is exact, so the result does not depend on
     the number of processes.
     """
-    table = torch.zeros(6 if run.reference else 4, step.pairs, device=run.device)
+    table = torch.zeros(6 if run.reference else 4, len(step.pairs), device=run.device)
     for place, logps in scored:
         table[:, place] = torch.stack([x.detach() for x in vars(logps).values() if x is not None])
     dist.all_reduce(table)
@@ -809,11 +809,12 @@ class Diverged(Failure):
 def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
     """Non-finite numbers are never trained on: name the step and its records, and stop."""
     loss, number = objective(run.terms, logps, **run.hyper)[0], step.number + 1
-    bad = [name for name, finite in zip(step.records, loss.isfinite().tolist()) if not finite]
+    names = [pair.name for pair in step.pairs]
+    bad = [name for name, finite in zip(names, loss.isfinite().tolist()) if not finite]
     if not bad and math.isfinite(norm):
         return
     problem = f"loss is {loss.mean().item()}" if bad else f"gradient norm is {norm}"
-    path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or step.records
+    path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or names
     if is_main():
         write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
     raise Diverged(
@@ -824,9 +825,9 @@ def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
 # --------------------------------------------------------------------------- what a step says
 
 
-def step_metrics(run: Run, logps: PairLogps, sets: list[str]) -> dict[str, float]:
-    """Means over the pairs of the step: the loss, each term's, losses.pair_metrics, and some of
-    each data set; `sets` names the pairs' data sets."""
+def step_metrics(run: Run, logps: PairLogps, pairs: list[PairRecord]) -> dict[str, float]:
+    """Means over the pairs: the loss, each term's, losses.pair_metrics; some of each data set."""
+    sets = [pair.data_set for pair in pairs]
     total, parts = objective(run.terms, logps, **run.hyper)
     columns = {"loss": total} | {f"loss/{name}": value for name, value in parts.items()}
     for name, value in losses.pair_metrics(logps, run.cfg.beta).items():
@@ -844,20 +845,20 @@ def step_metrics(run: Run, logps: PairLogps, sets: list[str]) -> dict[str, float
 
 def score_heldout(run: Run) -> dict[str, float]:
     """The metrics of all held-out pairs under the policy as it stands; nothing is trained."""
-    scored, sets, dropped = [], [], 0
+    scored, pairs, dropped = [], [], 0
     numbers = range(run.heldout.steps_per_epoch)
     for step in prefetch(run.heldout.step(n, *rank_and_world()) for n in numbers):
         dropped += len(step.dropped)
-        sets += step.sets
+        pairs += step.pairs
         if step.pairs:
             with scoring(run.policy):
                 scored.append(vars(score_step(run, step)).values())
-    if not sets:
+    if not pairs:
         raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.heldout.max_length}")
-    say(f"held out: {len(sets)} pairs scored, {dropped} too long ones left out")
+    say(f"held out: {len(pairs)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
-    metrics = step_metrics(run, PairLogps(*columns), sets)
-    metrics |= {"pairs": len(sets), "dropped": dropped}
+    metrics = step_metrics(run, PairLogps(*columns), pairs)
+    metrics |= {"pairs": len(pairs), "dropped": dropped}
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
 

@@ -274,7 +274,7 @@ def test_a_pair_whose_responses_do_not_fit_into_a_pack_is_dropped_by_name(toy, t
     limits = {"batch_size": 2, "max_length": length, "seed": 1, "share_prefix": share}
     data = PairData(sets, toy[2], toy[1], pack_tokens=length, **limits)
     [[tree]], dropped = data.plan(data.rows(0))
-    assert tree.names == [sets[0][0].name] and dropped == [sets[0][1].name]
+    assert tree.pairs == [sets[0][0]] and dropped == [sets[0][1].name]
     cut = replace(data, overlong="cut")
     assert cut.fit(sets[0][1]) is None
     assert data.digest(1) != replace(data, pack_tokens=2 * length).digest(1)
@@ -289,7 +289,7 @@ def test_a_bush_without_a_shared_prefix_keeps_to_its_pack(toy, tmp_path):
     limits = {"batch_size": 5, "max_length": budget, "seed": 1, "pairs_per_prompt": 5}
     data = PairData(sets, toy[2], toy[1], pack_tokens=budget, share_prefix=False, **limits)
     packs, dropped = data.plan(data.rows(0))
-    assert sum(len(tree.names) for pack in packs for tree in pack) == 5 and not dropped
+    assert sum(len(tree.pairs) for pack in packs for tree in pack) == 5 and not dropped
     assert all(sum(map(data.size, pack)) <= budget for pack in packs)
 
 

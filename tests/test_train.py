@@ -549,7 +549,7 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
         ({"lr_vision": 0.0, "lr_projector": 0.0, "lr_language": 0.0}, "nothing to train"),
         ({"lora_rank": 2, "lr_language": 0.0}, "nothing to train"),
         ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha must be >= 1e-09"),
-        ({"meta": Path("nowhere.json")}, "no nowhere.json"),
+        ({"meta": Path("nowhere.json")}, "no file nowhere.json"),
         ({"model_dir": Path("nowhere")}, "no config.json in nowhere"),
         (
             {"pack_tokens": 20},

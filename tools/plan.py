@@ -158,11 +158,11 @@ class Meter:
         forward, backward = flops(cfg, self.config, load)
         online = cfg.reference == "online" and reference is not None
         return {
-            "pairs": step.pairs,
+            "pairs": len(step.pairs),
             "tokens": load.tokens,
             "dropped": len(step.dropped),
             "tokens_per_s": load.tokens / seconds,
-            "pairs_per_s": step.pairs / seconds,
+            "pairs_per_s": len(step.pairs) / seconds,
             "mfu": (forward * (1 + online) + backward) / (seconds * self.peak),
         }
 
