@@ -643,8 +643,6 @@ def _lock(file: BinaryIO) -> bool:
 
 # --------------------------------------------------------------------------- metrics
 
-clock = tqdm.format_interval  # seconds -> 1:02:03
-
 
 def bar(items: Iterable | None = None, **options: Any) -> tqdm:
     """A bar of tqdm on rank 0; in a file or a pipe it is drawn every ten seconds."""

@@ -25,6 +25,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,7 +306,7 @@ class Run:
             self.log.append(self.rows[-1])
         words = [f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in SHOWN if key in metrics]
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
-        say(f"step {number}/{self.total}", *words, f"left {runtime.clock(left)}")
+        say(f"step {number}/{self.total}", *words, f"left {timedelta(seconds=int(left))}")
         self.tracker()
         updates = self.optimizer.updates  # fewer than steps, where one was skipped
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}

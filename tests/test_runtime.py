@@ -17,7 +17,6 @@ from runtime import (
     AppendLog,
     InputError,
     claim,
-    clock,
     config_json,
     fingerprint,
     flag,
@@ -180,10 +179,6 @@ def test_a_line_that_is_no_object_is_named(tmp_path):
     path.write_text('{"a": 1}\n\n[2]\n')
     with pytest.raises(InputError, match="a.jsonl line 3: expected a JSON object, got list"):
         list(read_jsonl(path))
-
-
-def test_the_clock_reads_as_hours_minutes_seconds():
-    assert clock(3723.9) == "1:02:03"
 
 
 @dataclass

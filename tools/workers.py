@@ -11,12 +11,12 @@ import multiprocessing
 import os
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-from runtime import Failure, clock, start_worker
+from runtime import Failure, start_worker
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
         """Time so far, tasks done, time left at the pace so far, what."""
         spent, finished = time.time() - began, [task for task in todo if task.name in done]
         expected = sum(task.seconds for task in finished)
-        left = sum(task.seconds for task in todo) - expected
         pace = (spent * jobs + 20) / (expected + 20)  # 1 where tasks take their seconds
-        progress = f"{len(finished)} of {len(todo)} done, {clock(left * pace / jobs)} left"
-        print(f"{clock(spent)}  {progress}  {task.name}: {words}", flush=True)
+        left = (sum(task.seconds for task in todo) - expected) * pace / jobs
+        progress = f"{len(finished)} of {len(todo)} done, {timedelta(seconds=int(left))} left"
+        print(f"{timedelta(seconds=int(spent))}  {progress}  {task.name}: {words}", flush=True)
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores
     running: dict[Future, Task] = {}
@@ -92,7 +92,7 @@ def perform(task: Task) -> str:
 
 def raise_for(task: Task, error: BaseException, under_way: list[str]) -> None:
     """One line about a task that failed; the traceback goes to its log."""
-    if isinstance(error, BrokenProcessPool):
+    if isinstance(error, BrokenExecutor):
         during = ", ".join(under_way)
         raise Failure(f"a process was killed (memory?) during {during}; start this again")
     with open(task.log, "a") as file:
