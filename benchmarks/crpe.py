@@ -5,6 +5,7 @@ Read as in VLMEvalKit (utils/crpe.py), or strictly as in OpenGVLab/all-seeing (e
 
 import re
 from collections import defaultdict
+from typing import Literal
 
 from benchmarks.common import LETTER_SUFFIX, Benchmark, Item, Reading, Readings, Reply, proportion
 from runtime import InputError
@@ -12,8 +13,6 @@ from runtime import InputError
 
 def item(row: Item) -> None:
     """Four consecutive rows are one question; existence and relation are numbered apart."""
-    if len(row["correct_option"]) != 1:
-        raise ValueError(f"correct_option {row['correct_option']!r} is not a letter")
     number, category = row["question_id"], row["category"]
     row["id"] = f"{'exist' if category == 'exist' else 'relation'}/{number}"
     row["_aliases"] = [number, f"{category}/{number}"]
@@ -43,7 +42,8 @@ def circular(readings: Readings) -> dict:
 
 BENCHMARK = Benchmark(
     name="crpe", files=("crpe_*.jsonl", "questions*.jsonl"),
-    fields={"question_id": int | str, "text": str, "category": str, "correct_option": str},
+    fields={"question_id": int | str, "text": str, "category": str,
+            "correct_option": Literal[*"ABCD"]},
     item=item, suffix=LETTER_SUFFIX, new_tokens=100, read=read, modes=("vlmevalkit", "strict"),
     metric="circular accuracy, mean of the relations", groups=("category",), summary=circular,
     mean_of=("subject", "predicate", "object"), pooled_as="pooled_relation",

@@ -55,11 +55,7 @@ def brace_arguments(text: str) -> str:
 def clean_math(text: str) -> str:
     """MATH-V's find_math_answer: the content of the last box, without LaTeX noise and units."""
     text = _clean(text.lower())
-    if "sqrt" in text:  # fractions too are only repaired beside a root
-        text = brace_arguments(text)
-    if text == "0.5":
-        return "\\frac{1}{2}"
-    return re.sub(r"^(-?(?:[1-9]\d*|0))/(-?(?:[1-9]\d*|0))$", r"\\frac{\1}{\2}", text)
+    return brace_arguments(text) if "sqrt" in text else text  # fractions too only beside a root
 
 
 def rounded(text: str) -> float | None:

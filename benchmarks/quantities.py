@@ -69,7 +69,8 @@ def rewrites(section: str, flags: int = re.DOTALL) -> Callable[[str], str]:
         elif arrow:
             compiled, new = pattern(old, flags), new.rstrip(" ").replace("␣", " ")
             find = compiled.match if old.startswith("^") else compiled.search
-            rules.append((find, compiled.sub, _COMPUTED.get(new, partial(_expand, new))))
+            new = _COMPUTED.get(new) or (partial(_ordinals, new) if "@" in new else new)
+            rules.append((find, compiled.sub, new))
 
     def rewrite(text: str) -> str:
         if needs and needs.isdisjoint(text) and text.isascii():
@@ -93,7 +94,7 @@ def _sign(match: re.Match) -> str:
     return " " if sign == "_" else sign + " " * sign.startswith("\\")
 
 
-def _expand(new: str, match: re.Match) -> str:
+def _ordinals(new: str, match: re.Match) -> str:
     return re.sub("@([0-9])", lambda m: str(NUMBER_OF[match[int(m[1])].lower()]), match.expand(new))
 
 
