@@ -184,6 +184,9 @@ def uniform(keys: np.ndarray, index: np.ndarray) -> np.ndarray:  # (row) uint64,
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+PART = 256  # tokens whose probabilities are summed first: short sums are exact enough
+
+
 def filtered_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """(row vocab) probabilities after temperature, then top-k, then top-p; 0 and 1 mean off.
 
@@ -210,13 +213,26 @@ def choose(
     """The most probable token at temperature 0, else the inverse of the cumulative sum."""
     if temperature < 1e-6:  # nothing else is left, and a smaller one would overflow
         return logits.argmax(-1)
-    # cumulated in float64 and in place: a row of InternVL2-8B is 0.7 MB
-    ends = filtered_probs(logits, temperature, top_k, top_p).double().cumsum_(-1)
-    total = ends[:, -1:]
-    target = uniforms.to(ends)[:, None] * total
-    # below the total, however it was rounded: a token without probability is never met
-    target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(ends, target, right=True)[:, 0]
+    probs = filtered_probs(logits, temperature, top_k, top_p)
+    # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
+    vocab = probs.shape[1]
+    full, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
+    sums = torch.cat([full.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
+    ends = sums.double().cumsum(-1)
+    part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
+    ids = part[:, None] * PART + torch.arange(PART, device=probs.device)
+    inside = probs.gather(1, ids.clamp(max=vocab - 1)).masked_fill(ids >= vocab, 0)
+    return part * PART + find(inside.double().cumsum(-1), rest)[0]
+
+
+def find(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the intervals that end at `ends` (row n) holds target (row 1), and how far inside.
+
+    An interval of length 0 spans nothing and is never met, whatever the target was rounded to.
+    """
+    target = torch.minimum(target, ends[:, -1:].nextafter(ends.new_zeros(1)))
+    index = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    return index[:, 0], target - F.pad(ends, (1, 0)).gather(1, index)
 
 
 # --------------------------------------------------------------------------- the scheduler
