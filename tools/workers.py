@@ -30,10 +30,6 @@ class Task:
     needs: tuple[str, ...] = ()  # names of other tasks
     seconds: float = 1.0  # on an idle core, roughly
 
-    @property
-    def log(self) -> Path:
-        return self.made.parent / "log.txt"
-
 
 def run_tasks(tasks: list[Task], jobs: int) -> None:
     """Do every task that is not done yet, `jobs` at a time; the first failure ends all of them."""
@@ -65,11 +61,12 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
                 running[pool.submit(perform, task)] = task
                 tell(task, "started")
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                if error := future.exception():
-                    raise_for(running[future], error, [task.name for task in running.values()])
-                task = running.pop(future)
+                words, task = future.result(), running.pop(future)
                 done.add(task.name)
-                tell(task, future.result())
+                tell(task, words)
+    except BrokenExecutor:
+        during = ", ".join(task.name for task in running.values())
+        raise Failure(f"a process was killed (memory?) during {during}; start this again") from None
     finally:
         if running:  # after a failure: what the other workers do is continued next time
             for worker in multiprocessing.active_children():
@@ -78,23 +75,19 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
 
 
 def perform(task: Task) -> str:
-    """One task in a worker, its output appended to log.txt."""
+    """One task in a worker; its output is appended to log.txt, with the traceback of a failure."""
     module, _, name = task.function.partition(":")
-    task.log.parent.mkdir(parents=True, exist_ok=True)
+    path = task.made.parent / "log.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(task.log, "a", buffering=1) as log,
+        open(path, "a", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         print(f"{time.strftime('%F %T')} {task.name}: {name}{task.arguments}")
-        return getattr(importlib.import_module(module), name)(*task.arguments)
-
-
-def raise_for(task: Task, error: BaseException, under_way: list[str]) -> None:
-    """One line about a task that failed; the traceback goes to its log."""
-    if isinstance(error, BrokenExecutor):
-        during = ", ".join(under_way)
-        raise Failure(f"a process was killed (memory?) during {during}; start this again")
-    with open(task.log, "a") as file:
-        file.writelines(traceback.format_exception(error))
-    raise Failure(f"{task.name}: {type(error).__name__}: {error} (see {task.log})")
+        try:
+            return getattr(importlib.import_module(module), name)(*task.arguments)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            words = f"{task.name}: {type(error).__name__}: {error} (see {path})"
+            raise Failure(words) from error
