@@ -17,8 +17,8 @@ from typing import Any
 from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
 from tools import figures
 
-# row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7 of 2411.10442
 HERE = Path(__file__).parent
+# row -> M3CoT accuracy (Direct, CoT): Table 3 (base), Tables 6 and 7 of 2411.10442
 TABLE = read_json(HERE.parent / "tools/rows.json")
 PAPER = {row: tuple(about["M3CoT"]) for row, about in TABLE.items()}
 WITH_NTP = "MPO+NTP"  # MPO on the pairs and DropoutNTP's

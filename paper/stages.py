@@ -127,11 +127,10 @@ def answer(seed: Seed, model: Path, folder: Path, split: str, setting: str) -> l
     """The split's questions as eval.py reads the model's answers: id, prediction, correct."""
     out, cot = folder / f"{split}-{setting}", setting == "cot"
     own = {"bench": "own", "data": (seed.folder / f"{split}.jsonl",), "cot": cot}
-    asking = evaluation.Generate(
+    evaluation.generate(evaluation.Generate(
         **own, model_dir=model, out=out, max_tiles=2, images=seed.folder / "images",
         max_new_tokens=64 if cot else 8,
-    )  # fmt: skip
-    evaluation.generate(asking)
+    ))  # fmt: skip
     evaluation.score(evaluation.Score(**own, answers=(out,)))
     return read_whole_lines(out / "items.jsonl")
 
@@ -186,23 +185,21 @@ def sample_answers(seed: Seed, questions: str, prompts: str) -> str:
 def drop_image(seed: Seed) -> str:
     """DropoutNTP: descriptions, cut in the middle and continued without the picture."""
     rows = sample(seed, "describe_new", "none", out="described")
-    cutting = pairs.DropoutConfig(
+    pairs.dropout_ntp(pairs.DropoutConfig(
         samples=seed.folder / "described", out_dir=seed.folder / "with_dropout",
         model_dir=seed.folder / "base/model", keep_ratio=seed.recipe.keep_ratio,
         max_new_tokens=64, seed=seed.number,
-    )  # fmt: skip
-    pairs.dropout_ntp(cutting)
+    ))  # fmt: skip
     return f"{len(rows)} descriptions"
 
 
 def make_pairs(seed: Seed) -> str:
     """Right against wrong answers, alone in pairs/ and beside DropoutNTP's in with_dropout/."""
     for out in ("pairs", "with_dropout"):
-        pairing = pairs.CorrectnessConfig(
+        pairs.correctness(pairs.CorrectnessConfig(
             samples=seed.folder / "samples", out_dir=seed.folder / out,
             pairs_per_query=seed.recipe.pairs_per_query, seed=seed.number,
-        )  # fmt: skip
-        pairs.correctness(pairing)
+        ))  # fmt: skip
     sets, summary = read_json(seed.folder / "pairs/pairs.report.json")["correctness"]["sets"], {}
     for name, report in (("correctness", sets["new"]), ("direct", sets["new_direct"])):
         right = 100 * report["counts"].get("correct responses", 0) / report["responses"]
