@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,9 +86,7 @@ class TrainConfig:
     )
     recompute_blocks: int = flag(-1, "so many blocks, the ViT's first; -1 = all", low=-1)
     sync: Literal["auto", "pack", "step"] = flag(
-        "auto",
-        "processes exchange weights and gradients block by block in each pack, or once a step, "
-        "which holds them whole; auto = step where the plan has room",
+        "auto", "exchange weights and gradients in each pack, or once a step where they fit whole"
     )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile blocks; auto = on a GPU")
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "compute; auto = bf16 on GPU, else fp32")
@@ -169,8 +168,9 @@ from weights import FLOATS, local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
-# a line of the reference's part files
+# a line of the reference's part files, and what it ends with, of all before
 ROW = re.compile(rb'({"key": "(.{32})", "logp": ([^,]+)), "checksum": "(.{8})"}\n')
+checksum = partial(hashlib.blake2b, digest_size=4)
 PARTS = ("vision_model", "projector", "language_model")
 SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
@@ -586,7 +586,7 @@ class CachedReference:
             sums, _ = score(policy, (pack or blank).to(self.device), self.cfg)
             for key, logp in zip(response_keys(pack.trees) if pack else [], sums.tolist()):
                 row = {"key": key, "logp": logp}
-                part.append(row | {"checksum": checksum(json.dumps(row).encode())})
+                part.append(row | {"checksum": checksum(json.dumps(row).encode()).hexdigest()})
             if asked_to_stop():
                 say("asked to stop: scores are kept; the same command continues")
                 raise SystemExit(0)
@@ -607,14 +607,9 @@ class CachedReference:
 def scored_row(line: bytes, name: str) -> bytes:
     """Key and log-prob of a line; there may be millions, too many to parse as JSON."""
     row = ROW.fullmatch(line)
-    if not row or row[4].decode() != checksum(row[1] + b"}"):
+    if not row or row[4].decode() != checksum(row[1] + b"}").hexdigest():
         raise InputError(f"{name}: not as it was written; delete this part")
     return bytes.fromhex(row[2].decode()) + struct.pack("f", float(row[3]))
-
-
-def checksum(values: bytes) -> str:
-    """Of a line without it."""
-    return hashlib.blake2b(values, digest_size=4).hexdigest()
 
 
 def cache_facts(run: Run) -> dict[str, str]:
@@ -629,6 +624,31 @@ def cache_facts(run: Run) -> dict[str, str]:
         "packing": packing if dtype is torch.bfloat16 else "any",
         "scoring": SCORING_VERSION,
     }
+
+
+def check_start(run: Run, step: Step) -> str:
+    """A fresh policy is its reference: every log-ratio is 0 and the loss is known beforehand."""
+    with scoring(run.policy):
+        logps = score_step(run, step)
+    compare_start(logps, compute_dtype(run.cfg, run.device) is torch.bfloat16)
+    total, parts = objective(run.terms, logps, **run.hyper)
+    words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
+    return f"start check: rewards are 0, so the first loss is {total.mean():.4f} = {words}"
+
+
+def compare_start(logps: PairLogps, bfloat16: bool) -> None:
+    """Failure where policy and reference differ by more than rounding."""
+    ratio = torch.cat([logps.chosen_logratio, logps.rejected_logratio]).abs()
+    length = torch.cat([logps.chosen_length, logps.rejected_length])
+    # bfloat16 moves single tokens by up to 0.1 nats with the shape of a pack, up and down
+    bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
+    worst = int((ratio / bound).argmax())
+    if not ratio[worst] <= bound[worst]:
+        raise Failure(
+            f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference on a "
+            f"response of {int(length[worst])} tokens; at most {bound[worst]:.2e} can be rounding: "
+            "the reference comes from other weights or another scoring"
+        )
 
 
 # --------------------------------------------------------------------------- continuing a run
@@ -867,31 +887,6 @@ def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:
     """The row of the highest held-out accuracy; of equal ones, and for SFT, the lowest loss."""
     scored = sorted((r for r in rows if "heldout/loss" in r), key=lambda r: r["heldout/loss"])
     return max(scored, key=lambda r: r.get("heldout/rewards/accuracy", 0.0), default=None)
-
-
-def check_start(run: Run, step: Step) -> str:
-    """A fresh policy is its reference: every log-ratio is 0 and the loss is known beforehand."""
-    with scoring(run.policy):
-        logps = score_step(run, step)
-    compare_start(logps, compute_dtype(run.cfg, run.device) is torch.bfloat16)
-    total, parts = objective(run.terms, logps, **run.hyper)
-    words = " + ".join(f"{w:g} x {parts[name].mean():.4f} ({name})" for w, name in run.terms)
-    return f"start check: rewards are 0, so the first loss is {total.mean():.4f} = {words}"
-
-
-def compare_start(logps: PairLogps, bfloat16: bool) -> None:
-    """Failure where policy and reference differ by more than rounding."""
-    ratio = torch.cat([logps.chosen_logratio, logps.rejected_logratio]).abs()
-    length = torch.cat([logps.chosen_length, logps.rejected_length])
-    # bfloat16 moves single tokens by up to 0.1 nats with the shape of a pack, up and down
-    bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
-    worst = int((ratio / bound).argmax())
-    if not ratio[worst] <= bound[worst]:
-        raise Failure(
-            f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference on a "
-            f"response of {int(length[worst])} tokens; at most {bound[worst]:.2e} can be rounding: "
-            "the reference comes from other weights or another scoring"
-        )
 
 
 # --------------------------------------------------------------------------- command line
