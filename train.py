@@ -292,7 +292,7 @@ class Run:
         left = range(self.done, self.total)
         for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
             for name in step.dropped:
-                say(f"dropped, longer than max_length, or with both than pack_tokens: {name}")
+                say(f"dropped, too long for max_length or pack_tokens: {name}")
             if step.pairs:
                 yield step
             else:
