@@ -428,7 +428,6 @@ def _base(name: str) -> Unit:
 
 
 _UNITS: dict[str, Unit] = {}  # names and symbols, with prefixes: see units.txt
-_CURRENCIES: set[Fraction] = set()  # their kinds
 
 
 def _known_unit(word: str) -> Unit | None:
@@ -459,8 +458,6 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
                 if letter or known or not invented:
                     return None
                 unit = _base(word.removesuffix("s") if len(word) > 3 else word)
-            if unit == product and unit.kind in _CURRENCIES:  # $5 USD
-                continue
             product = product.times(unit, int(match[2] or 1) * (-1 if place else 1))
     return product
 
@@ -474,16 +471,14 @@ def _fill_units() -> None:
         if names.endswith("-"):
             prefixes |= dict.fromkeys(names.replace("-", "").split(), Fraction(number))
             continue
-        base = read_unit(of) if of else Unit() if amount else _base(line[0].lstrip("*!"))
+        base = read_unit(of) if of else Unit() if amount else _base(line[0].lstrip("*"))
         unit = base._replace(scale=Fraction(number or 1) * base.scale)
         scales = {"": Fraction(1)} | (prefixes if names[0] == "*" else {})
-        for name, prefix in itertools.product(names.lstrip("*!").split(), scales):
+        for name, prefix in itertools.product(names.lstrip("*").split(), scales):
             if prefix == "" or (len(name) < 4 if len(prefix) == 1 else len(name) > 2):
                 large = unit._replace(scale=unit.scale * scales[prefix])
                 for known, key in ((exact, prefix + name), (lower, prefix + name.lower())):
                     known[key] = known.get(key, large) if prefix else large  # Nm is a name itself
-        if names[0] == "!":
-            _CURRENCIES.add(unit.kind)
         _UNITS.update(lower | exact)
     read_unit.cache_clear()
 

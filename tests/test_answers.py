@@ -222,6 +222,14 @@ def siblings():
     return table
 
 
+def test_a_currency_named_twice_is_named_once():
+    for text in ("$5 USD", "5 dollars USD", "US$5", "500 cents"):
+        assert answers.is_correct(text, "$5", STANDARD)
+    assert answers.is_correct("CHF 5 francs", "5 francs", STANDARD)
+    assert answers.is_correct("5 m m", "5 m^2", STANDARD)
+    assert not answers.is_correct("$5 dollars", "5 euros", STANDARD)
+
+
 def test_half_a_date_is_no_date():
     for text in ("2024-05-", "2024--05", "2024-05- 3", "2024年-05日"):
         assert not answers.is_correct(text, "March 5, 2024", STANDARD)
