@@ -236,13 +236,11 @@ def response_keys(trees: list[Tree]) -> list[str]:
     return keys
 
 
-def add_tiles(
-    pack: Pack, trees: list[Tree], tile_size: int, share: bool = True, share_prefix: bool = True
-) -> Pack:
+def add_tiles(pack: Pack, tile_size: int, share: bool = True, share_prefix: bool = True) -> Pack:
     """Decode each distinct image of the pack once (with share=False: wherever it stands)."""
     first_tile: dict[tuple | int, int] = {}
     parts, order = [], []
-    for image, tiles in images_of(trees, share_prefix):
+    for image, tiles in images_of(pack.trees, share_prefix):
         key = image if share else len(order)
         if key not in first_tile:
             first_tile[key] = len(parts)
@@ -423,7 +421,7 @@ class PairData:
 
     def build(self, trees: list[Tree]) -> Pack:
         pack = lay_out(trees, self.share_prefix)
-        return add_tiles(pack, trees, self.config.tile_size, self.share_images, self.share_prefix)
+        return add_tiles(pack, self.config.tile_size, self.share_images, self.share_prefix)
 
 
 def prefetch(items: Iterable) -> Iterator:

@@ -7,6 +7,7 @@ below, mostly black), and formats outside the list are refused: some of their de
 programs.
 """
 
+import contextlib
 import io
 import os
 import struct
@@ -56,13 +57,11 @@ def image_paths(root: Path, record: dict, name: object) -> tuple[Path, ...]:
     """Files of a record under `root`; absolute names, and what leaves the root, are refused."""
     paths = []
     for image in image_names(record, name):
-        path = Path(root) / image
-        try:
+        path, inside = Path(root) / image, False
+        with contextlib.suppress(ValueError):  # a null character, half a character
             inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-        except ValueError:  # a null character, half a character
-            raise InputError(f"{name}: image {image!r:.80} is no file name") from None
         if not inside or "://" in image or Path(image).is_absolute():
-            raise InputError(f"{name}: image {image!r} leaves its root: be relative to root {root}")
+            raise InputError(f"{name}: image {image!r:.80} is no path within its root {root}")
         paths.append(path)
     return tuple(paths)
 

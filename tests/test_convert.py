@@ -132,7 +132,7 @@ BAD = {  # record -> why it is no pair
     "no image": PLAIN | {"image": "absent.png"},
     "a text, a message or an image is none (TypeError": PLAIN | {"image": 3},
     "a text, a message or an image is none (Unicode": PLAIN | {"chosen": "\ud800"},
-    "image '../../etc/passwd' leaves its root": PLAIN | {"image": "../../etc/passwd"},
+    "image '../../etc/passwd' is no path within its root": PLAIN | {"image": "../../etc/passwd"},
     "image 's3://b/a.png'": PLAIN | {"image": "s3://b/a.png"},
     "'system_prompt' must be str": PLAIN | {"system_prompt": 3},
 }

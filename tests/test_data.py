@@ -125,9 +125,9 @@ def score_alone(model, trees, tile_size):
     """Each (prompt, response) as a sequence of its own, all logits, plain causal."""
     sums = []
     for tree in trees:
-        tiles = add_tiles(lay_out([tree]), [tree], tile_size).tiles
+        tiles = add_tiles(lay_out([tree]), tile_size).tiles
         if tiles is not None:  # an image that stands twice in the prompt is wanted twice
-            tiles = tiles[add_tiles(lay_out([tree]), [tree], tile_size).tile_order]
+            tiles = tiles[add_tiles(lay_out([tree]), tile_size).tile_order]
         for response in tree.responses:
             ids = torch.tensor([tree.trunk + response])
             labels = ids.clone()
@@ -153,7 +153,7 @@ def prefix_sharing_tree(toy):
 def test_a_packed_tree_equals_each_prompt_and_response_alone(toy):
     _, config, _, model = toy
     trees = [*toy_trees(toy), prefix_sharing_tree(toy)]
-    pack = add_tiles(lay_out(trees), trees, config.tile_size)
+    pack = add_tiles(lay_out(trees), config.tile_size)
     assert pack.input_ids.shape[1] == sum(t.size for t in trees)
     weights = torch.randn(pack.num_responses, generator=torch.Generator().manual_seed(0))
     packed, lengths = score(model, pack)
@@ -171,8 +171,8 @@ def test_an_image_that_two_trees_show_is_encoded_once(toy):
     _, config, _, model = toy
     tree = toy_trees(toy)[2]
     trees = [tree, tree]
-    shared = add_tiles(lay_out(trees), trees, config.tile_size)
-    apart = add_tiles(lay_out(trees), trees, config.tile_size, share=False)
+    shared = add_tiles(lay_out(trees), config.tile_size)
+    apart = add_tiles(lay_out(trees), config.tile_size, share=False)
     assert (len(shared.tiles), len(apart.tiles)) == (3, 6)
     with torch.no_grad():
         torch.testing.assert_close(score(model, shared)[0], score(model, apart)[0])
@@ -181,9 +181,9 @@ def test_an_image_that_two_trees_show_is_encoded_once(toy):
 def test_jpeg_augmentation_changes_pixels_and_is_the_same_each_time(toy):
     _, config, _, _ = toy
     tree = toy_trees(toy)[2]
-    plain = add_tiles(lay_out([tree]), [tree], config.tile_size).tiles
+    plain = add_tiles(lay_out([tree]), config.tile_size).tiles
     tree.images = [(path, limit, True) for path, limit, _ in tree.images]
-    once, twice = (add_tiles(lay_out([tree]), [tree], config.tile_size).tiles for _ in range(2))
+    once, twice = (add_tiles(lay_out([tree]), config.tile_size).tiles for _ in range(2))
     assert torch.equal(once, twice)
     assert not torch.equal(once, plain)
 

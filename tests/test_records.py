@@ -51,10 +51,16 @@ def test_several_images_share_the_tile_limit(tmp_path):
         ({**GOOD, "chosen": " "}, "line 2: chosen is empty"),
         ({**GOOD, "rejected": " It is 3.\n"}, "line 2: chosen and rejected are the same text"),
         ({**GOOD, "rejected": GOOD["chosen"]}, "line 2: chosen and rejected are the same text"),
-        ({**GOOD, "image": "/etc/passwd"}, "line 2: image '/etc/passwd'.*relative to root"),
-        ({**GOOD, "image": "../x.png"}, "line 2: image '../x.png' leaves its root"),
-        ({**GOOD, "image": "s3://b/x.png"}, "line 2: .*relative to root"),
-        ({**GOOD, "image": "x\0.png"}, "line 2: image .* is no file name"),
+        (
+            {**GOOD, "image": "/etc/passwd"},
+            "line 2: image '/etc/passwd' is no path within its root",
+        ),
+        ({**GOOD, "image": "../x.png"}, "line 2: image '../x.png' is no path within its root"),
+        (
+            {**GOOD, "image": "s3://b/x.png"},
+            "line 2: image 's3://b/x.png' is no path within its root",
+        ),
+        ({**GOOD, "image": "x\0.png"}, "line 2: image .* is no path within its root"),
         *(
             ({**GOOD, "image": image}, "line 2: 'image' must be a path or a list of paths, got")
             for image in (0, False, {}, 12, [["x"]], ["x.png", None], [""])
