@@ -219,9 +219,6 @@ def _generation(raw: dict, architecture: str, is_hf: bool) -> str:
     return "3.5" if architecture == "qwen3" else "2.5"
 
 
-# --------------------------------------------------------------------------- recipes
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What the official MPO script of a generation sets; the rest is the same in all of them."""

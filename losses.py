@@ -27,7 +27,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +133,6 @@ def sum_by_response(logps: Tensor, response: Tensor, num_responses: int) -> tupl
     return sums, lengths.to(logps.dtype)
 
 
-# --------------------------------------------------------------------------- what an objective sees
-
-
 @dataclass(frozen=True)
 class PairLogps:
     """Summed log-probs of the two responses of each pair; every field (pair), at least float32.
@@ -152,16 +149,15 @@ class PairLogps:
     rejected_length: Tensor
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if value is None:
                 continue
             if value.shape != self.policy_chosen.shape or value.ndim != 1:
                 raise ValueError(
-                    f"{field.name} is {tuple(value.shape)}; every field of PairLogps is (pair), "
+                    f"{name} is {tuple(value.shape)}; every field of PairLogps is (pair), "
                     f"as policy_chosen, {tuple(self.policy_chosen.shape)}"
                 )
-            object.__setattr__(self, field.name, at_least_float32(value))
+            object.__setattr__(self, name, at_least_float32(value))
 
     @property
     def chosen_logratio(self) -> Tensor:  # c

@@ -24,8 +24,6 @@ from torch.utils.checkpoint import (
 from data import seeded
 from weights import local, local_rows, shard_place, whole
 
-# --------------------------------------------------------------------------- adapters
-
 
 class LoraLinear(nn.Linear):
     """A frozen linear layer plus a trained product of low rank."""
@@ -84,9 +82,6 @@ def merge_adapters(model: nn.Module) -> None:
         layer.on = False
 
 
-# --------------------------------------------------------------------------- optimizer
-
-
 class AdamW:
     """AdamW (arXiv:1711.05101), with the fields of torch's own, which imports all of torch.compile.
 
@@ -141,8 +136,6 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     return ((bits + noise) & -65536).view(torch.float32).bfloat16()
 
-
-# --------------------------------------------------------------------------- recompute
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
