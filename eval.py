@@ -105,14 +105,13 @@ def generate(cfg: Generate) -> Path:
     images = image_paths(bench, items, cfg.images, out)
     questions = [bench.ask(item, cfg.cot) for item in items]
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
-    asked = json.dumps([[i["id"], q, p and p.name] for i, q, p in zip(items, questions, images)])
     facts = {
         "benchmark": bench.name,
         "setting": SETTINGS[cfg.cot],
         "prompts": PROMPTS,
         "model": model,
         "weights": weights,
-        "questions": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "questions": asked(bench, items, cfg.cot),
         "max_tiles": cfg.max_tiles,
         "max_new_tokens": tokens,
         "temperature": 0.0,
@@ -149,6 +148,14 @@ def generate(cfg: Generate) -> Path:
     write_atomic(out / "answers.jsonl", "".join(lines))
     print(f"{out / 'answers.jsonl'}: {len(items)} replies, {SETTINGS[cfg.cot]}", file=sys.stderr)
     return out
+
+
+def asked(bench: Benchmark, items: list[Item], cot: bool) -> str:
+    """A hash of what is asked about which pictures; of a picture by its name, or as base64."""
+    images = [str(item.get("image") or "") if bench.image else "" for item in items]
+    names = [image if len(image) > 1000 else Path(image).name for image in images]
+    rows = [[item["id"], bench.ask(item, cot), name or None] for item, name in zip(items, names)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def weights_of(model_dir: Path) -> str:
@@ -254,6 +261,7 @@ class RunFile:
     prompts: str
     model: str
     weights: str | None = None
+    questions: str | None = None  # of what `asked` is the hash
 
 
 def read_run(cfg: Replies) -> tuple[RunFile, Path | None]:
@@ -275,7 +283,7 @@ def score(cfg: Score) -> dict:
     """The verb: what score.json holds."""
     bench, (made_by, folder) = cfg.benchmark, read_run(cfg)
     cot = made_by.setting == "CoT"
-    items, replies, judgements = load_scored(cfg)
+    items, replies, judgements = load_scored(cfg, made_by)
     mode = cfg.extraction or (bench.judge.mode if judgements and bench.judge else bench.modes[0])
     readings, missing = read_all(bench, items, replies, judgements, mode, cot)
     total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
@@ -318,7 +326,17 @@ def score(cfg: Score) -> dict:
     return result
 
 
-def load_scored(cfg: Score) -> tuple[list[Item], dict[str, dict], dict[str, dict]]:
+def check_asked(cfg: Replies, made_by: RunFile, items: list[Item], replies: dict) -> None:
+    """InputError where our own replies are to other questions than those of the data."""
+    if cfg.data and made_by.questions and made_by.prompts == PROMPTS:
+        known = [item for item in items if item["id"] in replies]
+        if asked(cfg.benchmark, known, made_by.setting == "CoT") != made_by.questions:
+            raise InputError("--data: run.json beside the replies says that other ones were asked")
+
+
+def load_scored(
+    cfg: Score, made_by: RunFile
+) -> tuple[list[Item], dict[str, dict], dict[str, dict]]:
     """(items, replies, judgements) by id; MathVista's outputs may hold a judge's extraction."""
     bench = cfg.benchmark
     if cfg.data:
@@ -332,6 +350,7 @@ def load_scored(cfg: Score) -> tuple[list[Item], dict[str, dict], dict[str, dict
     if cfg.synonyms:
         items = [{**item, "synonyms": cfg.synonyms} for item in items]
     replies = files.load_replies(bench, items, cfg.answers)
+    check_asked(cfg, made_by, items, replies)
     judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
     if not judgements and bench.judge:
         who = cfg.judge_name or "extraction column of the answers"
@@ -381,6 +400,7 @@ def judge(cfg: Judge) -> list[str]:
     cot = made_by.setting == "CoT"
     items = cfg.items()
     replies = files.load_replies(bench, items, cfg.answers)
+    check_asked(cfg, made_by, items, replies)
     items = [item for item in items if not item.get("_left_out")]
     template = (cfg.judge_template or TEMPLATES / f"{bench.name}.txt").read_text()
     requests = []

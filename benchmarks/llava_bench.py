@@ -29,7 +29,7 @@ def ratio(readings: Readings) -> dict:
     pairs = [r.prediction for _, r in readings]
     reference, ours = (round(statistics.fmean(column), 3) for column in zip(*pairs))
     if reference <= 0:
-        raise InputError("the judge's mean score of the reference answers is not positive")
+        raise InputError(f"{readings[0][0]['category']}: most judgements lack two scores: ask anew")
     off = [100 * (b - ours / reference * a) / reference for a, b in pairs]
     tens = {"reference_x10": round(reference * 10, 1), "model_x10": round(ours * 10, 1)}
     return {**mean(off), "score": round(ours / reference * 100, 1), **tens}

@@ -129,6 +129,15 @@ def test_llava_bench_equals_the_official_summary_of_reviews(bench):
             assert {key: ours[key] for key in theirs} == theirs, (name, group)
 
 
+def test_llava_bench_names_a_category_that_its_judge_left_unread(tmp_path):
+    rows = [
+        {"question_id": n, "category": f"llava_bench_{name}", "text": text}
+        for n, (name, text) in enumerate([("conv", "8 9\nGood."), ("detail", "Both are good.")])
+    ]
+    with pytest.raises(InputError, match="llava_bench_detail: most judgements lack two scores"):
+        scored("llava_bench", None, judgements=(write_jsonl(tmp_path / "j.jsonl", rows),))
+
+
 def test_mmhal_and_mmvet_equal_the_official_figures(bench):
     folder = bench / "mmhal"
     expected = json.loads((folder / "scores.json").read_text())
@@ -694,6 +703,17 @@ def test_a_stopped_run_resumes_with_any_number_of_processes(world, monkeypatch, 
     loads = generator.loads
     as_rank(monkeypatch, 0, 1, asked(world, "stopped", cot=True))
     assert generator.loads == loads  # nothing left to do: no model is loaded
+
+
+def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
+    evaluation.generate(asked(world, "one"))
+    (world / "ids").write_text("random/1 random/2 popular/1")
+    assert scored("pope", world / "data", world / "one", ids=world / "ids")["n"] == 3
+    other = pope_data(world / "other")  # the same ids and labels
+    for path in other.iterdir():
+        path.write_text(path.read_text().replace("Is it?", "Is it not?"))
+    with pytest.raises(InputError, match="--data: run.json .* says that other ones were asked"):
+        scored("pope", other, world / "one")
 
 
 def test_two_runs_never_write_one_folder_at_a_time(world):
