@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -121,10 +122,9 @@ def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> 
     """Neighbours of one question merged, up to `pairs` pairs a bush, as long as a bush `fits`."""
     bushes: list[Tree] = []
     for tree in trees:
-        last = bushes[-1] if bushes else None
-        same = last and (last.trunk, last.images) == (tree.trunk, tree.images)
-        merged = merge(last, tree) if same and len(last.pairs) < pairs else None
-        if merged and fits(merged):
+        last = bushes[-1] if bushes else BLANK
+        same = (last.trunk, last.images) == (tree.trunk, tree.images)
+        if same and len(last.pairs) < pairs and fits(merged := merge(last, tree)):
             bushes[-1] = merged
         else:
             bushes.append(tree)
@@ -325,23 +325,21 @@ class PairData:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        self.orders: dict[int, np.ndarray] = {}
+        self.order = lru_cache(maxsize=1)(self.order)  # every step asks for that of its epoch
         self.steps_per_epoch = -(-len(self.order(0)) // self.batch_size)
         if not self.steps_per_epoch:
             raise InputError(f"no records: {self.sets[0].name} is empty or has repeat_time 0")
 
-    def order(self, epoch: int) -> np.ndarray:
-        if epoch not in self.orders:
-            order = epoch_order(self.sets, self.seed, 0 if self.limit else epoch)
-            if self.limit:  # the same pairs in every epoch
-                order = order[: self.limit]
-                order = order[seeded(self.seed, "limit", epoch).permutation(len(order))]
-            if self.pairs_per_prompt > 1:  # reads every record once an epoch
-                records = (self.sets[i][int(n)] for i, n in order)
-                questions = [(r.images, r.question, r.max_tiles, r.augment) for r in records]
-                order = gather_questions(order, questions, self.pairs_per_prompt)
-            self.orders = {epoch: order}
-        return self.orders[epoch]
+    def order(self, epoch: int) -> np.ndarray:  # (pair 2)
+        order = epoch_order(self.sets, self.seed, 0 if self.limit else epoch)
+        if self.limit:  # the same pairs in every epoch
+            order = order[: self.limit]
+            order = order[seeded(self.seed, "limit", epoch).permutation(len(order))]
+        if self.pairs_per_prompt > 1:  # reads every record once an epoch
+            records = (self.sets[i][int(n)] for i, n in order)
+            questions = [(r.images, r.question, r.max_tiles, r.augment) for r in records]
+            order = gather_questions(order, questions, self.pairs_per_prompt)
+        return order
 
     def digest(self, steps: int) -> str:
         """A hash of what decides which responses the first `steps` steps hold; no image is read."""
