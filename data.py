@@ -58,9 +58,6 @@ def epoch_order(sets: list[DataSet], seed: int, epoch: int) -> np.ndarray:  # (n
     return np.stack([numbers[places], np.concatenate(records)[places]], axis=1)
 
 
-# --------------------------------------------------------------------------- trees
-
-
 @dataclass
 class Tree:
     """One question as token ids: the trunk, and responses that branch off where it ends."""
@@ -139,9 +136,6 @@ def gather_questions(rows: np.ndarray, questions: list[object], pairs: int) -> n
         groups.setdefault((question, count[question] // pairs), []).append(n)
         count[question] += 1
     return rows[[n for group in groups.values() for n in group]]
-
-
-# --------------------------------------------------------------------------- packs
 
 
 @dataclass

@@ -35,9 +35,6 @@ NOT_SUPPORTED = {  # keys of a record that change what its author meant -> what 
 } | dict.fromkeys(("video", "videos", "clip", "audio", "audios"), "remove the record")
 
 
-# --------------------------------------------------------------------------- paths
-
-
 def image_names(record: dict, name: object) -> list[str]:
     """Image paths of a record; absent, null, "" and [] all mean text only.  `name` is for errors.
 
@@ -64,9 +61,6 @@ def image_paths(root: Path, record: dict, name: object) -> tuple[Path, ...]:
             raise InputError(f"{name}: image {image!r:.80} is no path within its root {root}")
         paths.append(path)
     return tuple(paths)
-
-
-# --------------------------------------------------------------------------- pixels
 
 
 def open_image(path: Path) -> Image.Image:

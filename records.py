@@ -120,9 +120,6 @@ def call_work(start: int) -> Any:
     return _WORK[0](start)
 
 
-# --------------------------------------------------------------------------- pairs
-
-
 @dataclass(frozen=True)
 class PairRecord:
     """One preference pair, checked: a line of a jsonl file, and what its data set says of it."""
@@ -174,9 +171,6 @@ def check_pair(
         raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
     with named(name):
         return replace(record, question=with_image_placeholders(record.question, len(images)))
-
-
-# --------------------------------------------------------------------------- meta.json
 
 
 @dataclass(frozen=True)

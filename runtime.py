@@ -641,9 +641,6 @@ def _lock(file: BinaryIO) -> bool:
     return False
 
 
-# --------------------------------------------------------------------------- metrics
-
-
 def bar(items: Iterable | None = None, **options: Any) -> tqdm:
     """A bar of tqdm on rank 0; in a file or a pipe it is drawn every ten seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 10

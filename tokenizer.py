@@ -56,8 +56,6 @@ CLEAN_UP = [
     *[(" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")],
 ]
 
-# --------------------------------------------------------------------------- tokenizer
-
 
 class Tokenizer:
     """What load_tokenizer returns.  Ids are plain ints; bos is never added here."""
