@@ -83,7 +83,7 @@ class Prompt:
     images: tuple[Path, ...] = ()
     history: tuple[tuple[str, str], ...] = ()  # (question, answer) of earlier turns
     prefix: str = ""  # the answer's beginning, to be continued
-    max_tiles: int = 12
+    max_tiles: int = 0  # of each image, without the thumbnail; 0 = the model's
     num_samples: int = 1
     samples: tuple[int, ...] | None = None  # which sample numbers; None = range(num_samples)
     max_new_tokens: int | None = None  # None = the generator's
@@ -450,10 +450,10 @@ class Generator:
             asked = "\n".join(question for question, _ in turns)
             if with_image_placeholders(asked, count) != asked:  # none yet: to the first turn
                 turns[0] = with_image_placeholders(turns[0][0], count), turns[0][1]
-            tokens = []
+            tokens, limits = [], (prompt.max_tiles or config.max_tiles, config.tile_size)
             for path in prompt.images:
                 with open_image(Path(path)) as image:
-                    tiles = num_tiles(*image.size, prompt.max_tiles, config.tile_size)
+                    tiles = num_tiles(*image.size, *limits)
                 tokens.append(tiles * config.tokens_per_tile)
             system = prompt.system_prompt or config.system_message
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
@@ -466,8 +466,9 @@ class Generator:
         """Pixels of the prompt's images, (tile 3 h w)."""
         if not prompt.images:
             return None
-        size = self.model.config.tile_size
-        parts = [preprocess(load_image(Path(p)), prompt.max_tiles, size) for p in prompt.images]
+        config = self.model.config
+        limits = prompt.max_tiles or config.max_tiles, config.tile_size
+        parts = [preprocess(load_image(Path(path)), *limits) for path in prompt.images]
         return torch.cat(parts).to(self.device)
 
     def make_cache(self, groups: Collection[Group]) -> KVCache:
@@ -586,15 +587,14 @@ def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
     return tuple((question, answer) for question, answer in turns)
 
 
-def make_prompt(cfg: GenerateConfig, question: str, history: tuple, tiles: int) -> Prompt:
+def make_prompt(cfg: GenerateConfig, question: str, history: tuple) -> Prompt:
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
-    given = (cfg.image, history, cfg.prefix, cfg.max_tiles or tiles, cfg.num_samples)
+    given = (cfg.image, history, cfg.prefix, cfg.max_tiles, cfg.num_samples)
     return Prompt(digest.hexdigest(), question, *given, name="the question")
 
 
-def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
+def chat(generator: Generator, cfg: GenerateConfig, history: tuple) -> None:
     """Questions from stdin, answers streamed to stdout, until the input ends."""
-    history = read_history(cfg.history)
     print("ask; an empty line or Ctrl-D ends the chat", file=sys.stderr)
     invitation = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
@@ -604,7 +604,7 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
             answer = cfg.prefix
             print(answer, end="", flush=True)
             try:
-                for piece in generator.stream(make_prompt(cfg, question, history, tiles)):
+                for piece in generator.stream(make_prompt(cfg, question, history)):
                     print(piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:
@@ -615,14 +615,11 @@ def chat(generator: Generator, cfg: GenerateConfig, tiles: int) -> None:
 
 def main() -> None:
     cfg = runtime.parse_cli(GenerateConfig)
-    dtype = FLOATS.get(cfg.dtype)
     history = read_history(cfg.history)
-    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)}
-    generator = Generator.load(cfg.model_dir, dtype=dtype, **settings)
-    tiles = generator.model.config.max_tiles
+    generator = Generator.load(cfg.model_dir, FLOATS.get(cfg.dtype), **cfg.settings())
     if not cfg.question:
-        return chat(generator, cfg, tiles)
-    samples = generator.run([make_prompt(cfg, cfg.question, history, tiles)])
+        return chat(generator, cfg, history)
+    samples = generator.run([make_prompt(cfg, cfg.question, history)])
     for s in sorted(samples, key=lambda s: s.sample):
         if cfg.json:
             shown = {"sample": s.sample, "text": s.text, "tokens": s.num_tokens}

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import runtime
-from runtime import EngineConfig, InputError, Settings, claim, flag, from_json, read_jsonl
+from runtime import EngineConfig, InputError, claim, flag, from_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,7 @@ from weights import FLOATS, weight_files
 
 NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
 Group = tuple[str, list[Line]]  # a key and the lines of its records
-Request = tuple[Prompt, Any]  # and what it asks about
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
-
-
-class Plan(NamedTuple):
-    """How the pairs of one data set are made."""
-
-    files: dict[str, Path]  # kind of records -> its file; those in annotations/ are pairs
-    items: list  # what is paired: groups of records, in the order of the output
-    pair: Callable[[Any, Tally], dict[str, list[dict]]]  # the records of an item, by kind
-    facts: dict[str, Any]  # more for the report
-    workers: int = 1
 
 
 DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the tiles of two open
@@ -290,37 +279,30 @@ def find_sets(path: Path) -> list[SampleSet]:
 # --------------------------------------------------------------------------- sampling
 
 
-def settings_of(cfg: EngineConfig) -> dict:
-    """The generator's settings."""
-    return {f.name: getattr(cfg, f.name) for f in fields(Settings)}
-
-
 def text_settings(cfg: EngineConfig) -> dict:
     """What a response's text depends on, beside its prompt."""
     weights = set(weight_files(cfg.model_dir).values())
     others = (p for p in cfg.model_dir.iterdir() if p.suffix in (".json", ".model", ".txt"))
     facts = {"model": runtime.fingerprint(weights.union(others)), "dtype": cfg.dtype}
-    return {k: v for k, v in (facts | settings_of(cfg)).items() if k not in NOT_SETTINGS}
+    return {k: v for k, v in (facts | cfg.settings()).items() if k not in NOT_SETTINGS}
 
 
 @functools.cache
 def load_generator(cfg: EngineConfig) -> Generator:
     """The model, loaded once however many data sets it works on."""
-    return Generator.load(cfg.model_dir, dtype=FLOATS.get(cfg.dtype), **settings_of(cfg))
+    return Generator.load(cfg.model_dir, dtype=FLOATS.get(cfg.dtype), **cfg.settings())
 
 
 def generate_into(
-    folder: Path, cfg: EngineConfig, requests: list[Request], finish: Callable, label: str
+    folder: Path, cfg: EngineConfig, prompts: list[Prompt], record_of: Callable, label: str
 ) -> None:
-    """Append finish(what is asked about, sample) and the cost of each sample to our part file."""
-    if not requests:
+    """Append record_of(sample) and the cost of each sample of the prompts to our part file."""
+    if not prompts:
         return
-    total = sum(len(prompt.samples) for prompt, _ in requests)
-    asked = {prompt.id: about for prompt, about in requests}
-    log = open_part(folder)
-    samples = load_generator(cfg).run(prompt for prompt, _ in requests)
+    log, total = open_part(folder), sum(len(prompt.samples) for prompt in prompts)
+    samples = load_generator(cfg).run(prompts)
     for sample in runtime.bar(samples, total=total, desc=label, unit="response"):
-        log.append(finish(asked[sample.prompt_id], sample) | sample_cost(sample))
+        log.append(record_of(sample) | sample_cost(sample))
     log.close()
 
 
@@ -354,7 +336,7 @@ def sample(cfg: SampleConfig) -> None:
     if others := pixels.keys() - {question["qid"] for _, question in questions}:
         told = f"{len(others)} questions that {cfg.questions} does not hold; they are paired, too"
         print(f"{folder}: has responses to {told}", file=sys.stderr)
-    requests = []
+    prompts, asked = [], {}  # asked: qid -> fields of the question
     for source, question in questions:
         qid = question["qid"]
         missing = tuple(k for k in range(share) if (qid, k) not in done)
@@ -367,14 +349,16 @@ def sample(cfg: SampleConfig) -> None:
             each = max(1, tiles // max(1, len(paths)))
             settings = {"max_tiles": each, "samples": missing, "name": source}
             settings["system_prompt"] = question.get("system_prompt")
-            requests.append((Prompt(qid, question["question"], paths, **settings), question))
+            prompts.append(Prompt(qid, question["question"], paths, **settings))
+            asked[qid] = question
     if sum(qid not in others for qid, _ in done) >= responses:
         print(f"{name}: all {responses} responses are there", file=sys.stderr)
 
-    def finish(question: dict, s: Sample) -> dict:
-        return question | {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}
+    def record_of(s: Sample) -> dict:
+        drawn = {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}
+        return asked[s.prompt_id] | drawn
 
-    generate_into(folder, cfg, requests, finish, name)
+    generate_into(folder, cfg, prompts, record_of, name)
 
 
 # --------------------------------------------------------------------------- judging and pairing
@@ -478,23 +462,23 @@ def response_key(record: dict, name: str) -> str:
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
-    sets = [(data_set, plan_correctness) for data_set in find_sets(cfg.samples)]
-    make_pairs(cfg, "correctness", sets, cfg.max_format_share)
+    plans = (plan_correctness(cfg, data_set) for data_set in find_sets(cfg.samples))
+    make_pairs(cfg, "correctness", plans, cfg.max_format_share)
 
 
-def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet, tally: Tally) -> Plan:
+def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet) -> "Plan":
     name = data_set.name
     modes = split_names(cfg.modes) or data_set.info.modes or answers.get_mode(name)
     answers.check_known("mode", modes, answers.MODES)
-    files = {kind: annotation_file(cfg, f"{name}_pairs_vqa_{kind}_rules") for kind in KINDS}
-    files["all wrong"] = cfg.out_dir / "all_wrong" / f"{name}.jsonl"
+    files = {kind: f"annotations/{name}_pairs_vqa_{kind}_rules.jsonl" for kind in KINDS}
+    files["all wrong"] = f"all_wrong/{name}.jsonl"
     groups = grouped(data_set.files, response_key, cfg.workers)
     lines, wanted = sum(map(len, groups.values())), data_set.info.responses
     if lines < wanted:
         print(f"{name}: {lines} of {wanted} responses so far")
     pair = functools.partial(pair_question, cfg, name, modes)
     facts = {"modes": modes, "cap": cfg.pairs_per_query}
-    return Plan(files, [*groups.items()], pair, facts, cfg.workers)
+    return Plan(data_set, files, [*groups.items()], pair, facts, cfg.workers)
 
 
 def pair_question(
@@ -526,16 +510,32 @@ def pair_question(
 # --------------------------------------------------------------------------- output and cost
 
 
-def write_plan(plan: Plan, label: str, tally: Tally) -> None:
-    """Write the records of all items, and count them."""
-    with contextlib.ExitStack() as stack:
-        files = {k: stack.enter_context(runtime.new_file(path)) for k, path in plan.files.items()}
-        work = functools.partial(lines_of, plan.pair)
-        for lines, part in in_order(work, plan.items, 50, plan.workers, label):
-            for kind, text in lines.items():
-                files[kind].write(text)
-            for name, counter in part.items():
-                tally[name].update(counter)
+@dataclass
+class Plan:
+    """How the pairs of one data set are made, and what is counted meanwhile."""
+
+    data_set: SampleSet
+    files: dict[str, str]  # kind of records -> its file in out_dir; those in annotations/ are pairs
+    items: list  # what is paired: groups of records, in the order of the output
+    pair: Callable[[Any, Tally], dict[str, list[dict]]]  # the records of an item, by kind
+    facts: dict[str, Any] = field(default_factory=dict)  # more for the report
+    workers: int = 1
+    tally: Tally = field(default_factory=lambda: defaultdict(Counter))
+
+    def write(self, out_dir: Path) -> None:
+        """Write the records of all items, and count them; a kind without any has no file."""
+        with contextlib.ExitStack() as stack:
+            paths = {kind: out_dir / name for kind, name in self.files.items()}
+            files = {k: stack.enter_context(runtime.new_file(path)) for k, path in paths.items()}
+            work = functools.partial(lines_of, self.pair)
+            for lines, part in in_order(work, self.items, 50, self.workers, self.data_set.name):
+                for kind, text in lines.items():
+                    files[kind].write(text)
+                for name, counter in part.items():
+                    self.tally[name].update(counter)
+        for kind, path in paths.items():
+            if not self.tally["written"][kind]:
+                path.unlink()
 
 
 def lines_of(pair: Callable, items: list) -> tuple[dict[str, bytes], Tally]:
@@ -555,14 +555,8 @@ def pair_record(row: dict, question: str, chosen: tuple, rejected: tuple, more: 
     return record | more | {"chosen_meta": chosen[1], "rejected_meta": rejected[1]}
 
 
-def annotation_file(cfg: Any, stem: str) -> Path:
-    return cfg.out_dir / "annotations" / f"{stem}.jsonl"
-
-
-def make_pairs(
-    cfg: Any, verb: str, sets: Iterable[tuple[SampleSet, Callable]], max_format_share: float = 1.0
-) -> None:
-    """Write what plan(cfg, data set, tally) of each set makes; it may count in the tally, too.
+def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: float = 1.0) -> None:
+    """Write what the plans make; each is made in its turn.
 
     Entries and reports of other verbs stay; the entry of an empty annotation file goes.  Paths are
     relative to the folder of meta.json.  Exit 1 where a set has no pair, or too many format
@@ -572,25 +566,20 @@ def make_pairs(
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
         earlier = {path: runtime.read_json(path) if path.exists() else {} for path in paths}
-        for data_set, plan_of in sets:
-            tally = defaultdict(Counter)
-            plan = plan_of(cfg, data_set, tally)
-            write_plan(plan, data_set.name, tally)
-            images = data_set.root(cfg.root).resolve()
+        for plan in plans:
+            plan.write(cfg.out_dir)
+            images = plan.data_set.root(cfg.root).resolve()
             root, lengths = Path(os.path.relpath(images, cfg.out_dir.resolve())).as_posix(), {}
-            for kind, path in plan.files.items():
-                if not tally["written"][kind]:
-                    path.unlink()
-                if path.parent.name == "annotations":
-                    lengths[kind] = length = tally["written"][kind]
-                    entry = {"root": root, "annotation": f"annotations/{path.name}"}
-                    entry |= {"data_augment": False, "repeat_time": 1, "length": length}
-                    entries[path.stem] = entry if length else None
-            tokens = token_cost(tally["cost"], sum(lengths.values()))
-            report = plan.facts | {"pairs": lengths, "tokens": tokens}
-            report["responses"] = tally["counts"].pop("responses", 0)
-            counted = {name: tally[name] for name in tally if name not in ("cost", "written")}
-            reports[data_set.name] = report | counted
+            written, cost = (plan.tally.pop(name, Counter()) for name in ("written", "cost"))
+            for kind, file in plan.files.items():
+                if file.startswith("annotations/"):
+                    lengths[kind] = length = written[kind]
+                    entry = {"root": root, "annotation": file, "data_augment": False}
+                    entry |= {"repeat_time": 1, "length": length}
+                    entries[Path(file).stem] = entry if length else None
+            report = {"pairs": lengths, "tokens": token_cost(cost, sum(lengths.values()))}
+            report["responses"] = plan.tally["counts"].pop("responses", 0)
+            reports[plan.data_set.name] = {**plan.facts, **report, **plan.tally}
         settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
         report = {verb: {"settings": settings, "sets": reports}}
         for (path, old), new in zip(earlier.items(), (entries, report)):
@@ -610,24 +599,23 @@ def make_pairs(
 
 
 def pair_with_model(
-    cfg: Any, verb: str, names: tuple[str, str], facts: dict, steps: tuple[Callable, Callable]
+    cfg: Any, verb: str, place: str, facts: dict, work: Callable, plan_of: Callable
 ) -> None:
-    """steps = (work, plan) on each data set: all processes work, the last one to end pairs.
+    """Let all processes work(cfg, data set, folder) on each data set; the last one to end pairs.
 
-    `names`, with {} for the data set: the folder of its part files, and the annotation file.
+    place: the folder of a data set's part files in out_dir, with {} for its name.
     """
-    (work, plan), ready = steps, []
+    ready = []
     for data_set in find_sets(cfg.samples):
-        part_folder, stem = (name.format(data_set.name) for name in names)
-        folder = cfg.out_dir / part_folder
+        folder = cfg.out_dir / place.format(data_set.name)
         settings = text_settings(cfg) | {"name": data_set.name} | facts
         claim(folder, settings, "use another --out_dir")
         if owed := work(cfg, data_set, folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
         else:
-            ready.append((data_set, functools.partial(plan, folder=folder, stem=stem)))
+            ready.append((data_set, folder))
     if ready:
-        make_pairs(cfg, verb, ready)
+        make_pairs(cfg, verb, (plan_of(cfg, *one) for one in ready))
 
 
 def spend(cost: Counter, *records: dict) -> None:
@@ -723,13 +711,18 @@ def draws_so_far(folder: Path) -> Counter:
 
 def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) -> int:
     """Draw this process's continuations; the number that other processes still owe."""
-    draws, todo = draws_so_far(folder), []
+    draws, todo = draws_so_far(folder), {}  # todo: prompt id -> row
     for row in cut_responses(data_set, cfg, Counter()):
         if is_mine(row["rid"]) and draws[row["rid"]] < MAX_DRAWS:
             checked_images(data_set.root(cfg.root), row, row["line"])
-            todo.append(row)
+            todo[f"{row['rid']} keep {cfg.keep_ratio}"] = row
 
-    def finish(row: dict, s: Sample) -> dict:
+    def prompt_of(id: str, row: dict, draw: int) -> Prompt:
+        settings = {"prefix": row["prefix"], "system_prompt": row.get("system_prompt")}
+        return Prompt(id, without_image(row["question"]), samples=(draw,), **settings)
+
+    def record_of(s: Sample) -> dict:
+        row = todo[s.prompt_id]
         reason = useless(row, s.text)
         draws[row["rid"]] = s.sample + 1 if reason else MAX_DRAWS
         names = "image question qid k finish_reason tokens prompt_tokens image_tokens system_prompt"
@@ -739,24 +732,20 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
         return record | {"kept": len(row["kept"]), "glue": row["glue"]}
 
     for draw in range(MAX_DRAWS):
-        requests = []
-        for row in (row for row in todo if draws[row["rid"]] == draw):
-            id, question = f"{row['rid']} keep {cfg.keep_ratio}", without_image(row["question"])
-            settings = {"prefix": row["prefix"], "system_prompt": row.get("system_prompt")}
-            requests.append((Prompt(id, question, samples=(draw,), **settings), row))
-        generate_into(folder, cfg, requests, finish, f"{data_set.name}, draw {draw + 1}")
+        prompts = [prompt_of(*x, draw) for x in todo.items() if draws[x[1]["rid"]] == draw]
+        generate_into(folder, cfg, prompts, record_of, f"{data_set.name}, draw {draw + 1}")
     draws = draws_so_far(folder)  # with what others have written meanwhile
     return sum(draws[row["rid"]] < MAX_DRAWS for row in cut_responses(data_set, cfg, Counter()))
 
 
-def plan_continuations(
-    cfg: DropoutConfig, data_set: SampleSet, tally: Tally, folder: Path, stem: str
-) -> Plan:
-    counts = tally["counts"]
-    counts["responses"] = sum(1 for _ in cut_responses(data_set, cfg, counts))
+def plan_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path) -> Plan:
     groups = grouped(part_files(folder), lambda record, _: record["rid"])
-    files = {"dropout_ntp": annotation_file(cfg, stem)}
-    return Plan(files, [*groups.items()], functools.partial(pair_draws, cfg), {})
+    name = f"annotations/{data_set.name}_prefix_pair_sr{cfg.keep_ratio}_wo_image.jsonl"
+    pair = functools.partial(pair_draws, cfg)
+    plan = Plan(data_set, {"dropout_ntp": name}, [*groups.items()], pair)
+    counts = plan.tally["counts"]
+    counts["responses"] = sum(1 for _ in cut_responses(data_set, cfg, counts))
+    return plan
 
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
@@ -780,9 +769,8 @@ def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list
 
 def dropout_ntp(cfg: DropoutConfig) -> None:
     ratio, facts = f"sr{cfg.keep_ratio}", {"keep_ratio": cfg.keep_ratio}
-    names = (f"continuations/{{}}_{ratio}", f"{{}}_prefix_pair_{ratio}_wo_image")
     steps = (continue_responses, plan_continuations)
-    pair_with_model(cfg, f"dropout_ntp {ratio}", names, facts, steps)
+    pair_with_model(cfg, f"dropout_ntp {ratio}", f"continuations/{{}}_{ratio}", facts, *steps)
 
 
 def main() -> None:

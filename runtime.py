@@ -280,6 +280,10 @@ class Settings:
         if "" in self.stop:
             raise InputError("stop: an empty text would end every answer; leave it out")
 
+    def settings(self) -> dict[str, Any]:
+        """These alone, of a class with more fields."""
+        return {f.name: getattr(self, f.name) for f in fields_of(Settings)}
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig(Settings):

@@ -921,5 +921,8 @@ def test_the_prompt_of_a_question_does_not_depend_on_where_it_is_asked():
     class Config:
         prefix, image, max_tiles, num_samples = "", (), 0, 2
 
-    assert make_prompt(Config, "a", (), 12).id == make_prompt(Config, "a", (), 6).id
-    assert make_prompt(Config, "a", (), 12).id != make_prompt(Config, "b", (), 12).id
+    class Finer(Config):
+        max_tiles = 6
+
+    assert make_prompt(Config, "a", ()).id == make_prompt(Finer, "a", ()).id
+    assert make_prompt(Config, "a", ()).id != make_prompt(Config, "b", ()).id

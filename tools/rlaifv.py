@@ -10,6 +10,7 @@ chosen.  `pairs.py sample` makes the samples; runs over any number of processes,
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, permutations
 from pathlib import Path
@@ -41,6 +42,7 @@ from records import grouped, part_files, read_parts
 from tokenizer import IMAGE
 from tools.figures import TEMPLATES, render
 
+KIND = "divide_and_conquer"
 CHUNK = 256  # candidates that go through the steps together
 
 
@@ -139,11 +141,9 @@ def length_limit(lengths: list[tuple[int, int]]) -> float:
     return min((step / 50 for step in range(49, -1, -1)), key=distance)
 
 
-def plan_candidates(
-    cfg: DivideConfig, data_set: pairs.SampleSet, tally: pairs.Tally, folder: Path, stem: str
-) -> pairs.Plan:
+def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> pairs.Plan:
     """Pairs by score, then without those that would teach length."""
-    (counts, cost), drawn = (tally["counts"], tally["cost"]), []
+    counts, cost, drawn = Counter(), Counter(), []
     for key, lines in grouped(part_files(folder), lambda row, _: pairs.digest(row["qid"])).items():
         rows = pairs.drop_repeats([line.record() for line in lines], data_set.name)
         for row in rows:
@@ -158,20 +158,20 @@ def plan_candidates(
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
     counts["responses"] = counts["candidates"]
-    files = {"divide_and_conquer": pairs.annotation_file(cfg, stem)}
-    return pairs.Plan(files, kept, write_pair, {"length_limit": limit})
+    files = {KIND: f"annotations/{data_set.name}_pairs_{KIND}.jsonl"}
+    plan = pairs.Plan(data_set, files, kept, write_pair, {"length_limit": limit})
+    plan.tally |= {"counts": counts, "cost": cost}
+    return plan
 
 
 def write_pair(pair: tuple[dict, dict], _: pairs.Tally) -> dict[str, list[dict]]:
     names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
     sides = [(row["response"], {n: row[n] for n in names if n in row}) for row in pair]
-    record = pairs.pair_record(pair[0], pair[0]["question"], *sides, {})
-    return {"divide_and_conquer": [record]}
+    return {KIND: [pairs.pair_record(pair[0], pair[0]["question"], *sides, {})]}
 
 
 def divide_and_conquer(cfg: DivideConfig) -> None:
-    names, steps = ("divide/{}", "{}_pairs_divide_and_conquer"), (score_candidates, plan_candidates)
-    pairs.pair_with_model(cfg, "divide_and_conquer", names, {}, steps)
+    pairs.pair_with_model(cfg, KIND, "divide/{}", {}, score_candidates, plan_candidates)
 
 
 if __name__ == "__main__":
