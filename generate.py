@@ -23,7 +23,7 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -76,7 +76,7 @@ MAX_ROWS = 512  # rows of one decode step, at most
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, and how many samples of its answer are wanted."""
+    """One question, and which samples of its answer are wanted."""
 
     id: str  # names the prompt in the random numbers: keep it, keep the text
     question: str
@@ -84,8 +84,7 @@ class Prompt:
     history: tuple[tuple[str, str], ...] = ()  # (question, answer) of earlier turns
     prefix: str = ""  # the answer's beginning, to be continued
     max_tiles: int = 0  # of each image, without the thumbnail; 0 = the model's
-    num_samples: int = 1
-    samples: tuple[int, ...] | None = None  # which sample numbers; None = range(num_samples)
+    samples: Sequence[int] = range(1)  # the numbers of those that are wanted
     max_new_tokens: int | None = None  # None = the generator's
     name: str = ""  # in errors, as "file line 3"; "" = its id
     system_prompt: str | None = None  # in the place of the model's system message
@@ -458,9 +457,8 @@ class Generator:
             system = prompt.system_prompt or config.system_message
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
         prefix = self.tokenizer.encode_plain(prompt.prefix)
-        samples = range(prompt.num_samples) if prompt.samples is None else prompt.samples
         limit = prompt.max_new_tokens or self.settings.max_new_tokens
-        return Group(prompt, ids + prefix, prefix, sum(tokens), limit, list(samples))
+        return Group(prompt, ids + prefix, prefix, sum(tokens), limit, list(prompt.samples))
 
     def tiles(self, prompt: Prompt) -> Tensor | None:
         """Pixels of the prompt's images, (tile 3 h w)."""
@@ -589,7 +587,7 @@ def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
 
 def make_prompt(cfg: GenerateConfig, question: str, history: tuple) -> Prompt:
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
-    given = (cfg.image, history, cfg.prefix, cfg.max_tiles, cfg.num_samples)
+    given = (cfg.image, history, cfg.prefix, cfg.max_tiles, range(cfg.num_samples))
     return Prompt(digest.hexdigest(), question, *given, name="the question")
 
 

@@ -63,11 +63,11 @@ def prompts(toy, samples=3):
     square = sorted((toy / "images").glob("square-*.png"))
     wide = sorted((toy / "images").glob("wide-*.png"))
     return [
-        Prompt("text", "What is 1 plus 2?", num_samples=samples),
-        Prompt("one", "How many red objects are there?", (square[0],), num_samples=1),
-        Prompt("wide", "How many blue objects are there?", (wide[0],), num_samples=samples + 2),
-        Prompt("two", "Which picture has more objects?", (square[0], square[1]), num_samples=2),
-        Prompt("long", "How many red objects are there?\n" * 8, (wide[1],), num_samples=samples),
+        Prompt("text", "What is 1 plus 2?", samples=range(samples)),
+        Prompt("one", "How many red objects are there?", (square[0],), samples=range(1)),
+        Prompt("wide", "How many blue objects are there?", (wide[0],), samples=range(samples + 2)),
+        Prompt("two", "Which picture has more objects?", (square[0], square[1]), samples=range(2)),
+        Prompt("long", "How many red objects are there?\n" * 8, (wide[1],), samples=range(samples)),
         Prompt("other", "How many red objects are there?", (square[1],), max_new_tokens=3),
     ]
 
@@ -280,7 +280,7 @@ def test_forked_rows_equal_separate_prefills(toy, generator):
 @torch.no_grad()
 def test_prompts_read_in_one_pass_equal_prompts_read_alone(toy, monkeypatch):
     greedy = sampler(toy, temperature=0.0)
-    some = [replace(p, num_samples=1) for p in prompts(toy)]
+    some = [replace(p, samples=range(1)) for p in prompts(toy)]
     sizes = []
     monkeypatch.setattr(
         "generate.prefill",
@@ -299,7 +299,7 @@ def test_matrices_are_stored_by_columns_for_one_greedy_row_alone_and_give_the_sa
     weight, by_rows = greedy.model.language_model.model.layers[0].feed_forward.w1.weight, []
     answers = []
     for samples in (1, 2):
-        answers += greedy.run([replace(prompt, num_samples=samples)])
+        answers += greedy.run([replace(prompt, samples=range(samples))])
         by_rows.append(weight.is_contiguous())
     assert by_rows == [False, True] and len({sample.ids for sample in answers}) == 1
     assert answers[0].token_logps == pytest.approx(answers[1].token_logps, abs=1e-5)
@@ -332,7 +332,7 @@ def test_a_batch_of_any_size_and_order_gives_the_same_texts(toy, expected):
 def logps_that_differ(toy):
     """How many log-probs of 40 prompts change if few of them fit the cache at once."""
     many = [
-        Prompt(f"p{n}", "Red objects? " * (1 + n % 3), num_samples=1 + n % 6) for n in range(40)
+        Prompt(f"p{n}", "Red objects? " * (1 + n % 3), samples=range(1 + n % 6)) for n in range(40)
     ]
     few, all_at_once = (bits(sampler(toy, cache_tokens=c), many) for c in (KEYS * 4, 65536))
     pairs = [zip(few[name].token_logps, s.token_logps) for name, s in all_at_once.items()]
@@ -360,7 +360,7 @@ def test_strict_mkl_rounds_alike_for_any_batch_without_avx512(toy):
 
 
 def test_a_cache_holds_what_is_needed_and_no_more_than_its_tokens(toy, generator):
-    some = [generator.encode(Prompt("p", "What is 1 plus 2?", num_samples=32))]
+    some = [generator.encode(Prompt("p", "What is 1 plus 2?", samples=range(32)))]
     assert generator.make_cache(some).num_blocks == num_blocks(len(some[0].ids)) + 32
     assert sampler(toy, cache_tokens=1000).make_cache(some).num_blocks == 1000 // KEYS
     assert generator.make_cache(some * 512).num_blocks == 65536 // KEYS
@@ -368,13 +368,13 @@ def test_a_cache_holds_what_is_needed_and_no_more_than_its_tokens(toy, generator
 
 def test_all_samples_run_at_once_where_the_cache_was_made_for_them(toy):
     short = sampler(toy, max_new_tokens=4)
-    scheduler = Scheduler(short, iter([short.encode(Prompt("p", "What?", num_samples=32))]))
+    scheduler = Scheduler(short, iter([short.encode(Prompt("p", "What?", samples=range(32)))]))
     assert len(scheduler.refill()) == 32
 
 
 def test_answers_that_outgrow_the_memory_begin_again_and_get_the_same_texts(toy, monkeypatch):
     hot = {"temperature": 2.0, "max_new_tokens": KEYS + 16}
-    some, sent_back = [replace(prompts(toy)[0], num_samples=6)], []
+    some, sent_back = [replace(prompts(toy)[0], samples=range(6))], []
     send_back = Scheduler.send_back
 
     def spy(scheduler, row):
@@ -507,13 +507,13 @@ def test_one_prompt_of_many_samples_does_not_widen_the_steps_of_many_prompts(mon
 
 
 def test_finished_rows_are_refilled_with_the_next_sample(toy, generator):
-    many = [Prompt(f"p{n}", "What is 1 plus 2?", num_samples=5) for n in range(9)]
+    many = [Prompt(f"p{n}", "What is 1 plus 2?", samples=range(5)) for n in range(9)]
     narrow = sampler(toy, cache_tokens=KEYS * 3)
     assert texts(narrow, many) == texts(generator, many)
 
 
 def test_a_restart_draws_only_what_is_missing_and_gets_the_same(toy, generator, expected):
-    some = [replace(p, samples=(1,)) for p in prompts(toy) if p.num_samples > 1]
+    some = [replace(p, samples=(1,)) for p in prompts(toy) if len(p.samples) > 1]
     found = texts(generator, some)
     assert found == {key: expected[key] for key in found}
     assert {k for _, k in found} == {1}
@@ -689,7 +689,7 @@ def test_greedy_takes_the_most_probable_and_tokens_without_mass_never_come():
 
 
 def test_log_probs_are_those_of_the_model(toy, generator):
-    [sample] = generator.run([replace(prompts(toy)[0], num_samples=1)])
+    [sample] = generator.run([replace(prompts(toy)[0], samples=range(1))])
     assert sample.logp == pytest.approx(sum(sample.token_logps))
     assert len(sample.token_logps) == sample.num_tokens
     ids = generator.encode(prompts(toy)[0]).ids
@@ -702,7 +702,7 @@ def test_log_probs_are_those_of_the_model(toy, generator):
 
 def test_special_tokens_never_come_out_but_the_end(toy):
     hot = sampler(toy, temperature=100.0, max_new_tokens=200)
-    for sample in hot.run([Prompt("hot", "What is 1 plus 2?", num_samples=8)]):
+    for sample in hot.run([Prompt("hot", "What is 1 plus 2?", samples=range(8))]):
         special = hot.tokenizer.special_ids & set(sample.ids)
         assert special <= hot.stop_ids
 
@@ -746,7 +746,7 @@ def test_grounding_marks_stay_in_the_text_of_a_sample_and_are_hidden_on_request(
 
 
 def test_a_prefix_is_continued_without_losing_the_blank_at_the_seam(toy, generator):
-    prompt = Prompt("c", "How many red objects are there?", prefix="I see a1 red", num_samples=6)
+    prompt = Prompt("c", "How many red objects are there?", prefix="I see a1 red", samples=range(6))
     for sample in generator.run([prompt]):
         assert sample.text.startswith("I see a1 red")
         assert sample.text == generator.tokenizer.decode(

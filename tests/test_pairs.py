@@ -59,7 +59,7 @@ class Generator:
         waiting, done = [], 0
         for prompt in prompts:
             type(self).prompts.append(prompt)
-            for k in prompt.samples if prompt.samples is not None else range(prompt.num_samples):
+            for k in prompt.samples:
                 waiting.append(Sample(prompt.id, k, self.text(prompt, k)))
             while len(waiting) > 5:
                 done += 1

@@ -235,7 +235,7 @@ def ids(case: str) -> Iterator[Row]:
     settings = {"temperature": float(case), "max_new_tokens": 8 if TOY else 64}
     records = [data_set[0] for data_set in read_meta(WORLD / "meta.json", 12)]
     prompts = [
-        Prompt(str(n), r.question, r.images, max_tiles=r.max_tiles, num_samples=4)
+        Prompt(str(n), r.question, r.images, max_tiles=r.max_tiles, samples=range(4))
         for n, r in enumerate(records[: 2 if TOY else None])
     ]
 
@@ -250,7 +250,7 @@ def ids(case: str) -> Iterator[Row]:
     yield Row(f"{name}decoding on the CPU", len(expected - answers(CPU)))
     one_at_a_time = [[prompt] for prompt in prompts]
     yield Row(f"{name}one prompt at a time", len(expected - answers(batches=one_at_a_time)))
-    alone = answers(batches=[[replace(prompt, num_samples=1) for prompt in prompts]])
+    alone = answers(batches=[[replace(prompt, samples=range(1)) for prompt in prompts]])
     yield Row(f"answers of {len(alone)} that differ: one sample alone", len(alone - expected))
     generate.Captured = lambda step: step
     yield at_most(f"{name}eager decoding", len(expected - answers()), 0)
