@@ -38,6 +38,7 @@ class ConvertConfig:
     flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
 
 
+from images import checked_images
 from records import JsonLines, PairRecord, check_pair, read_meta
 from tokenizer import IMAGE
 
@@ -125,9 +126,7 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     line["image"] = [image_name(image, root) for image in images]
     json_line(line)  # half a character fails here, by name
     record = check_pair(line, name, root)
-    for path in record.images:
-        if not path.is_file():
-            raise InputError(f"no image {path}")
+    checked_images(root, line, name)
     return record
 
 

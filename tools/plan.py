@@ -366,9 +366,8 @@ def say_plan(
         "--recompute full": {"recompute": "full", "recompute_blocks": -1},
         "--sync pack": {"sync": "pack"},
         "--state_dtype bf16 --dtype auto": {"state_dtype": "bf16", "dtype": "auto"},
+        f"--pack_tokens {fewer}": {"pack_tokens": fewer},
     }
-    if fewer < cfg.pack_tokens:
-        ways |= {f"--pack_tokens {fewer}": {"pack_tokens": fewer}}
     if not cfg.reference_update_every:  # a moving reference is a second model
         ways |= {"--reference cached": {"reference": "cached"}, "--lora_rank 16": {"lora_rank": 16}}
     helpful = [way for way, change in ways.items() if fits(cfg, config, shards, device, **change)]
