@@ -88,9 +88,6 @@ def relative(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
     return largest(*((a - b) / b.abs().max().clamp(min=1) for a, b in zip(ours, theirs)))
 
 
-# ------------------------------------------------------------------------- right: attention, model
-
-
 def start(case: str) -> Iterator[Row]:
     """The first steps of a run with default flags, each kernel's error at its own line."""
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
@@ -158,20 +155,15 @@ def golden(case: str) -> Iterator[Row]:
     loss.backward()
     yield at_most("loss, difference", largest(loss.detach() - tensors[f"{name}/loss"]), 1e-5)
     pieces = stored_pieces(policy, OFFICIAL_QWEN if "qwen" in case else OFFICIAL_INTERNLM2)
-    gradients: dict[str, Tensor] = {}
+    ours, theirs = [], []
     for parameter, p in policy.named_parameters():
-        gradients |= split_stored(p.grad, pieces[parameter])
-    expected = []
-    for stored in gradients:
-        some = f"{name}/grad.{stored}[grad_rows]"
-        if some in tensors:  # of the largest tensors only some rows are kept
-            gradients[stored] = gradients[stored][tensors[f"{name}/grad_rows"]]
-        expected.append(tensors[some if some in tensors else f"{name}/grad.{stored}"])
-    error = relative(gradients.values(), expected)
-    yield at_most("gradients, largest difference", error, 1e-4)
-
-
-# --------------------------------------------------------------------------- right: runs, answers
+        for stored, gradient in split_stored(p.grad, pieces[parameter]).items():
+            key = f"{name}/grad.{stored}"
+            if key not in tensors:  # of the largest tensors only some rows are kept
+                key, gradient = f"{key}[grad_rows]", gradient[tensors[f"{name}/grad_rows"]]
+            ours.append(gradient)
+            theirs.append(tensors[key])
+    yield at_most("gradients, largest difference", relative(ours, theirs), 1e-4)
 
 
 def make_world(case: str) -> Iterator[Row]:
@@ -276,9 +268,6 @@ def resume(case: str) -> Iterator[Row]:
     yield at_most("weights, largest difference", difference, 0)
 
 
-# --------------------------------------------------------------------------- fast: training
-
-
 def shape(size: str) -> InternVLConfig:
     return plan.named_config("toy" if TOY else size)
 
@@ -376,9 +365,6 @@ def mpo(case: str) -> Iterator[Row]:
             torch.cuda.set_sync_debug_mode("warn")
         once()
     yield Row("host syncs a step", sum("synchroniz" in str(w.message) for w in caught))
-
-
-# --------------------------------------------------------------------------- fast: answers, images
 
 
 def sample(case: str) -> Iterator[Row]:

@@ -193,37 +193,32 @@ def draw(planes: dict[str, tuple[Tensor, ...]]) -> bytes:
     return png(figure)
 
 
-def table_row(axis: Tensor, loss: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, str]:
-    """Loss and gradient at policy == reference, the middle of the plane; its lowest point."""
-    start, (r, c) = (GRID // 2, GRID // 2), divmod(int(loss.argmin()), GRID)
-    return {
-        "at start": f"{loss[start]:.4g}",
-        "d/d chosen": f"{chosen[start]:+.4g}",
-        "d/d rejected": f"{rejected[start]:+.4g}",
-        "lowest here (c, r)": f"{loss[r, c]:.3g} at ({axis[c]:+.0f}, {axis[r]:+.0f})",
-    }
-
-
 def main() -> None:
     cfg = parse_cli(LabConfig)
     for path in cfg.mine:
         print(f"{path}: {', '.join(register_file(path))}")
     hyper = {name: getattr(cfg, name) for name in losses.HYPER}
-    planes, rows, failed = {}, [], []
+    planes, rows, middle = {}, [], (GRID // 2, GRID // 2)  # there the policy is the reference
     for name in [*LOSSES, "mpo"]:
         terms = losses.parse_objective(name)
         loss = lambda logps, terms=terms: losses.objective(terms, logps, **hyper)[0]  # noqa: E731
         wrong = [check for check, passed in check_loss(loss).items() if not passed]
-        failed += [f"{name}: {check}" for check in wrong]
-        planes[name] = plane(loss, losses.whole_step(terms))
-        row = {"objective": name, "checks": "FAILED" if wrong else "passed"}
-        row |= table_row(*planes[name])
-        row["reference"] = "yes" if losses.needs_reference(terms) else "no"
-        row["looks at"] = "step" if losses.whole_step(terms) else "pair"
-        rows.append(row)
+        planes[name] = axis, value, chosen, rejected = plane(loss, losses.whole_step(terms))
+        r, c = divmod(int(value.argmin()), GRID)
+        rows.append({
+            "objective": name,
+            "checks": ", ".join(wrong) or "passed",
+            "at start": f"{value[middle]:.4g}",
+            "d/d chosen": f"{chosen[middle]:+.4g}",
+            "d/d rejected": f"{rejected[middle]:+.4g}",
+            "lowest here (c, r)": f"{value[r, c]:.3g} at ({axis[c]:+.0f}, {axis[r]:+.0f})",
+            "reference": "yes" if losses.needs_reference(terms) else "no",
+            "looks at": "step" if losses.whole_step(terms) else "pair",
+        })  # fmt: skip
     print(text_table(list(rows[0]), [row.values() for row in rows]))
     write_atomic(cfg.out, draw(planes))
     print(f"\n{cfg.out} drawn; beta {cfg.beta}, label smoothing {cfg.label_smoothing}")
+    failed = [f"{row['objective']}: {row['checks']}" for row in rows if row["checks"] != "passed"]
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
