@@ -838,9 +838,7 @@ def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
     path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or names
     if is_main():
         write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
-    raise Diverged(
-        f"{problem} at step {number}; records: {'; '.join(records[:4])} ... all in {path}"
-    )
+    raise Diverged(f"{problem} at step {number}; records: {'; '.join(records[:4])}; all in {path}")
 
 
 # --------------------------------------------------------------------------- what a step says
