@@ -47,7 +47,6 @@ def sections(name: str) -> dict[str, str]:
 _SIGNS = {name: sign for sign, *names in table("signs.txt") for name in names}
 GREEK = {name: sign for name, sign in _SIGNS.items() if "Α" <= sign <= "ω" and name[:3] != "var"}
 NUMBER_OF = {word: int(number) for number, *words in table("words.txt") for word in words}
-_MULTIPLIERS = {10**n for n in (1, 2, 3, 4, 8)}  # of what stands before them
 _REWRITES = sections("rewrites.txt")
 _PATTERNS = [line.split(" = ", 1) for line in _REWRITES["patterns"].splitlines() if line[0] != "#"]
 
@@ -103,7 +102,7 @@ def _digits(match: re.Match) -> str:
     terms: list[int] = []
     for word in re.findall(r"[^\W\d_一-鿿]+|[一-鿿]", match[0].lower()):
         value, times = NUMBER_OF.get(word, 0), 0  # nothing for `a` and `and`
-        while value in _MULTIPLIERS and terms and terms[-1] < value:
+        while terms and terms[-1] < value:  # two hundred thousand
             times += terms.pop()
         terms.append(value * max(times, 1))
     return str(sum(terms))
@@ -244,8 +243,7 @@ class _Parser:
             return [word if len(word) == 2 else word.removeprefix("\\")]  # \x is not x
         if word in GREEK:
             return [GREEK[word]]
-        apart = match[0] != word and bool(self.tokens) and self.tokens[-1][-1:].isdigit()
-        longest = 1 if apart else 4 if word.isupper() else 3
+        longest = 4 if word.isupper() else 3
         return [] if len(word) > longest or _PROSE.fullmatch(word) else list(word)
 
     def peek(self) -> str:
@@ -503,7 +501,7 @@ def read_quantity(text: str) -> Quantity | None:
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
         decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
         divided = tail[:1] == "/" and len(word) < 4  # 2/h
-        if product or angle or decade or divided or word == "th":
+        if product or angle or decade or divided:
             continue
         unit = read_unit(tail, bool(apart or (len(tail) > 3 and tail[:3].isalpha())))
         expression = parse_expression(head)
