@@ -3,25 +3,24 @@
 The files are installed side by side in one folder, as they lie here, and import each other there.
 """
 
-import difflib
+import ast
 import runpy
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime import parse_command
 
 
 def main() -> None:
     files = [path for folder in (".", "tools", "paper") for path in (ROOT / folder).glob("*.py")]
-    files = [path for path in files if path.name != "command.py" and path.name[0] != "_"]
-    scripts = {path.stem: path for path in sorted(files) if "\nif __name__" in path.read_text()}
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in scripts:
-        near = difflib.get_close_matches(name, scripts, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(scripts)}"
-        asked = name in ("-h", "--help")
-        print(f"usage: internvl-mpo SCRIPT [flags]; {hint}", file=None if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    sys.path.insert(0, str(ROOT))
+    texts = {path: path.read_text() for path in sorted(files) if path.name != "command.py"}
+    scripts = {path.stem: path for path, text in texts.items() if "\nif __name__" in text}
+    about = {name: ast.get_docstring(ast.parse(texts[path])) for name, path in scripts.items()}
+    verbs = {name: make_dataclass(name, (), namespace={"__doc__": about[name]}) for name in scripts}
+    name, _ = parse_command(verbs, sys.argv[1:2])
     sys.argv = [str(scripts[name]), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
