@@ -231,7 +231,10 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
 
 
 class Run:
-    """A run in its folder, as the last checkpoint left it: what a step needs, what it leaves."""
+    """A run in its folder, as the last checkpoint left it: what a step needs, what it leaves.
+
+    metrics.jsonl has one JSON object a step; a resumed run drops those past its checkpoint.
+    """
 
     def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
         from tools.plan import Meter, settle  # noqa: PLC0415  (a run tells its memory and speed)
@@ -292,7 +295,8 @@ class Run:
         left = range(self.done, self.total)
         for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
             for name in step.dropped:
-                say(f"dropped, too long for max_length or pack_tokens: {name}")
+                limits = f"max_length {self.cfg.max_length} or pack_tokens {self.cfg.pack_tokens}"
+                say(f"dropped, too long for {limits}: {name}")
             if step.pairs:
                 yield step
             else:
@@ -317,6 +321,8 @@ class Run:
             self.writer.save(number, self.tensors, state)
             self.tracker.draw(last)
         self.writer.finish(wait=last)
+        if last and is_main():
+            self.log.close()  # now it is on disk, too
 
 
 # --------------------------------------------------------------------------- before the loop
@@ -400,7 +406,10 @@ def switched_on(setting: str, device: torch.device) -> bool:
 
 
 def sharded_model(cfg: TrainConfig, device: torch.device, trained: bool = True) -> InternVL:
-    """The model of cfg.model_dir, FSDP-sharded block by block, weights streamed into the shards."""
+    """The model of cfg.model_dir, FSDP-sharded block by block, weights streamed into the shards.
+
+    Parameters are cfg.state_dtype; compute is cfg.dtype, gradients are reduced in fp32.
+    """
     dtype = FLOATS[cfg.state_dtype if trained else "fp32"]  # TR-DPO's small steps need float32
     model = prepare(weights.empty_model(cfg.model_dir, cfg.drop_path).to(dtype), cfg, trained)
     shard(model, cfg, device)
