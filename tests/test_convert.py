@@ -206,6 +206,26 @@ def test_other_files_are_read_like_lines(folder, ending):
     assert records(folder / "other/meta.json") == expected
 
 
+def test_a_line_of_a_csv_with_more_cells_than_columns_is_no_pair(folder):
+    path = folder / "in.csv"
+    path.write_text("question,chosen,rejected\nq,a,b\nq,a,b, and a comma\n")
+    report = convert.convert(ConvertConfig(input=path, out=folder / "out"))
+    assert report["kept"] == 1
+    assert report["dropped"] == [f"{path} record 2: 'cells_without_a_column' is not supported"]
+
+
+def test_what_meta_json_says_of_its_sets_is_told_to_be_lost(folder, capsys):
+    write_lines(folder / "in.jsonl", [PLAIN])
+    sets = {"plain": {}, "thrice": {"repeat_time": 3}, "tiled": {"max_dynamic_patch": 12}}
+    sets = {name: {"annotation": "in.jsonl"} | more for name, more in sets.items()}
+    (folder / "meta.json").write_text(json.dumps(sets))
+    flags = ("--to=trl", f"--out={folder / 'out.jsonl'}")
+    sys.argv = ["convert.py", str(folder / "meta.json"), *flags]
+    run(convert.main)
+    told = "repeat_time, tiles, augmentation are not written"
+    assert capsys.readouterr().err == f"thrice: {told}\ntiled: {told}\n"
+
+
 def status_of(capsys, *argv):
     sys.argv = ["convert.py", *map(str, argv)]
     try:

@@ -19,6 +19,7 @@ from tools.bench import (
     measured_peak,
     modes_of,
     paper_tree,
+    plan_or_bench,
     run_bench,
 )  # fmt: skip
 from tools.plan import GB, RESERVE, flops, load_of, named_config, plan_of, say_plan, settle
@@ -261,3 +262,9 @@ def test_the_bench_prints_both_tables(capsys, monkeypatch):
     assert [line[:20].strip() for line in lines[1:3]] == list(few)
     assert "that is too large" in lines[3] and "cpu, torch.float32; a pair:" in lines[4]
     assert len(lines) == 7 and all("seconds" in line for line in lines[5:])
+
+
+@pytest.mark.parametrize("flags", [{"gpus": 7}, {"gpus": 8, "replicate": 3}])
+def test_gpus_that_a_run_would_refuse_are_not_planned_for(flags):
+    with pytest.raises(InputError, match=f"{flags['gpus']} GPUs do not divide --batch_size, or"):
+        plan_or_bench(TrainConfig(plan=True, size="toy", **flags))

@@ -25,6 +25,14 @@ def test_flags_with_several_values_are_run_in_every_combination():
     assert runs["lr=1e-3,loss=0.5xdpo+sft"] == flags
 
 
+def test_of_a_repeated_flag_the_last_counts_and_an_equal_value_is_run_once():
+    runs = sweep.combinations("--lr 1,2 --loss mpo,dpo --lr=1e-4,1e-3,1e-4".split())
+    assert list(runs) == [
+        f"lr={lr},loss={loss}" for lr in ("1e-4", "1e-3") for loss in ("mpo", "dpo")
+    ]
+    assert runs["lr=1e-3,loss=dpo"] == ["--lr=1e-3", "--loss=dpo"]
+
+
 def sweep_here(monkeypatch, capsys, *argv):
     """(exit status, stdout) of tools/sweep.py in this process."""
     monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, argv)])

@@ -129,8 +129,8 @@ def plan_or_bench(cfg: TrainConfig) -> None:
     """train.py --plan or --bench, of a named --size or of the model in cfg.model_dir."""
     config = plan.named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
     cfg = train.with_recipe(cfg, config, print)
-    if cfg.gpus % cfg.replicate:
-        raise InputError(f"{cfg.gpus} GPUs do not divide into --replicate {cfg.replicate}")
+    if cfg.batch_size % cfg.gpus or cfg.gpus % cfg.replicate:
+        raise InputError(f"{cfg.gpus} GPUs do not divide --batch_size, or into --replicate groups")
     if cfg.bench:
         run_bench(cfg, config)
     else:

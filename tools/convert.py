@@ -43,7 +43,7 @@ from records import JsonLines, PairRecord, check_pair, read_meta
 from tokenizer import IMAGE
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-REFUSED = ("history", "videos", "video", "audios", "audio", "tools", "objects", "rejected_images")
+REFUSED = "history videos video audios audio tools objects rejected_images cells_without_a_column"
 # a key that tells a format -> the keys of its conversation and its answers; no key of chosen: it is
 # the end of the conversation
 FORMATS = {
@@ -70,15 +70,14 @@ def turns_of(messages: Any, role: str) -> Turns:
         content = message["value"] if content is None else content
         if not isinstance(content, str):
             parts = content if isinstance(content, list) else [content]
-            texts = [f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in parts]
-            content = "".join(texts)
+            content = "".join(f"{IMAGE}\n" if x["type"] == "image" else x["text"] for x in parts)
         turns.append((ROLES.get(role, role), content))
     return turns
 
 
 def read_pair(raw: dict) -> tuple[Turns, str, str]:
     """(conversation up to the answers, chosen, rejected) of a record of any format."""
-    for key in REFUSED:
+    for key in REFUSED.split():
         if raw.get(key):
             raise InputError(f"{key!r} is not supported")
     keys = next((keys for key, keys in FORMATS.items() if key in raw), None)
@@ -132,9 +131,8 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
 
 def image_name(image: Any, root: Path) -> str:
     """The image relative to `root`; bytes are written there, under a name from what they hold."""
-    path, content = image, None
-    if isinstance(image, dict):  # of a parquet file
-        path, content = image.get("path"), image.get("bytes")
+    of_parquet = isinstance(image, dict)
+    path, content = map(image.get, ("path", "bytes")) if of_parquet else (image, None)
     if isinstance(content, bytes):
         ending = Path(path or "").suffix or ".jpg"
         name = hashlib.blake2b(content, digest_size=16).hexdigest() + ending
@@ -170,7 +168,9 @@ def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
     """(record name, folder of its images, record) of each record."""
     runtime.open_file(path).close()  # refused where it is none, or a pipe
     if path.suffix == ".json" and path.read_text("utf-8-sig").lstrip()[:1] == "{":
-        for data_set in read_meta(path, 12):
+        for data_set in read_meta(path, 0):
+            if (data_set.repeat_time, data_set.max_tiles, data_set.augment) != (1, 0, False):
+                runtime.say(f"{data_set.name}: repeat_time, tiles, augmentation are not written")
             yield from ((str(line), data_set.root, line.record()) for line in data_set.lines)
     elif path.suffix == ".jsonl":
         yield from ((str(line), root, line.record()) for line in JsonLines(path))
@@ -194,7 +194,7 @@ def read_table(path: Path) -> Iterator[dict]:
             yield from batch.to_pylist()
         return
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
+        rows = csv.DictReader(file, restkey=REFUSED.split()[-1], strict=True)
         try:
             yield from rows
         except csv.Error as error:

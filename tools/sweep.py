@@ -54,14 +54,14 @@ def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
 
 def combinations(argv: list[str]) -> dict[str, list[str]]:
     """Name of each run -> its flags, from flags of which some have several values."""
-    values, words, runs = [], list(argv), {}  # values: of each flag, "--lr=1e-4" and "--lr=1e-3"
+    values, words, runs = {}, list(argv), {}  # values: of each flag, "--lr=1e-4" and "--lr=1e-3"
     while words:
         name, equals, value = words.pop(0).partition("=")
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-        values.append([f"{name}={one.strip()}" if one else name for one in value.split(",")])
-    for flags in product(*values):
-        swept = [flag.lstrip("-") for flag, several in zip(flags, values) if len(several) > 1]
+        values[name] = [f"{name}={one.strip()}" if one else name for one in value.split(",")]
+    for flags in product(*map(dict.fromkeys, values.values())):  # of a repeated flag the last
+        swept = [flag.lstrip("-") for flag in flags if len(values[flag.partition("=")[0]]) > 1]
         runs[",".join(swept).replace("*", "x")] = list(flags)  # a folder's name has no asterisk
     return runs
 
