@@ -39,7 +39,7 @@ from benchmarks import (
 )
 from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
 from benchmarks.tables import SETTINGS
-from runtime import InputError, flag, write_atomic
+from runtime import InputError, flag, json_line, write_atomic
 
 TABLE = (
     m3cot.BENCHMARK, mathvista.BENCHMARK, mathvision.BENCHMARK, mathvision.MINI, pope.BENCHMARK,
@@ -103,19 +103,10 @@ def generate(cfg: Generate) -> Path:
     place = f"{model}-{weights[:8]}/{bench.name}-{SETTINGS[cfg.cot].lower()}"
     out = cfg.out or Path("results") / place
     images = image_paths(bench, items, cfg.images, out)
-    questions = [bench.ask(item, cfg.cot) for item in items]
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
-    facts = {
-        "benchmark": bench.name,
-        "setting": SETTINGS[cfg.cot],
-        "prompts": PROMPTS,
-        "model": model,
-        "weights": weights,
-        "questions": asked(bench, items, cfg.cot),
-        "max_tiles": cfg.max_tiles,
-        "max_new_tokens": tokens,
-        "temperature": 0.0,
-    }
+    made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS, model, weights)
+    facts = vars(made_by) | {"questions": asked(bench, items, cfg.cot), "temperature": 0.0}
+    facts |= {"max_tiles": cfg.max_tiles, "max_new_tokens": tokens}
     runtime.claim(out, facts, "use another --out")
     # each process of one start has its own lock
     with runtime.alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
@@ -125,15 +116,10 @@ def generate(cfg: Generate) -> Path:
             from generate import Generator, Prompt  # noqa: PLC0415  (scoring needs neither)
 
             log = runtime.AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
-            prompts = (
-                Prompt(items[k]["id"], questions[k], images=(images[k],) if images[k] else (),
-                       max_tiles=cfg.max_tiles)
-                for k in left
-            )  # fmt: skip
-            generator = Generator.load(
-                cfg.model_dir, temperature=0.0, max_new_tokens=tokens, marks=False
-            )
-            samples = generator.run(prompts)
+            asking = ((items[k]["id"], bench.ask(items[k], cfg.cot), images[k]) for k in left)
+            prompts = (Prompt(*asked, max_tiles=cfg.max_tiles) for asked in asking)
+            settings = {"temperature": 0.0, "max_new_tokens": tokens, "marks": False}
+            samples = Generator.load(cfg.model_dir, **settings).run(prompts)
             for s in runtime.bar(samples, total=len(left), desc=bench.name):
                 row = {"id": s.prompt_id, "response": s.text.strip()}
                 log.append(row | {"finish_reason": s.finish_reason, "num_tokens": s.num_tokens})
@@ -144,8 +130,7 @@ def generate(cfg: Generate) -> Path:
     if number < len(items):  # the process that completes the set writes the file
         print(f"{out}: {number} of {len(items)} answered", file=sys.stderr)
         return out
-    lines = [json.dumps(done[item["id"]], ensure_ascii=False) + "\n" for item in items]
-    write_atomic(out / "answers.jsonl", "".join(lines))
+    write_atomic(out / "answers.jsonl", b"".join(json_line(done[item["id"]]) for item in items))
     print(f"{out / 'answers.jsonl'}: {len(items)} replies, {SETTINGS[cfg.cot]}", file=sys.stderr)
     return out
 
@@ -168,26 +153,26 @@ def weights_of(model_dir: Path) -> str:
 
 def image_paths(
     bench: Benchmark, items: list[Item], root: Path | None, out: Path
-) -> list[Path | None]:
-    """One path an item; every missing or forbidden one is named in a single error."""
+) -> list[tuple[Path, ...]]:
+    """The picture of each item, or none; one error names all that are missing or forbidden."""
     if not bench.image:
         if shown := [item["id"] for item in items if item.get("image")]:
             problem = f"{bench.name} shows no image, but items have one"
             raise InputError(f"{problem}: {files.listed(shown)}; --bench own asks about images")
-        return [None] * len(items)
+        return [()] * len(items)
     paths, bad = [], []
     for item in items:
         name, folder = item.get("image"), root or item["_file"].parent
         if not isinstance(name, str) or not name:
             bad.append(f"{item['id']}: no image named")
         elif len(name) > 1000:  # MMHal's and RLAIF-V's files hold the picture itself, as base64
-            paths.append(unpacked(item["id"], name, out))
+            paths.append((unpacked(item["id"], name, out),))
         elif not (path := folder / name).resolve().is_relative_to(folder.resolve()):
             bad.append(f"{item['id']}: image {name!r} leaves {folder}")
         elif not path.is_file():
             bad.append(f"{item['id']}: no {path}")
         else:
-            paths.append(path)
+            paths.append((path,))
     if bad:
         head = f"{len(bad)} of {len(items)} images cannot be used; --images names their folder"
         raise InputError("\n  ".join([head, *bad]))
@@ -321,7 +306,7 @@ def score(cfg: Score) -> dict:
         result["partial"] = {"score": total["score"], "n": total["n"]}
     if out := cfg.out or folder:
         lines = [{"id": item["id"], **vars(reading)} for item, reading in readings]
-        write_atomic(out / "items.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomic(out / "items.jsonl", b"".join(map(json_line, lines)))
         write_atomic(out / "score.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -413,15 +398,14 @@ def judge(cfg: Judge) -> list[str]:
                 "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
                 "template": cfg.judge_template.name if cfg.judge_template else "ours",
             })  # fmt: skip
-    lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
-    write_atomic(cfg.out / "requests.jsonl", "".join(lines))
+    write_atomic(cfg.out / "requests.jsonl", b"".join(map(json_line, requests)))
     given = cfg.judgements or tuple(cfg.out.glob("judgements.jsonl"))
     judgements = files.load_judgements(bench, items, given, cfg.judge_name)
     judged = [item for item in items if item["id"] in judgements]
     read_all(bench, judged, replies, judgements, bench.judge.mode, cot)  # out of range ends here
     left = [request["id"] for request in requests if request["id"] not in judgements]
     names = f": {files.listed(left)}" if judgements and left else ""
-    counts = f"{len(lines)} requests, {len(left)} not judged yet{names}"
+    counts = f"{len(requests)} requests, {len(left)} not judged yet{names}"
     print(f"{cfg.out / 'requests.jsonl'}: {counts}", file=sys.stderr)
     return left
 

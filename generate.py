@@ -115,7 +115,10 @@ class Sample:
 
 @torch.no_grad()
 def prefill(
-    model: InternVL, prompts: list[list[int]], tiles: Tensor | None, attend: Attend
+    model: InternVL,
+    prompts: list[list[int]],
+    tiles: Tensor | None,
+    attend: Attend = causal_attention,
 ) -> Tensor:  # (prompt vocab)
     """Read prompts side by side in one pass; the logits of what follows each.
 
@@ -508,16 +511,6 @@ class Generator:
                 end -= max(map(len, filter(text.endswith, starts)), default=0)
             yield text[shown:end]
             shown = end
-
-    def first_token_probs(self, prompts: Iterable[Prompt], words: list[str]) -> list[dict]:
-        """For each prompt, {word: the probability that its answer begins with its first token}."""
-        first_ids = {word: self.tokenizer.encode_plain(word)[0] for word in words}
-        rows = []
-        for prompt in prompts:
-            ids, tiles = self.encode(prompt).ids, self.tiles(prompt)
-            [probs] = prefill(self.model, [ids], tiles, causal_attention).softmax(-1)
-            rows.append({word: probs[id].item() for word, id in first_ids.items()})
-        return rows
 
     # ----- one token
 

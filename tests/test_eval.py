@@ -806,7 +806,7 @@ def test_images_stay_in_their_folder_and_may_stand_in_the_file_itself(world):
     row = {"question": "Q?", "gt_answer": "a", "image_content": [], "image": picture}
     data = write_jsonl(world / "m.jsonl", [row])
     items = Generate("mmhal", (data,), model_dir=world / "model").items()
-    (path,) = evaluation.image_paths(BENCHMARKS["mmhal"], items, None, world / "o")
+    ((path,),) = evaluation.image_paths(BENCHMARKS["mmhal"], items, None, world / "o")
     assert path.read_bytes() == b"a picture" * 200
 
 

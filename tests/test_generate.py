@@ -35,7 +35,6 @@ from generate import (
 from losses import aligned
 from model import InternVL
 from runtime import InputError, rank_and_world, run
-from tokenizer import load_tokenizer
 from tools.plan import named_config
 from toy import model_config, parse_config, write_world
 from weights import load_model
@@ -774,16 +773,6 @@ def test_a_stop_string_ends_the_text_before_it(toy, expected):
     assert sample.finish_reason == "stop"
     with pytest.raises(InputError, match="stop: an empty text would end every answer"):
         sampler(toy, stop=("", word))
-
-
-def test_first_token_probabilities_are_the_models(toy, generator):
-    prompt = Prompt("yes", "Is the picture wide?")
-    [found] = generator.first_token_probs([prompt], ["Yes", "No"])
-    with torch.no_grad():
-        ids = generator.encode(prompt).ids
-        probs = generator.model(torch.tensor([ids]))[0, -1].softmax(-1)
-    token = load_tokenizer(toy / "model").encode_plain("Yes")[0]
-    assert found["Yes"] == pytest.approx(probs[token].item(), rel=1e-4)
 
 
 # --------------------------------------------------------------------------- what is refused

@@ -3,11 +3,23 @@
 import json
 from pathlib import Path
 
+import pytest
+import torch
 from test_pairs import read_lines, sampling
 from test_pairs import world as world
 
+import generate
 import pairs
 from tools import rlaifv
+from toy import write_model
+
+
+@pytest.fixture
+def judged(world, monkeypatch):
+    """The world of the stand-in engine, which says yes and no as well."""
+    stand_in = pairs.Generator.word_probs
+    monkeypatch.setattr(rlaifv, "word_probs", stand_in)
+    return world
 
 
 def test_claims_by_rule_are_sentences():
@@ -17,7 +29,7 @@ def test_claims_by_rule_are_sentences():
     assert rlaifv.bullets("Claims:\n- one\n 2. two\n* three\nplain") == ["one", "two", "three"]
 
 
-def test_the_score_counts_claims_denied_and_needs_a_question_for_each(world):
+def test_the_score_counts_claims_denied_and_needs_a_question_for_each(judged):
     rows = [{"rid": "a", "question": "q", "claims": ["x", "y"], "questions": ["x?", "y?"]}]
     rows.append({"rid": "b", "question": "q", "claims": ["x", "y"], "questions": ["x?"]})
     rlaifv.judge_claims(rows, pairs.Generator(), Path("images"), 6)
@@ -41,7 +53,7 @@ def test_the_length_limit_brings_the_means_together():
     assert len(kept) == 10 and sum(c - r for c, r in kept) == 0
 
 
-def test_divide_and_conquer_runs_from_samples_to_pairs(world):
+def test_divide_and_conquer_runs_from_samples_to_pairs(judged):
     pairs.sample(sampling(prompts="none", num_samples=6))
     cfg = rlaifv.DivideConfig(model_dir=Path("model"), out_dir=Path("out"))
     rlaifv.divide_and_conquer(cfg)
@@ -58,3 +70,14 @@ def test_divide_and_conquer_runs_from_samples_to_pairs(world):
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
     rlaifv.divide_and_conquer(cfg)
     assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+
+
+def test_first_token_probabilities_are_the_models(tmp_path):
+    write_model(tmp_path, 0)
+    generator = generate.Generator.load(tmp_path)
+    prompt = generate.Prompt("yes", "Is the picture wide?")
+    found, _ = rlaifv.word_probs(generator, prompt, ["Yes", "No"])
+    with torch.no_grad():
+        probs = generator.model(torch.tensor([generator.encode(prompt).ids]))[0, -1].softmax(-1)
+    token = generator.tokenizer.encode_plain("Yes")[0]
+    assert found == pytest.approx(probs[token].item(), rel=1e-4)

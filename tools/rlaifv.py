@@ -10,7 +10,7 @@ chosen.  `pairs.py sample` makes the samples; runs over any number of processes,
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice, permutations
 from pathlib import Path
@@ -36,7 +36,7 @@ class DivideConfig(EngineConfig):
 
 
 import pairs
-from generate import Generator, Prompt
+from generate import Generator, Prompt, prefill
 from images import checked_images
 from records import grouped, part_files, read_parts
 from tokenizer import IMAGE
@@ -79,25 +79,28 @@ def add_claims(rows: list[dict], generator: Generator) -> None:
         row["questions"] = bullets(text)
 
 
+def word_probs(generator: Generator, prompt: Prompt, words: list[str]) -> list[float]:
+    """The probability of each word's first token as the answer's."""
+    ids, tiles = generator.encode(prompt).ids, generator.tiles(prompt)
+    [probs] = prefill(generator.model, [ids], tiles).softmax(-1)
+    return [probs[generator.tokenizer.encode_plain(word)[0]].item() for word in words]
+
+
 def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: int) -> None:
     """Ask each claim's question with the image; the score is minus the number of claims denied.
 
     A response whose questions are not as many as its claims gets no score, as in the original.
     """
-    asked = []
     for row in rows:
-        row["yes_no"], name = [], row["question"][:60]
-        paths = checked_images(root, row, name)
+        row["yes_no"] = []
+        paths = checked_images(root, row, row["question"][:60])
         each = max(1, max_tiles // max(1, len(paths)))
         matched = len(row["questions"]) == len(row["claims"])
         for i, question in enumerate(row["questions"] if matched else ()):
             text = f"{IMAGE}\n" * len(paths) + f"{question} Please answer yes or no."
-            asked.append((row, Prompt(f"judge {row['rid']} {i}", text, paths, max_tiles=each)))
-    prompts, words = [prompt for _, prompt in asked], ["Yes", "yes", "No", "no"]
-    probs = generator.first_token_probs(prompts, words) if asked else []
-    for (row, _), p in zip(asked, probs, strict=True):
-        row["yes_no"].append((p["Yes"] + p["yes"], p["No"] + p["no"]))
-    for row in rows:
+            prompt = Prompt(f"judge {row['rid']} {i}", text, paths, max_tiles=each)
+            yes, yes_too, no, no_too = word_probs(generator, prompt, ["Yes", "yes", "No", "no"])
+            row["yes_no"].append((yes + yes_too, no + no_too))
         row["score"] = -sum(no > yes for yes, no in row["yes_no"]) if row["yes_no"] else None
 
 
@@ -143,7 +146,8 @@ def length_limit(lengths: list[tuple[int, int]]) -> float:
 
 def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> pairs.Plan:
     """Pairs by score, then without those that would teach length."""
-    counts, cost, drawn = Counter(), Counter(), []
+    tally, drawn = defaultdict(Counter), []
+    counts, cost = tally["counts"], tally["cost"]
     for key, lines in grouped(part_files(folder), lambda row, _: pairs.digest(row["qid"])).items():
         rows = pairs.drop_repeats([line.record() for line in lines], data_set.name)
         for row in rows:
@@ -151,17 +155,14 @@ def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) 
                 pairs.spend(cost, spent)
             cost["generated"] += len(row["yes_no"])
             counts["claims and questions do not match"] += row["score"] is None
-        counts["candidates"] += len(rows)
+        counts["responses"] += len(rows)
         drawn += pairs.choose(better_pairs(rows), cfg.pairs_per_query, cfg.seed, key)
     lengths = [tuple(len(row["response"].split()) for row in pair) for pair in drawn]
     limit = length_limit(lengths)
     kept = [pair for pair, (c, r) in zip(drawn, lengths) if (r - c) / max(r, 1) <= limit]
     counts["pairs before the length limit"] = len(drawn)
-    counts["responses"] = counts["candidates"]
     files = {KIND: f"annotations/{data_set.name}_pairs_{KIND}.jsonl"}
-    plan = pairs.Plan(data_set, files, kept, write_pair, {"length_limit": limit})
-    plan.tally |= {"counts": counts, "cost": cost}
-    return plan
+    return pairs.Plan(data_set, files, kept, write_pair, {"length_limit": limit}, tally=tally)
 
 
 def write_pair(pair: tuple[dict, dict], _: pairs.Tally) -> dict[str, list[dict]]:
