@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
+from losses import LOSSES
 from runtime import InputError, need, read_jsonl, run
 from tools import sweep, track
 from toy import write_world
@@ -46,6 +47,8 @@ def sweep_here(monkeypatch, capsys, *argv):
 
 def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkeypatch, capsys):
     write_world(tmp_path, 8, 0)
+    monkeypatch.setitem(LOSSES, "low", None)  # so that it is gone after this test
+    del LOSSES["low"]
     (tmp_path / "own.py").write_text("def low(logps):\n    return -logps.policy_chosen / 9\n")
     flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=2", "--warmup=0", "--batch_size=4"]
     flags += [f"--out_dir={tmp_path / 'sweep'}", f"--mine={tmp_path / 'own.py'}"]
