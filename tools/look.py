@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -269,14 +270,11 @@ def stats(cfg: StatsConfig) -> None:
         raise InputError(f"{cfg.meta}: no pairs")
     rows = []
     for name in sorted(groups, key=lambda name: (name not in PAPER, name)):
-        columns = groups[name]
-        total = columns[0].total()
-        row = [name, total]
-        for n in columns[: len(PARTS)]:
-            mean = sum(value * count for value, count in n.items()) / total
-            row.append(f"{mean:.1f} ({min(n)} to {max(n)})")
-        row += [f"{n[True]} ({n[True] / total:.1%})" for n in columns[len(PARTS) :]]
-        rows.append(row)
+        lengths, flags = groups[name][: len(PARTS)], groups[name][len(PARTS) :]
+        total = lengths[0].total()
+        row = [f"{fmean(n, n.values()):.1f} ({min(n)} to {max(n)})" for n in lengths]
+        row += [f"{n[True]} ({n[True] / total:.1%})" for n in flags]
+        rows.append([name, total, *row])
         if name in PAPER:
             rows.append([f"  in the paper {name}", *PAPER[name], *"----"])
             histogram = dict(sorted(Counter(questions[name].values()).items()))
