@@ -312,7 +312,13 @@ def score(cfg: Score) -> dict:
 
 
 def check_asked(cfg: Replies, made_by: RunFile, items: list[Item], replies: dict) -> None:
-    """InputError where our own replies are to other questions than those of the data."""
+    """InputError where replies are the data itself, or our own ones to other questions."""
+    questions = {item.get("_file") for item in items}
+    fields = "|".join(cfg.benchmark.fields).split("|")
+    for row in replies.values():
+        key = next(key for key in files.REPLY_KEYS if key in row)
+        if row["_file"] in questions and key in fields:
+            raise InputError(f"{row['_source']}: {key!r} is the data's own, no reply to it")
     if cfg.data and made_by.questions and made_by.prompts == PROMPTS:
         known = [item for item in items if item["id"] in replies]
         if asked(cfg.benchmark, known, made_by.setting == "CoT") != made_by.questions:

@@ -54,7 +54,7 @@ class TrainConfig:
     reference: Literal["cached", "online"] = flag("cached", "scored once, or a second model")
     reference_cache: Path | None = flag(None, "folder to share; default out_dir/reference")
     reference_update_every: int = flag(0, "TR-DPO: steps between updates; 0 = off", low=0)
-    reference_update_mix: float = flag(0.9, "TR-DPO: the policy's share of an update", 0, 1)
+    reference_update_mix: float = flag(0.9, "TR-DPO: the policy's share of an update", 1e-6, 1)
     lr: float | None = flag(None, "peak learning rate; default: the generation's", low=1e-12)
     lr_vision: float = flag(1.0, "times lr for the ViT; 0 = frozen", low=0)
     lr_projector: float = flag(1.0, "times lr for the projector; 0 = frozen", low=0)

@@ -705,6 +705,15 @@ def test_a_stopped_run_resumes_with_any_number_of_processes(world, monkeypatch, 
     assert generator.loads == loads  # nothing left to do: no model is loaded
 
 
+def test_a_file_of_questions_is_not_scored_as_its_own_answers(tmp_path):
+    rows = [{"id": n, "question": "How many?", "answer": n, "image": "a.png"} for n in range(3)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(InputError, match="d.jsonl line 1: 'answer' is the data's own, no reply"):
+        scored("own", data, data)
+    both = write_jsonl(tmp_path / "both.jsonl", [row | {"response": row["answer"]} for row in rows])
+    assert scored("own", both, both)["score"] == 100  # as official outputs hold the questions, too
+
+
 def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
     evaluation.generate(asked(world, "one"))
     (world / "ids").write_text("random/1 random/2 popular/1")

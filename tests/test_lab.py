@@ -166,6 +166,7 @@ def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
         ("def mpo(logps): return logps.policy_chosen", "an objective named mpo exists already"),
         ("def f(x): return x", "no public function whose first parameter is `logps`"),
         ("import nosuchmodule", r"my_loss.py line 1: ModuleNotFoundError"),
+        ("\nimport sys\nsys.exit(0)", r"my_loss.py line 3: SystemExit: 0"),
         ("def f(logps)\n", r"my_loss.py: SyntaxError: .*line 1"),
         ("\ndef f(logps): return logps.chosen", r"my_loss.py line 2: AttributeError"),
         (

@@ -247,11 +247,11 @@ def read_case(path: Path, meta: Path | None) -> Case:
     folder, flags = path.parent, {"max_grad_norm": 1.0}  # what TRL and ms-swift clip to
     if path.name == "metrics.jsonl" and (folder / "config.json").is_file():
         flags = read_json(folder / "config.json")
-    start = Path(flags.get("model_dir", folder / "of TRL nobody knows"))
+    start = Path(str(flags.get("model_dir", folder / "of TRL nobody knows")))
     trained = folder / "model" if (folder / "model").is_dir() else folder
     shapes = [place for place in (trained, start) if (place / "config.json").is_file()]
     shapes = [place for place in shapes if "vision_config" in read_json(place / "config.json")]
-    pairs = meta or Path(flags.get("meta", folder / "meta.json"))
+    pairs = meta or Path(str(flags.get("meta", folder / "meta.json")))
     sets = read_meta(pairs, 12) if meta or pairs.is_file() else []
     records = islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)
     weights, begun = (sorted(place.glob("*.safetensors")) for place in (trained, start))

@@ -125,7 +125,7 @@ def call_users_code(path: Path, function: Callable, *args: Any, **options: Any) 
     """Whatever a user's code raises becomes one line that names file and line."""
     try:
         return function(*args, **options)
-    except Exception as error:  # any: the code is not ours
+    except (Exception, SystemExit) as error:  # any: the code is not ours
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         place = f"{path} line {lines[-1]}" if lines else str(path)

@@ -122,7 +122,7 @@ def check(cfg: CheckConfig) -> None:
     print(text_table(("tiles a record", "records"), sorted(tiles.items())))
     print(text_table(("tokens a record, at most", "records"), sorted(tokens.items())))
     for remark in remarks:
-        print(remark)
+        print(printable(remark))
     if overlong:
         limits = f"{max_length} tokens, or with both answers than {pack}"
         print(f"{overlong} records are longer than {limits}: see train.py --overlong")
