@@ -104,9 +104,10 @@ def generate(cfg: Generate) -> Path:
     out = cfg.out or Path("results") / place
     images = image_paths(bench, items, cfg.images, out)
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
-    made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS, model, weights)
-    facts = vars(made_by) | {"questions": asked(bench, items, cfg.cot), "temperature": 0.0}
-    facts |= {"max_tiles": cfg.max_tiles, "max_new_tokens": tokens}
+    questions = asked(bench, items, cfg.cot)
+    made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS, model, weights, questions)
+    settings = {"temperature": 0.0, "max_new_tokens": tokens}
+    facts = vars(made_by) | settings | {"max_tiles": cfg.max_tiles}
     runtime.claim(out, facts, "use another --out")
     # each process of one start has its own lock
     with runtime.alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
@@ -118,8 +119,7 @@ def generate(cfg: Generate) -> Path:
             log = runtime.AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
             asking = ((items[k]["id"], bench.ask(items[k], cfg.cot), images[k]) for k in left)
             prompts = (Prompt(*asked, max_tiles=cfg.max_tiles) for asked in asking)
-            settings = {"temperature": 0.0, "max_new_tokens": tokens, "marks": False}
-            samples = Generator.load(cfg.model_dir, **settings).run(prompts)
+            samples = Generator.load(cfg.model_dir, **settings, marks=False).run(prompts)
             for s in runtime.bar(samples, total=len(left), desc=bench.name):
                 row = {"id": s.prompt_id, "response": s.text.strip()}
                 log.append(row | {"finish_reason": s.finish_reason, "num_tokens": s.num_tokens})
@@ -273,8 +273,8 @@ def score(cfg: Score) -> dict:
     readings, missing = read_all(bench, items, replies, judgements, mode, cot)
     total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
     seen = [replies[item["id"]] for item in items if item["id"] in replies]
-    judged = [judgements[i["id"]] for i, _ in readings if i["id"] in judgements]
-    judged = judged if bench.is_judged(mode) else []
+    used = judgements if bench.is_judged(mode) else {}
+    judged = [used[item["id"]] for item, _ in readings if item["id"] in used]
     others = [m for m in bench.modes if m != mode and not bench.is_judged(m)]
     others = others if any(row["reply"] for row in seen) else []
     part = f" ({len(items)} of {bench.n_expected} items)"

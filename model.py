@@ -277,11 +277,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        attend: Attend,
-        wanted: Tensor | slice = ALL,
+        self, x: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | slice = ALL
     ) -> Tensor:
         """x (b s d), positions (b s) -> normed hidden (b wanted d).
 
@@ -314,13 +310,14 @@ class LanguageModel(nn.Module):
 # --------------------------------------------------------------------------- InternVL
 
 
-def pixel_shuffle(x: Tensor) -> Tensor:  # (tile row col d) -> (tile row/2 col/2 4d)
+def pixel_shuffle(x: Tensor) -> Tensor:  # (tile patch d) -> (tile patch/4 4d)
     """Fold each 2 x 2 block of patches into channels: 1024 patches -> 256 image tokens a tile.
 
     Channel blocks in the order (2R,2Q) (2R,2Q+1) (2R+1,2Q) (2R+1,2Q+1)
     (`modeling_internvl_chat.py: pixel_shuffle`, ps_version v2).
     """
-    return rearrange(x, "tile (row i) (col j) d -> tile row col (i j d)", i=2, j=2)
+    rows = math.isqrt(x.shape[1]) // 2
+    return rearrange(x, "tile (row i col j) d -> tile (row col) (i j d)", row=rows, i=2, j=2)
 
 
 class InternVL(nn.Module):
@@ -342,8 +339,7 @@ class InternVL(nn.Module):
     def image_features(self, tiles: Tensor) -> Tensor:  # (tile 3 h w) -> (tile token d)
         """What the LLM sees of each tile."""
         x = self.vision_model(tiles, self.config.select_layer)[:, 1:]  # without the class token
-        x = rearrange(x, "tile (row col) d -> tile row col d", row=math.isqrt(x.shape[1]))
-        return self.projector(rearrange(pixel_shuffle(x), "tile row col d -> tile (row col) d"))
+        return self.projector(pixel_shuffle(x))
 
     def embed(
         self, input_ids: Tensor, tiles: Tensor | None, tile_order: Tensor | None = None

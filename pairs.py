@@ -641,15 +641,11 @@ def token_cost(cost: Counter, pairs: int) -> dict:
 
 def print_cost(verb: str, reports: dict) -> None:
     """Pairs and tokens a kept pair of each data set, beside the paper's two figures."""
-    from tools.figures import text_table  # noqa: PLC0415  (the first ring imports no folder)
-
     paper = "paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7"
     print(f"{verb}: tokens a kept pair ({paper}; how it counted is not stated)")
-    rows = [
-        (name, sum(r["pairs"].values()), *(v or "-" for v in r["tokens"]["per_pair"].values()))
-        for name, r in reports.items()
-    ]
-    print(text_table(("data set", "pairs", "generated", "+ prompt", "+ image"), rows))
+    for name, report in reports.items():
+        figures = {"pairs": sum(report["pairs"].values())} | report["tokens"]["per_pair"]
+        print(f"{name}: " + ", ".join(f"{k} {v or '-'}" for k, v in figures.items()))
 
 
 # --------------------------------------------------------------------------- DropoutNTP
