@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.answers import PROMPTS as COT_PROMPTS
 from benchmarks.quantities import pattern, plain_signs, plain_spelling
-from runtime import InputError
+from runtime import InputError, fits
 
 PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
 COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
@@ -86,7 +86,7 @@ def last_number(text: str) -> str:
 def in_range(item: Item, numbers: Any, low: float, high: float) -> list[float]:
     """Numbers that a judge's file holds, or an error that names the item."""
     numbers = numbers if isinstance(numbers, list) else [numbers]
-    if not numbers or not all(isinstance(x, int | float) and low <= x <= high for x in numbers):
+    if not numbers or not all(fits(x, float) and low <= x <= high for x in numbers):
         raise InputError(f"{item['id']}: judgement {numbers} out of range {low:g} to {high:g}")
     return [float(x) for x in numbers]
 

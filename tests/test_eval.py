@@ -292,7 +292,11 @@ def test_judges_are_read_by_the_official_rules_and_named_out_of_range():
         (mmhal, "- Rating: 6, very", Reading(6.0)),
     ):
         assert module.read({"id": "v1_3"}, Reply("", judgement=judgement), "judge") == reading
-    wrong = {mmvet: (1.5, [0.5, -1]), llava_bench: ("15 3\n", [11, 3]), mmhal: ("Rating: 9", 7)}
+    wrong = {
+        mmvet: (1.5, [0.5, -1], True),
+        llava_bench: ("15 3\n", [11, 3]),
+        mmhal: ("Rating: 9", 7),
+    }
     for module, judgement in ((m, j) for m, judgements in wrong.items() for j in judgements):
         with pytest.raises(InputError, match="v1_3.*out of range"):
             module.read({"id": "v1_3"}, Reply("", judgement=judgement), "judge")
