@@ -220,13 +220,11 @@ def response_keys(trees: list[Tree]) -> list[str]:
     """What each response's log-prob depends on beside weights: ids, and the content of images."""
     keys = []
     for tree in trees:
-        trunk = hashlib.blake2b(np.array(tree.trunk).tobytes(), digest_size=16)
+        before = np.array(tree.trunk).tobytes()
         for (path, limit, augment), tiles in zip(tree.images, tree.tiles):
-            trunk.update(repr((fingerprint([path]), limit, tiles, augment)).encode())
-        for response in tree.responses:
-            h = trunk.copy()
-            h.update(np.array(response).tobytes())
-            keys.append(h.hexdigest())
+            before += repr((fingerprint([path]), limit, tiles, augment)).encode()
+        contents = (before + np.array(response).tobytes() for response in tree.responses)
+        keys += [hashlib.blake2b(content, digest_size=16).hexdigest() for content in contents]
     return keys
 
 
