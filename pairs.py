@@ -242,7 +242,6 @@ class SampleInfo:
     """info.json, which `sample` writes beside the part files."""
 
     root: str = ""  # folder of the images, from this very folder
-    domain: str = ""
     modes: list[str] = field(default_factory=list)
     responses: int = 0  # when all are there
     max_tiles: int = 6
@@ -326,7 +325,7 @@ def sample(cfg: SampleConfig) -> None:
     claim(folder, text_settings(cfg) | {"name": name, "max_tiles": tiles}, "use another --out_dir")
     root = os.path.relpath(cfg.root.resolve(), folder.resolve())
     responses = share * len(questions)
-    info = SampleInfo(root, cfg.domain, split_names(cfg.modes), responses, tiles)
+    info = SampleInfo(root, split_names(cfg.modes), responses, tiles)
     runtime.write_atomic(folder / "info.json", runtime.config_json(info))
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
@@ -527,8 +526,8 @@ class Plan:
         with contextlib.ExitStack() as stack:
             paths = {kind: out_dir / name for kind, name in self.files.items()}
             files = {k: stack.enter_context(runtime.new_file(path)) for k, path in paths.items()}
-            work = functools.partial(lines_of, self.pair)
-            for lines, part in in_order(work, self.items, 50, self.workers, self.data_set.name):
+            label = self.data_set.name
+            for lines, part in in_order(self.lines_of, self.items, 50, self.workers, label):
                 for kind, text in lines.items():
                     files[kind].write(text)
                 for name, counter in part.items():
@@ -537,15 +536,14 @@ class Plan:
             if not self.tally["written"][kind]:
                 path.unlink()
 
-
-def lines_of(pair: Callable, items: list) -> tuple[dict[str, bytes], Tally]:
-    """The lines of some items, by kind, and what was counted."""
-    lines, tally = defaultdict(list), defaultdict(Counter)
-    for item in items:
-        for kind, records in pair(item, tally).items():
-            lines[kind] += map(runtime.json_line, records)
-            tally["written"][kind] += len(records)
-    return {kind: b"".join(made) for kind, made in lines.items()}, tally
+    def lines_of(self, items: list) -> tuple[dict[str, bytes], Tally]:
+        """The lines of some items, by kind, and what was counted."""
+        lines, tally = defaultdict(list), defaultdict(Counter)
+        for item in items:
+            for kind, records in self.pair(item, tally).items():
+                lines[kind] += map(runtime.json_line, records)
+                tally["written"][kind] += len(records)
+        return {kind: b"".join(made) for kind, made in lines.items()}, tally
 
 
 def pair_record(row: dict, question: str, chosen: tuple, rejected: tuple, more: dict) -> dict:
@@ -559,10 +557,9 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
     """Write what the plans make; each is made in its turn.
 
     Entries and reports of other verbs stay; the entry of an empty annotation file goes.  Paths are
-    relative to the folder of meta.json.  Exit 1 where a set has no pair, or too many format
-    failures.
+    relative to the folder of meta.json.
     """
-    reports, entries, bad = {}, {}, []
+    reports, entries = {}, {}
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
         earlier = {path: runtime.read_json(path) if path.exists() else {} for path in paths}
@@ -586,16 +583,7 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
             content = {k: v for k, v in (old | new).items() if v is not None}
             text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True, default=str)
             runtime.write_atomic(path, text + "\n")
-    print_cost(verb, reports)
-    for name, report in reports.items():
-        total, failed = report["responses"], report["counts"].get("format responses", 0)
-        if not sum(report["pairs"].values()):
-            bad.append(f"{name}: no pair from {total} responses")
-        if (share := failed / max(total, 1)) > max_format_share:
-            bad.append(f"{name}: {share:.0%} of the responses are format failures")
-    if bad:
-        print("\n".join(["error: data sets to look at:", *bad]), file=sys.stderr)
-        raise SystemExit(1)
+    conclude(verb, reports, max_format_share)
 
 
 def pair_with_model(
@@ -639,13 +627,25 @@ def token_cost(cost: Counter, pairs: int) -> dict:
     return {"spent": spent, "per_pair": per_pair}
 
 
-def print_cost(verb: str, reports: dict) -> None:
-    """Pairs and tokens a kept pair of each data set, beside the paper's two figures."""
-    paper = "paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7"
+def conclude(verb: str, reports: dict, max_format_share: float) -> None:
+    """Print pairs and tokens a kept pair of each data set, beside the paper's two figures.
+
+    Exit 1 where a set has no pair, or too many format failures.
+    """
+    paper, bad = "paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7", []
     print(f"{verb}: tokens a kept pair ({paper}; how it counted is not stated)")
     for name, report in reports.items():
-        figures = {"pairs": sum(report["pairs"].values())} | report["tokens"]["per_pair"]
+        total, pairs = report["responses"], sum(report["pairs"].values())
+        figures = {"pairs": pairs} | report["tokens"]["per_pair"]
         print(f"{name}: " + ", ".join(f"{k} {v or '-'}" for k, v in figures.items()))
+        if not pairs:
+            bad.append(f"{name}: no pair from {total} responses")
+        share = report["counts"].get("format responses", 0) / max(total, 1)
+        if share > max_format_share:
+            bad.append(f"{name}: {share:.0%} of the responses are format failures")
+    if bad:
+        print("\n".join(["error: data sets to look at:", *bad]), file=sys.stderr)
+        raise SystemExit(1)
 
 
 # --------------------------------------------------------------------------- DropoutNTP

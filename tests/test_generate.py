@@ -293,6 +293,18 @@ def test_prompts_read_in_one_pass_equal_prompts_read_alone(toy, monkeypatch):
         assert alone.logp == pytest.approx(together[prompt.id].logp, abs=1e-5)
 
 
+def test_a_sole_answer_in_its_prompts_room_shares_steps_with_answers_apart(toy):
+    greedy = sampler(toy, temperature=0.0, max_new_tokens=KEYS + 8)
+    greedy.stop_ids = set()
+    together, alone = bits(greedy, prompts(toy)), {}
+    for prompt in prompts(toy):
+        alone |= bits(greedy, [replace(prompt, samples=range(1))])
+    assert len({len(prompt.samples) for prompt in prompts(toy)}) > 2
+    for (name, _), sample in together.items():
+        assert sample.ids == alone[name, 0].ids
+        assert sample.token_logps == pytest.approx(alone[name, 0].token_logps, abs=1e-4)
+
+
 def test_matrices_are_stored_by_columns_for_one_greedy_row_alone_and_give_the_same(toy):
     [prompt], greedy = prompts(toy, samples=1)[:1], sampler(toy, temperature=0.0)
     weight, by_rows = greedy.model.language_model.model.layers[0].feed_forward.w1.weight, []
