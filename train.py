@@ -223,7 +223,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
                 return
         if run.rows and not any(row["grad_norm"] for row in run.rows):
             raise Failure("no weight has changed, so nothing is saved: all gradients were 0")
-        if best := best_row(run.best or run.rows):
+        if best := best_row(run.best if cfg.keep_best else run.rows):
             say(f"best step by held-out pairs: {best['step']} of {run.total}")
         memory.merge_adapters(run.policy)
         weights.save_model(run.policy, cfg.out_dir / "model", like=cfg.model_dir)
@@ -246,8 +246,8 @@ class Run:
         if cfg.label_smoothing is not None:
             losses.check_smoothing(self.terms)
         self.data, self.heldout = open_data(asked, self.terms)
-        newest = weights.newest_checkpoint(cfg.out_dir / "checkpoints")
-        number = int(seeded(self.data.digest(0), newest).integers(2**62))
+        newest, kept = (weights.newest_checkpoint(cfg.out_dir / x) for x in ("checkpoints", "best"))
+        number = int(seeded(self.data.digest(0), newest, kept).integers(2**62))
         ends = torch.tensor([number, -number])
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends.sum():  # nodes may have disks of their own
@@ -270,7 +270,6 @@ class Run:
         path = cfg.out_dir / "metrics.jsonl"
         rows = runtime.read_whole_lines(path, step=int, lr=float, grad_norm=float)
         self.rows = [row for row in rows if row["step"] <= self.done]
-        kept = cfg.keep_best and weights.newest_checkpoint(cfg.out_dir / "best")  # None at first
         self.best = [r for r in self.rows if kept and kept.name == f"step-{r['step']:08d}"]
         other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
         if other:
