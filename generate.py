@@ -444,7 +444,7 @@ class Generator:
 
     def encode(self, prompt: Prompt) -> Group:
         """Ids of the prompt; reads the sizes of its images."""
-        config, count = self.model.config, len(prompt.images)
+        config, llm, count = self.model.config, self.model.config.llm, len(prompt.images)
         with named(prompt.label):
             if not prompt.question.strip():
                 raise InputError("the question is empty")
@@ -455,10 +455,11 @@ class Generator:
             tokens, limits = [], (prompt.max_tiles or config.max_tiles, config.tile_size)
             for path in prompt.images:
                 with open_image(Path(path)) as image:
-                    tiles = num_tiles(*image.size, *limits)
-                tokens.append(tiles * config.tokens_per_tile)
+                    tokens.append(num_tiles(*image.size, *limits) * config.tokens_per_tile)
             system = prompt.system_prompt or config.system_message
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
+            if len(ids) > (most := llm.max_position_embeddings) and not llm.rope_factor:
+                runtime.say(f"{prompt.label}: {len(ids)} tokens, the model was made for {most}")
         prefix = self.tokenizer.encode_plain(prompt.prefix)
         limit = prompt.max_new_tokens or self.settings.max_new_tokens
         return Group(prompt, ids + prefix, prefix, sum(tokens), limit, list(prompt.samples))

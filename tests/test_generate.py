@@ -813,6 +813,13 @@ def test_logits_that_are_no_numbers_stop_the_run(toy):
         list(broken.run(prompts(toy)[:1]))
 
 
+def test_a_prompt_beyond_the_positions_of_a_model_without_scaling_is_told(capsys):
+    generator = Generator.load(QWEN3, max_new_tokens=1)
+    list(generator.run([Prompt("short", "Hi.", system_prompt="x"), Prompt("long", "Hi. " * 40)]))
+    [told] = capsys.readouterr().err.splitlines()
+    assert told.startswith("prompt long: ") and told.endswith("the model was made for 96")
+
+
 def test_a_prompt_longer_than_the_cache_names_both_numbers(toy):
     with pytest.raises(InputError, match=r"prompt text: \d+ tokens .* raise --cache_tokens"):
         list(sampler(toy, cache_tokens=20).run(prompts(toy)[:1]))
