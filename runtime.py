@@ -485,7 +485,7 @@ def read_lines(file: BinaryIO, part: bool = False) -> Iterator[tuple[int, int, b
     for number, line in enumerate(file, 1):
         if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
             raise InputError(f"{file.name} is a JSON list; write one object a line")
-        if line.strip() and (line.endswith(b"\n") or not part):
+        if not line.isspace() and (not part or line.endswith(b"\n")):
             yield number, place, line
         place += len(line)
 
