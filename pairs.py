@@ -269,8 +269,9 @@ def find_sets(path: Path) -> list[SampleSet]:
         raise InputError(f"no part files in {path}; run `pairs.py sample` with that --out_dir")
     sets = []
     for folder in folders:
-        about = folder / "info.json"
-        info = from_json(SampleInfo, runtime.read_json(about) if about.exists() else {}, about)
+        about, ours = folder / "info.json", (folder / "run.json").exists()
+        known = runtime.read_json(about) if ours or about.exists() else {}
+        info = from_json(SampleInfo, known, about)
         sets.append(SampleSet(folder.name, part_files(folder), info))
     return sets
 

@@ -433,6 +433,9 @@ def test_a_spoilt_info_file_is_named(world, about):
     Path("samples/toys/info.json").write_text(about)
     with pytest.raises(InputError, match="samples/toys/info.json: "):
         pairs.correctness(pairs.CorrectnessConfig())
+    Path("samples/toys/info.json").unlink()  # else images and modes would be guessed
+    with pytest.raises(InputError, match="no file samples/toys/info.json"):
+        pairs.correctness(pairs.CorrectnessConfig())
 
 
 def test_a_gold_answer_of_zero_is_kept(world):
