@@ -214,10 +214,14 @@ def split_names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def open_part(folder: Path) -> runtime.AppendLog:
-    """This process's own part file, to append to."""
+@contextlib.contextmanager
+def open_part(folder: Path) -> Iterator[runtime.AppendLog]:
+    """This process's own part file, to append to; a second start at the same time is refused."""
     rank, world = runtime.rank_and_world()
-    return runtime.AppendLog(folder / f"part-{rank}-of-{world}.jsonl")
+    with runtime.alone_in(folder, 0, "use another --out_dir", name=f".lock-{rank}"):
+        log = runtime.AppendLog(folder / f"part-{rank}-of-{world}.jsonl")
+        yield log
+        log.close()
 
 
 def is_mine(key: str) -> bool:
@@ -299,11 +303,11 @@ def generate_into(
     """Append record_of(sample) and the cost of each sample of the prompts to our part file."""
     if not prompts:
         return
-    log, total = open_part(folder), sum(len(prompt.samples) for prompt in prompts)
-    samples = load_generator(cfg).run(prompts)
-    for sample in runtime.bar(samples, total=total, desc=label, unit="response"):
-        log.append(record_of(sample) | sample_cost(sample))
-    log.close()
+    total = sum(len(prompt.samples) for prompt in prompts)
+    with open_part(folder) as log:
+        samples = load_generator(cfg).run(prompts)
+        for sample in runtime.bar(samples, total=total, desc=label, unit="response"):
+            log.append(record_of(sample) | sample_cost(sample))
 
 
 def sample_cost(sample: Sample) -> dict:

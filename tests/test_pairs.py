@@ -1,5 +1,6 @@
 """The preference engine: prompts, part files, pairing, DropoutNTP."""
 
+import fcntl
 import hashlib
 import json
 import sys
@@ -380,6 +381,16 @@ def test_a_name_cannot_leave_the_output_folder(world, name):
     with pytest.raises(InputError, match="expected the name of one folder"):
         pairs.sample(sampling(name=name))
     assert not Path("samples").exists()
+
+
+def test_two_starts_never_write_one_part_file_at_a_time(world):
+    Path("samples/toys").mkdir(parents=True)
+    with open("samples/toys/.lock-0", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the other start holds it
+        with pytest.raises(InputError, match="another run works there; wait for it"):
+            pairs.sample(sampling(num_samples=1))
+    pairs.sample(sampling(num_samples=1))
+    assert len(responses("samples/toys")) == 6
 
 
 def test_a_choice_of_questions_is_told_and_all_are_taken_by_default(world, capsys):

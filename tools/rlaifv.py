@@ -119,12 +119,12 @@ def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path)
     """Score this process's candidates, a chunk at a time; the number that others still owe."""
     todo = (row for row in unscored(data_set, folder) if pairs.is_mine(row["rid"]))
     while chunk := list(islice(todo, CHUNK)):
-        log, generator = pairs.open_part(folder), pairs.load_generator(cfg)
-        add_claims(chunk, generator)
-        judge_claims(chunk, generator, data_set.root(cfg.root), data_set.info.max_tiles)
-        for row in chunk:
-            log.append(row)
-        log.close()
+        generator = pairs.load_generator(cfg)
+        with pairs.open_part(folder) as log:
+            add_claims(chunk, generator)
+            judge_claims(chunk, generator, data_set.root(cfg.root), data_set.info.max_tiles)
+            for row in chunk:
+                log.append(row)
     return sum(1 for _ in unscored(data_set, folder))
 
 
