@@ -31,7 +31,7 @@ gpu: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# the tests that take more than 20 seconds each: long commands of the README, the lecture
+# the tests that take more than 20 seconds each: the long commands of the README
 long: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 

@@ -16,7 +16,6 @@ NOTEBOOK = ROOT / "docs/lecture.ipynb"
 PAGE = (ROOT / "docs/lecture.html").read_text()
 
 
-@pytest.mark.long
 def test_every_cell_runs_and_the_page_shows_what_it_prints(tmp_path, monkeypatch):
     out = tmp_path / "lecture.html"
     monkeypatch.setattr("sys.argv", ["lecture.py", "--out", str(out)])
