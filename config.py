@@ -143,7 +143,7 @@ def _official_keys(raw: dict) -> dict:
     vision["qkv_bias"] = vision.get("attention_bias", False)
     vision["qk_normalization"] = vision.get("use_qk_norm", False)
     for key in ("image_size", "patch_size"):  # [height, width]
-        if isinstance(vision.get(key), list) and vision[key][:1] * 2 == vision[key]:
+        if isinstance(vision.get(key), list) and vision[key][:1] * 2 == vision[key] != []:
             vision[key] = vision[key][0]
     return {
         "template": "internvl2_5",

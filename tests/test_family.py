@@ -313,6 +313,14 @@ def test_both_layouts_say_the_same_of_a_model(name, version):
     assert hf.image_token_id == 344
 
 
+@pytest.mark.parametrize("sides", [[], [14], [14, 28], [14, 14, 14], ["14"]])
+def test_sides_of_the_hf_layout_are_two_equal_numbers(sides):
+    raw = in_transformers_layout(qwen_config(), 5)
+    raw["vision_config"]["patch_size"] = sides
+    with pytest.raises(InputError, match="'patch_size' must be int"):
+        parse_config(raw)
+
+
 def test_tiles_of_the_hf_layout_are_those_of_its_processor(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(in_transformers_layout(qwen_config(), 5)))
     assert load_config(tmp_path).max_tiles == 12
