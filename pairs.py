@@ -642,7 +642,7 @@ def conclude(verb: str, reports: dict, max_format_share: float) -> None:
     for name, report in reports.items():
         total, pairs = report["responses"], sum(report["pairs"].values())
         figures = {"pairs": pairs} | report["tokens"]["per_pair"]
-        print(f"{name}: " + ", ".join(f"{k} {v or '-'}" for k, v in figures.items()))
+        print(f"{name}: " + ", ".join(f"{k} {'-' if v is None else v}" for k, v in figures.items()))
         if not pairs:
             bad.append(f"{name}: no pair from {total} responses")
         share = report["counts"].get("format responses", 0) / max(total, 1)
