@@ -136,11 +136,11 @@ def generate(cfg: Generate) -> Path:
 
 
 def asked(bench: Benchmark, items: list[Item], cot: bool) -> str:
-    """A hash of what is asked about which pictures; of a picture by its name, or as base64."""
+    """A hash of what is asked, in any order, about which pictures: by name, or as base64."""
     images = [str(item.get("image") or "") if bench.image else "" for item in items]
     names = [image if len(image) > 1000 else Path(image).name for image in images]
     rows = [[item["id"], bench.ask(item, cot), name or None] for item, name in zip(items, names)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
 
 
 def weights_of(model_dir: Path) -> str:

@@ -722,6 +722,9 @@ def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
     evaluation.generate(asked(world, "one"))
     (world / "ids").write_text("random/1 random/2 popular/1")
     assert scored("pope", world / "data", world / "one", ids=world / "ids")["n"] == 3
+    files = tuple(world / f"data/coco_pope_{name}.json" for name in pope.CATEGORIES[::-1])
+    reordered = Score(bench="pope", data=files, answers=(world / "one",))
+    assert evaluation.score(reordered)["n"] == 12
     other = pope_data(world / "other")  # the same ids and labels
     for path in other.iterdir():
         path.write_text(path.read_text().replace("Is it?", "Is it not?"))
