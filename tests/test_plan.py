@@ -248,7 +248,7 @@ def test_a_pair_of_the_8b_shape_costs_what_is_promised():
     tflop = [row["tflop"] for row in rows]
     assert tflop == pytest.approx([310.3, 289.5, 175.6, 170.0, 127.5, 127.5], rel=1e-3)
     head = [row["head GB"] for row in rows[:4]]
-    assert head == pytest.approx([2.468, 4.880, 2.801, 0.769], rel=1e-2)
+    assert head == pytest.approx([2.468, 4.880, 2.801, 0.200], rel=1e-2)
     assert [name for name, _ in modes_of(cfg, CPU)] == list(MODES)[:5]
 
 
