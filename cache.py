@@ -324,8 +324,7 @@ def most_blocks(config: LLMConfig, device: torch.device, dtype: torch.dtype, tok
         free, card = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        tokens = max(0, int((free - GPU_RESERVE * card) // (numbers * dtype.itemsize)))
-        return tokens // KEYS
+        return max(0, int((free - GPU_RESERVE * card) // (numbers * dtype.itemsize))) // KEYS
     return (tokens or CPU_TOKENS) // KEYS
 
 

@@ -39,7 +39,7 @@ from benchmarks import (
 )
 from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
 from benchmarks.tables import SETTINGS
-from runtime import InputError, flag, json_line, write_atomic
+from runtime import InputError, flag, write_atomic, write_json, write_jsonl
 
 TABLE = (
     m3cot.BENCHMARK, mathvista.BENCHMARK, mathvision.BENCHMARK, mathvision.MINI, pope.BENCHMARK,
@@ -130,7 +130,7 @@ def generate(cfg: Generate) -> Path:
     if number < len(items):  # the process that completes the set writes the file
         print(f"{out}: {number} of {len(items)} answered", file=sys.stderr)
         return out
-    write_atomic(out / "answers.jsonl", b"".join(json_line(done[item["id"]]) for item in items))
+    write_jsonl(out / "answers.jsonl", [done[item["id"]] for item in items])
     print(f"{out / 'answers.jsonl'}: {len(items)} replies, {SETTINGS[cfg.cot]}", file=sys.stderr)
     return out
 
@@ -306,8 +306,8 @@ def score(cfg: Score) -> dict:
         result["partial"] = {"score": total["score"], "n": total["n"]}
     if out := cfg.out or folder:
         lines = [{"id": item["id"], **vars(reading)} for item, reading in readings]
-        write_atomic(out / "items.jsonl", b"".join(map(json_line, lines)))
-        write_atomic(out / "score.json", json.dumps(result, indent=1) + "\n")
+        write_jsonl(out / "items.jsonl", lines)
+        write_json(out / "score.json", result)
     return result
 
 
@@ -404,7 +404,7 @@ def judge(cfg: Judge) -> list[str]:
                 "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
                 "template": cfg.judge_template.name if cfg.judge_template else "ours",
             })  # fmt: skip
-    write_atomic(cfg.out / "requests.jsonl", b"".join(map(json_line, requests)))
+    write_jsonl(cfg.out / "requests.jsonl", requests)
     given = cfg.judgements or tuple(cfg.out.glob("judgements.jsonl"))
     judgements = files.load_judgements(bench, items, given, cfg.judge_name)
     judged = [item for item in items if item["id"] in judgements]
@@ -436,7 +436,7 @@ def report(cfg: Report) -> str:
     scores = tables.load_scores(cfg.dir)
     text = tables.report_text(scores)
     write_atomic(cfg.out / "report.txt", text)
-    write_atomic(cfg.out / "report.json", json.dumps(tables.report_json(scores), indent=1) + "\n")
+    write_json(cfg.out / "report.json", tables.report_json(scores))
     return text
 
 

@@ -31,6 +31,7 @@ from vision import InternViT, RMSNorm, drawn
 
 # (layer number, q (b s h d), k (b s g d), v (b s g d)) -> (b s h d)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+ALL = slice(None)  # of the tokens whose hidden states are wanted
 
 
 # --------------------------------------------------------------------------- rotary positions
@@ -242,9 +243,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-ALL = slice(None)
 
 
 class DecoderBlock(nn.Module):

@@ -331,7 +331,7 @@ def sample(cfg: SampleConfig) -> None:
     root = os.path.relpath(cfg.root.resolve(), folder.resolve())
     responses = share * len(questions)
     info = SampleInfo(root, split_names(cfg.modes), responses, tiles)
-    runtime.write_atomic(folder / "info.json", runtime.config_json(info))
+    runtime.write_json(folder / "info.json", asdict(info))
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
         line = from_json(SampledLine, row, source)
@@ -586,8 +586,7 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
         report = {verb: {"settings": settings, "sets": reports}}
         for (path, old), new in zip(earlier.items(), (entries, report)):
             content = {k: v for k, v in (old | new).items() if v is not None}
-            text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True, default=str)
-            runtime.write_atomic(path, text + "\n")
+            runtime.write_json(path, content, sort_keys=True, ensure_ascii=False)
     conclude(verb, reports, max_format_share)
 
 

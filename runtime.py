@@ -7,7 +7,7 @@ A closed list, never "utils": a thing enters here when two files need it.
     InputError, Failure, run         what people must know ends in one line
     process_group, say, all_of       the processes of a run: always a group, also alone
     read_json, read_jsonl, from_json JSON by line or whole, checked against a dataclass
-    new_file, write_atomic           whole files or none
+    new_file, write_json, ...        whole files or none
     AppendLog, read_whole_lines      whole lines or none
     fingerprint, claim, alone_in     which weights; one run a folder; one run at a time
     bar                              how far a long pass is
@@ -296,11 +296,6 @@ class EngineConfig(Settings):
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "auto = bf16 on GPU, fp32 on CPU")
 
 
-def config_json(cfg: Any) -> str:
-    """The dataclass as the text of a config.json that `--config` replays."""
-    return json.dumps(dataclasses.asdict(cfg), indent=1, default=str) + "\n"
-
-
 # errors of the file system that are about what the user named; all others are failures
 NAMED_WRONGLY = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 NAMED_WRONGLY |= {errno.EEXIST}  # a file where a folder is to be
@@ -560,6 +555,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: Path, content: dict, **options: Any) -> None:
+    """One JSON object in lines that people read, paths as text; a whole file or none."""
+    write_atomic(path, json.dumps(content, indent=1, default=os.fspath, **options) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """One JSON object a line; a whole file or none."""
+    write_atomic(path, b"".join(map(json_line, records)))
+
+
 class AppendLog:
     """A jsonl part file of one process: whole lines, flushed, safe to kill and to reopen.
 
@@ -606,7 +611,7 @@ def claim(folder: Path, facts: dict[str, Any], remedy: str) -> None:
     """Say in `folder`/run.json what its content depends on; refuse other values by name."""
     about = Path(folder) / "run.json"
     if not about.exists() and not any(Path(folder).glob("*.jsonl")):  # else nobody knows whose
-        write_atomic(about, json.dumps(facts, indent=1) + "\n")
+        write_json(about, facts)
     known = read_json(about) if about.exists() else {}
     for key, value in json.loads(json.dumps(facts)).items():
         if known.get(key) != value:

@@ -12,7 +12,6 @@ The picture is a grid of cells of 8 pixels, 3 x 3 of them a tile.  With patches 
 the 2 x 2 pixel shuffle one image token looks at each cell: counting is learnable in a minute.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from runtime import InputError, command_line, flag, parse_cli, run, write_atomic
+import runtime
+from runtime import InputError, command_line, flag, parse_cli, run, write_json
 
 
 @command_line
@@ -213,9 +213,9 @@ def write_model(folder: Path, seed: int, llm: str = "internlm2", sees: bool = Fa
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(llm)
-    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    runtime.write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = model_config(tokenizer.get_vocab_size(), llm)
-    write_atomic(folder / "config.json", json.dumps(config, indent=1))
+    write_json(folder / "config.json", config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVL(parse_config(config), tokenizer.token_to_id("<IMG_CONTEXT>"))
@@ -234,8 +234,7 @@ def write_model(folder: Path, seed: int, llm: str = "internlm2", sees: bool = Fa
         write_tensors({n: tensors[n] for n in held}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, file)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_atomic(folder / INDEX, json.dumps(index, indent=1))
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 # --------------------------------------------------------------------------- preference pairs
@@ -315,21 +314,17 @@ def write_world(
     if demo:
         train |= {"lr": 4e-3, "lr_vision": 0.0, "lr_projector": 0.0, "epochs": 5}
         train |= {"pack_tokens": 2560, "head_rows": 0, "save_every": 200}
-    write_atomic(out / "train.json", json.dumps(train, indent=1) + "\n")
+    write_json(out / "train.json", train)
 
 
 def write_sets(folder: Path, meta_name: str, sets: dict[str, list[dict]]) -> None:
     """Each set of preference records as jsonl, and the file that lists them as MMPR's does."""
     meta = {}
     for name, records in sets.items():
-        write_lines(folder / f"{name}.jsonl", records)
+        runtime.write_jsonl(folder / f"{name}.jsonl", records)
         meta[name] = {"root": "images", "annotation": f"{name}.jsonl", "data_augment": False}
         meta[name] |= {"repeat_time": 1, "length": len(records)}
-    write_atomic(folder / meta_name, json.dumps(meta, indent=1) + "\n")
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_json(folder / meta_name, meta)
 
 
 def main() -> None:

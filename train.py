@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import runtime
-from runtime import Failure, InputError, flag, is_main, rank_and_world, say, write_atomic
+from runtime import Failure, InputError, flag, is_main, rank_and_world, say, write_json
 
 
 @runtime.command_line
@@ -278,8 +278,8 @@ class Run:
                 "pass --warmup in steps, or continue from a checkpoint before the rate fell"
             )
         if is_main():
-            write_atomic(cfg.out_dir / "config.json", runtime.config_json(asked))
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_json(cfg.out_dir / "config.json", asdict(asked))
+            runtime.write_jsonl(path, self.rows)
             self.log = runtime.AppendLog(path)
         self.tracker, self.began = Tracker(cfg, self.rows, self.total), time.time()
 
@@ -561,7 +561,7 @@ class CachedReference:
                         self.score_missing(run.policy, data, steps)
                     self.read()
                     if is_main():
-                        write_atomic(mark, json.dumps({"steps": steps}))
+                        write_json(mark, {"steps": steps})
 
     def read(self) -> None:
         rows = bytearray(20)  # key and log-prob of each response, after one that is nobody's
@@ -845,7 +845,7 @@ def check_finite(run: Run, step: Step, logps: PairLogps, norm: float) -> None:
     problem = f"loss is {loss.mean().item()}" if bad else f"gradient norm is {norm}"
     path, records = run.cfg.out_dir / f"failed-step-{number}.json", bad or names
     if is_main():
-        write_atomic(path, json.dumps({"step": number, "what": problem, "records": records}))
+        write_json(path, {"step": number, "what": problem, "records": records})
     raise Diverged(f"{problem} at step {number}; records: {'; '.join(records[:4])}; all in {path}")
 
 

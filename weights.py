@@ -13,7 +13,6 @@ reads only its own rows of each tensor, so nobody ever holds the model twice.
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ import runtime
 from config import load_config
 from layouts import LAYOUTS, Piece, split_stored, stored_pieces
 from model import InternVL
-from runtime import Failure, InputError, all_of, is_main, read_json, write_atomic
+from runtime import Failure, InputError, all_of, is_main, read_json, write_atomic, write_json
 from tokenizer import TOKENIZERS, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -269,8 +268,7 @@ def new_export(out_dir: Path) -> Iterator[Path]:
     with new_folder(out_dir.with_name(f".{out_dir.name}.partial"), out_dir) as partial:
         yield partial
         if is_main():
-            names = sorted(path.name for path in partial.iterdir())
-            write_atomic(partial / EXPORT_MARK, json.dumps({"files": names}, indent=1))
+            write_json(partial / EXPORT_MARK, {"files": sorted(os.listdir(partial))})
 
 
 @contextlib.contextmanager
@@ -377,7 +375,7 @@ class CheckpointWriter:
                 write_tensors(copies, partial / shards[number])
                 sign(partial / shards[number])
             if is_main():
-                write_atomic(partial / "state.json", json.dumps(state))
+                write_json(partial / "state.json", state)
                 sign(partial / "state.json")
 
         self.under_way = final, folder, self.thread.submit(write)

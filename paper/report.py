@@ -6,7 +6,6 @@ results.json is computed from the result.json of every model, and the report say
 holds: in a folder that has that file alone, as paper/ has, the report is written again from it.
 """
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime import InputError, flag, parse_cli, read_json, run, write_atomic
+from runtime import InputError, flag, parse_cli, read_json, run, write_atomic, write_json
 from tools import figures
 
 HERE = Path(__file__).parent
@@ -250,8 +249,7 @@ def show(line: dict, key: str, spread: str = "", form: str = ".1f") -> str:
 def write_report(folder: Path) -> str:
     """results.json, PNGs, report.md and report.html of the story in `folder`; the Markdown."""
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
-        text = json.dumps(results_of(folder), indent=1) + "\n"
-        write_atomic(folder / "results.json", text)
+        write_json(folder / "results.json", results_of(folder))
     results = read_json(folder / "results.json")
     functions = {"show": show, "holds_on": holds_on, "among": among}
     text = figures.render(HERE / "page.md", **results, **functions)

@@ -5,7 +5,6 @@ sampling and answering do.  The lessons at the top are the story's own; everythi
 written in the official formats by the ordinary code.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,10 +17,10 @@ from data import seeded
 from paper.report import SETTINGS, WITH_NTP
 from paper.story import BETA, CHOSEN_RATES, SPEED, Seed
 from records import part_files, read_parts
-from runtime import process_group, read_json, read_whole_lines, write_atomic
+from runtime import process_group, read_json, read_whole_lines, write_json, write_jsonl
 from tools.lab import register_file
 from tools.sweep import ROWS
-from toy import COLOURS, SHAPES, Thing, random_things, write_lines
+from toy import COLOURS, SHAPES, Thing, random_things
 from train import TrainConfig, train
 
 DESCRIBE = "Describe the image."
@@ -63,11 +62,11 @@ def write_lessons(seed: Seed) -> None:
             question = toy.random_question(rng)
             row = {"id": f"{split}-{number}", "image": name, "question": question.text}
             rows.append(row | {"answer": toy.direct(question.matches(things))})
-        write_lines(seed.folder / f"{split}.jsonl", rows)
-    write_lines(seed.folder / "new_direct.jsonl", rows[: recipe.direct_questions])
+        write_jsonl(seed.folder / f"{split}.jsonl", rows)
+    write_jsonl(seed.folder / "new_direct.jsonl", rows[: recipe.direct_questions])
     for split, count in (("test", recipe.dev), ("new", recipe.described)):
         rows = [{"image": f"{split}-{n:05d}.png", "question": DESCRIBE} for n in range(count)]
-        write_lines(seed.folder / f"describe_{split}.jsonl", rows)
+        write_jsonl(seed.folder / f"describe_{split}.jsonl", rows)
 
 
 MENTION = re.compile(rf"[a-f][1-3] (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})")
@@ -116,10 +115,10 @@ def train_base(seed: Seed) -> str:
         items = answer(seed, folder / "model", folder / f"step-{steps}", "dev", "direct")
         direct = 100 * fmean(item["correct"] for item in items)
         legs.append({"steps": steps, "last": cooled, "direct": direct})
-        write_lines(folder / "legs.jsonl", legs)
+        write_jsonl(folder / "legs.jsonl", legs)
         words = f"Direct {direct:.1f} on development questions, step {steps}"
         print(f"         seed {seed.number} base: {words}", file=sys.__stdout__, flush=True)
-    write_atomic(folder / "base.json", json.dumps(legs[-1]) + "\n")
+    write_json(folder / "base.json", legs[-1])
     return f"{legs[-1]['steps']} steps"
 
 
@@ -155,11 +154,10 @@ def measure(seed: Seed, folder: str, flags: dict) -> str:
         rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
         measures[f"{side}_shift"] = fmean(rewards) / BETA if rewards else None
     record = {"row": out.name, "flags": flags, "measures": measures, "questions": questions}
-    write_atomic(out / "result.json", json.dumps(record) + "\n")
+    write_json(out / "result.json", record)
     if not seed.quick:
         rows = sample(seed, "describe_test", "none", folder, f"{folder}/descriptions")
-        made = {"mentions": made_up(seed, rows, "response")}
-        write_atomic(out / "mentions.json", json.dumps(made) + "\n")
+        write_json(out / "mentions.json", {"mentions": made_up(seed, rows, "response")})
     return f"Direct {measures['direct']:.1f}, CoT {measures['cot']:.1f}"
 
 
@@ -208,7 +206,7 @@ def make_pairs(seed: Seed) -> str:
     dropped = read_whole_lines(annotations)
     rates = {side: made_up(seed, dropped, side) for side in ("chosen", "rejected")}
     summary["dropout"] = {"pairs": len(dropped)} | rates
-    write_atomic(seed.folder / "pairs.json", json.dumps(summary, indent=1) + "\n")
+    write_json(seed.folder / "pairs.json", summary)
     counts = f"{summary['correctness']['pairs']} CoT and {summary['direct']['pairs']} Direct pairs"
     return f"{counts}, {summary['correctness']['right']:.0f} % of CoT samples right"
 

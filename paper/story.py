@@ -11,7 +11,6 @@ A task whose last file exists is not done again: a story that was stopped goes o
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paper.report import PAPER, WITH_NTP, write_report
-from runtime import alone_in, claim, flag, parse_cli, read_json, run, write_atomic
+from runtime import alone_in, claim, flag, parse_cli, read_json, run, write_json
 from tools.workers import Task, run_tasks
 
 
@@ -157,7 +156,7 @@ def begin(cfg: StoryConfig) -> dict:
         "torch": importlib.metadata.version("torch"),
         "seconds": before.get("seconds", {}),  # of calls that came to their end
     }
-    write_atomic(path, json.dumps(about, indent=1) + "\n")
+    write_json(path, about)
     return about
 
 
@@ -171,7 +170,7 @@ def main() -> None:
         about = begin(cfg)
         run_tasks(tasks, cfg.jobs)
         about["seconds"]["rows"] = round(about["seconds"].get("rows", 0) + time.time() - began)
-        write_atomic(cfg.out / "story.json", json.dumps(about, indent=1) + "\n")
+        write_json(cfg.out / "story.json", about)
         print(write_report(cfg.out))
 
 

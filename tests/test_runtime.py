@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,6 @@ from runtime import (
     AppendLog,
     InputError,
     claim,
-    config_json,
     fingerprint,
     flag,
     from_json,
@@ -30,6 +29,7 @@ from runtime import (
     read_whole_lines,
     run,
     write_atomic,
+    write_json,
 )
 from train import TrainConfig
 
@@ -60,9 +60,17 @@ def test_flags_have_the_types_of_their_fields():
     assert parse_cli(Config, ["--cache", ""]).cache is None
 
 
+def test_json_keeps_a_file_name_that_is_not_utf8_and_takes_nothing_but_paths_for_text(tmp_path):
+    odd = Path(os.fsdecode(b"\xff\xe7\x8c\xab"))
+    write_json(tmp_path / "a.json", {"file": odd})
+    assert read_json(tmp_path / "a.json") == {"file": str(odd)}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"file": object()})
+
+
 def test_a_saved_config_is_replayed_and_a_flag_wins_over_it(tmp_path):
     saved = Config(2.0, 5, True, "b", Path("y"), (Path("p"), Path("q")))
-    (tmp_path / "config.json").write_text(config_json(saved))
+    write_json(tmp_path / "config.json", asdict(saved))
     config = ["--config", str(tmp_path / "config.json")]
     assert parse_cli(Config, config) == saved
     assert parse_cli(Config, [*config, "--steps", "7"]).steps == 7

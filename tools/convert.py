@@ -11,7 +11,6 @@ already is written over.
 
 import csv
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from os.path import commonpath, relpath
@@ -21,7 +20,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import InputError, flag, json_line, need, read_json, write_atomic
+from runtime import InputError, flag, json_line, need, read_json, write_atomic, write_json
 
 
 @runtime.command_line
@@ -221,16 +220,15 @@ def convert(cfg: ConvertConfig) -> dict:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             dropped.append(f"{name}: a text, a message or an image is none ({error!r:.80})")
     report = {"kept": len(kept), "dropped": dropped}
-    write_atomic(report_file, json.dumps(report, indent=1) + "\n")
+    write_json(report_file, report)
     if not kept:
         raise InputError(f"{cfg.input}: no pair can be kept; {report_file} says why")
     folders = {path.resolve().parent for record in kept for path in record.images}
     root = Path(commonpath(folders or {folder.resolve()}))
-    write_atomic(lines, b"".join(json_line(written(record, cfg.to, root)) for record in kept))
+    runtime.write_jsonl(lines, (written(record, cfg.to, root) for record in kept))
     if cfg.to == "mmpr":
         entry = {"root": relpath(root, folder.resolve()), "annotation": lines.name}
-        meta = {cfg.input.stem: entry | {"length": len(kept)}}
-        write_atomic(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+        write_json(folder / "meta.json", {cfg.input.stem: entry | {"length": len(kept)}})
     return report
 
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import InputError, field_values, flag, read_json, write_atomic
+from runtime import InputError, field_values, flag, read_json, write_atomic, write_json
 
 
 @runtime.command_line
@@ -97,10 +97,6 @@ def export(cfg: ExportConfig) -> None:
         write_json(partial / "config.json", settings)
         write_shards(renamed_shards(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
     print(f"wrote {cfg.out}")
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def renamed_shards(model: InternVL, model_dir: Path, part: str = "") -> Iterator[Shard]:

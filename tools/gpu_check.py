@@ -25,7 +25,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import flag, read_whole_lines, write_atomic
+from runtime import flag, read_whole_lines, write_atomic, write_json
 
 # in order of worth: a function of gpu_parts -> seconds that a case may take, its cases
 PARTS = runtime.read_json(Path(__file__).with_name("gpu_parts.json"))
@@ -89,7 +89,7 @@ def run_case(folder: Path, check: Callable, case: str, seconds: float, log: Path
 
 def write_report(out: Path, facts: dict, table: list[dict]) -> None:
     """gpu.json and gpu.md, whole after every case."""
-    write_atomic(out / "gpu.json", json.dumps({**facts, "rows": table}, indent=1) + "\n")
+    write_json(out / "gpu.json", {**facts, "rows": table})
     header = ("part", "case", "measured", "figure", "expected", "verdict")
     words = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
     write_atomic(out / "gpu.md", f"{words}\n\n{markdown_table(header, map(cells, table))}\n")
