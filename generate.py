@@ -619,7 +619,6 @@ def main() -> None:
             print(json.dumps(shown, ensure_ascii=False))
         else:
             print(s.text.strip())
-    return None
 
 
 if __name__ == "__main__":

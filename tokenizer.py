@@ -366,8 +366,7 @@ TOKENIZERS = {  # file -> what reads it; a folder's first one counts
 def load_tokenizer(model_dir: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder."""
     for name, read in TOKENIZERS.items():
-        source = Path(model_dir) / name
-        if not source.is_file():
+        if not (source := Path(model_dir) / name).is_file():
             continue
         try:
             return Tokenizer(read(source), source)

@@ -309,7 +309,10 @@ class Run:
             self.log.append(self.rows[-1])
         words = [f"{key.split('/')[-1]} {metrics[key]:.4g}" for key in SHOWN if key in metrics]
         left = (time.time() - self.began) / (number - self.done) * (self.total - number)
-        say(f"step {number}/{self.total}", *words, f"left {timedelta(seconds=int(left))}")
+        words = [f"step {number}/{self.total}", *words, f"left {timedelta(seconds=int(left))}"]
+        while len(" ".join(words)) > 80:  # columns of a terminal
+            words.pop(-2)
+        say(*words)
         self.tracker()
         updates = self.optimizer.updates  # fewer than steps, where one was skipped
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
@@ -942,8 +945,7 @@ def main() -> None:
     if cfg.plan or cfg.bench:
         from tools.bench import plan_or_bench  # noqa: PLC0415
 
-        plan_or_bench(cfg)
-        return
+        return plan_or_bench(cfg)
     with in_group(cfg.seed) as device:
         if cfg.loss == "all":
             from tools.sweep import train_rows  # noqa: PLC0415

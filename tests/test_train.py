@@ -266,6 +266,12 @@ def test_two_runs_do_not_write_one_folder(base, toy, monkeypatch):
     train_in_process(replace(cfg, max_steps=1, warmup=0.0))
 
 
+def test_a_step_is_one_line_of_a_terminal(base, toy, capfd):
+    run_here(replace(base, out_dir=toy / "line", max_steps=2))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step 2/2 ")]
+    assert len(lines) == 1 and len(lines[0]) <= 80 and re.search("loss .* left 0:00:", lines[0])
+
+
 def test_sigterm_saves_and_ends_cleanly(base, toy, straight):
     cfg = replace(base, out_dir=toy / "sigterm", save_every=100)
     process = subprocess.Popen(command(cfg), stderr=subprocess.PIPE, text=True)
