@@ -17,7 +17,7 @@ from vision import VisionConfig, count
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Shapes of the language model.  Fields without a value must be in the file.
+    """Shapes of the language model.  Fields of `count` must be in the file.
 
     One decoder serves all: InternLM2 (Llama in transformers' own layout); Qwen2, with biases on q,
     k and v; Qwen3, which normalises each head's q and k before it rotates them.

@@ -157,7 +157,7 @@ class Pack:
     rejected: Tensor  # (pair) response index
     num_responses: int
     tiles: Tensor | None = None  # (tile 3 h w) uint8, distinct images, once each
-    tile_order: Tensor | None = None  # (slot group) index into tiles
+    tile_order: Tensor | None = None  # (run of <IMG_CONTEXT>) index into tiles
     trees: list[Tree] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Pack":

@@ -180,6 +180,7 @@ def image_paths(
 
 
 def unpacked(name: str, text: str, out: Path) -> Path:
+    """The picture that a file holds as base64, written to out/images; `name` is for errors."""
     try:
         content = base64.b64decode(text, validate=True)
     except binascii.Error as error:

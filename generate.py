@@ -122,7 +122,7 @@ def prefill(
 ) -> Tensor:  # (prompt vocab)
     """Read prompts side by side in one pass; the logits of what follows each.
 
-    attend: `cache.prefill` keeps their keys and values, `causal_attention` (of one) does not.
+    attend: `KVCache.prefill` keeps their keys and values, `causal_attention` (of one) does not.
     """
     lengths, device = [len(ids) for ids in prompts], model.language_model.head.device
     ids = torch.tensor([sum(prompts, [])], device=device)
@@ -474,7 +474,7 @@ class Generator:
         return torch.cat(parts).to(self.device)
 
     def make_cache(self, groups: Collection[Group]) -> KVCache:
-        """A cache for these prompts, or of the full size if more may follow."""
+        """A cache of these prompts, the largest if more may follow; weights stored as suits it."""
         settings, llm, on_gpu = self.settings, self.model.config.llm, self.device.type == "cuda"
         blocks = most_blocks(llm, self.device, self.dtype, settings.cache_tokens)
         samples = sum(len(group.todo) for group in groups)

@@ -175,8 +175,8 @@ def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
     one_tree = (tree_low[k] == tree_high[k]) & (tree_low[q] == tree_high[q])
     same_tree = one_tree & (tree_low[k] == tree_low[q])
     one_branch = (low[k] == high[k]) & (low[q] == high[q])
-    met &= ~(same_tree & one_branch & (low[k] != 0) & (low[k] != low[q]))
-    own = (high[k] == 0) | (one_branch & (low[k] == low[q]))
+    met &= ~(same_tree & one_branch & (low[k] != 0) & (low[k] != low[q]))  # of two answers
+    own = (high[k] == 0) | (one_branch & (low[k] == low[q]))  # all trunk, or of one answer
     full = met & (k < q) & same_tree & own
     if s % BLOCK:
         full[-1] = False  # the last rows are padding

@@ -99,7 +99,7 @@ from records import Line, grouped, in_order, part_files, read_parts
 from tokenizer import IMAGE, with_image_placeholders
 from weights import FLOATS, weight_files
 
-NOT_SETTINGS = "out_dir samples model_dir compile cache_tokens workers".split()  # move no text
+NOT_SETTINGS = "out_dir samples model_dir cache_tokens workers".split()  # move no text
 Group = tuple[str, list[Line]]  # a key and the lines of its records
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
 
@@ -317,6 +317,7 @@ def sample_cost(sample: Sample) -> dict:
 
 
 def sample(cfg: SampleConfig) -> None:
+    """The verb: draw the responses that are missing, of the questions that are this process's."""
     name = cfg.name or cfg.questions.stem
     if Path(name).name != name or name.startswith(".") or not name.strip():
         raise InputError(f"--name {name}: expected the name of one folder, without separators")

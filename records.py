@@ -137,7 +137,7 @@ class PairRecord:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One entry of meta.json."""
+    """An entry of meta.json, opened."""
 
     name: str
     root: Path
@@ -175,7 +175,7 @@ def check_pair(
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set in meta.json."""
+    """An entry of meta.json as it stands there: the keys that are read."""
 
     annotation: str
     root: str = ""

@@ -287,7 +287,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig(Settings):
-    """How responses are generated; shared by the verbs of pairs.py that need the model."""
+    """How responses are generated: of the verbs that need the model, in pairs.py and rlaifv.py."""
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and weights")
     temperature: float = flag(1.0, "sampling temperature", 1e-3, 1e6)

@@ -168,7 +168,7 @@ from weights import FLOATS, local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
-# a line of the reference's part files, and what it ends with, of all before
+# a line of the reference's part files; the checksum is of all that stands before it
 ROW = re.compile(rb'({"key": "(.{32})", "logp": ([^,]+)), "checksum": "(.{8})"}\n')
 checksum = partial(hashlib.blake2b, digest_size=4)
 PARTS = ("vision_model", "projector", "language_model")
@@ -514,9 +514,8 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
         return None
     if cfg.reference == "cached":
         return CachedReference(run)
-    if cfg.lora_rank:
-        return OnlineReference(run.policy)
-    return OnlineReference(sharded_model(cfg, run.device, trained=False))
+    model = run.policy if cfg.lora_rank else sharded_model(cfg, run.device, trained=False)
+    return OnlineReference(model, cfg)
 
 
 @dataclass(eq=False)
@@ -524,10 +523,11 @@ class OnlineReference:
     """A second sharded model with the start weights, or the policy without its adapters."""
 
     model: InternVL
+    cfg: TrainConfig
 
-    def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
+    def __call__(self, pack: Pack) -> Tensor:  # (response)
         with scoring(self.model), memory.without_adapters(self.model):
-            return score(self.model, pack, cfg)[0]
+            return score(self.model, pack, self.cfg)[0]
 
     @torch.no_grad()
     def move(self, policy: InternVL, mix: float) -> None:
@@ -604,7 +604,7 @@ class CachedReference:
         part.close()
         dist.barrier()
 
-    def __call__(self, pack: Pack, cfg: TrainConfig) -> Tensor:  # (response)
+    def __call__(self, pack: Pack) -> Tensor:  # (response)
         logps, there = self.look_up(pack.trees)
         if pack.trees != [BLANK] and not there.all():
             names = ", ".join(pair.name for tree in pack.trees for pair in tree.pairs)
@@ -747,7 +747,7 @@ def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
         torch.manual_seed(int(seed))
         reduce_gradients(run, now=pack is step.packs[-1][0])
         pack = pack.to(run.device)
-        reference = run.reference(pack, run.cfg) if run.reference else None
+        reference = run.reference(pack) if run.reference else None
         sums, lengths = score(run.policy, pack, run.cfg)
         sides = pack.chosen, pack.rejected
         columns = [

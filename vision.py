@@ -114,7 +114,7 @@ def count(high: int = 1 << 24) -> Any:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """`vision_config` of a checkpoint.  Fields without a default must be in the file."""
+    """`vision_config` of a checkpoint.  Fields of `count` must be in the file."""
 
     hidden_size: int = count()
     intermediate_size: int = count()

@@ -1,6 +1,5 @@
 """The paper's Tables 2, 3 and 4 with our scores beside them, as text and JSON."""
 
-import json
 from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
@@ -10,7 +9,7 @@ from benchmarks.files import wrong_field
 from runtime import InputError, read_json
 from tools.figures import text_table
 
-PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())  # table 3: [Direct, CoT]
+PAPER = read_json(Path(__file__).with_name("paper.json"))  # table 3: [Direct, CoT]
 TABLE2 = PAPER.pop("titles")  # of the benchmarks
 TABLE4 = PAPER.pop("figures of table4")  # title -> [benchmark, key of score.json]
 SETTINGS = ("Direct", "CoT")

@@ -186,11 +186,11 @@ def results_of(folder: Path) -> dict:
     }
 
 
-def draw_world(count: int = 4) -> bytes:
+def draw_world() -> bytes:
     """Pictures of the toy, each with a question and its two right answers."""
     import toy  # noqa: PLC0415  (torch takes seconds to load; a report of files needs none)
 
-    drawn, axes = figures.new_figure(1, count, width=3, height=3.4)
+    drawn, axes = figures.new_figure(1, 4, width=3, height=3.4)
     for number, axis in enumerate(axes.flat):
         rng = toy.seeded("report", number)
         things, question = toy.random_things(rng), toy.random_question(rng)

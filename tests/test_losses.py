@@ -153,7 +153,7 @@ def test_reference_updates_follow_the_golden_runs_soft_and_hard():
     golden = GOLDEN["reference_updates"][0]
     for case in golden["runs"]:
         reference = vector(golden["start"])
-        updates = OnlineReference(reference)
+        updates = OnlineReference(reference, None)
         steps = zip(golden["policy_after_step"], case["reference_after_step"])
         for t, (policy, expected) in enumerate(steps, 1):
             if t % case["every"] == 0:
@@ -163,7 +163,7 @@ def test_reference_updates_follow_the_golden_runs_soft_and_hard():
 
 def test_a_float32_reference_keeps_a_small_blend_with_a_bfloat16_policy():
     reference = vector([1.0], torch.float32)
-    OnlineReference(reference).move(vector([2.0], torch.bfloat16), 1e-3)
+    OnlineReference(reference, None).move(vector([2.0], torch.bfloat16), 1e-3)
     close(reference.weight[0], [1.001], torch.float32)
 
 

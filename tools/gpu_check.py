@@ -10,7 +10,6 @@ forward only and nothing compiled.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -62,9 +61,9 @@ def in_child(folder: Path, check: Callable, case: str, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    with open("rows.jsonl", "w") as file:
-        for row in check(case):
-            print(json.dumps(row._asdict()), file=file, flush=True)
+    rows = runtime.AppendLog(Path("rows.jsonl"))
+    for row in check(case):
+        rows.append(row._asdict())
 
 
 def run_case(folder: Path, check: Callable, case: str, seconds: float, log: Path) -> list[Row]:

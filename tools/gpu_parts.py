@@ -331,7 +331,7 @@ def mpo(case: str) -> Iterator[Row]:
     trees = [replace(tree, images=[(Path(str(n)), *tree.images[0][1:])]) for n in range(fit)]
     packs = [(pair_bench.example_pack(config, trees), n, n * fit) for n in range(count)]
     step = train.Step(0, packs, [None] * count * fit, [trees] * count, [])
-    zeros = lambda pack, cfg: torch.zeros(pack.num_responses, device=DEVICE)  # noqa: E731
+    zeros = lambda pack: torch.zeros(pack.num_responses, device=DEVICE)  # noqa: E731
     run = SimpleNamespace(cfg=cfg, device=DEVICE, policy=policy, reference=zeros)
     run.terms, run.hyper = parse_objective("mpo"), {"beta": cfg.beta}
     optimizer = train.make_optimizer(cfg, policy)
