@@ -33,7 +33,7 @@ def load_scores(folders: Iterable[Path]) -> Scores:
     for folder in folders:
         if not (path := folder / "score.json").is_file():
             raise InputError(f"no score.json in {folder}: run `eval.py score --out {folder}` first")
-        score = read_json(path)
+        score = dict.fromkeys(SCORE_FIELDS) | read_json(path)
         if problem := wrong_field(SCORE_FIELDS, score):
             raise InputError(f"{path}: {problem}: not a file that `eval.py score` wrote")
         if score["status"] == "complete" and None in (score["score"], score["standard_error"]):
@@ -56,7 +56,7 @@ def figure_of(scores: Scores, model: str, bench: str, setting: str, key: str) ->
     score = scores.get((model, bench, setting))
     if score is None or score["status"] == "incomplete":
         return score and "incomplete"
-    return 100 * score[key] if key == "hallucination_rate" else score.get(key)
+    return score[key] and 100 * score[key] if key == "hallucination_rate" else score.get(key)
 
 
 def cell(x: float | str | None) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from runtime import InputError, fingerprint, flag, read_json, read_whole_lines
+from runtime import InputError, check_type, fingerprint, fits, flag, read_json, read_whole_lines
 
 
 @runtime.command_line
@@ -232,10 +232,8 @@ def metrics_file(run_dir: Path) -> Path:
 
 def read_rows(path: Path) -> Rows:
     """Training rows under train.py's names; evaluations and summaries are left out."""
-    logged = path.suffix == ".jsonl"
-    rows = read_whole_lines(path) if logged else read_json(path).get("log_history")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: 'log_history' is no list of objects; expected TRL's state")
+    rows = read_whole_lines(path) if path.suffix == ".jsonl" else read_json(path).get("log_history")
+    check_type(f"{path}: 'log_history'", rows, list[dict])
     numbers = [{k: v for k, v in row.items() if type(v) in (int, float)} for row in rows]
     if not any("loss" in row for row in numbers):
         raise InputError(f"{path}: no row has a 'loss'; expected the metrics of a training run")
@@ -247,6 +245,8 @@ def read_case(path: Path, meta: Path | None) -> Case:
     folder, flags = path.parent, {"max_grad_norm": 1.0}  # what TRL and ms-swift clip to
     if path.name == "metrics.jsonl" and (folder / "config.json").is_file():
         flags = read_json(folder / "config.json")
+        for name in ("max_grad_norm", "lr"):  # what is no number limits nothing
+            flags[name] = flags[name] if fits(flags.get(name), float) else 0
     start = Path(str(flags.get("model_dir", folder / "of TRL nobody knows")))
     trained = folder / "model" if (folder / "model").is_dir() else folder
     shapes = [place for place in (trained, start) if (place / "config.json").is_file()]
