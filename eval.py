@@ -18,7 +18,7 @@ import binascii
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -250,26 +250,30 @@ class RunFile:
     questions: str | None = None  # of what `asked` is the hash
 
 
-def read_run(cfg: Replies) -> tuple[RunFile, Path | None]:
-    """How the answers were made, and their folder if they are ours."""
-    folders = {path if path.is_dir() else path.parent for path in cfg.answers}
-    path = folders.pop() / "run.json" if len(folders) == 1 else None
-    if path is None or not path.is_file():
+def read_runs(cfg: Replies) -> tuple[RunFile, dict[Path, RunFile]]:
+    """How the answers were made, and what each folder of ours says of its own."""
+    folders, runs = {path if path.is_dir() else path.parent for path in cfg.answers}, {}
+    for folder in sorted(folders):
+        if (path := folder / "run.json").is_file():
+            runs[folder] = runtime.from_json(RunFile, runtime.read_json(path), path)
+    if not runs:
         model = (cfg.answers or cfg.judgements)[0].stem
-        return RunFile(cfg.bench, SETTINGS[cfg.cot], "not ours", model), None
-    made_by = runtime.from_json(RunFile, runtime.read_json(path), path)
+        return RunFile(cfg.bench, SETTINGS[cfg.cot], "not ours", model), {}
+    made_by, *others = {replace(run, questions=None) for run in runs.values()}
+    if others or len(runs) < len(folders):
+        raise InputError("--answers: not all are of one model, benchmark and setting, by run.json")
     if made_by.benchmark != cfg.bench:
         raise InputError(f"these answers are to {made_by.benchmark}, not to {cfg.bench}")
     if cfg.cot and made_by.setting != "CoT":
         raise InputError("--cot, but run.json beside the answers says Direct")
-    return made_by, path.parent
+    return made_by, runs
 
 
 def score(cfg: Score) -> dict:
     """The verb: what score.json holds."""
-    bench, (made_by, folder) = cfg.benchmark, read_run(cfg)
+    bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
     cot = made_by.setting == "CoT"
-    items, replies, judgements = load_scored(cfg, made_by)
+    items, replies, judgements = load_scored(cfg, runs)
     mode = cfg.extraction or (bench.judge.mode if judgements and bench.judge else bench.modes[0])
     readings, missing = read_all(bench, items, replies, judgements, mode, cot)
     total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
@@ -305,14 +309,14 @@ def score(cfg: Score) -> dict:
     }
     if missing:
         result["partial"] = {"score": total["score"], "n": total["n"]}
-    if out := cfg.out or folder:
+    if out := cfg.out or (min(runs) if len(runs) == 1 else None):
         lines = [{"id": item["id"], **vars(reading)} for item, reading in readings]
         write_jsonl(out / "items.jsonl", lines)
         write_json(out / "score.json", result)
     return result
 
 
-def check_asked(cfg: Replies, made_by: RunFile, items: list[Item], replies: dict) -> None:
+def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], replies: dict) -> None:
     """InputError where replies are the data itself, or our own ones to other questions."""
     questions = {item.get("_file") for item in items}
     fields = "|".join(cfg.benchmark.fields).split("|")
@@ -320,14 +324,15 @@ def check_asked(cfg: Replies, made_by: RunFile, items: list[Item], replies: dict
         key = next(key for key in files.REPLY_KEYS if key in row)
         if row["_file"] in questions and key in fields:
             raise InputError(f"{row['_source']}: {key!r} is the data's own, no reply to it")
-    if cfg.data and made_by.questions and made_by.prompts == PROMPTS:
-        known = [item for item in items if item["id"] in replies]
-        if asked(cfg.benchmark, known, made_by.setting == "CoT") != made_by.questions:
-            raise InputError("--data: run.json beside the replies says that other ones were asked")
+    for folder, run in runs.items() if cfg.data else ():
+        own = {id for id, row in replies.items() if row["_file"].parent == folder}
+        known = asked(cfg.benchmark, [i for i in items if i["id"] in own], run.setting == "CoT")
+        if run.questions not in (None, known) and run.prompts == PROMPTS:
+            raise InputError(f"--data: run.json in {folder} says that other ones were asked")
 
 
 def load_scored(
-    cfg: Score, made_by: RunFile
+    cfg: Score, runs: dict[Path, RunFile]
 ) -> tuple[list[Item], dict[str, dict], dict[str, dict]]:
     """(items, replies, judgements) by id; MathVista's outputs may hold a judge's extraction."""
     bench = cfg.benchmark
@@ -342,7 +347,7 @@ def load_scored(
     if cfg.synonyms:
         items = [{**item, "synonyms": cfg.synonyms} for item in items]
     replies = files.load_replies(bench, items, cfg.answers)
-    check_asked(cfg, made_by, items, replies)
+    check_asked(cfg, runs, items, replies)
     judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
     if not judgements and bench.judge:
         who = cfg.judge_name or "extraction column of the answers"
@@ -388,11 +393,11 @@ class Judge(Replies):
 
 def judge(cfg: Judge) -> list[str]:
     """The verb: ids still without a judgement."""
-    bench, (made_by, _) = cfg.benchmark, read_run(cfg)
+    bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
     cot = made_by.setting == "CoT"
     items = cfg.items()
     replies = files.load_replies(bench, items, cfg.answers)
-    check_asked(cfg, made_by, items, replies)
+    check_asked(cfg, runs, items, replies)
     items = [item for item in items if not item.get("_left_out")]
     template = (cfg.judge_template or TEMPLATES / f"{bench.name}.txt").read_text()
     requests = []

@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -549,7 +550,8 @@ class Generator:
         """The text of prefix and answer before a stop string, and whether there was one."""
         decode = partial(self.tokenizer.decode, marks=self.settings.marks)
         prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
-        text, begin = decode(prefix + ids), len(decode(prefix))
+        text = decode(prefix + ids)
+        begin = len(os.path.commonprefix([text, decode(prefix)]))  # `a ,` is decoded as `a,`
         end = self.stop_place(text, begin)
         return text[:end], end < len(text)
 

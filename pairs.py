@@ -694,7 +694,7 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
         kept, glue = answers.split_prefix(text, cfg.keep_ratio)
         if not images:
             counts["without an image"] += 1
-        elif not kept and cfg.keep_ratio > 0:
+        elif not text.strip() or (not kept and cfg.keep_ratio > 0):
             counts["empty kept part"] += 1
         else:
             prefix = kept + (glue if "\n" in glue else "")
@@ -720,7 +720,8 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 
     def prompt_of(id: str, row: dict, draw: int) -> Prompt:
         settings = {"prefix": row["prefix"], "system_prompt": row.get("system_prompt")}
-        return Prompt(id, without_image(row["question"]), samples=(draw,), **settings)
+        settings |= {"samples": (draw,), "name": row["line"]}
+        return Prompt(id, without_image(row["question"]), **settings)
 
     def record_of(s: Sample) -> dict:
         row = todo[s.prompt_id]
@@ -740,13 +741,15 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 
 
 def plan_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path) -> Plan:
+    tally = defaultdict(Counter)
+    # of these samples alone: others may have been continued there before
+    wanted = {row["rid"] for row in cut_responses(data_set, cfg, tally["counts"])}
+    tally["counts"]["responses"] = len(wanted)
     groups = grouped(part_files(folder), lambda record, _: record["rid"])
+    items = [group for group in groups.items() if group[0] in wanted]
     name = f"annotations/{data_set.name}_prefix_pair_sr{cfg.keep_ratio}_wo_image.jsonl"
     pair = functools.partial(pair_draws, cfg)
-    plan = Plan(data_set, {"dropout_ntp": name}, [*groups.items()], pair)
-    counts = plan.tally["counts"]
-    counts["responses"] = sum(1 for _ in cut_responses(data_set, cfg, counts))
-    return plan
+    return Plan(data_set, {"dropout_ntp": name}, items, pair, tally=tally)
 
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:

@@ -6,7 +6,6 @@ it has under one of the official names, never about the one at its place in the 
 
 import contextlib
 import datetime
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from inspect import formatannotation
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Benchmark, Item
-from runtime import InputError, fits, read_jsonl
+from runtime import InputError, fits, parse_json, read_jsonl
 
 ID_KEYS = ("id", "pid", "question_id", "image_id", "index", "image_path")
 # the raw reply first: official files may also hold the read answer, the question or the gold
@@ -44,10 +43,11 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
     if not path.is_file():
         raise InputError(f"no file {path}")
     try:
-        # POPE's question files are one object a line despite their name, so both are tried
-        content = json.loads(path.read_bytes()) if path.suffix == ".json" else None
-    except ValueError:
-        content = None
+        content = parse_json(path.read_bytes(), path, object) if path.suffix == ".json" else None
+    except InputError as error:
+        if "Extra data" not in str(error):
+            raise
+        content = None  # POPE's question files are one object a line despite their name
     if isinstance(content, dict) and all(isinstance(v, dict | str) for v in content.values()):
         named = [(f"{path} key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
                  for k, v in content.items()]  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, proportion
 from benchmarks.files import near
 from benchmarks.quantities import table
-from runtime import InputError
+from runtime import InputError, read_json
 
 _ENDINGS = table("plurals.txt")
 
@@ -37,12 +37,12 @@ def coco_truth(folder: Path) -> tuple[dict[int, set], dict[int, list]]:
     if not instances:
         raise InputError(f"no 'gt_objects' in the rows and no instances_*2014.json in {folder}")
     for path in instances:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         names = {c["id"]: c["name"] for c in content["categories"]}
         for a in content["annotations"]:
             objects[a["image_id"]].add(names[a["category_id"]])
     for path in near(folder, "captions_*2014.json"):
-        for a in json.loads(path.read_bytes())["annotations"]:
+        for a in read_json(path)["annotations"]:
             captions[a["image_id"]].append(a["caption"])
     return objects, captions
 

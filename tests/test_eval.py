@@ -18,6 +18,7 @@ import generate as generation
 from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope
 from benchmarks import object_halbench as halbench
 from benchmarks.common import Reading, Reply, final_answer
+from benchmarks.files import read_rows
 from eval import BENCHMARKS, Generate, Judge, Report, Score
 from runtime import InputError, run
 
@@ -730,6 +731,48 @@ def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
         path.write_text(path.read_text().replace("Is it?", "Is it not?"))
     with pytest.raises(InputError, match="--data: run.json .* says that other ones were asked"):
         scored("pope", other, world / "one")
+
+
+def test_folders_of_our_own_are_scored_together_where_they_were_made_alike(world):
+    first, rest = world / "first", world / "rest"
+    for path, categories in ((first, pope.CATEGORIES[:1]), (rest, pope.CATEGORIES[1:])):
+        path.write_text(" ".join(f"{c}/{r['question_id']}" for c in categories for r in POPE_ROWS))
+    evaluation.generate(asked(world, "one", ids=first))
+    evaluation.generate(asked(world, "two", ids=rest))
+    evaluation.generate(asked(world, "cot", ids=rest, cot=True))
+    model = write_model(world / "models/other", b"weights 2")
+    evaluation.generate(asked(world, "other", ids=rest, model_dir=model))
+
+    def score_both(data: str, *names: str) -> dict:
+        answers = tuple(world / name for name in names)
+        return evaluation.score(Score(bench="pope", data=(world / data,), answers=answers))
+
+    both = score_both("data", "one", "two")
+    assert (both["n"], both["model"], both["setting"]) == (12, "model", "Direct")
+    assert both["weights"] and not (world / "one/score.json").exists()
+    for name in ("cot", "other"):
+        with pytest.raises(InputError, match="not all are of one model, benchmark and setting"):
+            score_both("data", "one", name)
+    with pytest.raises(InputError, match="not all are of one model, benchmark and setting"):
+        score_both("data", "one", pope_answers(world / "foreign.jsonl").name)
+    other = pope_data(world / "asked")
+    path = other / f"coco_pope_{pope.CATEGORIES[1]}.json"
+    path.write_text(path.read_text().replace("Is it?", "Is it not?"))
+    with pytest.raises(InputError, match="run.json in .*two says that other ones were asked"):
+        score_both("asked", "one", "two")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"v1_0": "a",\n "v1_0": "b"}', "'v1_0' stands there twice"),
+        ('{"v1_0": "a",\n "v1_1": "b', "a.json: not valid JSON .Unterminated string"),
+    ],
+)
+def test_replies_in_one_object_are_whole_and_each_once(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path / "a.json")
 
 
 def test_two_runs_never_write_one_folder_at_a_time(world):

@@ -21,6 +21,7 @@ from generate import (
     Generator,
     Group,
     Prompt,
+    Row,
     Scheduler,
     Settings,
     choose,
@@ -785,6 +786,14 @@ def test_a_stop_string_ends_the_text_before_it(toy, expected):
     assert sample.finish_reason == "stop"
     with pytest.raises(InputError, match="stop: an empty text would end every answer"):
         sampler(toy, stop=("", word))
+
+
+def test_a_stop_string_is_found_where_the_seam_is_decoded_shorter(golden_tiny):
+    stopping = Generator.load(golden_tiny / "checkpoint", stop=(",",))
+    group = stopping.encode(Prompt("x", "Who?", prefix="Yes "))
+    row = Row(group, 0, 0, ())
+    row.ids += stopping.tokenizer.encode_plain(",")
+    assert stopping.text(row) == ("Yes", True)  # `Yes ,` is decoded as `Yes,`
 
 
 # --------------------------------------------------------------------------- what is refused

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -644,6 +645,37 @@ def test_dropout_ntp_shared_and_stopped_gives_the_same_pairs(world, monkeypatch,
         pairs.dropout_ntp(shared)
     assert (Path("shared") / name).read_bytes() == want
     assert "left to other processes" in capsys.readouterr().out
+
+
+def test_dropout_ntp_pairs_the_responses_given_and_none_of_earlier_ones(world):
+    pairs.sample(sampling(prompts="none", num_samples=4))
+    pairs.sample(sampling(prompts="none", num_samples=4, seed=1, out_dir=Path("others")))
+    name = "annotations/toys_prefix_pair_sr0.5_wo_image.jsonl"
+    for samples, out, most in (
+        ("others", "fresh", 0),
+        ("samples", "used", 0),
+        ("others", "used", 0),
+        ("others", "few", 0),
+        ("others", "few", 9),
+    ):
+        cfg = pairs.DropoutConfig(
+            model_dir=Path("model"), samples=Path(samples), max_responses=most
+        )
+        pairs.dropout_ntp(replace(cfg, out_dir=Path(out)))
+    fresh = read_lines(Path("fresh") / name)
+    assert read_lines(Path("used") / name) == fresh
+    few = read_lines(Path("few") / name)
+    assert 0 < len(few) <= 9 < len(fresh) and all(row in fresh for row in few)
+
+
+def test_an_empty_response_is_not_chosen_and_a_bad_question_is_named_by_its_line(world):
+    rows = [{"image": "0.png", "question": "Q", "response": text} for text in ("", " ", "A cat")]
+    write_lines(world / "s.jsonl", rows)
+    cfg = pairs.DropoutConfig(model_dir=Path("model"), samples=Path("s.jsonl"), keep_ratio=0)
+    kept = list(pairs.cut_responses(pairs.find_sets(cfg.samples)[0], cfg, pairs.Counter()))
+    assert [row["response"] for row in kept] == ["A cat"]
+    pairs.dropout_ntp(replace(cfg, root=Path("images"), keep_ratio=0.5))
+    assert {prompt.name for prompt in Generator.prompts} == {"s.jsonl line 3"}
 
 
 @pytest.mark.parametrize("prompts", ["en", "en_bg", "en,none"])

@@ -40,7 +40,7 @@ def test_the_score_counts_claims_denied_and_needs_a_question_for_each(judged):
 def test_pairs_by_score_skip_ties_mismatches_and_equal_texts():
     rows = [
         {"k": k, "score": s, "response": t}
-        for k, (s, t) in enumerate([(0, "a"), (-1, "b"), (-1, "c"), (None, "d"), (-2, "a")])
+        for k, (s, t) in enumerate([(0, "a"), (-1, "b"), (-1, "c"), (None, "d"), (-2, " a")])
     ]
     made = {(c["k"], r["k"]) for c, r in rlaifv.better_pairs(rows)}
     assert made == {(0, 1), (0, 2), (1, 4), (2, 4)}
@@ -70,6 +70,32 @@ def test_divide_and_conquer_runs_from_samples_to_pairs(judged):
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
     rlaifv.divide_and_conquer(cfg)
     assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+
+
+def test_divide_and_conquer_pairs_the_responses_given_and_none_of_earlier_ones(judged):
+    pairs.sample(sampling(prompts="none", num_samples=6))
+    pairs.sample(sampling(prompts="none", num_samples=6, seed=1, out_dir=Path("others")))
+    for samples, out in (("others", "fresh"), ("samples", "used"), ("others", "used")):
+        cfg = rlaifv.DivideConfig(model_dir=Path("model"), samples=Path(samples), out_dir=Path(out))
+        rlaifv.divide_and_conquer(cfg)
+    name = "annotations/toys_pairs_divide_and_conquer.jsonl"
+    assert Path("used", name).read_bytes() == Path("fresh", name).read_bytes()
+
+
+def test_a_placeholder_that_the_model_wrote_is_no_image(judged, monkeypatch):
+    rows = [{"rid": "a", "question": "<image>\nq", "response": "I see <image>"}]
+    rlaifv.add_claims(rows, pairs.load_generator(rlaifv.DivideConfig(model_dir=Path("model"))))
+    rows[0] |= {"claims": ["x"], "questions": ["Is <image> red?"], "image": "0.png"}
+    seen = []
+    engine = pairs.Generator()
+
+    def word_probs(_, prompt, words):
+        seen.append(prompt)
+        return [0.0] * len(words)
+
+    monkeypatch.setattr(rlaifv, "word_probs", word_probs)
+    rlaifv.judge_claims(rows, engine, Path("images"), 6)
+    assert not any("<image>" in prompt.question for prompt in [*engine.prompts, *seen])
 
 
 def test_first_token_probabilities_are_the_models(tmp_path):

@@ -38,8 +38,7 @@ class DivideConfig(EngineConfig):
 import pairs
 from generate import Generator, Prompt, prefill
 from images import checked_images
-from records import grouped, part_files, read_parts
-from tokenizer import IMAGE
+from records import Line, grouped, part_files, read_parts
 from tools.figures import TEMPLATES, render
 
 KIND = "divide_and_conquer"
@@ -67,7 +66,7 @@ def add_claims(rows: list[dict], generator: Generator) -> None:
         for row in rows:
             known = {"row": row, "question": pairs.without_image(row["question"])}
             text = render(TEMPLATES / f"{step}.txt", **known).removesuffix("\n")
-            prompts.append(Prompt(f"{step} {row['rid']}", text))
+            prompts.append(Prompt(f"{step} {row['rid']}", pairs.without_image(text)))
         samples = {sample.prompt_id: sample for sample in generator.run(prompts)}
         for row, prompt in zip(rows, prompts):
             row.setdefault("split_cost", []).append(pairs.sample_cost(samples[prompt.id]))
@@ -97,22 +96,26 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
         each = max(1, max_tiles // max(1, len(paths)))
         matched = len(row["questions"]) == len(row["claims"])
         for i, question in enumerate(row["questions"] if matched else ()):
-            text = f"{IMAGE}\n" * len(paths) + f"{question} Please answer yes or no."
+            text = f"{pairs.without_image(question)} Please answer yes or no."
             prompt = Prompt(f"judge {row['rid']} {i}", text, paths, max_tiles=each)
             yes, yes_too, no, no_too = word_probs(generator, prompt, ["Yes", "yes", "No", "no"])
             row["yes_no"].append((yes + yes_too, no + no_too))
         row["score"] = -sum(no > yes for yes, no in row["yes_no"]) if row["yes_no"] else None
 
 
-def unscored(data_set: pairs.SampleSet, folder: Path) -> Iterator[dict]:
-    """The sampled responses that stand in no part file yet, each with its rid."""
-    done = {record["rid"] for _, record in read_parts(part_files(folder))}
+def candidates(data_set: pairs.SampleSet) -> Iterator[dict]:
+    """The sampled responses, each with its rid."""
     for name, row in read_parts(data_set.files):
-        if not from_json(pairs.SampledLine, row, name).qid:
+        line = from_json(pairs.SampledLine, row, name)
+        if not line.qid:
             raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
-        rid = pairs.digest(row["qid"], row["k"])
-        if rid not in done:
-            yield row | {"rid": rid}
+        yield row | {"k": line.k, "rid": pairs.digest(line.qid, line.k, line.response)}
+
+
+def unscored(data_set: pairs.SampleSet, folder: Path) -> Iterator[dict]:
+    """Those that stand in no part file yet."""
+    done = {record["rid"] for _, record in read_parts(part_files(folder))}
+    return (row for row in candidates(data_set) if row["rid"] not in done)
 
 
 def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> int:
@@ -131,7 +134,8 @@ def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path)
 def better_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of all candidates whose scores and texts differ."""
     scored = permutations([row for row in rows if row["score"] is not None], 2)
-    return [(a, b) for a, b in scored if a["score"] > b["score"] and a["response"] != b["response"]]
+    better = [(a, b) for a, b in scored if a["score"] > b["score"]]
+    return [(a, b) for a, b in better if a["response"].strip() != b["response"].strip()]
 
 
 def length_limit(lengths: list[tuple[int, int]]) -> float:
@@ -148,8 +152,10 @@ def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) 
     """Pairs by score, then without those that would teach length."""
     tally, drawn = defaultdict(Counter), []
     counts, cost = tally["counts"], tally["cost"]
+    wanted = {row["rid"] for row in candidates(data_set)}  # not those of other samples
     for key, lines in grouped(part_files(folder), lambda row, _: pairs.digest(row["qid"])).items():
-        rows = pairs.drop_repeats([line.record() for line in lines], data_set.name)
+        rows = [row for row in map(Line.record, lines) if row["rid"] in wanted]
+        rows = pairs.drop_repeats(rows, data_set.name)
         for row in rows:
             for spent in (row, *row["split_cost"]):
                 pairs.spend(cost, spent)
