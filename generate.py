@@ -573,9 +573,7 @@ class Generator:
 
 def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
     """[[question, answer], ...] from a JSON file."""
-    if path is None:
-        return ()
-    turns = read_json(path, list)
+    turns = read_json(path, list) if path else []
     if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
         raise InputError(f"history {path}: expected a list of [question, answer] pairs of text")
     return tuple((question, answer) for question, answer in turns)

@@ -188,8 +188,7 @@ class Entry:
 def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     """Data sets of a meta.json, or of a .jsonl; max_tiles holds where no max_dynamic_patch is."""
     path, notes = Path(path), []
-    alone = path.suffix == ".jsonl"
-    meta = {path.stem: {"annotation": path.name}} if alone else read_json(path)
+    meta = {path.stem: {"annotation": path.name}} if path.suffix == ".jsonl" else read_json(path)
     if not meta:
         raise InputError(f"{path}: expected one object of data set name -> entry")
     sets = []

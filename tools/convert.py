@@ -130,8 +130,7 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
 
 def image_name(image: Any, root: Path) -> str:
     """The image relative to `root`; bytes are written there, under a name from what they hold."""
-    of_parquet = isinstance(image, dict)
-    path, content = map(image.get, ("path", "bytes")) if of_parquet else (image, None)
+    path, content = map(image.get, ("path", "bytes")) if isinstance(image, dict) else (image, None)
     if isinstance(content, bytes):
         ending = Path(path or "").suffix or ".jpg"
         name = hashlib.blake2b(content, digest_size=16).hexdigest() + ending
@@ -202,12 +201,12 @@ def read_table(path: Path) -> Iterator[dict]:
 
 def convert(cfg: ConvertConfig) -> dict:
     """Write what can be converted; the report: how many pairs, and why which others are none."""
-    folder, lines, report_file = cfg.out, cfg.out / f"{cfg.input.stem}.jsonl", "report.json"
-    if cfg.to != "mmpr":
-        if cfg.out.suffix != ".jsonl":
-            raise InputError(f"{cfg.out}: expected a name with .jsonl")
-        folder, lines, report_file = cfg.out.parent, cfg.out, f"{cfg.out.stem}.report.json"
-    report_file = folder / report_file
+    mmpr = cfg.to == "mmpr"
+    lines = cfg.out / f"{cfg.input.stem}.jsonl" if mmpr else cfg.out
+    if lines.suffix != ".jsonl":
+        raise InputError(f"{cfg.out}: expected a name with .jsonl")
+    folder = lines.parent
+    report_file = folder / ("report.json" if mmpr else f"{lines.stem}.report.json")
     for path in (cfg.out, report_file):
         if path.exists():
             raise InputError(f"{path} is there already; pass another --out, or remove it")
@@ -226,7 +225,7 @@ def convert(cfg: ConvertConfig) -> dict:
     folders = {path.resolve().parent for record in kept for path in record.images}
     root = Path(commonpath(folders or {folder.resolve()}))
     runtime.write_jsonl(lines, (written(record, cfg.to, root) for record in kept))
-    if cfg.to == "mmpr":
+    if mmpr:
         entry = {"root": relpath(root, folder.resolve()), "annotation": lines.name}
         write_json(folder / "meta.json", {cfg.input.stem: entry | {"length": len(kept)}})
     return report

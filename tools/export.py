@@ -197,10 +197,8 @@ def chat_template(template: str, with_bos: bool) -> str:
 
 def main() -> None:
     cfg = runtime.parse_cli(ExportConfig)
-    if cfg.checkpoint:
-        export_checkpoint(cfg)
-    else:
-        export(cfg)
+    write = export_checkpoint if cfg.checkpoint else export
+    write(cfg)
 
 
 if __name__ == "__main__":

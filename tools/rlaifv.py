@@ -65,7 +65,7 @@ def add_claims(rows: list[dict], generator: Generator) -> None:
         prompts = []
         for row in rows:
             known = {"row": row, "question": pairs.without_image(row["question"])}
-            text = render(TEMPLATES / f"{step}.txt", **known).removesuffix("\n")
+            text = render(TEMPLATES / f"{step}.txt", **known)
             prompts.append(Prompt(f"{step} {row['rid']}", pairs.without_image(text)))
         samples = {sample.prompt_id: sample for sample in generator.run(prompts)}
         for row, prompt in zip(rows, prompts):
@@ -103,24 +103,21 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
         row["score"] = -sum(no > yes for yes, no in row["yes_no"]) if row["yes_no"] else None
 
 
-def candidates(data_set: pairs.SampleSet) -> Iterator[dict]:
-    """The sampled responses, each with its rid."""
+def candidates(data_set: pairs.SampleSet, folder: Path) -> Iterator[tuple[dict, list[Line]]]:
+    """Each sampled response with its rid, and its lines in part files: none before it is scored."""
+    scored = grouped(part_files(folder), lambda row, _: row["rid"])
     for name, row in read_parts(data_set.files):
         line = from_json(pairs.SampledLine, row, name)
         if not line.qid:
             raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
-        yield row | {"k": line.k, "rid": pairs.digest(line.qid, line.k, line.response)}
-
-
-def unscored(data_set: pairs.SampleSet, folder: Path) -> Iterator[dict]:
-    """Those that stand in no part file yet."""
-    done = {record["rid"] for _, record in read_parts(part_files(folder))}
-    return (row for row in candidates(data_set) if row["rid"] not in done)
+        rid = pairs.digest(line.qid, line.k, line.response)
+        yield row | {"k": line.k, "rid": rid}, scored.get(rid, [])
 
 
 def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> int:
     """Score this process's candidates, a chunk at a time; the number that others still owe."""
-    todo = (row for row in unscored(data_set, folder) if pairs.is_mine(row["rid"]))
+    unscored = (row for row, scored in candidates(data_set, folder) if not scored)
+    todo = (row for row in unscored if pairs.is_mine(row["rid"]))
     while chunk := list(islice(todo, CHUNK)):
         generator = pairs.load_generator(cfg)
         with pairs.open_part(folder) as log:
@@ -128,7 +125,7 @@ def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path)
             judge_claims(chunk, generator, data_set.root(cfg.root), data_set.info.max_tiles)
             for row in chunk:
                 log.append(row)
-    return sum(1 for _ in unscored(data_set, folder))
+    return sum(not scored for _, scored in candidates(data_set, folder))
 
 
 def better_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
@@ -152,10 +149,11 @@ def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) 
     """Pairs by score, then without those that would teach length."""
     tally, drawn = defaultdict(Counter), []
     counts, cost = tally["counts"], tally["cost"]
-    wanted = {row["rid"] for row in candidates(data_set)}  # not those of other samples
-    for key, lines in grouped(part_files(folder), lambda row, _: pairs.digest(row["qid"])).items():
-        rows = [row for row in map(Line.record, lines) if row["rid"] in wanted]
-        rows = pairs.drop_repeats(rows, data_set.name)
+    groups = defaultdict(list)  # of these samples alone: others may have been scored there before
+    for row, lines in candidates(data_set, folder):
+        groups[pairs.digest(row["qid"])] += lines
+    for key, lines in sorted(groups.items()):
+        rows = pairs.drop_repeats([line.record() for line in lines], data_set.name)
         for row in rows:
             for spent in (row, *row["split_cost"]):
                 pairs.spend(cost, spent)
