@@ -67,8 +67,7 @@ def export_checkpoint(cfg: ExportConfig) -> None:
     if run.lora_rank:  # else no weight of model_dir is left
         if flags["start weights"] != weights.fingerprint(cfg.model_dir):
             raise InputError(f"{checkpoint} belongs to another start than {cfg.model_dir}")
-    dtype = weights.FLOATS[run.state_dtype]
-    model = prepare(weights.load_model(run.model_dir, dtype=dtype), run)
+    model = prepare(weights.load_model(cfg.model_dir, dtype=weights.FLOATS[run.state_dtype]), run)
     tensors = {
         f"model/{name}": p
         for name, p in model.named_parameters()
