@@ -152,7 +152,7 @@ def decode(model: InternVL, cache: KVCache, plan: Plan, head: Tensor | None = No
     return logits[:, : len(llm.head)].float()
 
 
-def store(model: InternVL, by_columns: bool) -> None:
+def store_weights(model: InternVL, by_columns: bool) -> None:
     """Keep the decoder's tall matrices by columns, or all of them by rows.
 
     On a CPU a single row meets a matrix of few columns faster by columns (an AMD EPYC: 384 columns
@@ -487,7 +487,7 @@ class Generator:
         # that hardly matters, and one row alone is faster without company
         exact = settings.exact_batches and not on_gpu and settings.temperature > 0
         alone = samples == 1 and not exact and not on_gpu
-        store(self.model, by_columns=alone and self.dtype == torch.float32)
+        store_weights(self.model, by_columns=alone and self.dtype == torch.float32)
         return KVCache(llm, blocks, self.device, self.dtype, rounded=on_gpu, exact=exact)
 
     # ----- running

@@ -247,10 +247,10 @@ class Run:
             losses.check_smoothing(self.terms)
         self.data, self.heldout = open_data(asked, self.terms)
         newest, kept = (weights.newest_checkpoint(cfg.out_dir / x) for x in ("checkpoints", "best"))
-        number = int(seeded(self.data.digest(0), newest, kept).integers(2**62))
-        ends = torch.tensor([number, -number])
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-        if ends.sum():  # nodes may have disks of their own
+        seen = int(seeded(self.data.digest(0), newest, kept).integers(2**62))
+        extremes = torch.tensor([seen, -seen])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)  # the largest, and minus the smallest
+        if extremes.sum():  # nodes may have disks of their own
             raise InputError(f"{cfg.meta} or {cfg.out_dir} differs between nodes: share a disk")
         cfg = settle(asked, config, dist.get_world_size(), device, say)
         cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
@@ -749,7 +749,7 @@ def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
         pack = pack.to(run.device)
         reference = run.reference(pack) if run.reference else None
         sums, lengths = score(run.policy, pack, run.cfg)
-        sides = pack.chosen, pack.rejected
+        sides = pack.chosen, pack.rejected  # of each number PairLogps has both
         columns = [
             None if x is None else x[side] for x in (sums, reference, lengths) for side in sides
         ]

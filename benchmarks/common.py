@@ -94,7 +94,7 @@ def in_range(item: Item, numbers: Any, low: float, high: float) -> list[float]:
 # --------------------------------------------------------------------------- averages
 
 
-def share(readings: Readings) -> dict:
+def share(readings: Readings) -> dict:  # accuracy
     return proportion(sum(r.correct for _, r in readings), len(readings))
 
 
