@@ -54,7 +54,7 @@ OTHER_NAMES = {
 }  # fmt: skip
 # heading of --help -> flags that open it; any other flag stands with the one declared before it
 GROUPS = {
-    "model and data": "model_dir meta max_length max_tiles seed questions domain pairs",
+    "model and data": "model_dir meta max_length max_tiles seed questions domain pairs samples root",
     "objective": "loss beta",
     "optimisation": "lr steps",
     "memory and speed": "pack_tokens share_prefix gpu_memory cache_tokens dtype",
