@@ -167,8 +167,7 @@ def results_of(folder: Path) -> dict:
     about, rows, numbers, pairs = collect(folder)
     lines = [row_line(numbers, row, flags) for row, flags in rows.items()]
     plain = [line for line in lines if "study" not in line]
-    claims = [judge(numbers, claim) for claim in CLAIMS]
-    claims = [line for line in claims if line["values"]]
+    claims = [line for claim in CLAIMS if (line := judge(numbers, claim))["values"]]
     if len(about["seeds"]) == 1:
         committed = {line["claim"]: line["values"] for line in read_json(COMMITTED)["claims"]}
         for line in claims:
@@ -252,8 +251,7 @@ def write_report(folder: Path) -> str:
         write_json(folder / "results.json", results_of(folder))
     results = read_json(folder / "results.json")
     functions = {"show": show, "holds_on": holds_on, "among": among}
-    text = figures.render(HERE / "page.md", **results, **functions)
-    markdown = text.rstrip() + "\n"
+    markdown = figures.render(HERE / "page.md", **results, **functions).rstrip() + "\n"
     write_atomic(folder / "world.png", draw_world())
     write_atomic(folder / "claims.png", draw_claims(results["claims"]))
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))

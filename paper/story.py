@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paper.report import PAPER, WITH_NTP, write_report
-from runtime import alone_in, claim, flag, parse_cli, read_json, run, write_json
+from runtime import alone_in, claim, fingerprint, flag, parse_cli, read_json, run, write_json
 from tools.workers import Task, run_tasks
 
 
@@ -110,7 +110,7 @@ def runs_of(cfg: StoryConfig) -> list[tuple[str, str, dict]]:
 
 
 def tasks_of(cfg: StoryConfig, number: int) -> list[Task]:
-    """A seed's base, its answers and pairs, and every row."""
+    """A seed's base, its answers and pairs, and every row; own ones of an unchanged --mine only."""
     r, start = cfg.recipe, f"seed {number} "
     seed = Seed(number, cfg.out / f"seed-{number}", r, cfg.quick, cfg.mine)
 
@@ -132,6 +132,8 @@ def tasks_of(cfg: StoryConfig, number: int) -> list[Task]:
     seconds = 0.06 * r.steps + 0.015 * r.test
     for row, name, flags in runs_of(cfg):
         made = f"rows/{name}/{last}"
+        if row not in (*PAPER, WITH_NTP):
+            claim(seed.folder / "rows" / name, {"--mine": fingerprint([cfg.mine])}, "rename it")
         tasks.append(task(name, ["pairs"], seconds, made, "train_row", row, name, flags))
     return tasks
 

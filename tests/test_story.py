@@ -17,7 +17,7 @@ from conftest import ROOT
 from paper import stages
 from paper.report import PAPER, WITH_NTP
 from paper.story import ABLATIONS, RATES, TINY, Seed, StoryConfig, begin, tasks_of
-from runtime import Failure, InputError, parse_cli, read_jsonl
+from runtime import Failure, InputError, parse_cli, read_jsonl, write_json
 from tokenizer import load_tokenizer
 from tools.sweep import ROWS
 from tools.workers import Task, run_tasks
@@ -178,6 +178,19 @@ if __name__ == "__main__":
             return
         time.sleep(0.1)
     raise AssertionError(f"process {worker} goes on")
+
+
+def test_an_own_row_is_not_kept_when_its_file_has_changed(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def simpo(logps):\n    return -logps.policy_chosen\n")
+    cfg = StoryConfig(out=tmp_path / "story", tiny=True, quick=True, mine=mine)
+    for _ in range(2):
+        made = {task.name: task.made for task in tasks_of(cfg, 1)}["seed 1 simpo"]
+    write_json(made, {})  # as if it was trained
+    mine.write_text("def simpo(logps):\n    return -2 * logps.policy_chosen\n")
+    with pytest.raises(InputError, match="rows/simpo was made with another --mine .*delete that"):
+        tasks_of(cfg, 1)
+    assert tasks_of(replace(cfg, mine=None), 1)  # which has no such row
 
 
 def test_a_story_refused_leaves_nothing_behind(tmp_path, capsys):
