@@ -119,7 +119,7 @@ def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> 
     """Neighbours of one question merged, up to `pairs` pairs a bush, as long as a bush `fits`."""
     bushes: list[Tree] = []
     for tree in trees:
-        last = bushes[-1] if bushes else BLANK
+        last = bushes[-1] if bushes else STAND_IN
         same = (last.trunk, last.images) == (tree.trunk, tree.images)
         if same and len(last.pairs) < pairs and fits(merged := merge(last, tree)):
             bushes[-1] = merged
@@ -280,7 +280,7 @@ def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
 # --------------------------------------------------------------------------- the steps of a run
 
 # a stand-in for a process that has fewer packs than others: the same collectives, no pair
-BLANK = Tree([0], [[0]], [], [], [], [], [])
+STAND_IN = Tree([0], [[0]], [], [], [], [], [])
 
 
 @dataclass
@@ -346,7 +346,7 @@ class PairData:
         """Plan the whole step, then build every world-th pack of it."""
         planned, dropped = self.plan(self.rows(number))
         pairs = [pair for pack in planned for tree in pack for pair in tree.pairs]
-        trees = planned + [[BLANK]] * (-len(planned) % world)
+        trees = planned + [[STAND_IN]] * (-len(planned) % world)
         firsts = [0, *accumulate(sum(len(tree.pairs) for tree in pack) for pack in trees)]
         packs = [(self.build(trees[n]), n, firsts[n]) for n in range(rank, len(trees), world)]
         return Step(number, packs, pairs, planned, dropped)

@@ -37,7 +37,7 @@ from benchmarks import (
     pope,
     tables,
 )
-from benchmarks.common import FINAL, PROMPTS, Benchmark, Item, Readings, Reply
+from benchmarks.common import FINAL, PROMPTS_VERSION, Benchmark, Item, Readings, Reply
 from benchmarks.tables import SETTINGS
 from runtime import InputError, flag, write_atomic, write_json, write_jsonl
 
@@ -105,7 +105,7 @@ def generate(cfg: Generate) -> Path:
     images = image_paths(bench, items, cfg.images, out)
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
     questions = asked(bench, items, cfg.cot)
-    made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS, model, weights, questions)
+    made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS_VERSION, model, weights, questions)
     settings = {"temperature": 0.0, "max_new_tokens": tokens}
     facts = vars(made_by) | settings | {"max_tiles": cfg.max_tiles}
     runtime.claim(out, facts, "use another --out")
@@ -327,7 +327,7 @@ def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], repl
     for folder, run in runs.items() if cfg.data else ():
         own = {id for id, row in replies.items() if row["_file"].parent == folder}
         known = asked(cfg.benchmark, [i for i in items if i["id"] in own], run.setting == "CoT")
-        if run.questions not in (None, known) and run.prompts == PROMPTS:
+        if run.questions not in (None, known) and run.prompts == PROMPTS_VERSION:
             raise InputError(f"--data: run.json in {folder} says that other ones were asked")
 
 

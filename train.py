@@ -159,7 +159,7 @@ import losses
 import memory
 import weights
 from config import InternVLConfig, load_config, recipe
-from data import BLANK, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
+from data import STAND_IN, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
 from records import PairRecord, part_files, read_meta, read_parts
@@ -217,7 +217,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
                 ratios = torch.cat([logps.chosen_logratio, logps.rejected_logratio])
                 run.shift.update(cfg.beta * ratios.double())
             stop = asked_to_stop()
-            run.keep(number, metrics, stop)
+            run.log_and_save(number, metrics, stop)
             if stop and number < run.total:
                 say(f"asked to stop: saved step {number}; the same command continues")
                 return
@@ -301,7 +301,7 @@ class Run:
             else:
                 say(f"step {step.number + 1} is skipped, and what is due then: no pair is left")
 
-    def keep(self, number: int, metrics: dict[str, float], stop: bool) -> None:
+    def log_and_save(self, number: int, metrics: dict[str, float], stop: bool) -> None:
         """Log step `number` (from 1); save it if it is the last, the best or its turn."""
         cfg, last = self.cfg, stop or number == self.total
         self.rows.append({"step": number, **metrics})
@@ -583,7 +583,7 @@ class CachedReference:
     def score_missing(self, policy: InternVL, data: PairData, steps: int) -> None:
         """Plan this process's share of the records, a step's at a time, and score a pack at a time.
 
-        Processes score in rounds of a pack each; one that has none left takes part with a blank.
+        Processes score in rounds of a pack each; one that has none left takes part with a stand-in.
         """
         rank, world = rank_and_world()
         pairs, size = data.distinct_rows(steps), data.batch_size
@@ -591,10 +591,10 @@ class CachedReference:
         starts = runtime.bar(starts, desc="reference", unit="step", unit_scale=world)
         plans = prefetch(data.plan(pairs[start : start + size])[0] for start in starts)
         missing = (trees for plan in plans for trees in plan if not self.look_up(trees)[1].all())
-        packs, blank = prefetch(map(data.build, missing)), data.build([BLANK])
+        packs, stand_in = prefetch(map(data.build, missing)), data.build([STAND_IN])
         part = runtime.AppendLog(self.folder / f"part-{rank:03d}-of-{world:03d}.jsonl")
         while not runtime.all_of((pack := next(packs, None)) is None):
-            sums, _ = score(policy, (pack or blank).to(self.device), self.cfg)
+            sums, _ = score(policy, (pack or stand_in).to(self.device), self.cfg)
             for key, logp in zip(response_keys(pack.trees) if pack else [], sums.tolist()):
                 row = {"key": key, "logp": logp}
                 part.append(row | {"checksum": checksum(json.dumps(row).encode()).hexdigest()})
@@ -606,7 +606,7 @@ class CachedReference:
 
     def __call__(self, pack: Pack) -> Tensor:  # (response)
         logps, there = self.look_up(pack.trees)
-        if pack.trees != [BLANK] and not there.all():
+        if pack.trees != [STAND_IN] and not there.all():
             names = ", ".join(pair.name for tree in pack.trees for pair in tree.pairs)
             raise InputError(
                 f"{self.folder} lacks log-probs of responses in {names}: an image "

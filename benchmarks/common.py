@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.answers import PROMPTS as COT_PROMPTS
+from benchmarks.answers import PROMPTS
 from benchmarks.quantities import pattern, plain_signs, plain_spelling
 from runtime import InputError, fits
 
-PROMPTS = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
-COT = COT_PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
+PROMPTS_VERSION = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
+COT = PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-PHRASE_SUFFIX = COT_PROMPTS["direct"].removeprefix("{question}")
+PHRASE_SUFFIX = PROMPTS["direct"].removeprefix("{question}")
 
 Item = dict[str, Any]  # a row of the official file, with our "id" (text, unique)
 
