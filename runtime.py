@@ -12,7 +12,7 @@ A closed list, never "utils": a thing enters here when two files need it.
     fingerprint, claim, alone_in     which weights; one run a folder; one run at a time
     bar                              how far a long pass is
 
-torch is imported only where a process group is made, so that flags are read without it.
+torch is imported late, by what deals with devices and processes: flags are read without it.
 """
 
 import argparse
