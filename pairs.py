@@ -41,8 +41,6 @@ class SampleConfig(EngineConfig):
 
     questions: Path = flag(Path("questions.jsonl"), 'jsonl of {"image", "question", "answer"}')
     root: Path = flag(Path("."), "folder of the images")
-    out_dir: Path = flag(Path("samples"), "responses go to out_dir/<name>/part-<r>-of-<R>.jsonl")
-    name: str = flag("", "name of the data set, empty = name of the question file")
     domain: Literal["general", "science", "chart", "math", "ocr", "document"] = flag(
         "science", "decides the default prompts and tile limit"
     )
@@ -51,6 +49,8 @@ class SampleConfig(EngineConfig):
     max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
     max_questions: int = flag(0, "at most so many, chosen evenly; 0 = all (the authors: 20,000)", 0)
     modes: str = flag("", "matching modes with commas, kept for judging; empty = by name")
+    out_dir: Path = flag(Path("samples"), "responses go to out_dir/<name>/part-<r>-of-<R>.jsonl")
+    name: str = flag("", "name of the data set, empty = name of the question file")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ OTHER_NAMES = {
 }  # fmt: skip
 # heading of --help -> flags that open it; any other flag stands with the one declared before it
 GROUPS = {
-    "model, data": "model_dir meta max_length max_tiles seed questions domain pairs samples root",
+    "model and data": "model_dir meta max_length max_tiles seed questions pairs samples root",
     "objective": "loss beta",
     "optimisation": "lr steps",
     "memory and speed": "pack_tokens share_prefix gpu_memory cache_tokens dtype",
@@ -168,7 +168,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     hints = type_hints(cls)
     titles = {name: title for title, names in GROUPS.items() for name in names.split()}
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    group = groups["model, data"]
+    group = groups["model and data"]
     for f in fields_of(cls):
         group = groups.get(titles.get(f.name), group)
         add_flag(group, f, hints[f.name])
