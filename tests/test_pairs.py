@@ -533,6 +533,14 @@ def test_a_prompt_version_named_twice_is_one_and_a_blank_rationale_is_none(world
     assert len(judged) == 1 and not counts["gold rationales"]
 
 
+def test_a_data_set_whose_first_response_is_not_there_yet_is_named(world, capsys):
+    pairs.sample(sampling())
+    pairs.sample(sampling(name="late"))
+    Path("samples/late/part-0-of-1.jsonl").unlink()
+    assert [data_set.name for data_set in pairs.find_sets(Path("samples"))] == ["toys"]
+    assert "samples/late: left out, without a response so far" in capsys.readouterr().err
+
+
 def test_no_pair_and_too_many_format_failures_end_with_status_1(world, capsys):
     write_lines(world / "none.jsonl", [r for r in ROWS if r["answer"] == 3])  # all right
     with pytest.raises(SystemExit) as stop:
