@@ -45,6 +45,16 @@ def sweep_here(monkeypatch, capsys, *argv):
     return 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", ["--plan", "--bench", "--mine MINE,OTHER"])
+def test_what_a_sweep_would_ignore_is_refused(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text("def low(logps):\n    return -logps.policy_chosen / 9\n")
+    monkeypatch.setitem(LOSSES, "low", None)
+    del LOSSES["low"]
+    words = words.replace("MINE", str(tmp_path / "own.py")).replace("OTHER", "other.py")
+    status, error = sweep_here(monkeypatch, capsys, "--lr=1,2", *words.split())
+    assert status == 2 and "no --plan or --bench, and one --mine for all" in error
+
+
 def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkeypatch, capsys):
     write_world(tmp_path, 8, 0)
     monkeypatch.setitem(LOSSES, "low", None)  # so that it is gone after this test

@@ -24,7 +24,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def probe(path: Path, name: str, loss: Loss) -> Objective:
 def example_pairs(kind: str = "ordinary", dtype: torch.dtype = torch.float64) -> PairLogps:
     """Those of lab_pairs.json: ordinary or extreme, whose keys say what is special about some."""
     pairs = read_json(Path(__file__).with_name("lab_pairs.json"))[kind]
-    return make_pairs(list(chain(*pairs.values())), dtype)
+    return make_pairs(sum(pairs.values(), []), dtype)
 
 
 def make_pairs(rows: list[tuple[float, ...]], dtype: torch.dtype = torch.float64) -> PairLogps:

@@ -98,10 +98,8 @@ def table_of_rows(curves: dict[str, list[dict]]) -> str:
     """Metrics of the last step, one line a row; - where a row has no such number."""
     last = {name: curve[-1] if curve else {} for name, curve in curves.items()}
     columns = [column for column in SHOWN if any(column in row for row in last.values())]
-    rows = [
-        [name, *(f"{row[column]:.3f}" if column in row else "-" for column in columns)]
-        for name, row in last.items()
-    ]
+    cells = [[f"{row[c]:.3f}" if c in row else "-" for c in columns] for row in last.values()]
+    rows = [[name, *numbers] for name, numbers in zip(last, cells)]
     titles = [column.replace("rewards/", "").replace("heldout/", "held-out ") for column in columns]
     return text_table(["row", *titles], rows)
 
@@ -121,6 +119,8 @@ def main() -> None:
         raise InputError("nothing to compare; give a flag several values, as --lr 1e-4,1e-3")
     for cfg in parsed.values():
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
+        if cfg.mine != base.mine or cfg.plan or cfg.bench:
+            raise InputError("a sweep has no --plan or --bench, and one --mine for all of its runs")
     with in_group(base.seed) as device:
         train_all(parsed, base, device)
 
