@@ -767,12 +767,13 @@ def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list
     counts["dropped after redraws"] += good is None
     if good is None:
         return {}
-    counts["cut off"] += good["finish_reason"] == "length"
+    cut = {"cut_off": True} if good["finish_reason"] == "length" else {}
+    counts["cut off"] += len(cut)
     names = ("qid", "k", "finish_reason", "tokens")
     chosen = good["chosen"], {n: source[n] for n in names if n in source}
     names = ("kept", "glue", "draw", "finish_reason", "tokens")
     rejected = good["rejected"], {"keep_ratio": cfg.keep_ratio} | {n: good[n] for n in names}
-    return {"dropout_ntp": [pair_record(source, source["question"], chosen, rejected, {})]}
+    return {"dropout_ntp": [pair_record(source, source["question"], chosen, rejected, cut)]}
 
 
 def dropout_ntp(cfg: DropoutConfig) -> None:

@@ -86,7 +86,7 @@ def pair_loss(
     tiles, prompt = read_prompt(record, policy, tokenizer)
     template = policy.config.template
     chosen = encode_response(tokenizer, template, record.chosen)
-    rejected = encode_response(tokenizer, template, record.rejected)
+    rejected = encode_response(tokenizer, template, record.rejected, not record.cut_off)
 
     chosen_logp = response_logp(policy, tiles, prompt, chosen)
     rejected_logp = response_logp(policy, tiles, prompt, rejected)

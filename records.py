@@ -133,6 +133,7 @@ class PairRecord:
     augment: bool
     data_set: str  # its name
     system_prompt: str | None = None  # in the place of the model's system message
+    cut_off: bool = False  # the rejected response never ended: no <|im_end|> of it is learned
 
 
 @dataclass(frozen=True)

@@ -375,10 +375,7 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
         except Exception as error:  # what `tokenizers` raises has no narrower type
             beside = " (or vocab.json beside it)" if name == "merges.txt" else ""
             raise InputError(f"{source}{beside}: not a tokenizer file ({error})") from error
-    raise InputError(
-        f"no {', '.join(TOKENIZERS)} in {model_dir}: copy the tokenizer's files from the released "
-        "checkpoint, with vocab.json and tokenizer_config.json"
-    )
+    raise InputError(f"no {', '.join(TOKENIZERS)} in {model_dir}: copy what its release has")
 
 
 # --------------------------------------------------------------------------- chat
@@ -479,6 +476,7 @@ def encode_chat(
     return ids
 
 
-def encode_response(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
-    """Ids of a response to be learned or scored behind encode_chat, with its <|im_end|>."""
-    return [*tokenizer.encode_plain(training_text(template, text)), tokenizer.im_end_id]
+def encode_response(tokenizer: Tokenizer, template: str, text: str, end: bool = True) -> list[int]:
+    """Ids of a response to be learned or scored behind encode_chat; `end`: with its <|im_end|>."""
+    ids = tokenizer.encode_plain(training_text(template, text))
+    return [*ids, tokenizer.im_end_id] if end else ids

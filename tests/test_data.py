@@ -314,6 +314,16 @@ def test_cut_responses_end_where_the_length_is_reached_without_their_end_token(t
     assert fits.responses == whole.responses
 
 
+def test_a_rejected_response_that_its_sampler_cut_off_has_no_end_to_be_learned(toy, tmp_path):
+    whole, open_ended = (
+        encode_tree(text_pair(tmp_path, cut_off=cut_off), toy[2], toy[1]).responses
+        for cut_off in (False, True)
+    )
+    assert open_ended == [whole[0], whole[1][:-1]] and whole[1][-1] == toy[2].im_end_id
+    with pytest.raises(InputError, match="'cut_off' must be bool"):
+        text_pair(tmp_path, cut_off="yes")
+
+
 @pytest.mark.parametrize(("overlong", "room"), [("drop", 6), ("cut", 0), ("cut", 1)])
 def test_what_cannot_be_cut_apart_is_dropped(toy, tmp_path, overlong, room):
     assert long_tree(toy, tmp_path, overlong, room)[0] is None

@@ -613,6 +613,20 @@ def test_a_line_break_at_the_cut_is_part_of_the_turn_and_a_blank_is_not(tmp_path
     assert [row["prefix"] for row in cut] == ["one two", "one two \n "]
 
 
+def test_a_continuation_that_reached_the_limit_is_marked_as_cut_off(tmp_path):
+    source = {"image": "a.png", "question": "q"}
+    row = {"draw": 0, "reason": "ok", "source": source, "kept": 3, "glue": " ", "tokens": 2}
+    row |= {"chosen": "one two three four", "rejected": "one two five"}
+    reasons = ("length", "stop")
+    rows = [row | {"rid": reason, "finish_reason": reason} for reason in reasons]
+    write_lines(tmp_path / "part-0-of-1.jsonl", rows)
+    groups = pairs.grouped([tmp_path / "part-0-of-1.jsonl"], lambda record, _: record["rid"])
+    tally = pairs.defaultdict(pairs.Counter)
+    made = [pairs.pair_draws(pairs.DropoutConfig(), group, tally) for group in groups.items()]
+    assert [pair["dropout_ntp"][0].get("cut_off") for pair in made] == [True, None]
+    assert tally["counts"]["cut off"] == 1
+
+
 def test_dropout_ntp_pairs_a_response_with_its_blind_continuation(world):
     pairs.sample(sampling(prompts="none", num_samples=4))
     Generator.prompts.clear()

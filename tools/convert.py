@@ -121,7 +121,7 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     if any(isinstance(image, dict) and image.get("bytes") for image in images):
         root = saved
     line = {"question": question, "chosen": chosen, "rejected": rejected, "system_prompt": system}
-    line["image"] = [image_name(image, root) for image in images]
+    line |= {"image": [image_name(x, root) for x in images], "cut_off": raw.get("cut_off", False)}
     json_line(line)  # half a character fails here, by name
     record = check_pair(line, name, root)
     checked_images(root, line, name)
@@ -146,7 +146,7 @@ def written(record: PairRecord, to: str, root: Path) -> dict:
     both, system = {"chosen": record.chosen, "rejected": record.rejected}, record.system_prompt
     if to in ("plain", "mmpr"):
         line = {"question": record.question, **both}
-        line |= {"system_prompt": system} if system else {}
+        line |= {k: v for k, v in (("system_prompt", system), ("cut_off", record.cut_off)) if v}
         images = images if to == "plain" else [relpath(image, root) for image in images]
         return line | ({"image": images[0] if len(images) == 1 else images} if images else {})
     if to == "llama-factory":
