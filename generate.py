@@ -571,14 +571,6 @@ class Generator:
 # --------------------------------------------------------------------------- command line
 
 
-def read_history(path: Path | None) -> tuple[tuple[str, str], ...]:
-    """[[question, answer], ...] from a JSON file."""
-    turns = read_json(path, list) if path else []
-    if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
-        raise InputError(f"history {path}: expected a list of [question, answer] pairs of text")
-    return tuple((question, answer) for question, answer in turns)
-
-
 def make_prompt(cfg: GenerateConfig, question: str, history: tuple) -> Prompt:
     digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
     given = (cfg.image, history, cfg.prefix, cfg.max_tiles, range(cfg.num_samples))
@@ -607,7 +599,10 @@ def chat(generator: Generator, cfg: GenerateConfig, history: tuple) -> None:
 
 def main() -> None:
     cfg = runtime.parse_cli(GenerateConfig)
-    history = read_history(cfg.history)
+    turns = read_json(cfg.history, list) if cfg.history else []
+    if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
+        raise InputError(f"{cfg.history}: expected a list of [question, answer] pairs of text")
+    history = tuple((question, answer) for question, answer in turns)
     generator = Generator.load(cfg.model_dir, FLOATS.get(cfg.dtype), **cfg.settings())
     if not cfg.question:
         return chat(generator, cfg, history)

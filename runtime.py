@@ -37,6 +37,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -321,6 +322,8 @@ def run(main: Callable[[], None]) -> None:
         message, status = f"a text or file name is not valid UTF-8: {error}", 2
     except RecursionError:
         message, status = "an input is nested too deeply", 2
+    except (MemoryError, BrokenExecutor) as error:  # a worker that the kernel has killed
+        message, status = f"out of memory? {type(error).__name__}: {error}", 1
     except ValueError as error:
         if "embedded null" not in str(error):
             raise

@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 from conftest import ROOT
 
+from records import in_order
 from runtime import (
     OTHER_NAMES,
     AppendLog,
@@ -264,6 +265,11 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         (lambda: read_json(Path("a\0b")), 2, r"error: no file a\x00b"),
         (lambda: refuse("\x1b[31m red\nline 2"), 2, r"error: \x1b[31m red\nline 2"),
         (lambda: refuse("half \ud800, 猫\t"), 2, "error: half \\ud800, 猫\t"),
+        (
+            lambda: list(in_order(be_killed, [1, 2], 1, 2, "")),
+            1,
+            "out of memory? BrokenProcessPool",
+        ),
     ],
 )
 def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, capsys):
@@ -276,6 +282,10 @@ def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, caps
 
 def refuse(text):
     raise InputError(text)
+
+
+def be_killed(items):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exec_recursion():
