@@ -291,7 +291,6 @@ def write_world(
     `demo`: a projector that can read the pictures already, and enough direct questions to learn
     counting from in 500 steps.
     """
-    write_model(out / "model", seed, llm, sees=demo)
     world = World(out, seed)
     world.picture("new", 0)  # to ask about: in no pair
     few, short = max(2, pairs // 8), 5 * pairs if demo else pairs // 2
@@ -306,6 +305,7 @@ def write_world(
         ],
     }
     write_sets(out, "meta.json", sets)
+    write_model(out / "model", seed, llm, sees=demo)
     train = {
         "model_dir": str(out / "model"), "meta": str(out / "meta.json"),
         "out_dir": str(out / "run"), "loss": "mpo", "lr": 2e-3, "batch_size": 32, "epochs": 4,

@@ -78,6 +78,17 @@ def test_a_folder_of_other_files_is_not_written_over(tmp_path, monkeypatch):
     main()  # over its own
 
 
+def test_a_toy_that_was_stopped_is_written_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path), "--pairs", "8"])
+    for name in ("write_tensors", "write_sets"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"toy.{name}", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                main()
+    main()
+    assert (tmp_path / "train.json").is_file()
+
+
 def test_pictures_hold_three_to_seven_objects_in_different_cells(tmp_path):
     world = World(tmp_path, 0)
     for n in range(50):
