@@ -254,6 +254,7 @@ def status_of(capsys, *argv):
         ("a.jsonl", "{", "line 1: not valid JSON"),
         ("a.jsonl", '{"text": "x"}', "no pair can be kept"),
         ("a.csv", 'question\n"x', "unexpected end of data"),
+        ("a.csv", "question,chosen,chosen\nx,y,z\n", "a.csv line 1: two columns of one name: "),
         ("absent.jsonl", None, "no file"),
         *(
             []

@@ -194,6 +194,8 @@ def read_table(path: Path) -> Iterator[dict]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, restkey=REFUSED.split()[-1], strict=True)
         try:
+            if len(names := rows.fieldnames or []) > len(set(names)):
+                raise csv.Error(f"two columns of one name: {', '.join(names)}")
             yield from rows
         except csv.Error as error:
             raise InputError(f"{path} line {rows.line_num}: {error}") from None

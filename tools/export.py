@@ -107,8 +107,7 @@ def renamed_shards(model: InternVL, model_dir: Path, part: str = "") -> Iterator
     for file, names in files.items():
         shard = {}
         for name in names:
-            tensor = weights.read_rows(stored[name], parameters[name])
-            shard |= split_stored(tensor, renamed[name])
+            shard |= split_stored(weights.read_rows(stored[name], parameters[name]), renamed[name])
         yield file, {n.removeprefix(part): t for n, t in shard.items() if n.startswith(part)}
 
 

@@ -89,5 +89,4 @@ def perform(task: Task) -> str:
             return getattr(importlib.import_module(module), name)(*task.arguments)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            words = f"{task.name}: {type(error).__name__}: {error} (see {path})"
-            raise Failure(words) from error
+            raise Failure(f"{task.name}: {type(error).__name__}: {error} (see {path})") from error
