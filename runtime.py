@@ -318,16 +318,18 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         message = str(error).removeprefix(f"[Errno {error.errno}] ")
         status = 2 if error.errno in NAMED_WRONGLY else 1
-    except UnicodeError as error:
-        message, status = f"a text or file name is not valid UTF-8: {error}", 2
     except RecursionError:
         message, status = "an input is nested too deeply", 2
     except (MemoryError, BrokenExecutor) as error:  # a worker that the kernel has killed
         message, status = f"out of memory? {type(error).__name__}: {error}", 1
-    except ValueError as error:
-        if "embedded null" not in str(error):
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):  # on a GPU, on a CPU
             raise
-        message, status = f"a file name holds a null character ({error})", 2
+        message, status = str(error).splitlines()[0], 1
+    except ValueError as error:
+        if not isinstance(error, UnicodeError) and "embedded null" not in str(error):
+            raise
+        message, status = f"a text or file name is not valid: {error}", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     finally:

@@ -126,6 +126,8 @@ class TrainConfig:
         for name in ("tensorboard", "wandb"):
             if getattr(self, name):
                 runtime.need(name, f"--{name}")
+        if self.plan and self.bench:
+            raise InputError("--plan and --bench: pass one of them")
 
     @property
     def cache_folder(self) -> Path:
@@ -270,6 +272,8 @@ class Run:
         path = cfg.out_dir / "metrics.jsonl"
         rows = runtime.read_whole_lines(path, step=int, lr=float, grad_norm=float)
         self.rows = [row for row in rows if row["step"] <= self.done]
+        if self.done and self.done not in {row["step"] for row in self.rows}:
+            say(f"{path}: the rows of steps until {self.done} are gone; the run goes on without")
         self.best = [r for r in self.rows if kept and kept.name == f"step-{r['step']:08d}"]
         other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
         if other:

@@ -264,6 +264,11 @@ def test_the_bench_prints_both_tables(capsys, monkeypatch):
     assert len(lines) == 7 and all("seconds" in line for line in lines[5:])
 
 
+def test_a_plan_and_a_measurement_are_asked_for_one_at_a_time():
+    with pytest.raises(InputError, match="--plan and --bench: pass one of them"):
+        TrainConfig(plan=True, bench=True)
+
+
 @pytest.mark.parametrize("flags", [{"gpus": 7}, {"gpus": 8, "replicate": 3}])
 def test_gpus_that_a_run_would_refuse_are_not_planned_for(flags):
     with pytest.raises(InputError, match=f"{flags['gpus']} GPUs do not divide --batch_size, or"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from conftest import ROOT
 
 from records import in_order
@@ -251,9 +252,11 @@ def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
         (lambda: open("/dev/null/x"), 2, "Not a directory: '/dev/null/x'"),
         (lambda: Path("/dev/null").mkdir(), 2, "File exists: '/dev/null'"),
         (lambda: open("a" * 300), 2, "File name too long"),
-        (lambda: open("a\0b"), 2, "a file name holds a null character"),
-        (lambda: b"\xff".decode(), 2, "not valid UTF-8"),
+        (lambda: open("a\0b"), 2, "a text or file name is not valid: embedded null byte"),
+        (lambda: b"\xff".decode(), 2, "a text or file name is not valid: 'utf-8' codec"),
         (lambda: open("/dev/full", "w", 1).write("x\n"), 1, "No space left on device"),
+        (lambda: torch.empty(1 << 60), 1, "can't allocate memory"),
+        (lambda: refuse_memory(), 1, "error: CUDA out of memory. Tried to allocate 2.00 GiB.\n"),
         (lambda: exec_recursion(), 2, "an input is nested too deeply"),
         (
             lambda: AppendLog(Path("/dev/full")).append({}),
@@ -278,6 +281,10 @@ def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, caps
     error = capsys.readouterr().err
     assert stop.value.code == status
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def refuse_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nC++ stack: ...")
 
 
 def refuse(text):

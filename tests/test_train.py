@@ -317,12 +317,13 @@ def test_a_run_without_any_gradient_fails_and_saves_no_model(base, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_finished_run_whose_metrics_were_deleted_is_exported_again(base, tmp_path):
+def test_a_finished_run_whose_metrics_were_deleted_is_exported_again(base, tmp_path, capsys):
     cfg = replace(base, loss="sft", out_dir=tmp_path / "run")
     run_here(cfg)
     (cfg.out_dir / "metrics.jsonl").unlink()
     shutil.rmtree(cfg.out_dir / "model")
     assert run_here(cfg) == [] and (cfg.out_dir / "model/config.json").exists()
+    assert "metrics.jsonl: the rows of steps until 4 are gone" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_flags_is_refused(straight):
