@@ -177,13 +177,15 @@ def test_mmpr_goes_out_and_comes_back(to, folder):
     assert records(folder / "back/meta.json") == first
 
 
-def test_a_rejected_response_that_was_cut_off_stays_marked(folder):
+def test_a_rejected_response_that_was_cut_off_stays_marked_or_is_told(folder, capsys):
     _, [first] = convert_rows(folder, [PLAIN | {"cut_off": True}])
     convert.convert(
         ConvertConfig(input=folder / "out/meta.json", out=folder / "p.jsonl", to="plain")
     )
     convert.convert(ConvertConfig(input=folder / "p.jsonl", out=folder / "back"))
     assert first.cut_off and records(folder / "back/meta.json") == [first]
+    convert.convert(ConvertConfig(input=folder / "p.jsonl", out=folder / "trl.jsonl", to="trl"))
+    assert "1 rejected answers never ended; in this format" in capsys.readouterr().err
 
 
 def test_images_inside_a_parquet_file_are_written_once_by_what_they_hold(folder, monkeypatch):

@@ -227,6 +227,8 @@ def convert(cfg: ConvertConfig) -> dict:
     folders = {path.resolve().parent for record in kept for path in record.images}
     root = Path(commonpath(folders or {folder.resolve()}))
     runtime.write_jsonl(lines, (written(record, cfg.to, root) for record in kept))
+    if cfg.to not in ("plain", "mmpr") and (cut := sum(record.cut_off for record in kept)):
+        runtime.say(f"{cut} rejected answers never ended; in this format an end is learned")
     if mmpr:
         entry = {"root": relpath(root, folder.resolve()), "annotation": lines.name}
         write_json(folder / "meta.json", {cfg.input.stem: entry | {"length": len(kept)}})
