@@ -94,7 +94,8 @@ def encode_tree(
         image_tokens = [config.tokens_per_tile * n for n in tiles]
         system = record.system_prompt or config.system_message
         trunk = encode_chat(tokenizer, config.template, [(question, None)], image_tokens, system)
-        texts = [(record.chosen, True), (record.rejected, not record.cut_off)][: 2 - only_chosen]
+        texts = [(record.chosen, True)]  # and whether its end is learned
+        texts += [] if only_chosen else [(record.rejected, not record.cut_off)]
         responses = [encode_response(tokenizer, config.template, *text) for text in texts]
         if responses[1:] == responses[:1]:  # of texts that a tokenizer takes alike
             raise InputError("chosen and rejected are the same tokens; remove the record")

@@ -268,9 +268,9 @@ def find_sets(path: Path) -> list[SampleSet]:
     """Data sets at `path`: one file, one folder with part files, or a folder of such folders."""
     if path.is_file():
         return [SampleSet(path.stem, [path])]
-    known = [path] if part_files(path) else sorted(path.glob("*"))
-    folders = [folder for folder in known if part_files(folder)]
-    for folder in known:
+    places = [path] if part_files(path) else sorted(path.glob("*"))
+    folders = [folder for folder in places if part_files(folder)]
+    for folder in places:
         if folder not in folders and (folder / "info.json").exists():
             print(f"{folder}: left out, without a response so far", file=sys.stderr)
     if not folders:

@@ -375,7 +375,7 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
         except Exception as error:  # what `tokenizers` raises has no narrower type
             beside = " (or vocab.json beside it)" if name == "merges.txt" else ""
             raise InputError(f"{source}{beside}: not a tokenizer file ({error})") from error
-    raise InputError(f"no {', '.join(TOKENIZERS)} in {model_dir}: copy what its release has")
+    raise InputError(f"no {', '.join(TOKENIZERS)} in {model_dir}: copy them from the release")
 
 
 # --------------------------------------------------------------------------- chat

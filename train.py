@@ -296,9 +296,9 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """The steps that are left, each made while the one before is computed."""
         left = range(self.done, self.total)
+        limits = f"max_length {self.cfg.max_length} or pack_tokens {self.cfg.pack_tokens}"
         for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
             for name in step.dropped:
-                limits = f"max_length {self.cfg.max_length} or pack_tokens {self.cfg.pack_tokens}"
                 say(f"dropped, too long for {limits}: {name}")
             if step.pairs:
                 yield step
