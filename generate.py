@@ -62,13 +62,7 @@ from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
 from losses import aligned
 from model import Attend, InternVL, causal_attention
-from tokenizer import (
-    StreamDecoder,
-    Tokenizer,
-    encode_chat,
-    load_tokenizer,
-    with_image_placeholders,
-)
+from tokenizer import Tokenizer, encode_chat, load_tokenizer, with_image_placeholders
 from vision import num_tiles, preprocess
 from weights import FLOATS, load_model
 
@@ -501,17 +495,10 @@ class Generator:
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
         """The text of sample 0, piece by piece; together equal to run()'s text without prefix."""
-        decoder, text, shown = StreamDecoder(self.tokenizer, self.settings.marks), "", 0
-        group = dataclasses.replace(self.encode(prompt), todo=[0])
+        group, shown = dataclasses.replace(self.encode(prompt), todo=[0]), 0
         for row in Scheduler(self, iter([group])).run():
-            if row.ids[-1] not in self.stop_ids:
-                text += decoder.push(row.ids[-1])
-            text += decoder.flush() if row.finish_reason else ""
-            end = self.stop_place(text, 0)
-            if not row.finish_reason:  # a stop string may have begun
-                starts = (s[:n] for s in self.settings.stop for n in range(len(s)))
-                end -= max(map(len, filter(text.endswith, starts)), default=0)
-            yield text[shown:end]
+            text, begin, end = self.text(row, final=bool(row.finish_reason))
+            yield text[max(begin, shown) : end]
             shown = end
 
     # ----- one token
@@ -541,31 +528,34 @@ class Generator:
             )
         row.ids.append(token)
         row.logps.append(logp)
-        if token in self.stop_ids or (self.settings.stop and self.text(row)[1]):
+        text, _, end = self.text(row) if self.settings.stop else ("", 0, 0)
+        if token in self.stop_ids or end < len(text):
             row.finish_reason = "stop"
         elif len(row.ids) >= row.group.limit:
             row.finish_reason = "length"
 
-    def text(self, row: Row) -> tuple[str, bool]:
-        """The text of prefix and answer before a stop string, and whether there was one."""
+    def text(self, row: Row, final: bool = True) -> tuple[str, int, int]:
+        """(prefix and answer, where the answer begins, where it ends: before a stop string).
+
+        final=False: of an answer that goes on, whose last letters may begin a stop string.
+        """
         decode = partial(self.tokenizer.decode, marks=self.settings.marks)
         prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
-        text = decode(prefix + ids)
+        text = decode(prefix + ids, final=final)
         begin = len(os.path.commonprefix([text, decode(prefix)]))  # `a ,` is decoded as `a,`
-        end = self.stop_place(text, begin)
-        return text[:end], end < len(text)
-
-    def stop_place(self, text: str, begin: int) -> int:
-        """Where the first stop string stands, or where the text ends."""
         places = (text.find(s, begin) for s in self.settings.stop)
-        return min((place for place in places if place >= 0), default=len(text))
+        end = min((place for place in places if place >= 0), default=len(text))
+        if not final:
+            starts = (s[:n] for s in self.settings.stop for n in range(len(s)))
+            end -= max(map(len, filter(text.endswith, starts)), default=0)
+        return text, begin, end
 
     def sample(self, row: Row) -> Sample:
         """What a finished row has become."""
-        group, text = row.group, self.text(row)[0]
+        group, (text, _, end) = row.group, self.text(row)
         tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
         lists = (tuple(row.ids), tuple(row.logps))
-        return Sample(group.prompt.id, row.sample, text, row.finish_reason, *tokens, *lists)
+        return Sample(group.prompt.id, row.sample, text[:end], row.finish_reason, *tokens, *lists)
 
 
 # --------------------------------------------------------------------------- command line

@@ -3,7 +3,6 @@
     load_tokenizer      InternLM2's tokenizer.model, Qwen's vocab.json and merges.txt, or a
                         tokenizer.json -> Tokenizer
     Tokenizer           encode (special tokens recognised), encode_plain (never), decode
-    StreamDecoder       the same text as decode, piece by piece
     encode_chat         prompt ids, from the system message to the open assistant turn
     encode_response     ids of one response with its <|im_end|>: the labels behind such a prompt
 
@@ -104,14 +103,31 @@ class Tokenizer:
             raise InputError(f"half a character at {error.start} (a lone surrogate)") from None
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int], marks: bool = False) -> str:
+    def decode(self, ids: Iterable[int], marks: bool = False, final: bool = True) -> str:
         """Text of `ids` without special tokens, nothing stripped; `marks`: with grounding marks.
 
         An id that no token has becomes U+FFFD.  With tokenizer.model the official clean-up
         (`a , b` -> `a, b`) is applied: the class does so, whatever tokenizer_config.json says.
+        final=False: only what stands whatever ids may follow, so without the first bytes of a
+        character and without what clean-up may still change.
         """
-        stream = StreamDecoder(self, marks)
-        return stream.push(*ids) + stream.flush()
+        ids = [operator.index(id) for id in ids]
+        if min(ids, default=0) < 0:
+            raise InputError(f"{self.source}: no token has the id {min(ids)}")
+        hidden = self.special_ids.union(() if marks else self.marks.values())
+        unknown = "\ufffd".encode()
+        shown = b"".join(self.pieces.get(id, unknown) for id in ids if id not in hidden)
+        if not self.is_sentencepiece:
+            return codecs.utf_8_decode(shown, "replace", final)[0]
+        text = codecs.utf_8_decode(shown, "surrogateescape", final)[0]
+        # sentencepiece shows one U+FFFD for each invalid byte, not one for a run of them
+        text = re.sub("[\udc80-\udcff]", "\ufffd", text)
+        for pattern, replacement in CLEAN_UP:
+            *done, rest = text.split(pattern)
+            starts = (pattern[:n] for n in range(len(pattern) - 1, 0, -1))
+            held = "" if final else next(filter(rest.endswith, starts), "")
+            text = replacement.join([*done, rest.removesuffix(held)])
+        return text
 
     def token_id(self, name: str) -> int:
         """Id of the token called `name`."""
@@ -159,45 +175,6 @@ def byte_level_bytes(piece: str) -> bytes:
         return piece.translate(BYTE_LEVEL).encode("latin-1")
     except UnicodeEncodeError:
         return piece.encode()
-
-
-class StreamDecoder:
-    """Text as its ids arrive: all pushes and the flush together equal Tokenizer.decode(ids).
-
-    Held back: the first bytes of an unfinished character, and what clean-up may still change.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, marks: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.hidden = tokenizer.special_ids.union(() if marks else tokenizer.marks.values())
-        self.rules = CLEAN_UP if tokenizer.is_sentencepiece else []
-        self.held = [""] * len(self.rules)  # by each rule: the start of what may be its pattern
-        errors = "surrogateescape" if tokenizer.is_sentencepiece else "replace"
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-
-    def push(self, *ids: int) -> str:
-        """The text that is certain with `ids`; often one character late, empty for a special."""
-        ids = [operator.index(id) for id in ids]
-        if min(ids, default=0) < 0:
-            raise InputError(f"{self.tokenizer.source}: no token has the id {min(ids)}")
-        pieces, unknown = self.tokenizer.pieces, "\ufffd".encode()
-        shown = b"".join(pieces.get(id, unknown) for id in ids if id not in self.hidden)
-        return self._clean_up(self.utf8.decode(shown))
-
-    def flush(self) -> str:
-        """What was held back; call it once, at the end."""
-        return self._clean_up(self.utf8.decode(b"", final=True), final=True)
-
-    def _clean_up(self, text: str, final: bool = False) -> str:
-        """`text` through every rule in turn, each an online str.replace."""
-        # sentencepiece shows one U+FFFD for each invalid byte, not one for a run of them
-        text = re.sub("[\udc80-\udcff]", "\ufffd", text)
-        for i, (pattern, replacement) in enumerate(self.rules):
-            *done, rest = (self.held[i] + text).split(pattern)
-            starts = (pattern[:n] for n in range(len(pattern) - 1, 0, -1))
-            self.held[i] = "" if final else next(filter(rest.endswith, starts), "")
-            text = replacement.join([*done, rest[: len(rest) - len(self.held[i])]])
-        return text
 
 
 # --------------------------------------------------------------------------- tokenizer files
