@@ -254,7 +254,7 @@ def aot(logps: PairLogps, beta: float = 0.1) -> Tensor:  # (pair)
     """-log s(beta (M_k - R_k)), M the sorted policy margins, R the sorted reference margins.
 
     Sorts over the pairs it is given, which must be those of the whole step (`whole_step`,
-    `coefficients`).  TRL sorts within one device's micro-batch; with one pair there it is dpo.
+    train.step_gradient).  TRL sorts within one device's micro-batch; with one pair there it is dpo.
     """
     logps.need_reference()
     margin = logps.policy_chosen - logps.policy_rejected
@@ -321,7 +321,7 @@ class Objective:
 
     function: Loss
     needs_reference: bool = True
-    whole_step: bool = False  # a pair's loss depends on the step's other pairs: see `coefficients`
+    whole_step: bool = False  # a pair's loss depends on the step's other pairs
 
     def __call__(self, logps: PairLogps, **hyper: float | None) -> Tensor:  # (pair)
         return self.function(logps, **self.taken(hyper))
@@ -392,7 +392,7 @@ def needs_reference(terms: Terms) -> bool:
 
 
 def whole_step(terms: Terms) -> bool:
-    """Whether a pair's loss depends on the step's other pairs, as in aot: see `coefficients`."""
+    """Whether a pair's loss depends on the step's other pairs, as in aot."""
     return any(LOSSES[name].whole_step for _, name in terms)
 
 
@@ -416,18 +416,14 @@ def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, d
     return sum(weight * parts[name] for weight, name in terms), parts
 
 
-def coefficients(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, Tensor]:
-    """d (mean loss) / d policy_chosen and / d policy_rejected, each (pair), as plain numbers.
-
-    For objectives that look at the whole step, whose pairs are scored first (train.step_gradient).
-    """
+def loss_and_gradient(loss: Loss, logps: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, d its sum / d policy_chosen and / d policy_rejected, (pair)), as plain numbers."""
     with torch.enable_grad():
         chosen = logps.policy_chosen.detach().requires_grad_()
         rejected = logps.policy_rejected.detach().requires_grad_()
-        traced = replace(logps, policy_chosen=chosen, policy_rejected=rejected)
-        total, _ = objective(terms, traced, **hyper)
-        grads = torch.autograd.grad(total.mean(), (chosen, rejected), materialize_grads=True)
-    return grads
+        value = loss(replace(logps, policy_chosen=chosen, policy_rejected=rejected))
+        grads = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
+    return value.detach(), *grads
 
 
 @dataclass

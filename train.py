@@ -723,7 +723,8 @@ def step_gradient(run: Run, step: Step) -> PairLogps:
     """
     sorts_step, scored = losses.whole_step(run.terms), []
     if sorts_step:
-        pulls = losses.coefficients(run.terms, score_step(run, step), **run.hyper)
+        mean_loss = lambda logps: objective(run.terms, logps, **run.hyper)[0].mean()  # noqa: E731
+        _, *pulls = losses.loss_and_gradient(mean_loss, score_step(run, step))
     for place, logps in forward_packs(run, step):
         if place.start == place.stop:  # a stand-in
             loss = logps.policy_chosen.sum()

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 import losses
-from losses import LOSSES, PRESETS, Loss, Objective, PairLogps
+from losses import LOSSES, PRESETS, Loss, Objective, PairLogps, loss_and_gradient
 from tools.figures import new_figure, png, text_table
 
 GRID, REACH, TOKENS, START = 41, 20.0, 20.0, -30.0  # points a side, nats, tokens, log-prob of both
@@ -147,15 +147,6 @@ def check_loss(loss: Loss) -> dict[str, bool]:
         "finite differences": torch.autograd.gradcheck(of_policy, point, raise_exception=False),
         "finite at extremes": all(y.isfinite().all() for values in extremes for y in values),
     }
-
-
-def loss_and_gradient(loss: Loss, x: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, d sum / d policy_chosen, d sum / d policy_rejected), each (pair)."""
-    chosen = x.policy_chosen.detach().requires_grad_()
-    rejected = x.policy_rejected.detach().requires_grad_()
-    value = loss(replace(x, policy_chosen=chosen, policy_rejected=rejected))
-    grads = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
-    return value.detach(), *grads
 
 
 def plane(loss: Loss, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
