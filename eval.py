@@ -56,8 +56,8 @@ class Ask:
 
     bench: Literal[tuple(BENCHMARKS)] = flag("", "which benchmark")
     data: tuple[Path, ...] = flag((), "its official question file, or the folder with it")
-    ids: Path | None = flag(None, "file with the ids of a subset (off: all)")
-    cot: bool = flag(False, "chain of thought (Direct otherwise)")
+    ids: Path | None = flag(None, "file with the ids of a subset [all]")
+    cot: bool = flag(False, "chain of thought; else Direct")
 
     def __post_init__(self) -> None:
         if self.bench not in BENCHMARKS:
@@ -84,10 +84,10 @@ class Generate(Ask):
     """Answer a benchmark's questions greedily; run it again to go on where it stopped."""
 
     model_dir: Path | None = flag(None, "folder with config.json and weights")
-    images: Path | None = flag(None, "folder that image paths start from (off: the data's)")
-    out: Path | None = flag(None, "folder for replies (off: results/MODEL-WEIGHTS/BENCH-SETTING)")
+    images: Path | None = flag(None, "folder that image paths start from [the data's]")
+    out: Path | None = flag(None, "folder for replies [results/MODEL-WEIGHTS/BENCH-SETTING]")
     max_tiles: int = flag(6, "tiles per image without the thumbnail", 1, 128)
-    max_new_tokens: int = flag(0, "longest reply (0: the benchmark's own)", low=0)
+    max_new_tokens: int = flag(0, "longest reply; 0 = the benchmark's own", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,18 +209,18 @@ class Replies(Ask):
     """Shared flags of the verbs that read replies."""
 
     answers: tuple[Path, ...] = flag((), "replies: a folder of `generate`, or any official format")
-    judgements: tuple[Path, ...] = flag((), "judgements.jsonl (judge: off = in --out), or official")
+    judgements: tuple[Path, ...] = flag((), "verdicts, as of `judge` or official [judge: of --out]")
     judge_name: str = flag("", "who judged, where the file does not say")
-    out: Path | None = flag(None, "folder of the result (score, off: that of our own answers)")
+    out: Path | None = flag(None, "folder of the result [score: that of our own answers]")
 
 
 @dataclass(frozen=True)
 class Score(Replies):
     """Score replies to a benchmark: JSON on stdout, and score.json and items.jsonl in --out."""
 
-    extraction: str = flag("", "how replies are read (off: judge if given, else the default rule)")
-    synonyms: Path | None = flag(None, "CHAIR's synonym list (off: synonyms.txt beside the data)")
-    name: str = flag("", "the model's name in the report (off: from run.json or the file's name)")
+    extraction: str = flag("", "how replies are read [judge if given, else by the default rule]")
+    synonyms: Path | None = flag(None, "CHAIR's synonym list [synonyms.txt beside the data]")
+    name: str = flag("", "the model's name in the report [of run.json, else of the file]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -381,7 +381,7 @@ def read_all(
 class Judge(Replies):
     """Write requests.jsonl for any judge; with judgements there, check and count them."""
 
-    judge_template: Path | None = flag(None, "the official template (off: ours, in other words)")
+    judge_template: Path | None = flag(None, "the official template [ours, in other words]")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -651,9 +651,9 @@ def conclude(verb: str, reports: dict, max_format_share: float) -> None:
             bad.append(f"{name}: no pair from {total} responses")
         share = report["counts"].get("format responses", 0) / max(total, 1)
         if share > max_format_share:
-            bad.append(f"{name}: {share:.0%} of the responses are format failures")
+            bad.append(f"{name}: {share:.0%} are format failures: above --max_format_share")
     if bad:
-        print("\n".join(["error: data sets to look at:", *bad]), file=sys.stderr)
+        print("\n".join(["error: look at these sets (all is written):", *bad]), file=sys.stderr)
         raise SystemExit(1)
 
 

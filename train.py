@@ -42,7 +42,7 @@ class TrainConfig:
     """
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
-    meta: Path = flag(Path("MMPR/meta.json"), "MMPR's meta.json: the preference data")
+    meta: Path = flag(Path("MMPR/meta.json"), "the pairs: a meta.json of data sets, or one .jsonl")
     heldout: Path | None = flag(None, "pairs, as --meta, that are scored and never trained on")
     heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
     keep_best: bool = flag(False, "keep the best step by --heldout in out_dir/best: see export.py")
@@ -393,7 +393,7 @@ def last_step(cfg: TrainConfig, data: PairData) -> int:
         raise InputError(f"every record is longer than max_length {data.max_length}")
     peak = max(lr_at(step, total, cfg) for step in range(total))
     if peak < cfg.lr:
-        reached = f"lr {cfg.lr:g}: {total} steps reach {peak:g}; warm-up or decay is long"
+        reached = f"lr {cfg.lr:g}: long warm-up or decay: {total} steps only get to {peak:g}"
         if not peak:
             raise InputError(f"{reached}: pass more --epochs or --max_steps, or --warmup 0")
         say(reached)

@@ -34,8 +34,8 @@ class DoctorConfig:
     """Name what is wrong with a preference run."""
 
     FIRST = "run_dir"  # may stand without its flag
-    run_dir: Path = flag(Path("runs/mpo"), "folder of the run, or its metrics file")
-    meta: Path | None = flag(None, "meta.json of its pairs; default: the one of its config.json")
+    run_dir: Path = flag(Path("runs/mpo"), "folder of a run or its metrics file (may stand first)")
+    meta: Path | None = flag(None, "meta.json of its pairs; default: as its config.json says")
     json: bool = flag(False, "print JSON")
 
 
@@ -134,7 +134,7 @@ def in_rewards(case: Case) -> Seen:
         yield "too easy", "; ".join([seen, *surface_marks(case.records)])
 
     late = accuracy[len(accuracy) // 2 :]
-    if len(accuracy) >= 20 and 0.42 < fmean(late) < 0.58 and abs(wider) <= 0.05:
+    if len(accuracy) >= 2 * soon and 0.42 < fmean(late) < 0.58 and abs(wider) <= 0.05:
         seen = f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {wider:+.3f}"
         yield "not learning", seen
 

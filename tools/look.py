@@ -30,7 +30,7 @@ class CheckConfig:
     """Verify every record and decode every image; status 1 where one is bad."""
 
     FIRST = "meta"  # may stand without its flag
-    meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs")
+    meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs (may stand first)")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
     max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
     max_length: int | None = flag(None, "tokens of a pair; default: the generation's", low=1)
@@ -42,7 +42,7 @@ class ShowConfig:
     """Print records as the model meets them, or write a page of pairs beside their pictures."""
 
     FIRST = "meta"  # may stand without its flag
-    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
+    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs (may stand first)")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "config.json and tokenizer, for printing")
     out: Path | None = flag(None, "write this HTML page instead of printing")
     limit: int = flag(0, "records of all data sets; 0 = 3 printed, 200 on a page", low=0)
@@ -54,7 +54,7 @@ class StatsConfig:
     """Numbers of a set of pairs beside the paper's table."""
 
     FIRST = "meta"  # may stand without its flag
-    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs")
+    meta: Path = flag(Path("pairs/meta.json"), "meta.json of the pairs (may stand first)")
     model_dir: Path | None = flag(None, "count tokens with its tokenizer; empty = words")
     workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 

@@ -339,7 +339,7 @@ def settle(
         again = bisect_left(range(blocks), True, key=lambda n: flags_fit(cfg, recompute_blocks=n))
         reason = f"as few as fit into {memory / GB:.4g} GB"
         if not memory:
-            again, reason = (blocks, "the memory is not known") if cfg.plan else (0, "on a CPU")
+            again, reason = (blocks, "--gpu_memory is not known") if cfg.plan else (0, "on a CPU")
         cfg = replace(cfg, recompute_blocks=again)
         say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
     if cfg.sync == "auto":
