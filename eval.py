@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -107,7 +108,8 @@ def generate(cfg: Generate) -> Path:
     questions = asked(bench, items, cfg.cot)
     made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS_VERSION, model, weights, questions)
     settings = {"temperature": 0.0, "max_new_tokens": tokens}
-    facts = vars(made_by) | settings | {"max_tiles": cfg.max_tiles}
+    shown = {"max_tiles": cfg.max_tiles, "images": runtime.fingerprint({*chain(*images)})}
+    facts = vars(made_by) | settings | shown
     runtime.claim(out, facts, "use another --out")
     # each process of one start has its own lock
     with runtime.alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
@@ -140,7 +142,11 @@ def asked(bench: Benchmark, items: list[Item], cot: bool) -> str:
     images = [str(item.get("image") or "") if bench.image else "" for item in items]
     names = [image if len(image) > 1000 else Path(image).name for image in images]
     rows = [[item["id"], bench.ask(item, cot), name or None] for item, name in zip(items, names)]
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
+    return digest(sorted(rows))
+
+
+def digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def weights_of(model_dir: Path) -> str:
@@ -317,7 +323,10 @@ def score(cfg: Score) -> dict:
 
 
 def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], replies: dict) -> None:
-    """InputError where replies are the data itself, or our own ones to other questions."""
+    """InputError where replies are the data itself, or our own ones to other questions.
+
+    Likewise where judgements are of other replies, by the requests.jsonl beside them.
+    """
     questions = {item.get("_file") for item in items}
     fields = "|".join(cfg.benchmark.fields).split("|")
     for row in replies.values():
@@ -329,6 +338,20 @@ def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], repl
         known = asked(cfg.benchmark, [i for i in items if i["id"] in own], run.setting == "CoT")
         if run.questions not in (None, known) and run.prompts == PROMPTS_VERSION:
             raise InputError(f"--data: run.json in {folder} says that other ones were asked")
+    answered = [item for item in items if cfg.data and item["id"] in replies]
+    about = {item["id"]: about_what(cfg.benchmark, item, replies) for item in answered}
+    for path in cfg.judgements:
+        requests = path.with_name("requests.jsonl")
+        for row in runtime.read_whole_lines(requests, id=str):
+            if "about" in row and about.get(row["id"], row["about"]) != row["about"]:
+                problem = f"{row['id']!r} had another reply or question when judgements were asked"
+                raise InputError(f"{requests}: {problem}; use another --out")
+
+
+def about_what(bench: Benchmark, item: Item, replies: dict[str, dict]) -> str:
+    """A hash of an item's official fields and of the reply: what a judgement is about."""
+    names = "|".join(bench.fields).split("|")
+    return digest([replies[item["id"]]["reply"], *map(item.get, names)])
 
 
 def load_scored(
@@ -393,6 +416,7 @@ class Judge(Replies):
 
 def judge(cfg: Judge) -> list[str]:
     """The verb: ids still without a judgement."""
+    cfg = replace(cfg, judgements=cfg.judgements or tuple(cfg.out.glob("judgements.jsonl")))
     bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
     cot = made_by.setting == "CoT"
     items = cfg.items()
@@ -409,10 +433,10 @@ def judge(cfg: Judge) -> list[str]:
                 "messages": bench.judge.messages(item, Reply(text, cot), template),
                 "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
                 "template": cfg.judge_template.name if cfg.judge_template else "ours",
+                "about": about_what(bench, item, replies),
             })  # fmt: skip
     write_jsonl(cfg.out / "requests.jsonl", requests)
-    given = cfg.judgements or tuple(cfg.out.glob("judgements.jsonl"))
-    judgements = files.load_judgements(bench, items, given, cfg.judge_name)
+    judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
     judged = [item for item in items if item["id"] in judgements]
     read_all(bench, judged, replies, judgements, bench.judge.mode, cot)  # out of range ends here
     left = [request["id"] for request in requests if request["id"] not in judgements]

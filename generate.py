@@ -573,16 +573,19 @@ def chat(generator: Generator, cfg: GenerateConfig, history: tuple) -> None:
     invitation = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while question := input(invitation).strip():
-            if not history and cfg.image:
-                question = with_image_placeholders(question, len(cfg.image))
             answer = cfg.prefix
             print(answer, end="", flush=True)
             try:
+                if not history and cfg.image:
+                    question = with_image_placeholders(question, len(cfg.image))
                 for piece in generator.stream(make_prompt(cfg, question, history)):
                     print(piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:
                 print(" [stopped]", end="")
+            except InputError as error:  # of this question alone
+                print(f"error: {error}", file=sys.stderr)
+                continue
             print()
             history = (*history, (question, answer.strip()))
 

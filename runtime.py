@@ -307,6 +307,9 @@ def run(main: Callable[[], None]) -> None:
 
     Exit status 2: wrong input or usage; 1: a failure while running (disk full, ...); 130: Ctrl-C.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: no file is to get its number
+            setattr(sys, name, open(os.devnull, mode))
     try:
         main()
         sys.stdout.flush()

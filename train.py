@@ -259,10 +259,11 @@ class Run:
         self.cfg, self.total = cfg, last_step(cfg, self.data)
         self.meter = Meter(cfg, config, device)
 
+        self.facts = run_facts(self, newest)
         self.policy = sharded_model(cfg, device)
         self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()
         self.reference = make_reference(self)
-        self.tensors, self.facts = state_tensors(self), run_facts(self)
+        self.tensors = state_tensors(self)
         self.done = restore(self, newest) if newest else 0
         say(f"{self.done} of {self.total} steps are done")
 
@@ -683,8 +684,8 @@ def state_tensors(run: Run) -> dict[str, Tensor]:
     return tensors
 
 
-def run_facts(run: Run) -> dict[str, str]:
-    """What a continuation must share with its run: flags, pairs, objectives, start weights."""
+def run_facts(run: Run, checkpoint: Path | None) -> dict[str, str]:
+    """Flags, pairs, objectives, start weights: a continuation shares them with its checkpoint."""
     cfg, constant = run.cfg, run.cfg.decay >= 0
     # a constant rate does not know the run's length: it may be prolonged
     free = FREE_FLAGS + constant * ["max_steps", "epochs", "decay"]
@@ -694,18 +695,18 @@ def run_facts(run: Run) -> dict[str, str]:
         facts["held-out pairs"] = run.heldout.digest(0)
     if cfg.mine:
         facts[f"content of {cfg.mine}"] = runtime.fingerprint([cfg.mine])
-    if is_main() and (run.reference or cfg.lora_rank):  # read once, they are large
+    compared = cfg.lora_rank or losses.needs_reference(run.terms)
+    if is_main() and compared:  # read once, they are large
         facts["start weights"] = weights.fingerprint(cfg.model_dir)
-    return facts
+    old = weights.checkpoint_state(checkpoint)["flags"] if checkpoint else {}
+    changed = [f"{k} was {old[k]}, now {v}" for k, v in facts.items() if old.get(k, v) != v]
+    if changed:
+        raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
+    return old | facts  # held-out pairs may be left out for a while
 
 
 def restore(run: Run, checkpoint: Path) -> int:
     """Continue from a checkpoint; returns the steps done."""
-    old, now = weights.checkpoint_state(checkpoint)["flags"], run.facts
-    changed = [f"{k} was {old[k]}, now {now[k]}" for k in now if old.get(k, now[k]) != now[k]]
-    if changed:
-        raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
-    run.facts = old | now  # held-out pairs may be left out for a while
     state = weights.load_checkpoint(checkpoint, run.tensors)
     run.shift, run.optimizer.updates = BcoShift(**state["bco_shift"]), state["updates"]
     return state["step"]

@@ -593,6 +593,29 @@ def test_judging_goes_through_files_and_is_incomplete_until_all_ids_are_there(tm
         scored("mmvet", data, answers, judgements=(judgements,))
 
 
+@pytest.mark.parametrize("changed", ["reply", "question", "answer"])
+def test_judgements_of_other_replies_or_questions_are_refused(changed, tmp_path):
+    data, answers = tmp_path / "mm-vet.json", tmp_path / "model.json"
+    data.write_text(json.dumps(MMVET))
+    answers.write_text(json.dumps({name: f"reply {name}" for name in MMVET}))
+    flags = {"bench": "mmvet", "data": (data,), "answers": (answers,), "out": tmp_path / "r"}
+    evaluation.judge(Judge(**flags))
+    said = [{"id": name, "judgement": "0.5"} for name in MMVET]
+    judgements = write_jsonl(tmp_path / "r/judgements.jsonl", said)
+    assert evaluation.judge(Judge(**flags)) == []  # of the same ones they count, again and again
+    assert scored("mmvet", data, answers, judgements=(judgements,))["score"] == 50
+    if changed == "reply":
+        answers.write_text(json.dumps({name: f"other {name}" for name in MMVET}))
+    else:
+        data.write_text(json.dumps({k: row | {changed: "other"} for k, row in MMVET.items()}))
+    with pytest.raises(InputError, match="'v1_0' had another reply or question .*another --out"):
+        evaluation.judge(Judge(**flags))
+    with pytest.raises(InputError, match="'v1_0' had another reply or question"):
+        scored("mmvet", data, answers, judgements=(judgements,))
+    judgements.unlink()
+    assert len(evaluation.judge(Judge(**flags))) == 3  # nothing is judged yet: asked anew
+
+
 def test_scoring_never_imports_torch(tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
     code = (
@@ -782,6 +805,14 @@ def test_two_runs_never_write_one_folder_at_a_time(world):
         with pytest.raises(InputError, match="another run works there"):
             evaluation.generate(asked(world, "one"))
     assert evaluation.generate(asked(world, "one")) == world / "one"
+
+
+def test_an_image_that_was_replaced_is_noticed_when_answering_goes_on(world):
+    evaluation.generate(asked(world, "one"))
+    image = world / "data" / POPE_ROWS[0]["image"]
+    image.write_bytes(b"another picture")
+    with pytest.raises(InputError, match="made with another images .*use another --out"):
+        evaluation.generate(asked(world, "one"))
 
 
 def test_other_settings_in_a_folder_are_refused_by_name(world):

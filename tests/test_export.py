@@ -15,7 +15,7 @@ from config import load_config
 from runtime import InputError
 from tokenizer import encode_chat, load_tokenizer
 from tools.export import ExportConfig, chat_template, export, renamed_shards
-from weights import INDEX, empty_model, load_model, save_model
+from weights import INDEX, empty_model, load_model, new_export, save_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
 
@@ -42,6 +42,14 @@ def with_tokenizer(name, folder):
                 changed[table] = rows.repeat(-(-size // len(rows)), 1)[:size].clone()
         save_file(changed, path, metadata={"format": "pt"})
     return folder
+
+
+def test_two_exports_do_not_write_one_folder(tmp_path):
+    cfg = ExportConfig(MICRO, tmp_path / "out", hf=True)
+    with new_export(tmp_path / "out"), pytest.raises(InputError, match="another run works there"):
+        export(cfg)
+    assert (tmp_path / "out").is_dir()  # what the first one wrote
+    export(replace(cfg, model_dir=with_tokenizer("qwen2-micro", tmp_path / "model")))
 
 
 @pytest.fixture

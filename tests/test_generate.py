@@ -909,6 +909,20 @@ def test_a_chat_answers_each_line_and_remembers(toy, ask):
     assert second.strip() == two.text.strip()
 
 
+def test_a_question_that_cannot_be_asked_is_told_and_the_chat_goes_on(toy, ask):
+    image = sorted((toy / "images").glob("square-*.png"))[0]
+    flags = ["--image", image, "--max_new_tokens", 6]
+    asked = ask(*flags, stdin="How many red objects are there?\nDescribe the image.\n")
+    first, second = asked.stdout.splitlines()
+    for odd in ("<image> and <image>?", "What is <image>?"):
+        lines = ["How many red objects are there?", odd, "Describe the image."]
+        lines = lines if odd.startswith("What") else [odd, lines[0], lines[2]]
+        done = ask(*flags, stdin="\n".join(lines))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [first, second]  # as if it had not been asked
+        assert done.stderr.count("error: ") == 1 and "<image>" in done.stderr
+
+
 def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
     (tmp_path / "h.json").write_text('[["q"]]')
     done = ask("--question", "x", "--history", tmp_path / "h.json")

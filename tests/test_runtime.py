@@ -283,6 +283,26 @@ def test_what_goes_wrong_outside_ends_in_one_line(failure, status, message, caps
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_dev_null_and_no_file_gets_their_numbers(closed, tmp_path):
+    code = """import runtime, sys
+def main():
+    with open("result", "w") as file:
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+runtime.run(main)"""
+    (tmp_path / "script.py").write_text(code)
+    command = f"{sys.executable} script.py {closed}"
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "input": ""}
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], env=environment, **options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result").read_text() == "True ''"
+    assert done.stdout == ("" if " >&-" in f" {closed}" else "to stdout\n")
+    assert done.stderr == ("" if "2>&-" in closed else "to stderr\n")
+
+
 def refuse_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nC++ stack: ...")
 

@@ -332,6 +332,17 @@ def test_a_checkpoint_of_other_flags_is_refused(straight):
         run_here(replace(cfg, beta=0.2))
 
 
+def test_what_a_checkpoint_refuses_is_told_before_a_reference_is_scored(
+    base, tmp_path, monkeypatch
+):
+    cfg = replace(base, out_dir=tmp_path / "run", max_steps=1, warmup=0.0)
+    run_here(cfg)
+    monkeypatch.setattr("train.score", None)
+    with pytest.raises(InputError, match="max_tiles was .*, now 2; .*undo it"):
+        run_here(replace(cfg, max_tiles=2, reference_cache=tmp_path / "reference"))
+    assert not (tmp_path / "reference").exists()
+
+
 @pytest.mark.parametrize("reference", ["online", "cached"])
 def test_a_run_is_not_continued_from_other_start_weights(base, toy, tmp_path, reference):
     write_world(tmp_path / "other", 8, 5)
