@@ -455,7 +455,7 @@ class Generator:
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
             if len(ids) > (most := llm.max_position_embeddings) and not llm.rope_factor:
                 runtime.say(f"{prompt.label}: {len(ids)} tokens, the model was made for {most}")
-        prefix = self.tokenizer.encode_plain(prompt.prefix)
+            prefix = self.tokenizer.encode_plain(prompt.prefix)
         limit = prompt.max_new_tokens or self.settings.max_new_tokens
         return Group(prompt, ids + prefix, prefix, sum(tokens), limit, list(prompt.samples))
 

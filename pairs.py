@@ -305,9 +305,8 @@ def generate_into(
     folder: Path, cfg: EngineConfig, prompts: list[Prompt], record_of: Callable, label: str
 ) -> None:
     """Append record_of(sample) and the cost of each sample of the prompts to our part file."""
-    if not prompts:
+    if not (total := sum(len(prompt.samples) for prompt in prompts)):
         return
-    total = sum(len(prompt.samples) for prompt in prompts)
     with open_part(folder) as log:
         samples = load_generator(cfg).run(prompts)
         for sample in runtime.bar(samples, total=total, desc=label, unit="response"):
@@ -336,32 +335,36 @@ def sample(cfg: SampleConfig) -> None:
     root = os.path.relpath(cfg.root.resolve(), folder.resolve())
     responses = share * len(questions)
     info = SampleInfo(root, split_names(cfg.modes), responses, tiles)
-    runtime.write_json(folder / "info.json", asdict(info))
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
         line = from_json(SampledLine, row, source)
         done.add((line.qid, line.k))
         pixels[line.qid] = line.image_keys
-    if others := pixels.keys() - {question["qid"] for _, question in questions}:
+    wanted = {(question["qid"], k) for _, question in questions for k in range(share)}
+    if others := pixels.keys() - {qid for qid, _ in wanted}:
         told = f"{len(others)} questions that {cfg.questions} does not hold; they are paired, too"
         print(f"{folder}: has responses to {told}", file=sys.stderr)
+    if more := sum(qid not in others for qid, _ in done - wanted):
+        print(f"{folder}: has {more} beyond --num_samples; they are paired, too", file=sys.stderr)
+    if wanted <= done:
+        print(f"{name}: all {responses} responses are there", file=sys.stderr)
     prompts, asked = [], {}  # asked: qid -> fields of the question
     for source, question in questions:
         qid = question["qid"]
-        missing = tuple(k for k in range(share) if (qid, k) not in done)
-        if missing and is_mine(qid):
+        if is_mine(qid):
             paths = checked_images(cfg.root, question, source)
             keys = question["image_keys"] = [runtime.fingerprint([path]) for path in paths]
             if pixels.get(qid, keys) != keys:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
                 raise InputError(f"{source}: an image {remedy}")
+            if not (missing := tuple(k for k in range(share) if (qid, k) not in done)):
+                continue
             each = max(1, tiles // max(1, len(paths)))
             settings = {"max_tiles": each, "samples": missing, "name": source}
             settings["system_prompt"] = question.get("system_prompt")
             prompts.append(Prompt(qid, question["question"], paths, **settings))
             asked[qid] = question
-    if sum(qid not in others for qid, _ in done) >= responses:
-        print(f"{name}: all {responses} responses are there", file=sys.stderr)
+    runtime.write_json(folder / "info.json", asdict(info))  # where the images are as they were
 
     def record_of(s: Sample) -> dict:
         drawn = {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}
@@ -419,7 +422,8 @@ def judge_group(
     counts["questions all right"] += labels <= {"correct"}
     counts["questions never right"] += not solved
     wanted = rationales == "all" or (rationales == "unsolved" and not solved)
-    if wanted and (rationale := (rows[0].get("rationale") or "").strip()):
+    rationales = filter(None, ((row.get("rationale") or "").strip() for row in rows))
+    if wanted and (rationale := next(rationales, "")):
         text = f"{rationale}\nFinal answer: {rows[0]['answer']}"
         meta = {"k": None, "verdict": "correct", "reason": "gold rationale"}
         for question in sorted({row["question"] for row in rows}):
@@ -453,6 +457,20 @@ _FIELDS = [f.name for f in fields(SampledLine)]
 _SHAPES: set[tuple] = set()  # prompt versions, and types of the fields, of lines that were checked
 
 
+def images_of(record: dict, name: str) -> list[str]:
+    """Image names of a line of samples; InputError where no pair could be made of it."""
+    images = image_names(record, name)
+    with runtime.named(name):
+        question = with_image_placeholders(record["question"], len(images))
+        f"{question}{record['response']}".encode()  # fails at half a character
+    return images
+
+
+def read_sampled(record: dict, name: str) -> tuple[SampledLine, list[str]]:
+    """A line of samples, checked, and its image names."""
+    return from_json(SampledLine, record, name), images_of(record, name)
+
+
 def response_key(record: dict, name: str) -> str:
     """The group of a response: (images, question before it was wrapped, gold as text)."""
     types = map(type, map(record.get, _FIELDS, repeat(...)))
@@ -466,7 +484,7 @@ def response_key(record: dict, name: str) -> str:
     if wrong := answers.check_gold(answer):
         raise InputError(f"{name}: the gold answer {wrong}")
     question = record.get("question_orig", record["question"])
-    images = tuple(image_names(record, name))
+    images = tuple(images_of(record, name))
     return digest_again(images, question, str(answer), *system_of(record))
 
 
@@ -686,8 +704,8 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
     for name, row in read_parts(data_set.files):
         if "response" not in row and "chosen" in row:  # a file of pairs
             row["response"] = row["chosen"]
-        text = from_json(SampledLine, row, name).response
-        images = image_names(row, name)
+        line, images = read_sampled(row, name)
+        text = line.response
         rid = digest(images, row["question"], row.get("qid"), row.get("k"), text, *system_of(row))
         if rid in seen:
             continue

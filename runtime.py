@@ -74,10 +74,10 @@ class Failure(RuntimeError):
 
 @contextlib.contextmanager
 def named(name: object) -> Iterator[None]:
-    """InputErrors inside begin with `name`; an OSError that names no file (a full disk) gets it."""
+    """Errors of input inside begin with `name`; an OSError that names no file gets it."""
     try:
         yield
-    except InputError as error:
+    except (InputError, UnicodeError) as error:
         raise InputError(f"{name}: {error}") from None
     except OSError as error:
         error.filename = error.filename or str(name)
@@ -518,7 +518,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def json_line(record: dict) -> bytes:
-    return _encode(record).encode() + b"\n"
+    return _encode(record).encode(errors="backslashreplace") + b"\n"  # half a character: \ud800
 
 
 def from_json(cls: type, record: dict, name: object) -> Any:
@@ -548,11 +548,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with named(path), open(partial, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # a full disk names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

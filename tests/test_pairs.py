@@ -228,7 +228,7 @@ def test_empty_responses_are_counted_and_never_paired():
 
 def test_gold_rationales_join_only_where_asked():
     unsolved = [{**ROWS[2], "rationale": "It is a van."}]  # answers B, gold is A
-    solved = [{**ROWS[0], "rationale": "It is a van."}]
+    solved = [ROWS[0], {**ROWS[0], "rationale": "It is a van."}]  # no matter which line has it
     for rows, rationales, right in [
         (unsolved, "off", 0),
         (unsolved, "unsolved", 1),
@@ -413,8 +413,21 @@ def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):
     Image.new("RGB", (40, 30), "white").save(world / "images" / "5.png")  # of no question
     pairs.sample(sampling(num_samples=5))
     Image.new("RGB", (40, 30), "white").save(world / "images" / "3.png")
-    with pytest.raises(InputError, match="toys.jsonl line 4: an image has changed since"):
-        pairs.sample(sampling(num_samples=6))
+    before = Path("samples/toys/info.json").read_bytes()
+    for count in (6, 5):  # with something left to do, and without
+        with pytest.raises(InputError, match="toys.jsonl line 4: an image has changed since"):
+            pairs.sample(sampling(num_samples=count))
+    with pytest.raises(InputError, match="toys.jsonl line 1: no image elsewhere"):
+        pairs.sample(sampling(num_samples=5, root=Path("elsewhere")))
+    assert Path("samples/toys/info.json").read_bytes() == before  # pairs go on to name the images
+
+
+def test_responses_beyond_what_is_asked_for_now_are_told(world, capsys):
+    pairs.sample(sampling(num_samples=3, max_questions=2))
+    pairs.sample(sampling(num_samples=2, max_questions=2))
+    said = capsys.readouterr().err
+    assert "samples/toys: has 2 beyond --num_samples; they are paired, too" in said
+    assert "all 4 responses are there" in said
 
 
 @pytest.mark.parametrize(
@@ -428,6 +441,9 @@ def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):
         ({"question_orig": 5}, "'question_orig' must be str"),
         ({"rationale": 5}, "'rationale' must be str"),
         ({"prompt_version": "fr"}, "unknown prompt_version 'fr'"),
+        ({"question": "<image> or <image>?"}, "the question has 2 <image> for 1 images"),
+        ({"question": "a\ud800?"}, "'utf-8' codec can't encode"),
+        ({"response": "a\ud800"}, "'utf-8' codec can't encode"),
     ],
 )
 def test_a_spoilt_line_of_samples_is_named(world, change, message):
@@ -501,7 +517,7 @@ def test_a_response_with_two_texts_is_an_error_and_a_repeated_line_is_not(world)
     write_lines(
         world / "samples" / "toys" / "part-0-of-2.jsonl", [{**rows[0], "response": "other"}]
     )
-    with pytest.raises(InputError, match="two part files"):
+    with pytest.raises(InputError, match="^toys: response .* two part files"):
         pairs.correctness(pairs.CorrectnessConfig())
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import runtime
 from records import in_order
 from runtime import (
     OTHER_NAMES,
@@ -136,6 +137,11 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
         parse_command({"sample": Config}, ["sampel"])
     assert stop.value.code == 2
     assert "did you mean sample?" in capsys.readouterr().err
+
+
+def test_half_a_character_is_written_as_it_was_read():
+    record = {"text": "half \ud800, whole \U0001f600"}
+    assert parse_json(runtime.json_line(record), "x") == record
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import EngineConfig, InputError, command_line, flag, from_json, parse_cli, run
+from runtime import EngineConfig, InputError, command_line, flag, parse_cli, run
 
 
 @command_line
@@ -107,7 +107,7 @@ def candidates(data_set: pairs.SampleSet, folder: Path) -> Iterator[tuple[dict, 
     """Each sampled response with its rid, and its lines in part files: none before it is scored."""
     scored = grouped(part_files(folder), lambda row, _: row["rid"])
     for name, row in read_parts(data_set.files):
-        line = from_json(pairs.SampledLine, row, name)
+        line, _ = pairs.read_sampled(row, name)
         if not line.qid:
             raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
         rid = pairs.digest(line.qid, line.k, line.response)
