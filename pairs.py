@@ -230,6 +230,13 @@ def is_mine(key: str) -> bool:
     return int(key, 16) % world == rank
 
 
+def checked_rid(types: dict[str, Any], record: dict, name: object) -> str:
+    """The key of a line that a model's verb wrote, whose fields have these types."""
+    for key, hint in types.items():
+        runtime.check_type(f"{name}: {key!r}", record.get(key, ...), hint)  # also None is a value
+    return record["rid"]
+
+
 def drop_repeats(rows: list[dict], name: str) -> list[dict]:
     """Rows in the order of (qid, k), each response once; a response with two texts is an error."""
     kept: dict[tuple, dict] = {}
@@ -723,12 +730,16 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
             yield row | {"rid": rid, "kept": kept, "glue": glue, "prefix": prefix, "line": name}
 
 
+DRAWN = {"rid": str, "draw": int, "reason": str, "source": dict, "chosen": str, "rejected": str}
+DRAWN |= {"kept": int, "glue": str, "finish_reason": str, "tokens": int}
+
+
 def draws_so_far(folder: Path) -> Counter:
     """rid -> continuations drawn; MAX_DRAWS where one of them is usable."""
     draws: Counter[str] = Counter()
-    for _, record in read_parts(part_files(folder)):
-        done = MAX_DRAWS if record["reason"] == "ok" else record["draw"] + 1
-        draws[record["rid"]] = max(draws[record["rid"]], done)
+    for name, record in read_parts(part_files(folder)):
+        rid = checked_rid(DRAWN, record, name)
+        draws[rid] = max(draws[rid], MAX_DRAWS if record["reason"] == "ok" else record["draw"] + 1)
     return draws
 
 
@@ -767,7 +778,7 @@ def plan_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
     # of these samples alone: others may have been continued there before
     wanted = {row["rid"] for row in cut_responses(data_set, cfg, tally["counts"])}
     tally["counts"]["responses"] = len(wanted)
-    groups = grouped(part_files(folder), lambda record, _: record["rid"])
+    groups = grouped(part_files(folder), functools.partial(checked_rid, DRAWN))
     items = [group for group in groups.items() if group[0] in wanted]
     name = f"annotations/{data_set.name}_prefix_pair_sr{cfg.keep_ratio}_wo_image.jsonl"
     pair = functools.partial(pair_draws, cfg)
@@ -776,12 +787,13 @@ def plan_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
     """The pair of a response and the first of its continuations that is usable."""
-    draws, counts = {row["draw"]: row for row in map(Line.record, group[1])}, tally["counts"]
-    source = next(iter(draws.values()))["source"]
-    spend(tally["cost"], source, *({**row, "k": row["draw"]} for row in draws.values()))
-    for row in draws.values():
+    rows, counts = map(Line.record, group[1]), tally["counts"]
+    draws = drop_repeats([row | {"k": row["draw"]} for row in rows], f"response {group[0]}")
+    source = draws[0]["source"]
+    spend(tally["cost"], source, *draws)
+    for row in draws:
         counts[f"continuations: {row['reason']}"] += 1
-    good = next((row for _, row in sorted(draws.items()) if row["reason"] == "ok"), None)
+    good = next((row for row in draws if row["reason"] == "ok"), None)
     counts["dropped after redraws"] += good is None
     if good is None:
         return {}

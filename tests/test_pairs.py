@@ -685,6 +685,21 @@ def test_dropout_ntp_shared_and_stopped_gives_the_same_pairs(world, monkeypatch,
     assert "left to other processes" in capsys.readouterr().out
 
 
+def test_a_spoilt_line_of_continuations_is_named(world):
+    pairs.sample(sampling(prompts="none", num_samples=1))
+    cfg = pairs.DropoutConfig(model_dir=Path("model"))
+    pairs.dropout_ntp(cfg)
+    [part] = Path("pairs/continuations/toys_sr0.5").glob("part-*")
+    rows = read_lines(part)
+    for key in rows[0].keys() - {"prompt_tokens", "image_tokens"}:
+        write_lines(part, [{k: v for k, v in rows[0].items() if k != key}, *rows[1:]])
+        with pytest.raises(InputError, match=f"part-0-of-1.jsonl line 1: '{key}' must be"):
+            pairs.dropout_ntp(cfg)
+    write_lines(part, [*rows, rows[0] | {"rejected": f"{rows[0]['rejected']} or so"}])
+    with pytest.raises(InputError, match="with different text"):
+        pairs.dropout_ntp(cfg)
+
+
 def test_dropout_ntp_pairs_the_responses_given_and_none_of_earlier_ones(world):
     pairs.sample(sampling(prompts="none", num_samples=4))
     pairs.sample(sampling(prompts="none", num_samples=4, seed=1, out_dir=Path("others")))

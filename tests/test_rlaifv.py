@@ -10,6 +10,7 @@ from test_pairs import world as world
 
 import generate
 import pairs
+from runtime import InputError
 from tools import rlaifv
 from toy import write_model
 
@@ -80,6 +81,17 @@ def test_divide_and_conquer_pairs_the_responses_given_and_none_of_earlier_ones(j
         rlaifv.divide_and_conquer(cfg)
     name = "annotations/toys_pairs_divide_and_conquer.jsonl"
     assert Path("used", name).read_bytes() == Path("fresh", name).read_bytes()
+
+
+def test_a_spoilt_line_of_scores_is_named(judged):
+    pairs.sample(sampling(prompts="none", num_samples=2))
+    cfg = rlaifv.DivideConfig(model_dir=Path("model"), out_dir=Path("out"))
+    rlaifv.divide_and_conquer(cfg)
+    part = Path("out/divide/toys/part-0-of-1.jsonl")
+    first, *others = part.read_text().splitlines(keepends=True)
+    part.write_text(first.replace('"score"', '"points"') + "".join(others))
+    with pytest.raises(InputError, match="part-0-of-1.jsonl line 1: 'score' must be float"):
+        rlaifv.divide_and_conquer(cfg)
 
 
 def test_a_placeholder_that_the_model_wrote_is_no_image(judged, monkeypatch):

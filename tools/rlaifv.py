@@ -42,13 +42,13 @@ from records import Line, grouped, part_files, read_parts
 from tools.figures import TEMPLATES, render
 
 KIND = "divide_and_conquer"
-CHUNK = 256  # candidates that go through the steps together
+SCORED = {"rid": str, "qid": str, "k": int, "response": str, "score": float | None}
+SCORED |= {"claims": list[str], "yes_no": list[list[float]], "split_cost": list[dict]}
 
 
 def bullets(text: str) -> list[str]:
     """Lines that start as list items."""
-    items = re.findall(r"(?m)^[ \t]*(?:[-*•]|[0-9]{1,2}[.)])[ \t]+(\S.*)$", text)
-    return [item.strip() for item in items]
+    return re.findall(r"(?m)^[ \t]*(?:[-*•]|[0-9]{1,2}[.)])[ \t]+(\S.*?)\s*$", text)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -105,7 +105,7 @@ def judge_claims(rows: list[dict], generator: Generator, root: Path, max_tiles: 
 
 def candidates(data_set: pairs.SampleSet, folder: Path) -> Iterator[tuple[dict, list[Line]]]:
     """Each sampled response with its rid, and its lines in part files: none before it is scored."""
-    scored = grouped(part_files(folder), lambda row, _: row["rid"])
+    scored = grouped(part_files(folder), lambda row, name: pairs.checked_rid(SCORED, row, name))
     for name, row in read_parts(data_set.files):
         line, _ = pairs.read_sampled(row, name)
         if not line.qid:
@@ -118,7 +118,7 @@ def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path)
     """Score this process's candidates, a chunk at a time; the number that others still owe."""
     unscored = (row for row, scored in candidates(data_set, folder) if not scored)
     todo = (row for row in unscored if pairs.is_mine(row["rid"]))
-    while chunk := list(islice(todo, CHUNK)):
+    while chunk := list(islice(todo, 256)):  # that go through the steps together
         generator = pairs.load_generator(cfg)
         with pairs.open_part(folder) as log:
             add_claims(chunk, generator)
