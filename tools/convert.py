@@ -28,7 +28,7 @@ class ConvertConfig:
     """Convert pairs of TRL, ms-swift, LLaMA-Factory, RLAIF-V or CSV to MMPR's layout, and back."""
 
     FIRST = "input"  # may stand without its flag
-    input: Path = flag(Path("pairs.jsonl"), "jsonl, csv, parquet or meta.json (may stand first)")
+    input: Path = flag(Path("pairs.jsonl"), "json(l), csv, parquet or meta.json (may stand first)")
     out: Path = flag(Path("converted"), "a new folder for mmpr, else a new .jsonl file")
     to: Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"] = flag(
         "mmpr", "what is written; plain = question, chosen, rejected, image"
