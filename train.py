@@ -891,10 +891,10 @@ def score_heldout(run: Run) -> dict[str, float]:
                 scored.append(vars(score_step(run, step)).values())
     if not pairs:
         raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.heldout.max_length}")
-    say(f"held out: {len(pairs)} pairs scored, {dropped} too long ones left out")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
     metrics = step_metrics(run, PairLogps(*columns), pairs)
     metrics |= {"pairs": len(pairs), "dropped": dropped}
+    say(f"held out: loss {metrics['loss']:.4g} of {len(pairs)} pairs; {dropped} are too long")
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
 

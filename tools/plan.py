@@ -143,7 +143,7 @@ class Meter:
         self.cfg, self.config, world = cfg, config, rank_and_world()[1]
         say_plan(cfg, config, world // cfg.replicate, device, say)
         peak, origin = device_peak(device, compute_dtype(cfg, device))
-        say(f"MFU is of {peak / 1e12:.3g} TFLOP/s a process ({origin})")
+        say(f"an MFU of 1 would be {peak / 1e12:.3g} TFLOP/s a process ({origin})")
         self.peak = peak * world
         self.start()
 
