@@ -406,7 +406,10 @@ def judge_group(
         text = row["response"]
         version = row.get("prompt_version", SampledLine.prompt_version)
         finish = row.get("finish_reason")
-        verdict = answers.judge(text, str(row["answer"]), modes, version, finish)
+        gold = str(row["answer"])
+        if "mc_score" in modes:
+            gold = answers.with_wording(gold, row["question"])
+        verdict = answers.judge(text, gold, modes, version, finish)
         counts[f"{verdict.label} responses"] += 1
         counts[f"{verdict.label}: {verdict.reason}"] += 1
         counts["cut off"] += finish == "length"

@@ -530,3 +530,12 @@ def same_quantity(a: Quantity, b: Quantity, same: Callable = same_value) -> bool
     if kind == gold_kind and same(a.times(scale), b.times(gold_scale)):
         return True
     return None in (a.unit, b.unit) and same(a, b)
+
+
+def same_in_other_units(a: Quantity, b: Quantity) -> bool:
+    """80 cents beside 0.8, 5 cm beside 50: a number without a unit may count another one."""
+    if (a.unit is None) == (b.unit is None):
+        return False
+    given, bare = (a, b) if a.unit else (b, a)
+    scales = {unit.scale for unit in _UNITS.values() if unit.kind == given.unit.kind}
+    return any(same_value(given.times(given.unit.scale / scale), bare) for scale in scales)

@@ -242,6 +242,32 @@ def test_siblings_are_judged_right(kind, rows):
         assert want != "ambiguous" or answers.is_ambiguous(pred, gold), (pred, gold)
 
 
+def test_five_percent_beside_stricter_modes_and_other_numbers_under_anls_leave_a_doubt():
+    for modes, pred, gold, label in (
+        (answers.get_mode("geometry"), "26.9", "26.8", "ambiguous"),
+        (answers.get_mode("SROIE"), "9.10", "9.00", "ambiguous"),
+        (answers.get_mode("SROIE"), "RM 9.00", "9.00", "correct"),
+        (answers.get_mode("chartqa"), "26.9", "26.8", "correct"),
+        (answers.get_mode("infovqa"), "$1.6 billion", "$1.5 billion", "ambiguous"),
+        (answers.get_mode("docvqa"), "January 16, 1999", "January 15, 1999", "ambiguous"),
+        (answers.get_mode("docvqa"), "Januery 15, 1999", "January 15, 1999", "correct"),
+    ):
+        assert answers.compare(pred, gold, tuple(modes)).label == label, (pred, gold)
+
+
+def test_the_options_of_a_question_give_a_gold_letter_its_wording():
+    question = "Which vehicle is shown?\nA. van\nB) car\n(C) a bus\nD. 12"
+    for letter, wording in zip("ABCD", ("van", "car", "a bus", "12")):
+        gold = answers.with_wording(letter, question)
+        assert gold == f"({letter}) {wording}"
+        for pred in (letter, wording, f"{letter}. {wording}"):
+            assert answers.is_correct(pred, gold, STANDARD), (pred, gold)
+        for pred in "ABCD".replace(letter, ""):
+            assert answers.compare(pred, gold, tuple(STANDARD)).label == "wrong", (pred, gold)
+    assert answers.with_wording("E", question) == "E"
+    assert answers.with_wording("van", question) == "van"
+
+
 def test_plain_numbers_are_read_at_once_to_the_same_verdict(monkeypatch):
     rows = [row for rows in siblings().values() for row in rows]
     rows = [row for row in rows if any(re.fullmatch("[+-]?[0-9.]+", t) for t in row[1:])]
