@@ -169,11 +169,12 @@ def image_paths(
     paths, bad = [], []
     for item in items:
         name, folder = item.get("image"), root or item["_file"].parent
+        top = folder.resolve()
         if not isinstance(name, str) or not name:
             bad.append(f"{item['id']}: no image named")
         elif len(name) > 1000:  # MMHal's and RLAIF-V's files hold the picture itself, as base64
             paths.append((unpacked(item["id"], name, out),))
-        elif not (path := folder / name).resolve().is_relative_to(folder.resolve()):
+        elif (path := folder / name).exists() and not path.resolve().is_relative_to(top):
             bad.append(f"{item['id']}: image {name!r} leaves {folder}")
         elif not path.is_file():
             bad.append(f"{item['id']}: no {path}")
@@ -423,7 +424,8 @@ def judge(cfg: Judge) -> list[str]:
     replies = files.load_replies(bench, items, cfg.answers)
     check_asked(cfg, runs, items, replies)
     items = [item for item in items if not item.get("_left_out")]
-    template = (cfg.judge_template or TEMPLATES / f"{bench.name}.txt").read_text()
+    with runtime.named(path := cfg.judge_template or TEMPLATES / f"{bench.name}.txt"):
+        template = path.read_text("utf-8-sig")
     requests = []
     for item in items:
         text = replies[item["id"]]["reply"]

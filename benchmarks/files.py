@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Benchmark, Item
-from runtime import InputError, fits, parse_json, read_jsonl
+from runtime import InputError, fits, named, parse_json, read_jsonl
 
 ID_KEYS = ("id", "pid", "question_id", "image_id", "index", "image_path")
 # the raw reply first: official files may also hold the read answer, the question or the gold
@@ -49,19 +49,19 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
             raise
         content = None  # POPE's question files are one object a line despite their name
     if isinstance(content, dict) and all(isinstance(v, dict | str) for v in content.values()):
-        named = [(f"{path} key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
+        rows = [(f"{path} key {k!r}", {"id": k, **(v if isinstance(v, dict) else {"text": v})})
                  for k, v in content.items()]  # fmt: skip
     elif isinstance(content, list):  # MMHal's judge files are lists of texts
-        named = [(f"{path} entry {i}", v if isinstance(v, dict) else {"index": i, "text": v})
+        rows = [(f"{path} entry {i}", v if isinstance(v, dict) else {"index": i, "text": v})
                  for i, v in enumerate(content)]  # fmt: skip
     else:
-        named = list(read_jsonl(path))
+        rows = list(read_jsonl(path))
     category = next((c for c in categories if c in path.name), None)
-    for name, row in named:
+    for name, row in rows:
         row |= {"_file": path, "_source": name}
         if category and not row.get("category"):
             row["category"] = category
-    return [row for _, row in named]
+    return [row for _, row in rows]
 
 
 def raw_id(row: dict) -> Any:
@@ -88,7 +88,8 @@ def load_items(bench: Benchmark, given: tuple[Path, ...], ids: Path | None = Non
     if ids is not None:
         if not ids.is_file():
             raise InputError(f"no file {ids}: pass --ids a file with the ids of {bench.name}")
-        wanted = set(ids.read_text().split())
+        with named(ids):
+            wanted = set(ids.read_text("utf-8-sig").split())
         if unknown := wanted - {item["id"] for item in items}:
             raise InputError(f"{ids}: ids that the data lacks: {listed(sorted(unknown))}")
         for item in items:
@@ -117,7 +118,7 @@ def read_item(bench: Benchmark, row: dict, index: int) -> Item:
         bench.item(row)
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{row['_source']}: not a row of {bench.name}: {error!r}") from None
     return row
 

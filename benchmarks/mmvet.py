@@ -29,7 +29,7 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
 
 
 def messages(item: Item, reply: Reply, template: str) -> list[dict]:
-    if "answer" not in item:
+    if item.get("answer") is None:
         raise InputError(f"{item['id']}: no 'answer'; judging needs MM-Vet's mm-vet.json")
     gold = item["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     row = " | ".join([item["question"], gold, reply.text, ""])

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import Benchmark, Item, Judge, Reading, Readings, Reply, proportion
 from benchmarks.files import near
 from benchmarks.quantities import table
-from runtime import InputError, read_json
+from runtime import InputError, named, read_json
 
 _ENDINGS = table("plurals.txt")
 
@@ -53,9 +53,10 @@ def read_synonyms(path: Path) -> tuple[dict[str, str], frozenset[str]]:
     if not path.is_file():
         raise InputError(f"no synonym list {path}: pass --synonyms (CHAIR's data/synonyms.txt)")
     classes: dict[str, str] = {}
-    for line in path.read_text().splitlines():
-        words = [word.strip() for word in line.split(",") if word.strip()]
-        classes |= dict.fromkeys(words, words[0])
+    with named(path):
+        for line in path.read_text("utf-8-sig").splitlines():
+            words = [word.strip() for word in line.split(",") if word.strip()]
+            classes |= dict.fromkeys(words, words[0])
     if len(set(classes.values())) < 2:
         raise InputError(f"{path}: expected one COCO class a line, `class, synonym, synonym`")
     classes |= {f"{a} {b}": classes.get(name, "") for a, b, name in table("doubles.txt")}

@@ -10,7 +10,7 @@ from benchmarks import m3cot
 from benchmarks.answers import get_mode, is_correct, parse_answer
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Reply, last_number, lettered
 
-NOT_ASKED = dict.fromkeys(("images", "video", "history", "system_prompt"), type(None))
+NOT_ASKED = "images video videos clip audio audios history system system_prompt"
 OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
 
 
@@ -66,12 +66,13 @@ TEXT_MC = Benchmark(
 )  # fmt: skip
 TEXT_EM = Benchmark(
     name="text_em", files=("*.jsonl",), image=False,
-    fields={"question": str, "answer": str | int | float | list},
+    fields={"question": str, "answer": str | int | float | list[str | int | float | None]},
     item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_match,
     modes=("substring", "exact"), notes=TEXT_MC.notes,
 )  # fmt: skip
 OWN = Benchmark(
-    name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, **NOT_ASKED, "image": str},
+    name="own", files=("*.jsonl",),
+    fields={**TEXT_EM.fields, **dict.fromkeys(NOT_ASKED.split(), type(None)), "image": str},
     item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
     notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
 )  # fmt: skip

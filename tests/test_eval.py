@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -518,6 +518,10 @@ def test_bad_input_is_named(tmp_path, capsys):
                        "answer": "1"}),
         ("mathvista", {"question": "?", "question_type": "free_form", "answer_type": "text",
                        "answer": None}),
+        ("mathvista", {"question": "?", "question_type": "free_form", "answer_type": "float",
+                       "answer": "1", "precision": 1e999}),
+        ("own", {"image": "a.png", "question": "?", "answer": "a", "videos": ["a.mp4"]}),
+        ("own", {"image": "a.png", "question": "?", "answer": [["a"]]}),
     ],
 )  # fmt: skip
 def test_a_row_of_the_wrong_type_ends_in_one_line_that_names_it(bench, row, tmp_path, capsys):
@@ -554,6 +558,16 @@ def test_an_empty_choice_of_ids_and_images_that_nobody_asks_about_are_refused(tm
     (tmp_path / "config.json").write_text("{}")
     command = f"generate {flags} --model_dir {tmp_path} --out {tmp_path}/out"
     assert "text_em shows no image, but items have one: 1" in error_of(capsys, command.split())
+
+
+@pytest.mark.parametrize("flag", ["--ids", "--synonyms", "--judge_template"])
+def test_a_file_of_words_that_is_no_utf8_is_named(flag, tmp_path, capsys):
+    (tmp_path / "words.txt").write_bytes(b"\xff\xfe1")
+    rows = [{"image_id": 1, "question": "?", "gt_objects": ["dog"], "response": "x"}]
+    data, verb = write_jsonl(tmp_path / "d.jsonl", rows), "judge" if "judge" in flag else "score"
+    command = f"{verb} --bench object_halbench --data {data} --answers {data} --out {tmp_path}"
+    error = error_of(capsys, [*command.split(), flag, tmp_path / "words.txt"])
+    assert f"{tmp_path}/words.txt: 'utf-8' codec can't decode" in error
 
 
 MMVET = {
@@ -889,6 +903,10 @@ def test_all_missing_images_are_listed_before_any_model_is_loaded(world, generat
 
 def test_images_stay_in_their_folder_and_may_stand_in_the_file_itself(world):
     outside = write_jsonl(world / "data/x_random.json", [{**POPE_ROWS[0], "image": "../model"}])
+    for name in ("a\0b.png", "a\ud800.png"):
+        odd = write_jsonl(world / "data/y_random.json", [{**POPE_ROWS[0], "image": name}])
+        with pytest.raises(InputError, match="random/1: no "):
+            evaluation.generate(replace(asked(world, "odd"), data=(odd,)))
     with pytest.raises(InputError, match="leaves"):
         cfg = Generate("pope", (outside,), model_dir=world / "model", out=world / "o")
         evaluation.generate(cfg)
