@@ -15,7 +15,7 @@ An objective is a pure function of PairLogps: one value per pair, float32 (float
 no config, no torch.distributed.  The loss of an optimizer step is the mean over all its pairs; what
 a run trains is a weighted sum, `--loss 0.8*dpo+0.2*bco+sft`; `mpo` and `orpo` name such sums.
 
-Your own comes from a file of yours, `--mine FILE`: see tools/lab.py, which draws them all.
+Your own comes from a file, `--mine FILE`, or has an entry of LOSSES; tools/lab.py draws them all.
 
 In formulas, for one pair:  c = policy_chosen - reference_chosen,  r = policy_rejected -
 reference_rejected (log-ratios of sums over tokens),  nc and nr the lengths in tokens,  s = sigmoid,

@@ -48,7 +48,7 @@ class SampleConfig(EngineConfig):
     num_samples: int = flag(32, "responses a question, shared among the prompt versions", 1, 1e5)
     max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
     max_questions: int = flag(0, "at most so many, chosen evenly; 0 = all (the authors: 20,000)", 0)
-    modes: str = flag("", "matching modes with commas, kept for judging; empty = by name")
+    modes: str = flag("", "answers.MODES to judge with, with commas; empty = by name")
     out_dir: Path = flag(Path("samples"), "responses go to out_dir/<name>/part-<r>-of-<R>.jsonl")
     name: str = flag("", "name of the data set, empty = name of the question file")
 
@@ -60,7 +60,7 @@ class CorrectnessConfig:
     samples: Path = flag(Path("samples"), "folder of `sample`, or a jsonl file of responses")
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
-    modes: str = flag("", "matching modes with commas; empty = as given to `sample`, else by name")
+    modes: str = flag("", "answers.MODES; empty = as given to `sample`, else by name")
     pairs_per_query: int = flag(15, "pairs a question at most, of all kinds and prompt versions", 1)
     official_caps: bool = flag(False, "the cap for each kind")
     gold_rationales: Literal["off", "unsolved", "all"] = flag("off", "pair gold rationales, too")
@@ -161,7 +161,7 @@ def read_questions(
     answers.check_known("prompt_version", versions, answers.PROMPTS)
     records = list(read_jsonl(path)) if path.is_file() else []
     if not records:
-        raise InputError(f"{path}: no file with questions, a JSON object a line")
+        raise InputError(f"no questions in {path}; expected one JSON object a line")
     if limit:  # an even choice, whatever the order of the file
         records, total = choose(records, limit, "choose", seed), len(records)
         print(f"{path}: kept {len(records)} of {total} questions", file=sys.stderr)

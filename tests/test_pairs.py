@@ -368,7 +368,7 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
         ([{"question": "q", "answer": 1, "rationale": ["x"]}], "'rationale' must be str"),
-        ([], "no file with questions"),
+        ([], "no questions in"),
     ],
 )
 def test_bad_questions_are_named(world, rows, message):
