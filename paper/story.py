@@ -173,7 +173,7 @@ def main() -> None:
         run_tasks(tasks, cfg.jobs)
         about["seconds"]["rows"] = round(about["seconds"].get("rows", 0) + time.time() - began)
         write_json(cfg.out / "story.json", about)
-        print(write_report(cfg.out))
+        print(f"{write_report(cfg.out)}\nwith pictures: {cfg.out}/report.html")
 
 
 if __name__ == "__main__":
