@@ -573,12 +573,12 @@ def chat(generator: Generator, cfg: GenerateConfig, history: tuple) -> None:
     invitation = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while question := input(invitation).strip():
-            answer = cfg.prefix
-            print(answer, end="", flush=True)
+            answer = ""
             try:
                 if not history and cfg.image:
                     question = with_image_placeholders(question, len(cfg.image))
                 for piece in generator.stream(make_prompt(cfg, question, history)):
+                    piece = piece if answer else cfg.prefix + piece
                     print(piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:
@@ -596,6 +596,8 @@ def main() -> None:
     if not fits(turns, list[list[str]]) or any(len(turn) != 2 for turn in turns):
         raise InputError(f"{cfg.history}: expected a list of [question, answer] pairs of text")
     history = tuple((question, answer) for question, answer in turns)
+    for path in cfg.image:  # before the weights, which may take minutes
+        open_image(path).close()
     generator = Generator.load(cfg.model_dir, FLOATS.get(cfg.dtype), **cfg.settings())
     if not cfg.question:
         return chat(generator, cfg, history)

@@ -911,7 +911,7 @@ def test_a_chat_answers_each_line_and_remembers(toy, ask):
 
 def test_a_question_that_cannot_be_asked_is_told_and_the_chat_goes_on(toy, ask):
     image = sorted((toy / "images").glob("square-*.png"))[0]
-    flags = ["--image", image, "--max_new_tokens", 6]
+    flags = ["--image", image, "--max_new_tokens", 6, "--prefix", "I see"]
     asked = ask(*flags, stdin="How many red objects are there?\nDescribe the image.\n")
     first, second = asked.stdout.splitlines()
     for odd in ("<image> and <image>?", "What is <image>?"):
@@ -921,6 +921,8 @@ def test_a_question_that_cannot_be_asked_is_told_and_the_chat_goes_on(toy, ask):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [first, second]  # as if it had not been asked
         assert done.stderr.count("error: ") == 1 and "<image>" in done.stderr
+    done = ask("--image", toy / "nowhere.png", stdin="What?\nWhat?\n")
+    assert done.returncode == 2 and done.stderr.endswith(f"error: no image {toy}/nowhere.png\n")
 
 
 def test_bad_files_on_the_command_line_end_in_one_line(tmp_path, ask):
