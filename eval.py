@@ -106,11 +106,11 @@ def generate(cfg: Generate) -> Path:
     images = image_paths(bench, items, cfg.images, out)
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
     questions = asked(bench, items, cfg.cot)
-    made_by = RunFile(bench.name, SETTINGS[cfg.cot], PROMPTS_VERSION, model, weights, questions)
-    settings = {"temperature": 0.0, "max_new_tokens": tokens}
-    shown = {"max_tiles": cfg.max_tiles, "images": runtime.fingerprint({*chain(*images)})}
-    facts = vars(made_by) | settings | shown
-    runtime.claim(out, facts, "use another --out")
+    made_by = RunFile(
+        bench.name, SETTINGS[cfg.cot], PROMPTS_VERSION, model, weights, cfg.max_tiles, tokens,
+        questions, runtime.fingerprint({*chain(*images)}),
+    )  # fmt: skip
+    runtime.claim(out, vars(made_by), "use another --out")
     # each process of one start has its own lock
     with runtime.alone_in(out, 0, "use another --out", name=f".lock-{rank}"):
         done = answered(out)
@@ -121,7 +121,8 @@ def generate(cfg: Generate) -> Path:
             log = runtime.AppendLog(out / f"answers.{rank}-of-{world}.jsonl")
             asking = ((items[k]["id"], bench.ask(items[k], cfg.cot), images[k]) for k in left)
             prompts = (Prompt(*asked, max_tiles=cfg.max_tiles) for asked in asking)
-            samples = Generator.load(cfg.model_dir, **settings, marks=False).run(prompts)
+            settings = {"temperature": 0.0, "max_new_tokens": tokens, "marks": False}
+            samples = Generator.load(cfg.model_dir, **settings).run(prompts)
             for s in runtime.bar(samples, total=len(left), desc=bench.name):
                 row = {"id": s.prompt_id, "response": s.text.strip()}
                 log.append(row | {"finish_reason": s.finish_reason, "num_tokens": s.num_tokens})
@@ -254,7 +255,10 @@ class RunFile:
     prompts: str
     model: str
     weights: str | None = None
+    max_tiles: int | None = None
+    max_new_tokens: int | None = None
     questions: str | None = None  # of what `asked` is the hash
+    images: str | None = None  # their content
 
 
 def read_runs(cfg: Replies) -> tuple[RunFile, dict[Path, RunFile]]:
@@ -266,9 +270,10 @@ def read_runs(cfg: Replies) -> tuple[RunFile, dict[Path, RunFile]]:
     if not runs:
         model = (cfg.answers or cfg.judgements)[0].stem
         return RunFile(cfg.bench, SETTINGS[cfg.cot], "not ours", model), {}
-    made_by, *others = {replace(run, questions=None) for run in runs.values()}
+    made_by, *others = {replace(run, questions=None, images=None) for run in runs.values()}
     if others or len(runs) < len(folders):
-        raise InputError("--answers: not all are of one model, benchmark and setting, by run.json")
+        alike = "model, benchmark and setting, tiles and new tokens"
+        raise InputError(f"--answers: not all are of one {alike}, by the run.json beside them")
     if made_by.benchmark != cfg.bench:
         raise InputError(f"these answers are to {made_by.benchmark}, not to {cfg.bench}")
     if cfg.cot and made_by.setting != "CoT":

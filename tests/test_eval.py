@@ -779,6 +779,7 @@ def test_folders_of_our_own_are_scored_together_where_they_were_made_alike(world
     evaluation.generate(asked(world, "cot", ids=rest, cot=True))
     model = write_model(world / "models/other", b"weights 2")
     evaluation.generate(asked(world, "other", ids=rest, model_dir=model))
+    evaluation.generate(asked(world, "short", ids=rest, max_new_tokens=3))
 
     def score_both(data: str, *names: str) -> dict:
         answers = tuple(world / name for name in names)
@@ -787,7 +788,7 @@ def test_folders_of_our_own_are_scored_together_where_they_were_made_alike(world
     both = score_both("data", "one", "two")
     assert (both["n"], both["model"], both["setting"]) == (12, "model", "Direct")
     assert both["weights"] and not (world / "one/score.json").exists()
-    for name in ("cot", "other"):
+    for name in ("cot", "other", "short"):
         with pytest.raises(InputError, match="not all are of one model, benchmark and setting"):
             score_both("data", "one", name)
     with pytest.raises(InputError, match="not all are of one model, benchmark and setting"):
