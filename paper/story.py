@@ -144,9 +144,8 @@ def begin(cfg: StoryConfig) -> dict:
     claim(cfg.out, settings, "pass another --out")
     path = cfg.out / "story.json"
     before = read_json(path) if path.exists() else {}
-    ask = "git describe --always --dirty || echo unknown"  # outside a checkout, or without git
-    here = {"shell": True, "cwd": Path(__file__).parent}
-    commit = subprocess.run(ask, capture_output=True, text=True, **here).stdout.strip()
+    ask = f"git -C '{Path(__file__).parent}' describe --always --dirty 2> /dev/null"
+    commit = subprocess.getoutput(ask) or "unknown"  # outside a checkout, or without git
     commits = [*before.get("commit", "").split(", "), commit]  # whose results lie here
     about = {
         "settings": settings,

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from losses import LOSSES, PairLogps, needs_reference, objective, parse_objective, whole_step
-from runtime import InputError
+from runtime import InputError, run
 from tools import lab
 
 
@@ -79,8 +80,9 @@ def own_file(folder, text, name="my_loss.py"):
 
 
 def documented_example():
-    """The five-line objective in the docstring of tools/lab.py."""
-    block = re.search(r"^    import torch.nn.functional.*?\n\n(?=\S)", lab.__doc__, re.M | re.S)
+    """The five-line objective of the README."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"^    import torch.nn.functional.*?- gap\)\n", text, re.M | re.S)
     return "\n".join(line[4:] for line in block[0].splitlines()) + "\n"
 
 
@@ -115,10 +117,10 @@ def test_the_lab_names_a_failing_check_and_exits_with_1(tmp_path, registry, monk
     monkeypatch.setattr(lab, "GRID", 3)
     monkeypatch.setattr(sys, "argv", ["lab.py", f"--mine={path}", f"--out={tmp_path / 'x'}"])
     with pytest.raises(SystemExit) as stop:
-        lab.main()
+        run(lab.main)
     assert stop.value.code == 1
     message = capsys.readouterr().err
-    assert message.startswith("failed: bad: finite differences") and "dpo" not in message
+    assert message.startswith("error: failed: bad: finite differences") and "dpo" not in message
 
 
 def test_the_drawing_has_a_panel_an_objective():

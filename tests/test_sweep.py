@@ -10,7 +10,7 @@ import pytest
 
 import train
 from losses import LOSSES
-from runtime import InputError, need, read_jsonl, run
+from runtime import InputError, need, read_jsonl, run, write_json
 from tools import sweep, track
 from toy import write_world
 
@@ -101,6 +101,19 @@ def test_a_run_that_diverges_ends_alone_and_is_not_started_again(tmp_path, monke
     assert well.startswith("lr=1e-3  ") and (tmp_path / "sweep/lr=1e-3/model").is_dir()
     monkeypatch.setattr(sweep, "train", lambda cfg, device: list(cfg.out_dir.glob("model/*"))[0])
     assert sweep_here(monkeypatch, capsys, *flags) == (0, table)
+
+
+def test_a_sweep_whose_runs_all_diverge_at_once_ends_in_its_table(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path, 8, 0)
+
+    def diverge(cfg, device):
+        write_json(cfg.out_dir / "failed-step-1.json", {"step": 1})
+        raise train.Diverged("loss is nan at step 1")
+
+    monkeypatch.setattr(sweep, "train", diverge)
+    flags = [f"--config={tmp_path / 'train.json'}", f"--out_dir={tmp_path / 'sweep'}", "--lr=1,2"]
+    status, table = sweep_here(monkeypatch, capsys, *flags)
+    assert status == 0 and table.count("failed at step 1") == 2
 
 
 # --------------------------------------------------------------------------- where people look

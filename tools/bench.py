@@ -114,13 +114,9 @@ def measured_peak(function: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def noise_model(config: InternVLConfig, dtype: torch.dtype, device: torch.device) -> InternVL:
-    """A model of random weights."""
-    return add_noise(plan.meta_model(config).to(dtype).to_empty(device=device))
-
-
-def add_noise(model: InternVL) -> InternVL:
-    for p in model.parameters():
+def with_noise(model: InternVL, device: torch.device) -> InternVL:
+    """A model of shapes alone gets random weights there."""
+    for p in model.to_empty(device=device).parameters():
         nn.init.normal_(p, std=0.02)
     return model
 
@@ -174,7 +170,8 @@ def measured_rows(
 ) -> Iterator[tuple[str, Row]]:
     """The formula's rows with the peak of a run instead, and its seconds."""
     dtype = compute_dtype(modes[0][1], device)
-    model = prepare(noise_model(config, dtype, device), modes[0][1]).train()
+    model = with_noise(plan.meta_model(config).to(dtype), device)
+    model = prepare(model, modes[0][1]).train()
     for p in filter(lambda p: p.requires_grad, model.parameters()):
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for name, cfg in modes:

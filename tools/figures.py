@@ -53,7 +53,7 @@ def curve_panels(panels: Panels, cols: int, y_scale: str = "linear", dpi: int = 
                 shown[title][label] = points
     labels = list(dict.fromkeys(label for curves in shown.values() for label in curves))
     pens = dict(zip(labels, cycle(PENS)))
-    lines, height = -(-len(shown) // cols), 3.2 if len(labels) < 10 else 5
+    lines, height = max(1, -(-len(shown) // cols)), 3.2 if len(labels) < 10 else 5
     figure, axes = new_figure(lines, cols, width=5, height=height, squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()

@@ -13,12 +13,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import getoutput
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,12 +45,6 @@ import torch
 from tools import gpu_parts
 from tools.figures import markdown_table
 from tools.gpu_parts import ROOT, TOY, Row
-
-
-def output_of(command: str) -> str:
-    """What a shell command prints; nothing where it is missing."""
-    ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
-    return ended.stdout.strip()
 
 
 def in_child(folder: Path, check: Callable, case: str, log: Path) -> None:
@@ -105,12 +99,12 @@ def main() -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     log = cfg.out.resolve() / "gpu.log"
     log.write_text("")
-    card = output_of("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
+    ask = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
     facts = {
-        "device": f"CPU, {os.cpu_count()} cores, toy size" if TOY else card,
+        "device": f"CPU, {os.cpu_count()} cores, toy size" if TOY else getoutput(ask),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": output_of("git rev-parse HEAD"),
+        "commit": getoutput(f"git -C '{ROOT}' rev-parse HEAD 2> /dev/null"),  # of a checkout
         "command": " ".join(["python", *sys.argv]),
     }
     with tempfile.TemporaryDirectory() as name:

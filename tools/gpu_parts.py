@@ -272,7 +272,7 @@ def shape(size: str) -> InternVLConfig:
 
 
 def noise(size: str) -> InternVL:
-    return pair_bench.noise_model(shape(size), DTYPE, DEVICE).eval()
+    return pair_bench.with_noise(plan.meta_model(shape(size)).to(DTYPE), DEVICE).eval()
 
 
 def seconds(work: Callable[[], object], count: int) -> float:
@@ -324,7 +324,7 @@ def mpo(case: str) -> Iterator[Row]:
         return
     policy = train.prepare(plan.meta_model(config), cfg).to(FLOATS[cfg.state_dtype])
     train.shard(policy, cfg, DEVICE)
-    pair_bench.add_noise(policy.to_empty(device=DEVICE).train())
+    pair_bench.with_noise(policy, DEVICE).train()
     tree = pair_bench.paper_tree(config, SHORTER)
     fit = max(1, cfg.pack_tokens // tree.size)
     count = 2 if TOY else 10  # as one of eight GPUs gets of the paper's 256 pairs

@@ -2,17 +2,10 @@
 
     python tools/lab.py --out losses.png --mine my_loss.py     and then train.py --mine my_loss.py
 
-    import torch.nn.functional as F
-
-    def simpo(logps, scale=2.0, gap=1.0):
-        chosen = logps.policy_chosen / logps.chosen_length
-        rejected = logps.policy_rejected / logps.rejected_length
-        return -F.logsigmoid(scale * (chosen - rejected) - gap)
-
-Every public function of your file whose first parameter is `logps`, a losses.PairLogps, is an
-objective under its own name.  Of `beta`, `label_smoothing` and `bco_shift` it is passed what it
-names; other parameters keep their defaults.  Whether it looks at the reference or at the whole
-step is found by trying.
+Every public function of your file (the README has one) whose first parameter is `logps`, a
+losses.PairLogps, is an objective under its own name.  Of `beta`, `label_smoothing` and `bco_shift`
+it is passed what it names; other parameters keep their defaults.  Whether it looks at the reference
+or at the whole step is found by trying.
 
 The drawing has a panel an objective: the loss in colour, arrows where gradient descent pushes a
 pair.  A check that fails is named in the table and ends in status 1.
@@ -29,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import InputError, command_line, flag, parse_cli, read_json, run, write_atomic
+from runtime import Failure, InputError, command_line, flag, parse_cli, read_json, run, write_atomic
 
 
 @command_line
@@ -93,12 +86,9 @@ def probe(path: Path, name: str, loss: Loss) -> Objective:
         raise InputError(f"{path}: {name} is not finite on ordinary pairs: {value.tolist()}")
     if not value.requires_grad:
         raise InputError(f"{path}: {name} has no gradient with respect to policy_chosen")
-    other_reference = replace(
-        x,
-        reference_chosen=x.reference_chosen * 1.25 - 2,
-        reference_rejected=x.reference_rejected * 0.75 - 1,
-    )
-    moved = call_users_code(path, loss, other_reference)
+    names = ("reference_chosen", "reference_rejected")
+    other = replace(x, **{name: 1.25 * getattr(x, name) - 2 for name in names})
+    moved = call_users_code(path, loss, other)
     alone = [call_users_code(path, loss, pair) for pair in split_pairs(x)]
     whole_step = not torch.allclose(value, torch.cat(alone))
     return Objective(loss, not torch.equal(value, moved), whole_step)
@@ -210,8 +200,7 @@ def main() -> None:
     print(f"\n{cfg.out} drawn; beta {cfg.beta}, label smoothing {cfg.label_smoothing}")
     failed = [f"{row['objective']}: {row['checks']}" for row in rows if row["checks"] != "passed"]
     if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
+        raise Failure(f"failed: {'; '.join(failed)}")
     print(f"{len(planes)} objectives, every check passed")
 
 

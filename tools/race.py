@@ -47,10 +47,10 @@ from config import InternVLConfig
 from data import Tree
 from generate import Generator, Group, Prompt, Scheduler
 from model import InternVL
-from tools.bench import example_tree, measured_peak, noise_model, step_of
+from tools.bench import example_tree, measured_peak, step_of, with_noise
 from tools.export import hf_config, text_config
 from tools.figures import markdown_table
-from tools.plan import named_config
+from tools.plan import meta_model, named_config
 from train import TrainConfig, compile_blocks, prepare, switched_on
 
 Contestants = dict[str, Callable[[], object]]  # the first one is what the others are held against
@@ -254,7 +254,7 @@ def main() -> None:
     cfg = parse_cli(RaceConfig)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ours = noise_model(shapes(cfg.tiny), torch.float32, torch.device("cpu"))
+    ours = with_noise(meta_model(shapes(cfg.tiny)), torch.device("cpu"))
     theirs = hf_model(ours) if find_spec("transformers") else None
     print(f"torch {torch.__version__}, one thread, {platform.machine()}; medians\n")
     print(markdown_table(HEADER, []), flush=True)

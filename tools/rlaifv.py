@@ -4,7 +4,8 @@
 
 The same model splits each sampled answer into claims, turns claims into yes/no questions and
 answers them with the image; of two answers to a question the one with fewer claims denied is
-chosen.  `pairs.py sample` makes the samples; runs over any number of processes, resumable.
+chosen.  `pairs.py sample --prompts none --num_samples 10 --temperature 0.7 --max_new_tokens 512`
+makes the samples; runs over any number of processes, resumable.
 """
 
 import math
@@ -24,10 +25,7 @@ from runtime import EngineConfig, InputError, command_line, flag, parse_cli, run
 class DivideConfig(EngineConfig):
     """The RLAIF-V baseline, small: the same model splits answers into claims and checks them."""
 
-    samples: Path = flag(
-        Path("samples"),
-        "folder of `sample --prompts none --num_samples 10 --temperature 0.7 --max_new_tokens 512`",
-    )
+    samples: Path = flag(Path("samples"), "folder of `sample`, best with --prompts none")
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
     temperature: float = flag(0.2, "sampling temperature of claims and questions", low=1e-3)
