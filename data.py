@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
 
@@ -116,6 +116,12 @@ def merge(a: Tree, b: Tree) -> Tree:
     )
 
 
+def apart(tree: Tree) -> list[Tree]:
+    """Each response after a copy of the trunk; the first tree's pairs count on into the others."""
+    first, *others = (replace(tree, responses=[response]) for response in tree.responses)
+    return [first, *(replace(other, chosen=[], rejected=[], pairs=[]) for other in others)]
+
+
 def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> list[Tree]:
     """Neighbours of one question merged, up to `pairs` pairs a bush, as long as a bush `fits`."""
     bushes: list[Tree] = []
@@ -185,33 +191,27 @@ class Pack:
         )
 
 
-def lay_out(trees: list[Tree], share_prefix: bool = True) -> Pack:
-    """The token side of a pack; `add_tiles` brings the pixels.
-
-    With share_prefix=False every response stands in a tree of its own, after a copy of the trunk.
-    """
+def lay_out(trees: list[Tree]) -> Pack:
+    """The token side of a pack; `add_tiles` brings the pixels."""
     ids, positions, tree, branch, predictor, target, owner = [], [], [], [], [], [], []
-    chosen, rejected, responses, number = [], [], 0, 0
-    for t in trees:
+    chosen, rejected, responses = [], [], 0
+    for number, t in enumerate(trees):
         chosen += [responses + i for i in t.chosen]
         rejected += [responses + i for i in t.rejected]
-        for group in [t.responses] if share_prefix else [[r] for r in t.responses]:
-            start = len(ids)
-            end = start + len(t.trunk) - 1  # the trunk's last token predicts every branch's first
-            ids += t.trunk
-            positions += range(len(t.trunk))
-            branch += [0] * len(t.trunk)
-            for i, response in enumerate(group):
-                first, length = len(ids), len(response)
-                predictor += [end, *range(first, first + length - 1)]
-                target += response
-                owner += [responses + i] * length
-                ids += response
-                positions += range(len(t.trunk), len(t.trunk) + length)
-                branch += [i + 1] * length
-            responses += len(group)
-            tree += [number] * (len(ids) - start)
-            number += 1
+        tree += [number] * t.size
+        ids += t.trunk
+        positions += range(len(t.trunk))
+        branch += [0] * len(t.trunk)
+        end = len(ids) - 1  # the trunk's last token predicts every branch's first
+        for i, response in enumerate(t.responses):
+            first, length = len(ids), len(response)
+            predictor += [end, *range(first, first + length - 1)]
+            target += response
+            owner += [responses + i] * length
+            ids += response
+            positions += range(len(t.trunk), len(t.trunk) + length)
+            branch += [i + 1] * length
+        responses += len(t.responses)
     flat = tree, branch, predictor, target, owner, chosen, rejected
     tensors = [torch.tensor(x, dtype=torch.long) for x in ([ids], [positions], *flat)]
     return Pack(*tensors, responses, trees=trees)
@@ -229,11 +229,11 @@ def response_keys(trees: list[Tree]) -> list[str]:
     return keys
 
 
-def add_tiles(pack: Pack, tile_size: int, share: bool = True, share_prefix: bool = True) -> Pack:
+def add_tiles(pack: Pack, tile_size: int, share: bool = True) -> Pack:
     """Decode each distinct image of the pack once (with share=False: wherever it stands)."""
     first_tile: dict[tuple | int, int] = {}
     parts, order = [], []
-    for image, tiles in images_of(pack.trees, share_prefix):
+    for image, tiles in images_of(pack.trees):
         key = image if share else len(order)
         if key not in first_tile:
             first_tile[key] = len(parts)
@@ -245,11 +245,9 @@ def add_tiles(pack: Pack, tile_size: int, share: bool = True, share_prefix: bool
     return pack
 
 
-def images_of(trees: list[Tree], share_prefix: bool = True) -> Iterator[tuple[tuple, int]]:
-    """(image, its tiles) in the order of the prompts as `lay_out` writes them."""
-    for t in trees:
-        for _ in range(1 if share_prefix else len(t.responses)):
-            yield from zip(t.images, t.tiles)
+def images_of(trees: list[Tree]) -> Iterator[tuple[tuple, int]]:
+    """(image, its tiles) in the order of the prompts."""
+    return chain.from_iterable(zip(tree.images, tree.tiles) for tree in trees)
 
 
 def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> list[Image.Image]:
@@ -359,17 +357,10 @@ class PairData:
 
     def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
-        sizes = [len(data_set) for data_set in self.sets]
-        starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
-        seen, parts = np.zeros(sum(sizes), bool), []
-        for epoch in range(-(-steps // self.steps_per_epoch)):
-            rows = self.order(epoch)[: (steps - epoch * self.steps_per_epoch) * self.batch_size]
-            records, first = np.unique(starts[rows[:, 0]] + rows[:, 1], return_index=True)
-            parts.append(rows[np.sort(first[~seen[records]])])
-            seen[records] = True
-            if seen.all():
-                break  # later epochs bring nothing new
-        return np.concatenate(parts)
+        rows = np.concatenate([self.rows(step) for step in range(steps)])
+        sets, records = rows.T.astype(np.int64)
+        _, first = np.unique(sets << 32 | records, return_index=True)  # numbers sort fastest
+        return rows[np.sort(first)]
 
     def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
         """(packs of trees of these pairs, names of the records dropped as too long).
@@ -380,16 +371,18 @@ class PairData:
         trees = [self.fit(record) for record in records]
         dropped = [record.name for record, tree in zip(records, trees) if tree is None]
         kept = grow_bushes(list(filter(None, trees)), self.pairs_per_prompt, self.fits)
-        packs = first_fit(list(map(self.size, kept)), self.pack_tokens)
-        return [[kept[i] for i in pack] for pack in packs], dropped
+        parts = list(map(self.parts, kept))
+        packs = first_fit([sum(tree.size for tree in part) for part in parts], self.pack_tokens)
+        return [[tree for i in pack for tree in parts[i]] for pack in packs], dropped
 
-    def size(self, tree: Tree) -> int:
-        """Tokens in a pack; without share_prefix every response gets a trunk of its own."""
-        return tree.size + len(tree.trunk) * (len(tree.responses) - 1) * (not self.share_prefix)
+    def parts(self, tree: Tree) -> list[Tree]:
+        """What stands in a pack, as one."""
+        return [tree] if self.share_prefix else apart(tree)
 
     def fits(self, tree: Tree) -> bool:
         """Whether prompt and response keep to max_length, and all responses to a pack."""
-        return tree.longest <= self.max_length and self.size(tree) <= self.pack_tokens
+        size = sum(part.size for part in self.parts(tree))
+        return tree.longest <= self.max_length and size <= self.pack_tokens
 
     def fit(self, record: PairRecord) -> Tree | None:
         """The record's tree, which fits; None = dropped.
@@ -411,8 +404,7 @@ class PairData:
         return None
 
     def build(self, trees: list[Tree]) -> Pack:
-        pack = lay_out(trees, self.share_prefix)
-        return add_tiles(pack, self.config.tile_size, self.share_images, self.share_prefix)
+        return add_tiles(lay_out(trees), self.config.tile_size, self.share_images)
 
 
 def prefetch(items: Iterable) -> Iterator:

@@ -273,8 +273,10 @@ def test_a_pair_whose_responses_do_not_fit_into_a_pack_is_dropped_by_name(toy, t
     length = encode_tree(sets[0][1], toy[2], toy[1]).longest
     limits = {"batch_size": 2, "max_length": length, "seed": 1, "share_prefix": share}
     data = PairData(sets, toy[2], toy[1], pack_tokens=length, **limits)
-    [[tree]], dropped = data.plan(data.rows(0))
-    assert tree.pairs == [sets[0][0]] and dropped == [sets[0][1].name]
+    [[tree, *copies]], dropped = data.plan(data.rows(0))
+    assert (
+        len(copies) == (not share) and tree.pairs == [sets[0][0]] and dropped == [sets[0][1].name]
+    )
     cut = replace(data, overlong="cut")
     assert cut.fit(sets[0][1]) is None
     assert data.digest(1) != replace(data, pack_tokens=2 * length).digest(1)
@@ -290,7 +292,7 @@ def test_a_bush_without_a_shared_prefix_keeps_to_its_pack(toy, tmp_path):
     data = PairData(sets, toy[2], toy[1], pack_tokens=budget, share_prefix=False, **limits)
     packs, dropped = data.plan(data.rows(0))
     assert sum(len(tree.pairs) for pack in packs for tree in pack) == 5 and not dropped
-    assert all(sum(map(data.size, pack)) <= budget for pack in packs)
+    assert all(sum(tree.size for tree in pack) <= budget for pack in packs)
 
 
 def text_pair(tmp_path, **changes):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import lay_out
+from data import apart, lay_out
 from model import InternVL, TreeAttention
 from runtime import InputError, parse_cli, process_group
 from tools import race
@@ -236,9 +236,10 @@ def test_visible_pairs_are_those_of_the_mask():
     config = named_config("toy")
     trees = [example_tree(config, 2, 28, (5, 9)), example_tree(config, 2, 3, (3, 2))]
     for share in (True, False):
-        pack = lay_out(trees, share)
+        parts = trees if share else [part for tree in trees for part in apart(tree)]
+        pack = lay_out(parts)
         [(_, mask)] = TreeAttention(pack.tree, pack.branch, flex=False, span=999).segments
-        assert load_of(trees, share_prefix=share).pairs == int(mask.sum())
+        assert load_of(parts).pairs == int(mask.sum())
 
 
 def test_a_pair_of_the_8b_shape_costs_what_is_promised():

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from config import InternVLConfig, load_config
-from data import Pack, Tree, lay_out
+from data import Pack, Tree, apart, lay_out
 from model import InternVL
 from runtime import InputError, read_json
 from tools import plan
@@ -43,9 +43,8 @@ def modes_of(cfg: TrainConfig, device: torch.device) -> list[tuple[str, TrainCon
 
 def packs_of(cfg: TrainConfig, trees: list[Tree]) -> list[list[Tree]]:
     """The trees of each pack: the plain way takes each (prompt, response) alone."""
-    alone = {"chosen": [0], "rejected": []}
-    apart = [[replace(tree, responses=[r], **alone)] for tree in trees for r in tree.responses]
-    return [trees] if cfg.share_images else apart
+    parts = trees if cfg.share_prefix else [part for tree in trees for part in apart(tree)]
+    return [parts] if cfg.share_images else [[part] for part in parts]
 
 
 def example_tree(config: InternVLConfig, tiles: int, prompt: int, answers: tuple[int, ...]) -> Tree:
@@ -64,10 +63,9 @@ def paper_tree(config: InternVLConfig, shorter: int = 1) -> Tree:
     return example_tree(config, tiles, 80 // shorter, (300 // shorter, 350 // shorter))
 
 
-def example_pack(config: InternVLConfig, trees: list[Tree], share_prefix: bool = True) -> Pack:
+def example_pack(config: InternVLConfig, trees: list[Tree]) -> Pack:
     """A pack of example trees with noise for pixels."""
-    pack = lay_out(trees, share_prefix)
-    tiles = plan.load_of(trees, share_prefix=share_prefix).tiles
+    pack, tiles = lay_out(trees), plan.load_of(trees).tiles
     pack.tiles = torch.randn(tiles, 3, config.tile_size, config.tile_size)
     slots = int((pack.input_ids == 1).sum()) // config.tokens_per_tile
     pack.tile_order = torch.arange(slots) % max(1, tiles)
@@ -78,7 +76,7 @@ def step_of(cfg: TrainConfig, model: InternVL, trees: list[Tree]) -> Callable[[]
     """Scores and goes backward: the reference (here of the same weights), then the policy."""
     packs = []
     for part in packs_of(cfg, trees):
-        pack = example_pack(model.config, part, cfg.share_prefix)
+        pack = example_pack(model.config, part)
         if not cfg.head_rows:  # as the plain head does it: the logits of every position
             ids = pack.input_ids[0]
             every = {"predictor": torch.arange(len(ids)), "target": ids, "num_responses": 1}
@@ -154,7 +152,7 @@ def formula_row(cfg: TrainConfig, config: InternVLConfig, tree: Tree, size: int)
     """Of a pair's step; size: bytes of a number."""
     tflop, rooms = 0.0, []
     for trees in packs_of(cfg, [tree]):
-        load = plan.load_of(trees, share_prefix=cfg.share_prefix)
+        load = plan.load_of(trees)
         if not cfg.head_rows:
             load = replace(load, scored=load.tokens)  # see step_of
         forward, backward = plan.flops(cfg, config, load)

@@ -65,18 +65,17 @@ class Load:
     pairs: int = 0  # (query, key) that see each other
 
 
-def load_of(*packs: list[Tree], share_prefix: bool = True, share_images: bool = True) -> Load:
+def load_of(*packs: list[Tree], share_images: bool = True) -> Load:
     """The load of packs of these trees."""
     tokens = scored = tiles = pairs = 0
     for trees in packs:
-        images = images_of(trees, share_prefix)
+        images = images_of(trees)
         tiles += sum(n for _, n in (set(images) if share_images else images))
         for tree in trees:
             trunk, answers = len(tree.trunk), [len(r) for r in tree.responses]
-            copies = 1 if share_prefix else len(answers)
-            tokens += copies * trunk + sum(answers)
+            tokens += tree.size
             scored += sum(answers)
-            pairs += copies * trunk * (trunk + 1) // 2
+            pairs += trunk * (trunk + 1) // 2
             pairs += sum(n * trunk + n * (n + 1) // 2 for n in answers)
     return Load(tokens, scored, tiles, pairs)
 
@@ -153,8 +152,7 @@ class Meter:
     def __call__(self, step: Any, reference: Any) -> dict[str, float]:
         """Metrics of a train.Step, which has lasted since the call before."""
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
-        cfg = self.cfg
-        load = load_of(*step.trees, share_prefix=cfg.share_prefix, share_images=cfg.share_images)
+        cfg, load = self.cfg, load_of(*step.trees, share_images=self.cfg.share_images)
         forward, backward = flops(cfg, self.config, load)
         online = cfg.reference == "online" and reference is not None
         return {
