@@ -185,7 +185,8 @@ class KVCache:
             self.held, self.arranged = {}, None
         padded = -(-self.round(len(rows), "rows") // self.row_multiple) * self.row_multiple
         if self.arranged is None or self.arranged[0] != rows:
-            self.arranged = rows, self._arrange(rows, padded)
+            parts = range(max(map(len, rows)))
+            self.arranged = rows, [self._span(rows, part, padded) for part in parts]
         numbers = np.zeros((3, padded), int)
         numbers[2] = self.num_blocks * KEYS
         positions = [sum(room.length for room in row) for row in rows]
@@ -208,26 +209,21 @@ class KVCache:
         self.held[what] = max(rounded_up(n), self.held.get(what, 0))
         return self.held[what]
 
-    def _arrange(self, rows: list[tuple[Room, ...]], padded: int) -> list[tuple]:
-        """What the rows read: the same from step to step while they and their blocks stay."""
-        taken = defaultdict(itertools.count)  # rows of one prompt sit side by side
-        seat = np.array([next(taken[id(prompt)]) for prompt, *_ in rows])
-        seats = rounded_up(seat.max() + 1) if self.rounded else int(seat.max() + 1)
-        seats = -(-seats // self.seat_multiple) * self.seat_multiple
-        spans = [self._span([row[:1] for row in rows], seat, seats, padded, False)]
-        if any(row[1:] for row in rows):
-            spans.append(self._span([row[1:] for row in rows], 0 * seat, 1, padded, True))
-        return spans
+    def _span(self, rows: list[tuple[Room, ...]], part: int, padded: int) -> tuple:
+        """The span of every row's room number `part`: 0 the prompt's, 1 the answer's own, if any.
 
-    def _span(
-        self, rows: list[tuple[Room, ...]], seat: np.ndarray, seats: int, padded: int, high: bool
-    ) -> tuple:
-        """The span of the rows' rooms; its readers (piece seat) and the pieces of each row (row
-        width), as the number of the first partial sum that they give it, or -1, in one array; each
-        piece with its room and the tokens of the room before it.
+        With it its readers (piece seat) and the pieces of each row (row width), as the number of
+        the first partial sum that they give it, or -1, in one array; each piece, its room and the
+        tokens of the room before it.
         """
-        rooms = [room for row in rows for room in row]
+        readers = np.array([n for n, row in enumerate(rows) if part < len(row)])
+        rooms, high = [rows[n][part] for n in readers], part == 1
         self.compact(set(rooms), high)
+        taken = defaultdict(itertools.count)  # rows of one prompt sit side by side
+        seat = np.array([next(taken[id(room)]) for room in rooms])
+        seats = rounded_up(seat.max() + 1) if self.rounded else int(seat.max() + 1)
+        if not high:  # an answer has one reader in any batch
+            seats = -(-seats // self.seat_multiple) * self.seat_multiple
         piece = np.concatenate([room.blocks for room in rooms])
         used = self.num_blocks - piece.min() if high else 1 + piece.max()
         blocks = min(self.round(used, "blocks", seats, high), self.num_blocks)
@@ -239,17 +235,15 @@ class KVCache:
                 size = int(in_room[0])
                 piece, in_room = runs[:, 0] // size, in_room // size
 
-        room = np.repeat(np.arange(len(rooms)), in_room)
-        row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[room]
-        in_row = np.bincount(row, minlength=len(rows))
-        width = self.round(in_row.max(), "width", seats, high)
+        room, of_room = np.repeat(np.arange(len(rooms)), in_room), counted(in_room)
+        width = self.round(in_room.max(), "width", seats, high)
         span = Span(start, blocks // size, size, seats, width)
-        readers = np.zeros((span.pieces, seats), int)
-        readers[piece, seat[row]] = row
+        of_piece = np.zeros((span.pieces, seats), int)
+        of_piece[piece, seat[room]] = readers[room]
         table = np.full((padded, width), -1)
-        table[row, counted(in_row)] = piece * seats + seat[row]
-        table = np.concatenate([readers.ravel(), table.ravel()])
-        return span, table, piece, rooms, room, KEYS * counted(in_room)
+        table[readers[room], of_room] = piece * seats + seat[room]
+        table = np.concatenate([of_piece.ravel(), table.ravel()])
+        return span, table, piece, rooms, room, KEYS * of_room
 
     def decode(self, plan: Plan) -> tuple[Tensor, Tensor, Attend]:
         """(tokens (row), positions (row), attention for one new token a row) of a plan."""
