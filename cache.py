@@ -235,7 +235,8 @@ class KVCache:
                 size = int(in_room[0])
                 piece, in_room = runs[:, 0] // size, in_room // size
 
-        room, of_room = np.repeat(np.arange(len(rooms)), in_room), counted(in_room)
+        room = np.repeat(np.arange(len(rooms)), in_room)
+        of_room = np.concatenate([np.arange(count) for count in in_room])
         width = self.round(in_room.max(), "width", seats, high)
         span = Span(start, blocks // size, size, seats, width)
         of_piece = np.zeros((span.pieces, seats), int)
@@ -299,11 +300,6 @@ def attend_pieces(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor
     mask = mask.expand(-1, q.shape[1], q.shape[2], -1)
     out, logsum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
     return out, logsum[:, :, : q.shape[2]]  # of up to 31 queries more
-
-
-def counted(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each count: [2, 3] -> [0, 1, 0, 1, 2]."""
-    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
 def rounded_up(n: int) -> int:

@@ -324,13 +324,11 @@ class Objective:
     whole_step: bool = False  # a pair's loss depends on the step's other pairs
 
     def __call__(self, logps: PairLogps, **hyper: float | None) -> Tensor:  # (pair)
-        return self.function(logps, **self.taken(hyper))
-
-    def taken(self, hyper: dict[str, float | None]) -> dict[str, float]:
-        """Those of `hyper` that the function names; of what is None it has a default."""
+        """The function gets those of HYPER that it names; of what is None it has a default."""
         if unknown := hyper.keys() - set(HYPER):
             raise TypeError(f"no objective takes {', '.join(unknown)}; HYPER names what they take")
-        return {k: v for k, v in hyper.items() if k in self.keywords and v is not None}
+        taken = {k: v for k, v in hyper.items() if k in self.keywords and v is not None}
+        return self.function(logps, **taken)
 
     @property
     def keywords(self) -> Iterable[str]:
@@ -411,8 +409,7 @@ def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, d
 
     A micro-batch contributes total.sum() / (pairs of the whole step), however many it holds.
     """
-    losses = {name: LOSSES[name] for _, name in terms}
-    parts = {name: loss.function(logps, **loss.taken(hyper)) for name, loss in losses.items()}
+    parts = {name: LOSSES[name](logps, **hyper) for _, name in terms}
     return sum(weight * parts[name] for weight, name in terms), parts
 
 
