@@ -265,14 +265,13 @@ def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> li
 def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
     """Indices grouped so that no group's sizes exceed the budget: each into the first that fits."""
     packs: list[list[int]] = []
-    room: list[int] = []
     for i, size in enumerate(sizes):
-        first = next((p for p, left in enumerate(room) if left >= size), len(packs))
-        if first == len(packs):
-            packs.append([])
-            room.append(budget)
-        packs[first].append(i)
-        room[first] -= size
+        for pack in packs:
+            if sum(sizes[n] for n in pack) + size <= budget:
+                pack.append(i)
+                break
+        else:
+            packs.append([i])
     return packs
 
 

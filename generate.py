@@ -212,13 +212,10 @@ def choose(
         return logits.argmax(-1)
     probs = filtered_probs(logits, temperature, top_k, top_p)
     # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
-    vocab = probs.shape[1]
-    full, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
-    sums = torch.cat([full.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
-    ends = sums.double().cumsum(-1)
+    parts = F.pad(probs, (0, -probs.shape[1] % PART)).unflatten(1, (-1, PART))
+    ends = parts.sum(-1).double().cumsum(-1)
     part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
-    ids = part[:, None] * PART + torch.arange(PART, device=probs.device)
-    inside = probs.gather(1, ids.clamp(max=vocab - 1)).masked_fill(ids >= vocab, 0)
+    inside = parts.take_along_dim(part[:, None, None], 1)[:, 0]
     return part * PART + find(inside.double().cumsum(-1), rest)[0]
 
 
@@ -266,11 +263,6 @@ class Row:
 class Scheduler:
     """Keeps the rows of one cache busy with the samples of many prompts.
 
-    refill    new samples begin, of prompts in the cache or of the next, while there is memory
-    grow      every row gets room for a token; the youngest goes back where there is none
-    step      every row is fed its last token
-    collect   every row gets its next token; those that end make way
-
     An answer takes memory as it grows.  A sample that had to go back begins again later and gets
     the same text, because it is a function of its name alone.
     """
@@ -298,7 +290,7 @@ class Scheduler:
                 yield from self.collect(list(self.rows), self.step())
 
     def refill(self) -> list[Row]:
-        """Start samples while there is memory for them, and for the rows under way to grow."""
+        """Start samples, of prompts in the cache or of the next, while the rows can still grow."""
         fresh = []
         while len(self.rows) < MAX_ROWS:
             group = next((group for group in self.groups if group.todo), None) or self.read()
