@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from images import jpeg, load_image, open_image
+from images import jpeg, load_image
 from model import InternVLConfig
 from records import DataSet, PairRecord
 from runtime import InputError, fingerprint, named
@@ -87,10 +87,7 @@ def encode_tree(
     """Token ids of one record; reads image sizes, not pixels.  Errors name the record."""
     with named(record.name):
         question = training_text(config.template, record.question)
-        tiles = []
-        for path in record.images:
-            with open_image(path) as image:
-                tiles.append(num_tiles(*image.size, record.max_tiles, config.tile_size))
+        tiles = [num_tiles(p, record.max_tiles, config.tile_size) for p in record.images]
         image_tokens = [config.tokens_per_tile * n for n in tiles]
         system = record.system_prompt or config.system_message
         trunk = encode_chat(tokenizer, config.template, [(question, None)], image_tokens, system)

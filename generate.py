@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
-from images import load_image, open_image
+from images import load_image
 from losses import aligned
 from model import Attend, InternVL, causal_attention
 from tokenizer import Tokenizer, encode_chat, load_tokenizer, with_image_placeholders
@@ -439,10 +439,8 @@ class Generator:
             asked = "\n".join(question for question, _ in turns)
             if with_image_placeholders(asked, count) != asked:  # none yet: to the first turn
                 turns[0] = with_image_placeholders(turns[0][0], count), turns[0][1]
-            tokens, limits = [], (prompt.max_tiles or config.max_tiles, config.tile_size)
-            for path in prompt.images:
-                with open_image(Path(path)) as image:
-                    tokens.append(num_tiles(*image.size, *limits) * config.tokens_per_tile)
+            limits = prompt.max_tiles or config.max_tiles, config.tile_size
+            tokens = [config.tokens_per_tile * num_tiles(Path(p), *limits) for p in prompt.images]
             system = prompt.system_prompt or config.system_message
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
             if len(ids) > (most := llm.max_position_embeddings) and not llm.rope_factor:

@@ -12,6 +12,7 @@ Shapes: tile, row, col, patch spelled out; s tokens of a tile, h heads, d channe
 import functools
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from images import to_rgb
+from images import open_image, to_rgb
 from runtime import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -63,9 +64,10 @@ def tile_grid(
     return best
 
 
-def num_tiles(width: int, height: int, max_tiles: int, tile_size: int = 448) -> int:
-    """How many tiles `preprocess` returns, the thumbnail included."""
-    cols, rows = tile_grid(width, height, max_tiles, tile_size=tile_size)
+def num_tiles(path: Path, max_tiles: int, tile_size: int) -> int:
+    """How many tiles `preprocess` makes of a file, thumbnail included; reads its size alone."""
+    with open_image(path) as image:
+        cols, rows = tile_grid(*image.size, max_tiles, tile_size=tile_size)
     return cols * rows + (cols * rows > 1)
 
 
