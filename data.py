@@ -372,7 +372,7 @@ class PairData:
         return [[tree for i in pack for tree in parts[i]] for pack in packs], dropped
 
     def parts(self, tree: Tree) -> list[Tree]:
-        """What stands in a pack, as one."""
+        """What stands for the tree in a pack, always together."""
         return [tree] if self.share_prefix else apart(tree)
 
     def fits(self, tree: Tree) -> bool:
