@@ -80,7 +80,6 @@ class Prompt:
     prefix: str = ""  # the answer's beginning, to be continued
     max_tiles: int = 0  # of each image, without the thumbnail; 0 = the model's
     samples: Sequence[int] = range(1)  # the numbers of those that are wanted
-    max_new_tokens: int | None = None  # None = the generator's
     name: str = ""  # in errors, as "file line 3"; "" = its id
     system_prompt: str | None = None  # in the place of the model's system message
 
@@ -446,8 +445,8 @@ class Generator:
             if len(ids) > (most := llm.max_position_embeddings) and not llm.rope_factor:
                 runtime.say(f"{prompt.label}: {len(ids)} tokens, the model was made for {most}")
             prefix = self.tokenizer.encode_plain(prompt.prefix)
-        limit = prompt.max_new_tokens or self.settings.max_new_tokens
-        return Group(prompt, ids + prefix, prefix, sum(tokens), limit, list(prompt.samples))
+        limit, todo = self.settings.max_new_tokens, list(prompt.samples)
+        return Group(prompt, ids + prefix, prefix, sum(tokens), limit, todo)
 
     def tiles(self, prompt: Prompt) -> Tensor | None:
         """Pixels of the prompt's images, (tile 3 h w)."""
