@@ -810,6 +810,7 @@ def test_a_stop_string_is_found_where_the_seam_is_decoded_shorter(golden_tiny):
         ({"question": "<image> what?"}, "question has 1 <image> for 0 images"),
         ({"history": (("<image> what?", "A."),)}, "question has 1 <image> for 0 images"),
         ({"images": ("nowhere.png",)}, "no image nowhere.png"),
+        ({"prefix": "\ud83d"}, "prompt text: half a character at 0"),
     ],
 )
 def test_a_bad_prompt_is_named(toy, generator, change, message):
