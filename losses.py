@@ -161,18 +161,11 @@ class PairLogps:
 
     @property
     def chosen_logratio(self) -> Tensor:  # c
-        self.need_reference()
         return self.policy_chosen - self.reference_chosen
 
     @property
     def rejected_logratio(self) -> Tensor:  # r
-        self.need_reference()
         return self.policy_rejected - self.reference_rejected
-
-    def need_reference(self) -> None:
-        """What every objective that uses the reference asks first."""
-        if self.reference_chosen is None or self.reference_rejected is None:
-            raise InputError("this objective needs reference log-probs and there are none")
 
 
 # --------------------------------------------------------------------------- the objectives
@@ -256,7 +249,6 @@ def aot(logps: PairLogps, beta: float = 0.1) -> Tensor:  # (pair)
     Sorts over the pairs it is given, which must be those of the whole step (`whole_step`,
     train.step_gradient).  TRL sorts within one device's micro-batch; with one pair there it is dpo.
     """
-    logps.need_reference()
     margin = logps.policy_chosen - logps.policy_rejected
     reference_margin = logps.reference_chosen - logps.reference_rejected
     return -F.logsigmoid(beta * (margin - of_same_rank(reference_margin, margin)))
@@ -327,6 +319,8 @@ class Objective:
         """The function gets those of HYPER that it names; of what is None it has a default."""
         if unknown := hyper.keys() - set(HYPER):
             raise TypeError(f"no objective takes {', '.join(unknown)}; HYPER names what they take")
+        if self.needs_reference and logps.reference_chosen is None:
+            raise InputError("this objective needs reference log-probs and there are none")
         taken = {k: v for k, v in hyper.items() if k in self.keywords and v is not None}
         return self.function(logps, **taken)
 
