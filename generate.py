@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
-from images import load_image
+from images import load_image, open_image
 from losses import aligned
 from model import Attend, InternVL, causal_attention
 from tokenizer import Tokenizer, encode_chat, load_tokenizer, with_image_placeholders
@@ -483,12 +483,12 @@ class Generator:
                 yield self.sample(row)
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
-        """The text of sample 0, piece by piece; together equal to run()'s text without prefix."""
+        """The text of sample 0, piece by piece; together equal to run()'s."""
         group, shown = dataclasses.replace(self.encode(prompt), todo=[0]), 0
         for row in Scheduler(self, iter([group])).run():
-            text, begin, end = self.text(row, final=bool(row.finish_reason))
-            yield text[max(begin, shown) : end]
-            shown = end
+            text, _ = self.text(row, final=bool(row.finish_reason))
+            yield text[shown:]
+            shown = len(text)
 
     # ----- one token
 
@@ -517,34 +517,31 @@ class Generator:
             )
         row.ids.append(token)
         row.logps.append(logp)
-        text, _, end = self.text(row) if self.settings.stop else ("", 0, 0)
-        if token in self.stop_ids or end < len(text):
+        if token in self.stop_ids or (self.settings.stop and self.text(row)[1]):
             row.finish_reason = "stop"
         elif len(row.ids) >= row.group.limit:
             row.finish_reason = "length"
 
-    def text(self, row: Row, final: bool = True) -> tuple[str, int, int]:
-        """(prefix and answer, where the answer begins, where it ends: before a stop string).
+    def text(self, row: Row, final: bool = True) -> tuple[str, bool]:
+        """The text of prefix and answer before a stop string, and whether there was one.
 
-        final=False: of an answer that goes on, whose last letters may begin a stop string.
+        final=False: what stands however the answer goes on; its last letters may begin a stop.
         """
         decode = partial(self.tokenizer.decode, marks=self.settings.marks)
         prefix, ids = row.group.prefix, [id for id in row.ids if id not in self.stop_ids]
         text = decode(prefix + ids, final=final)
         begin = len(os.path.commonprefix([text, decode(prefix)]))  # `a ,` is decoded as `a,`
-        places = (text.find(s, begin) for s in self.settings.stop)
-        end = min((place for place in places if place >= 0), default=len(text))
-        if not final:
-            starts = (s[:n] for s in self.settings.stop for n in range(len(s)))
-            end -= max(map(len, filter(text.endswith, starts)), default=0)
-        return text, begin, end
+        places = [place for s in self.settings.stop if (place := text.find(s, begin)) >= 0]
+        starts = [] if final else [s[:n] for s in self.settings.stop for n in range(len(s))]
+        held = max(map(len, filter(text.endswith, starts)), default=0)
+        return text[: min(places, default=len(text) - held)], bool(places)
 
     def sample(self, row: Row) -> Sample:
         """What a finished row has become."""
-        group, (text, _, end) = row.group, self.text(row)
+        group, text = row.group, self.text(row)[0]
         tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
         lists = (tuple(row.ids), tuple(row.logps))
-        return Sample(group.prompt.id, row.sample, text[:end], row.finish_reason, *tokens, *lists)
+        return Sample(group.prompt.id, row.sample, text, row.finish_reason, *tokens, *lists)
 
 
 # --------------------------------------------------------------------------- command line
@@ -567,7 +564,6 @@ def chat(generator: Generator, cfg: GenerateConfig, history: tuple) -> None:
                 if not history and cfg.image:
                     question = with_image_placeholders(question, len(cfg.image))
                 for piece in generator.stream(make_prompt(cfg, question, history)):
-                    piece = piece if answer else cfg.prefix + piece
                     print(piece, end="", flush=True)
                     answer += piece
             except KeyboardInterrupt:

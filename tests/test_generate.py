@@ -767,7 +767,7 @@ def test_a_prefix_is_continued_without_losing_the_blank_at_the_seam(toy, generat
             + [i for i in sample.ids if i not in generator.stop_ids]
         )
         if sample.sample == 0:
-            assert "I see a1 red" + "".join(generator.stream(prompt)) == sample.text
+            assert "".join(generator.stream(prompt)) == sample.text
     plain = generator.encode(replace(prompt, prefix=""))
     continued = generator.encode(prompt)
     assert continued.ids == plain.ids + generator.tokenizer.encode_plain("I see a1 red")
@@ -796,7 +796,7 @@ def test_a_stop_string_is_found_where_the_seam_is_decoded_shorter(golden_tiny):
     group = stopping.encode(Prompt("x", "Who?", prefix="Yes "))
     row = Row(group, 0, 0, ())
     row.ids += stopping.tokenizer.encode_plain(",")
-    assert stopping.text(row) == ("Yes,", 3, 3)  # `Yes ,` is decoded as `Yes,`
+    assert stopping.text(row) == ("Yes", True)  # `Yes ,` is decoded as `Yes,`
 
 
 # --------------------------------------------------------------------------- what is refused
