@@ -98,18 +98,14 @@ def load_config(model_dir: Path) -> InternVLConfig:
 
 
 def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
-    """A config.json of any generation, official or -hf; unknown keys are tolerated.
-
-    Raises InputError for a missing shape, a value of the wrong type, a language model that is not
-    implemented, and for options this code lacks.
-    """
+    """A config.json of any generation; unknown keys are tolerated, what this code lacks refused."""
     is_hf = "text_config" in raw
     llm_name = f"{file}: {'text' if is_hf else 'llm'}_config"
     for name in ("text_config" if is_hf else "llm_config", "vision_config"):
         if not isinstance(raw.get(name), dict):
             raise InputError(f"{file}: no {name!r}; expected the config.json of an InternVL model")
     raw = _official_keys(raw) if is_hf else raw
-    raw = {"ps_version": "v1", "use_thumbnail": False, "max_dynamic_patch": 6} | raw
+    raw = {"ps_version": "v1", "use_thumbnail": False} | raw
     if not raw.get("dynamic_image_size"):
         raw |= {"max_dynamic_patch": 1, "use_thumbnail": True}  # one tile has no thumbnail
     for part, name in ((raw["llm_config"], llm_name), (raw, file)):
@@ -167,10 +163,8 @@ def _llm_config(raw: dict, name: str, is_hf: bool) -> LLMConfig:
     architecture = given.removesuffix("ForCausalLM").replace("_", "").lower()
     if architecture not in CLASS_DEFAULTS or (architecture == "llama" and not is_hf):
         releases, instead = NOT_IMPLEMENTED.get(architecture, ("unknown", "InternVL3_5-8B"))
-        raise InputError(
-            f"{name}: the language model is {given} ({releases}); InternLM2, Qwen2 and Qwen3 are "
-            f"implemented, as in {instead}"
-        )
+        known = f"InternLM2, Qwen2 and Qwen3 are implemented, as in {instead}"
+        raise InputError(f"{name}: the language model is {given} ({releases}); {known}")
     if "sliding" in str(llm.get("layer_types")):
         raise InputError(f"{name}: layer_types has sliding windows; full attention is implemented")
     theta, factor = _rope(llm, name)

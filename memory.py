@@ -15,11 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy
 
 from data import seeded
 from weights import local, local_rows, shard_place, whole
@@ -117,7 +114,7 @@ class AdamW:
             return
         w, grad, mean, square = (x.view(-1) for x in tensors)
         generator = torch.Generator(w.device)
-        key = (self.seed, "rounding", t, place, shard_place({"": p})[0])
+        key = (self.seed, "rounding", t, place, shard_place(p)[0])
         generator.manual_seed(int(seeded(*key).integers(2**62)))
         for i in range(0, len(w), self.PIECE):
             at = slice(i, i + self.PIECE)
@@ -137,22 +134,15 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((bits + noise) & -65536).view(torch.float32).bfloat16()
 
 
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
-}
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keeps attention, and products no wider than their input."""
+    """Keeps attention, by whichever kernel, and products no wider than their input."""
+    attention = "scaled_dot_product" in str(op) or "flex_attention" in str(op)
     # the last argument is the weight (in out): mm(x, weight), addmm(bias, x, weight)
     narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
-    keep = narrow or op in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if attention or narrow else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def computed_again(forward: Callable, selective: bool, *inputs: Any) -> Tensor:
@@ -161,8 +151,8 @@ def computed_again(forward: Callable, selective: bool, *inputs: Any) -> Tensor:
         return forward(*inputs)
     options = {}
     if selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_some)
-    return checkpoint(forward, *inputs, use_reentrant=False, **options)
+        options["context_fn"] = partial(checkpoint.create_selective_checkpoint_contexts, keep_some)
+    return checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 def recompute_in_backward(block: nn.Module, amount: str) -> None:

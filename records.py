@@ -81,10 +81,8 @@ def read_parts(files: Iterable[Path], parse: Callable = parse_json) -> Iterator[
         yield from runtime.read_jsonl(path, path.match(PART), parse)
 
 
-def grouped(
-    files: list[Path], key_of: Callable[[dict, Line], str], workers: int = 1
-) -> dict[str, list[Line]]:
-    """Key -> the lines of its records, in the order of the keys."""
+def grouped(files: list[Path], key_of: Callable, workers: int = 1) -> dict[str, list[Line]]:
+    """Key -> the lines of its records, in the order of the keys: key_of(record, line)."""
     groups, lines = defaultdict(list), [x for p in files for x in JsonLines(p, p.match(PART))]
 
     def keys_of(lines: list[Line]) -> list[str]:

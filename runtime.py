@@ -124,8 +124,12 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         raise InputError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
-def check_needs(cfg: Any) -> None:
-    """InputError for a flag that does nothing; `cfg.NEEDS`: flag -> "--other, or --other value"."""
+def check_flags(cfg: Any) -> None:
+    """InputError for a wrong value, or for a flag that does nothing without another.
+
+    `cfg.NEEDS`: flag -> "--other, or --other value".
+    """
+    check_fields(type(cfg), vars(cfg))
     given = {f"--{name} {value}" for name, value in vars(cfg).items()}
     given |= {f"--{f.name}" for f in fields_of(type(cfg)) if getattr(cfg, f.name) != f.default}
     for name, ways in cfg.NEEDS.items():
@@ -273,11 +277,10 @@ class Settings:
     marks: bool = flag(True, "show grounding marks: <ref>, <box>, <quad> and their ends")
     cache_tokens: int = flag(0, "room of the KV cache; 0 = a GPU's free memory, 65536 on a CPU", 0)
     exact_batches: bool = flag(True, "sampling on a CPU: round alike in any batch, a bit slower")
-    NEEDS = {}  # of a subclass, for check_needs
+    NEEDS = {}  # of a subclass, for check_flags
 
     def __post_init__(self) -> None:
-        check_fields(type(self), vars(self))
-        check_needs(self)
+        check_flags(self)
         if "" in self.stop:
             raise InputError("stop: an empty text would end every answer; leave it out")
 
@@ -626,10 +629,9 @@ def claim(folder: Path, facts: dict[str, Any], remedy: str) -> None:
     known = read_json(about) if about.exists() else {}
     for key, value in json.loads(json.dumps(facts)).items():
         if known.get(key) != value:
-            raise InputError(
-                f"{folder} was made with another {key} ({known.get(key, 'run.json does not say')}, "
-                f"now {value}); {remedy}, or delete that folder"
-            )
+            before = known.get(key, "run.json does not say")
+            told = f"{folder} was made with another {key} ({before}, now {value})"
+            raise InputError(f"{told}; {remedy}, or delete that folder")
 
 
 @contextlib.contextmanager

@@ -121,8 +121,7 @@ class TrainConfig:
     }
 
     def __post_init__(self) -> None:
-        runtime.check_fields(type(self), vars(self))
-        runtime.check_needs(self)
+        runtime.check_flags(self)
         for name in ("tensorboard", "wandb"):
             if getattr(self, name):
                 runtime.need(name, f"--{name}")
@@ -199,7 +198,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             lr = lr_at(step.number, run.total, run.cfg)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            if step.number == 0 and run.reference:
+            if run.optimizer.updates == 0 and run.reference:
                 say(check_start(run, step))
                 run.meter.start()  # it is no part of the step
             logps = step_gradient(run, step)
@@ -263,8 +262,11 @@ class Run:
         self.policy = sharded_model(cfg, device)
         self.optimizer, self.shift = make_optimizer(cfg, self.policy), BcoShift()
         self.reference = make_reference(self)
-        self.tensors = state_tensors(self)
-        self.done = restore(self, newest) if newest else 0
+        self.tensors, self.done = state_tensors(self), 0
+        if newest:
+            state = weights.load_checkpoint(newest, self.tensors)
+            self.shift, self.done = BcoShift(**state["bco_shift"]), state["step"]
+            self.optimizer.updates = state["updates"]
         say(f"{self.done} of {self.total} steps are done")
 
         background = switched_on(cfg.async_save, device)
@@ -278,10 +280,8 @@ class Run:
         self.best = [r for r in self.rows if kept and kept.name == f"step-{r['step']:08d}"]
         other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
         if other:
-            raise InputError(
-                f"{path}: step {other[0]} had another lr than {self.total} steps give it; "
-                "pass --warmup in steps, or continue from a checkpoint before the rate fell"
-            )
+            told = f"step {other[0]} had another lr than {self.total} steps give it; pass --warmup"
+            raise InputError(f"{path}: {told} in steps, or continue from before the rate fell")
         if is_main():
             write_json(cfg.out_dir / "config.json", asdict(asked))
             runtime.write_jsonl(path, self.rows)
@@ -347,10 +347,9 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     cfg = replace(cfg, **settings)
     cfg = replace(cfg, max_length=min(cfg.max_length, config.llm.max_position_embeddings))
     if cfg.pack_tokens < cfg.max_length:
-        raise InputError(
-            f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}, so records may "
-            f"not fit into a pack: pass --pack_tokens {cfg.max_length}, or a smaller --max_length"
-        )
+        told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}, so that"
+        remedy = f"pass --pack_tokens {cfg.max_length}, or a smaller --max_length"
+        raise InputError(f"{told} records may not fit into a pack: {remedy}")
     return cfg
 
 
@@ -359,10 +358,8 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     world = dist.get_world_size()
     if cfg.batch_size % world or world % cfg.replicate:
-        raise InputError(
-            f"{world} processes: batch_size must be a multiple of them (it is "
-            f"{cfg.batch_size}), and they must divide into --replicate {cfg.replicate} groups"
-        )
+        told = f"{world} processes: batch_size must be a multiple of them (it is {cfg.batch_size})"
+        raise InputError(f"{told}, and they must divide into --replicate {cfg.replicate} groups")
     tokenizer.check_vocabulary(config.llm.vocab_size)
     limit = cfg.max_tiles or config.max_tiles
     sets = read_meta(cfg.meta, limit)
@@ -511,10 +508,9 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     cfg, every = run.cfg, run.cfg.reference_update_every
     needed = losses.needs_reference(run.terms)
     if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
-        raise InputError(
-            f"--reference_update_every {every} needs an objective with a reference, --reference "
-            f"online, no --lora_rank, and a run of {every} steps (this: {run.total})"
-        )
+        needed = "an objective with a reference, --reference online, no --lora_rank"
+        length = f"a run of {every} steps (this: {run.total})"
+        raise InputError(f"--reference_update_every {every} needs {needed}, and {length}")
     if not needed:
         return None
     if cfg.reference == "cached":
@@ -613,10 +609,8 @@ class CachedReference:
         logps, there = self.look_up(pack.trees)
         if pack.trees != [STAND_IN] and not there.all():
             names = ", ".join(pair.name for tree in pack.trees for pair in tree.pairs)
-            raise InputError(
-                f"{self.folder} lacks log-probs of responses in {names}: an image "
-                "or the tokenizer has changed since; delete covers-*.json there and start again"
-            )
+            remedy = "an image or the tokenizer has changed since; delete covers-*.json there"
+            raise InputError(f"{self.folder} lacks log-probs of responses in {names}: {remedy}")
         return torch.from_numpy(logps).to(self.device)
 
 
@@ -660,11 +654,10 @@ def compare_start(logps: PairLogps, bfloat16: bool) -> None:
     bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
     worst = int((ratio / bound).argmax())
     if not ratio[worst] <= bound[worst]:
-        raise Failure(
-            f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference on a "
-            f"response of {int(length[worst])} tokens; at most {bound[worst]:.2e} can be rounding: "
-            "the reference comes from other weights or another scoring"
-        )
+        off = f"{ratio[worst]:.2e} nats off its reference on a response of {int(length[worst])}"
+        told = f"a fresh policy is {off} tokens; at most {bound[worst]:.2e} can be rounding"
+        why = "the reference comes from other weights or another scoring"
+        raise Failure(f"start check failed: {told}: {why}")
 
 
 # --------------------------------------------------------------------------- continuing a run
@@ -703,13 +696,6 @@ def run_facts(run: Run, checkpoint: Path | None) -> dict[str, str]:
     if changed:
         raise InputError(f"{checkpoint}: {'; '.join(changed)}; undo it or take a new --out_dir")
     return old | facts  # held-out pairs may be left out for a while
-
-
-def restore(run: Run, checkpoint: Path) -> int:
-    """Continue from a checkpoint; returns the steps done."""
-    state = weights.load_checkpoint(checkpoint, run.tensors)
-    run.shift, run.optimizer.updates = BcoShift(**state["bco_shift"]), state["updates"]
-    return state["step"]
 
 
 # --------------------------------------------------------------------------- one step: its gradient
@@ -756,9 +742,8 @@ def forward_packs(run: Run, step: Step) -> Iterator[tuple[slice, PairLogps]]:
         reference = run.reference(pack) if run.reference else None
         sums, lengths = score(run.policy, pack, run.cfg)
         sides = pack.chosen, pack.rejected  # of each number PairLogps has both
-        columns = [
-            None if x is None else x[side] for x in (sums, reference, lengths) for side in sides
-        ]
+        numbers = (sums, reference, lengths)
+        columns = [None if x is None else x[side] for x in numbers for side in sides]
         yield slice(first, first + len(pack.chosen)), PairLogps(*columns)
 
 
@@ -933,10 +918,8 @@ def in_group(seed: int) -> Iterator[torch.device]:
         from_peers = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if not from_peers or rank_and_world()[1] == 1:
             raise
-        raise Failure(
-            "another process has died or does not answer; its message says why; the same command "
-            "continues from the newest checkpoint"
-        ) from None
+        told = "another process has died or does not answer; its message says why"
+        raise Failure(f"{told}; the same command continues from the newest checkpoint") from None
 
 
 def main() -> None:

@@ -71,10 +71,8 @@ def open_weights(path: Path) -> safe_open:
 def _compare_keys(sides: str, expected: set[str], present: set[str]) -> None:
     missing, unexpected = sorted(expected - present), sorted(present - expected)
     if missing or unexpected:
-        raise InputError(
-            f"{sides} disagree: {len(missing)} missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])})"
-        )
+        told = f"{sides} disagree: {len(missing)} missing ({', '.join(missing[:3])})"
+        raise InputError(f"{told}, {len(unexpected)} unexpected ({', '.join(unexpected[:3])})")
 
 
 def is_sharded(x: Tensor | nn.Module) -> bool:
@@ -82,13 +80,23 @@ def is_sharded(x: Tensor | nn.Module) -> bool:
     return hasattr(x, "device_mesh") or hasattr(x, "reshard")
 
 
+def shard_place(*tensors: Tensor) -> tuple[int, int, bool]:
+    """(number of this process's shard, how many shards there are, whether it is ours to write).
+
+    A mesh's last dimension splits, another one replicates: only the first of its groups writes.
+    """
+    meshes = [t.device_mesh for t in tensors if is_sharded(t)]
+    if not meshes:
+        return 0, 1, is_main()
+    *replica, number = meshes[0].get_coordinate()
+    return number, meshes[0].size(-1), not any(replica)
+
+
 def local_rows(p: Tensor) -> slice:
-    """The rows of the whole tensor that this process holds of parameter `p`."""
-    if not is_sharded(p):
-        return slice(0, p.shape[0])
-    mesh, rows = p.device_mesh, p.shape[0]  # the mesh's last dimension splits, others replicate
-    chunk, rank = -(-rows // mesh.size(-1)), mesh.get_coordinate()[-1]
-    return slice(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
+    """The rows of the whole tensor that this process holds of `p`, as torch.chunk splits them."""
+    (number, count, _), rows = shard_place(p), p.shape[0]
+    size = -(-rows // count)
+    return slice(min(number * size, rows), min((number + 1) * size, rows))
 
 
 def local(p: Tensor) -> Tensor:
@@ -132,10 +140,9 @@ def read_rows(pieces: list[Piece], p: Tensor) -> Tensor:
             stored = f.get_slice(name)
             kind, given = stored.get_dtype(), stored.get_shape()
             if given != shape or kind not in DTYPES:
-                raise InputError(
-                    f"{path}: {name} has shape {given} and type {kind}, the model of config.json "
-                    f"needs {shape} and {', '.join(DTYPES)}; fetch the released files"
-                )
+                told = f"{path}: {name} has shape {given} and type {kind}, the model of config.json"
+                needed = f"{shape} and {', '.join(DTYPES)}"
+                raise InputError(f"{told} needs {needed}; fetch the released files")
             first, last = max(own.start - offset, 0), min(own.stop - offset, stop - start)
             parts.append(stored[start + first : start + max(first, last)])
         offset += stop - start
@@ -157,10 +164,8 @@ def load_weights(model: InternVL, model_dir: Path, device: str | torch.device) -
     for name, p, rows in stored_rows(model, model_dir):
         local(p).copy_(rows)
         if not is_finite(local(p)):
-            raise InputError(
-                f"{model_dir}: {name} holds NaN or infinity, so every answer would; fetch the "
-                "weights again, or take an earlier checkpoint"
-            )
+            told = f"{model_dir}: {name} holds NaN or infinity, so every answer would"
+            raise InputError(f"{told}; fetch the weights again, or take an earlier checkpoint")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -255,10 +260,8 @@ def export_folder(out_dir: Path, *inputs: Path) -> Path:
     written = read_json(mark).get("files") if mark.is_file() else None
     written = {mark.name, *written} if isinstance(written, list) else set()
     if strange := sorted({path.name for path in out.glob("*")} - written):
-        raise InputError(
-            f"{out_dir} holds {strange[0]}, which no export of this program wrote there; "
-            "move it away or name another folder"
-        )
+        told = f"{out_dir} holds {strange[0]}, which no export of this program wrote there"
+        raise InputError(f"{told}; move it away or name another folder")
     return out
 
 
@@ -320,21 +323,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> 
 
 # --------------------------------------------------------------------------- checkpoints
 
-
 # checkpoints/step-00000120/ = state.json, shard-000-of-002.safetensors ... and beside each file its
 # checksum; rows are spread over the shards as torch.chunk does: any number of processes can read.
-
-
-def shard_place(tensors: dict[str, Tensor]) -> tuple[int, int, bool]:
-    """(number of this process's shard, how many shards there are, whether it is ours to write).
-
-    With replicated groups (a mesh of two dimensions) only the first group writes.
-    """
-    meshes = [t.device_mesh for t in tensors.values() if is_sharded(t)]
-    if not meshes:
-        return 0, 1, is_main()
-    *replica, number = meshes[0].get_coordinate()
-    return number, meshes[0].size(-1), not any(replica)
 
 
 def sign(path: Path) -> None:
@@ -365,7 +355,7 @@ class CheckpointWriter:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> None:
         """Each process gives its shards, `state` is JSON.  A full disk may be told a call later."""
         self.finish()
-        number, count, ours = shard_place(tensors)
+        number, count, ours = shard_place(*tensors.values())
         shards = [f"shard-{n:03d}-of-{count:03d}.safetensors" for n in range(count)]
         shapes = {name: list(t.shape) for name, t in tensors.items()}
         state = {**state, "step": step, "shapes": shapes, "shards": shards}
@@ -416,10 +406,8 @@ def checkpoint_state(checkpoint: Path) -> dict:
 
 
 def _damaged(checkpoint: Path, file: str) -> InputError:
-    return InputError(
-        f"{checkpoint}: {file} is not what was saved as {checkpoint.name}; delete the folder to "
-        "continue from the checkpoint before"
-    )
+    told = f"{checkpoint}: {file} is not what was saved as {checkpoint.name}"
+    return InputError(f"{told}; delete the folder to continue from the checkpoint before")
 
 
 @torch.no_grad()

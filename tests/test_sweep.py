@@ -155,6 +155,15 @@ def test_each_row_goes_to_tensorboard_and_wandb_as_they_take_it(tmp_path, monkey
     assert asked["project"] == "a project" and asked["resume"] == "allow"
 
 
+def test_a_continued_run_hides_no_step_that_it_has_done_after_a_skipped_one(tmp_path, monkeypatch):
+    purged = []
+    boards = SimpleNamespace(SummaryWriter=lambda folder, purge_step: purged.append(purge_step))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", boards)
+    for rows in ([], [{"step": 1}, {"step": 3}]):
+        track.Tracker(Asked(tmp_path, wandb=""), rows, 9)
+    assert purged == [1, 4]
+
+
 def test_a_missing_package_is_named_with_what_to_do():
     with pytest.raises(InputError, match="--this needs nosuch: pip install nosuch"):
         need("nosuch", "--this")

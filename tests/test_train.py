@@ -203,17 +203,28 @@ def test_a_killed_run_continues_bit_for_bit(base, toy):
         assert torch.equal(w, weights(straight)[name]), name
 
 
-@pytest.mark.parametrize(("skipped", "steps"), [(1, [1, 3, 4, 5]), (4, [1, 2, 3, 4])])
-def test_a_run_with_a_skipped_step_continues_bit_for_bit(base, toy, tmp_path, skipped, steps):
-    """AdamW has made a step less than the run from there on; a run never ends with such a step."""
+def run_that_skips(step, base, toy, folder):
+    """A run of five steps of a pair each, of which that of one step is too long."""
     lines = (toy / "toy_text.jsonl").read_text().splitlines(keepends=True)[:1] * 5
-    path, cfg = tmp_path / "pairs.jsonl", replace(base, batch_size=1, warmup=0.0, max_steps=0)
+    path, cfg = folder / "pairs.jsonl", replace(base, batch_size=1, warmup=0.0, max_steps=0)
     path.write_text("".join(lines))
-    line = epoch_order(read_meta(path, 1), cfg.seed, 0)[skipped, 1]
+    line = epoch_order(read_meta(path, 1), cfg.seed, 0)[step, 1]
     long = json.loads(lines[line]) | {"question": "far too long " * 99}
     path.write_text("".join(lines[:line] + [json.dumps(long) + "\n"] + lines[line + 1 :]))
     cfg = replace(cfg, meta=path, loss="sft", max_length=300, save_every=1, keep=9)
-    cfg = replace(cfg, out_dir=tmp_path / "run")
+    return replace(cfg, out_dir=folder / "run", reference_cache=None)
+
+
+def test_a_run_whose_first_step_is_skipped_is_checked_at_its_second(base, toy, tmp_path, capsys):
+    cfg = replace(run_that_skips(0, base, toy, tmp_path), loss="dpo")
+    assert [row["step"] for row in run_here(cfg)] == [2, 3, 4, 5]
+    assert "start check: rewards are 0, so the first loss is 0.6931" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("skipped", "steps"), [(1, [1, 3, 4, 5]), (4, [1, 2, 3, 4])])
+def test_a_run_with_a_skipped_step_continues_bit_for_bit(base, toy, tmp_path, skipped, steps):
+    """AdamW has made a step less than the run from there on; a run never ends with such a step."""
+    cfg = run_that_skips(skipped, base, toy, tmp_path)
     expected = run_here(cfg)
     assert [row["step"] for row in expected] == steps
     for step in steps[-2:]:

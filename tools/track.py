@@ -55,17 +55,15 @@ def to_tensorboard(board: Any, row: Row) -> None:
 
 
 class Tracker:
-    """Has each new row of a run's metrics diagnosed, handed on and drawn; on rank 0 alone.
-
-    An illness is said once.
-    """
+    """On rank 0: diagnoses each new row of metrics, an illness once, hands it on and draws it."""
 
     def __init__(self, cfg: Any, rows: list[Row], total: int) -> None:
         """rows: those of a train.Run, which grow to `total`."""
         self.rows, self.total, self.flags = rows, total, vars(cfg)
         self.known: set[str] = set()  # illnesses
         self.picture, self.drawn = cfg.out_dir / "curves.png", time.monotonic()
-        self.writers = open_writers(cfg, len(rows)) if is_main() else []
+        done = rows[-1]["step"] if rows else 0  # of which some may have been skipped
+        self.writers = open_writers(cfg, done) if is_main() else []
 
     def __call__(self) -> None:
         findings = diagnose(self.rows, self.total, self.flags) if is_main() else {}
