@@ -462,6 +462,7 @@ class Report:
 
     dir: tuple[Path, ...] = flag((), "folder with a score.json")
     out: Path = flag(Path("report"), "folder for report.txt and report.json")
+    FIRST = "dir"  # may stand without its flag
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -478,10 +479,6 @@ def report(cfg: Report) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["report"]:  # report DIR... is report --dir DIR ...
-        n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-        argv[1:n] = [word for folder in argv[1:n] for word in ("--dir", folder)]
     verb, cfg = runtime.parse_command(
         {"generate": Generate, "score": Score, "judge": Judge, "report": Report}, argv
     )

@@ -275,19 +275,17 @@ def find_sets(path: Path) -> list[SampleSet]:
     """Data sets at `path`: one file, one folder with part files, or a folder of such folders."""
     if path.is_file():
         return [SampleSet(path.stem, [path])]
-    places = [path] if part_files(path) else sorted(path.glob("*"))
-    folders = [folder for folder in places if part_files(folder)]
-    for folder in places:
-        if folder not in folders and (folder / "info.json").exists():
-            print(f"{folder}: left out, without a response so far", file=sys.stderr)
-    if not folders:
-        raise InputError(f"no part files in {path}; run `pairs.py sample` with that --out_dir")
     sets = []
-    for folder in folders:
-        about, ours = folder / "info.json", (folder / "run.json").exists()
-        known = runtime.read_json(about) if ours or about.exists() else {}
-        info = from_json(SampleInfo, known, about)
-        sets.append(SampleSet(folder.name, part_files(folder), info))
+    for folder in [path] if part_files(path) else sorted(path.glob("*")):
+        about, files = folder / "info.json", part_files(folder)
+        if files:
+            ours = (folder / "run.json").exists()
+            known = runtime.read_json(about) if ours or about.exists() else {}
+            sets.append(SampleSet(folder.name, files, from_json(SampleInfo, known, about)))
+        elif about.exists():
+            print(f"{folder}: left out, without a response so far", file=sys.stderr)
+    if not sets:
+        raise InputError(f"no part files in {path}; run `pairs.py sample` with that --out_dir")
     return sets
 
 
@@ -339,9 +337,6 @@ def sample(cfg: SampleConfig) -> None:
     questions = read_questions(cfg.questions, name, versions, tiles, cfg.seed, cfg.max_questions)
     folder, share = cfg.out_dir / name, math.ceil(cfg.num_samples / len(versions))
     claim(folder, text_settings(cfg) | {"name": name, "max_tiles": tiles}, "use another --out_dir")
-    root = os.path.relpath(cfg.root.resolve(), folder.resolve())
-    responses = share * len(questions)
-    info = SampleInfo(root, split_names(cfg.modes), responses, tiles)
     done, pixels = set(), {}  # (qid, k); qid -> keys of the images that were shown
     for source, row in read_parts(part_files(folder)):
         line = from_json(SampledLine, row, source)
@@ -354,14 +349,14 @@ def sample(cfg: SampleConfig) -> None:
     if more := sum(qid not in others for qid, _ in done - wanted):
         print(f"{folder}: has {more} beyond --num_samples; they are paired, too", file=sys.stderr)
     if wanted <= done:
-        print(f"{name}: all {responses} responses are there", file=sys.stderr)
+        print(f"{name}: all {len(wanted)} responses are there", file=sys.stderr)
     prompts, asked = [], {}  # asked: qid -> fields of the question
     for source, question in questions:
         qid = question["qid"]
         if is_mine(qid):
             paths = checked_images(cfg.root, question, source)
             keys = question["image_keys"] = [runtime.fingerprint([path]) for path in paths]
-            if pixels.get(qid, keys) != keys:
+            if (pixels.get(qid) or keys) != keys:
                 remedy = f"has changed since {folder} was sampled; use another --out_dir"
                 raise InputError(f"{source}: an image {remedy}")
             if not (missing := tuple(k for k in range(share) if (qid, k) not in done)):
@@ -371,7 +366,9 @@ def sample(cfg: SampleConfig) -> None:
             settings["system_prompt"] = question.get("system_prompt")
             prompts.append(Prompt(qid, question["question"], paths, **settings))
             asked[qid] = question
-    runtime.write_json(folder / "info.json", asdict(info))  # where the images are as they were
+    root = os.path.relpath(cfg.root.resolve(), folder.resolve())  # where they are as they were
+    info = SampleInfo(root, split_names(cfg.modes), len(wanted), tiles)
+    runtime.write_json(folder / "info.json", asdict(info))
 
     def record_of(s: Sample) -> dict:
         drawn = {"k": s.sample, "seed": cfg.seed, "response": s.text, "tiles": tiles}

@@ -163,8 +163,8 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     """Build dataclass `cls` from the command line.  Precedence: default < --config FILE < flag.
 
     Field types: str, int, float, bool (--x / --no-x), Path, Path | None (empty text = None),
-    Literal, and a tuple for a flag that may be repeated.  The flag named by `cls.FIRST` may come
-    first without its name.  Wrong usage exits with status 2.
+    Literal, and a tuple for a flag of several values.  The flag named by `cls.FIRST` may come first
+    without its name.  Wrong usage exits with status 2.
     """
     layout = functools.partial(argparse.RawTextHelpFormatter, max_help_position=42, width=200)
     text = inspect.cleandoc(cls.__doc__)
@@ -214,7 +214,7 @@ def add_flag(group: Any, f: dataclasses.Field, hint: Any) -> None:
     shown = "" if default in ("", "()", "None", ".") else f" [{default}]"
     options: dict[str, Any] = {"help": f"{text}{shown}\n{values}".replace("%", "%%")}
     if typing.get_origin(hint) is tuple:
-        options["action"], hint = "append", typing.get_args(hint)[0]
+        options["action"], options["nargs"], hint = "extend", "+", typing.get_args(hint)[0]
     kinds = typing.get_args(hint) or (hint,)
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -855,7 +855,7 @@ def test_two_models_of_one_shape_and_name_never_share_answers(world, monkeypatch
     assert evaluation.generate(asked(world, None, model_dir=first)) not in outs
     scores = [scored("pope", world / "data", out) for out in outs]
     assert scores[0]["weights"] != scores[1]["weights"]
-    evaluation.main(["report", *map(str, outs), "--out", "report"])
+    evaluation.main(["report", *map(str, outs), "--out", "report"])  # as --dir A B
     names = [f"model@{score['weights'][:8]}" for score in scores]
     assert list(json.loads(Path("report/report.json").read_text())["ours"]) == names
     assert all(f"{name} Direct" in capsys.readouterr().out for name in names[:1])
