@@ -68,6 +68,7 @@ IMPLEMENTED = {
     "pad2square": False,
     "use_sliding_window": False,
     "hidden_act": "silu",  # the ViT's is gelu
+    "projector_hidden_act": "gelu",  # a key of the -hf layout
 }
 # language models of the family -> what the official class assumes where a key is absent
 CLASS_DEFAULTS = {

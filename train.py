@@ -450,10 +450,7 @@ def compile_blocks(model: InternVL, **options: Any) -> None:
 
 
 def shard(model: InternVL, cfg: TrainConfig, device: torch.device) -> None:
-    """FSDP over the processes: each block is gathered alone, all the rest together.
-
-    One process alone needs it only to compute in another dtype than that of the weights.
-    """
+    """FSDP of `units_of`; one process alone needs it only to compute in another dtype."""
     dtype, world = compute_dtype(cfg, device), dist.get_world_size()
     if switched_on(cfg.compile, device):
         compile_blocks(model)
@@ -720,7 +717,8 @@ def step_gradient(run: Run, step: Step) -> PairLogps:
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
             loss = objective(run.terms, logps, **run.hyper)[0].sum() / len(step.pairs)  # eq. 3
-        (loss * dist.get_world_size()).backward()
+        if loss.requires_grad:  # or else all that is trained stands behind select_layer
+            (loss * dist.get_world_size()).backward()
         scored.append((place, logps))
     return gather(run, step, scored)
 

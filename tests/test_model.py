@@ -305,6 +305,7 @@ def with_llm(**values):
         (lambda c: c.update(ps_version="v1"), "ps_version is 'v1'"),
         (lambda c: c["llm_config"].update(hidden_act="gelu"), "hidden_act is 'gelu'; .* 'silu'"),
         (lambda c: c["vision_config"].update(hidden_act="relu"), "vision_config: .*hidden_act"),
+        (lambda c: c.update(projector_hidden_act="relu"), "projector_hidden_act is 'relu'"),
         (without("", "ps_version"), "ps_version is 'v1'"),  # the official class's default
         (without("", "use_thumbnail"), "use_thumbnail is False"),
         (lambda c: c.update(min_dynamic_patch=3), "min_dynamic_patch is 3"),

@@ -328,6 +328,16 @@ def test_a_run_without_any_gradient_fails_and_saves_no_model(base, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_adapters_that_select_layer_leaves_out_end_in_one_line(base, tmp_path):
+    """The model reads the ViT's embeddings: no block with an adapter is in its way to the loss."""
+    shutil.copytree(base.model_dir, tmp_path / "model")
+    config = json.loads((base.model_dir / "config.json").read_text()) | {"select_layer": 0}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    flags = {"model_dir": tmp_path / "model", "lora_rank": 2, "lora_parts": "vision"}
+    with pytest.raises(Failure, match="no weight has changed"):
+        run_here(replace(base, **flags, loss="sft", max_steps=2, out_dir=tmp_path / "run"))
+
+
 def test_a_finished_run_whose_metrics_were_deleted_is_exported_again(base, tmp_path, capsys):
     cfg = replace(base, loss="sft", out_dir=tmp_path / "run")
     run_here(cfg)
