@@ -24,10 +24,10 @@ class PlainConfig:
     steps: int = flag(8, "optimizer steps", low=1)
     batch_size: int = flag(8, "pairs a step", low=1)
     lr: float = flag(2e-3, "peak learning rate (the paper's 8B run: 5e-6)")
-    beta: float = flag(0.1, "KL coefficient of eq. 4 to 7")
     warmup: float = flag(0.05, "share of the steps with rising rate", low=0, high=1)
     weight_decay: float = flag(0.05, "AdamW's, for matrices", low=0)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm", low=0)
+    beta: float = flag(0.1, "KL coefficient of eq. 4 to 7")
     seed: int = flag(42, "order of the pairs")
 
 
