@@ -130,7 +130,7 @@ def plan_or_bench(cfg: TrainConfig) -> None:
     else:
         device = torch.device("cuda")
         cfg = plan.settle(cfg, config, cfg.gpus, device, print)
-        plan.say_plan(cfg, config, cfg.gpus // cfg.replicate, device, print)
+        plan.say_plan(cfg, config, cfg.gpus, device, print)
 
 
 def run_bench(cfg: TrainConfig, config: InternVLConfig) -> None:

@@ -14,7 +14,6 @@ lets it keep, and either the vocabulary or the last block of the language model 
 """
 
 import functools
-import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -140,7 +139,7 @@ class Meter:
 
     def __init__(self, cfg: TrainConfig, config: InternVLConfig, device: torch.device) -> None:
         self.cfg, self.config, world = cfg, config, rank_and_world()[1]
-        say_plan(cfg, config, world // cfg.replicate, device, say)
+        say_plan(cfg, config, world, device, say)
         peak, origin = device_peak(device, compute_dtype(cfg, device))
         say(f"an MFU of 1 would be {peak / 1e12:.3g} TFLOP/s a process ({origin})")
         self.peak = peak * world
@@ -187,11 +186,9 @@ class Plan:
         return (1 + RESERVE) * self.total
 
     def __str__(self) -> str:
-        cells = [f"{name} {n / GB:.4g}" for name, n in vars(self).items()]
-        return (
-            f"plan, GB a GPU: {', '.join(cells)}; {self.total / GB:.4g} in all, "
-            f"{self.needed / GB:.4g} with {RESERVE:.0%} in reserve"
-        )
+        cells = ", ".join(f"{name} {n / GB:.4g}" for name, n in vars(self).items())
+        reserve = f"{self.needed / GB:.4g} with {RESERVE:.0%} in reserve"
+        return f"plan, GB a GPU: {cells}; {self.total / GB:.4g} in all, {reserve}"
 
 
 def activations_of(
@@ -266,9 +263,9 @@ def sizes_of(cfg: TrainConfig, config: InternVLConfig) -> tuple[int, int, list, 
     return count(model), count(model, True), *blocks
 
 
-def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device) -> Plan:
+def plan_of(cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device) -> Plan:
     """What a GPU needs for packs full of image tokens, a quarter of them responses."""
-    size = compute_dtype(cfg, device).itemsize
+    shards, size = gpus // cfg.replicate, compute_dtype(cfg, device).itemsize
     state = 2 if cfg.state_dtype == "bf16" else 4
     same = replace(cfg, recompute="off", recompute_blocks=-1, sync="pack")
     everything, trained, blocks, learned = sizes_of(same, config)
@@ -278,7 +275,7 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch
     load = Load(cfg.pack_tokens, scored, tiles)
     compiled = switched_on(cfg.compile, device)
     kept, in_block, logits, head = activations_of(cfg, config, load, size, compiled)
-    together = shards * cfg.replicate > 1  # then whole gradients add up in float32
+    together = gpus > 1  # then whole gradients add up in float32
     at_once = cfg.sync == "step" and (together or size < state)  # all stays gathered, or cast
     gathered = size * (everything if at_once else root + 2 * max(blocks))  # one is fetched ahead
     # whole gradients wait for the rest of their block, then are reduced in float32
@@ -308,11 +305,11 @@ def memory_of(cfg: TrainConfig, device: torch.device) -> float:
 
 
 def fits(
-    cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, **change: Any
+    cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device, **change: Any
 ) -> bool:
-    """Whether the plan does, with some flags changed; where no memory is known every plan does."""
-    needed = plan_of(replace(cfg, **change), config, shards, device).needed
-    return needed <= (memory_of(cfg, device) or math.inf)
+    """Whether the plan does, with some flags changed; where no memory is known none does."""
+    plan = plan_of(replace(cfg, **change), config, gpus, device)
+    return plan.needed <= memory_of(cfg, device)
 
 
 def settle(
@@ -324,15 +321,13 @@ def settle(
     so it waits where there is still room.  On one GPU the casts of all weights in each pack, a
     tenth of a 2B's step, hide behind nothing: there they come first.
     """
-    memory, shards = memory_of(cfg, device), gpus // cfg.replicate
-    flags_fit = functools.partial(fits, config=config, shards=shards, device=device)
+    flags_fit = functools.partial(fits, config=config, gpus=gpus, device=device)
     casts = compute_dtype(cfg, device) is torch.bfloat16 and cfg.state_dtype == "fp32"
     if gpus == 1 and cfg.sync == "auto" and casts:
         least = {"recompute": cfg.recompute.replace("auto", "full")}
-        room = memory and flags_fit(cfg, sync="step", **least)
-        cfg = replace(cfg, sync="step" if room else "pack")
+        cfg = replace(cfg, sync="step" if flags_fit(cfg, sync="step", **least) else "pack")
     if cfg.recompute == "auto":
-        cfg = replace(cfg, recompute="full")
+        cfg, memory = replace(cfg, recompute="full"), memory_of(cfg, device)
         blocks = config.vision.num_hidden_layers + config.llm.num_hidden_layers
         again = bisect_left(range(blocks), True, key=lambda n: flags_fit(cfg, recompute_blocks=n))
         reason = f"as few as fit into {memory / GB:.4g} GB"
@@ -341,7 +336,7 @@ def settle(
         cfg = replace(cfg, recompute_blocks=again)
         say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
     if cfg.sync == "auto":
-        room = gpus > 1 and memory and flags_fit(cfg, sync="step")
+        room = gpus > 1 and flags_fit(cfg, sync="step")
         cfg = replace(cfg, sync="step" if room else "pack")
         if gpus > 1:
             say(f"sync auto: weights and gradients are exchanged once a {cfg.sync}")
@@ -349,10 +344,10 @@ def settle(
 
 
 def say_plan(
-    cfg: TrainConfig, config: InternVLConfig, shards: int, device: torch.device, say: Callable
+    cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device, say: Callable
 ) -> None:
     """Print the plan; InputError where it exceeds the GPU's memory, with flags that would help."""
-    memory, plan = memory_of(cfg, device), plan_of(cfg, config, shards, device)
+    memory, plan = memory_of(cfg, device), plan_of(cfg, config, gpus, device)
     say(plan)
     if not memory:
         return
@@ -368,9 +363,9 @@ def say_plan(
     }
     if not cfg.reference_update_every:  # a moving reference is a second model
         ways |= {"--reference cached": {"reference": "cached"}, "--lora_rank 16": {"lora_rank": 16}}
-    helpful = [way for way, change in ways.items() if fits(cfg, config, shards, device, **change)]
-    more = [n * shards for n in (2, 4, 8, 16) if fits(cfg, config, n * shards, device)]
-    helpful += [f"{n} GPUs a model copy" for n in more[:1]]
+    helpful = [way for way, change in ways.items() if fits(cfg, config, gpus, device, **change)]
+    more = [n * gpus for n in (2, 4, 8, 16) if fits(cfg, config, n * gpus, device)]
+    helpful += [f"{n} GPUs" for n in more[:1]]
     raise InputError(
         f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; this "
         f"would fit: {', or '.join(helpful) or 'several of ' + ', '.join(ways)}"
