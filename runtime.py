@@ -43,25 +43,9 @@ from typing import Any, BinaryIO, Literal
 
 from tqdm import tqdm
 
-# what other training programs call a flag -> what it is called here
-OTHER_NAMES = {
-    "learning_rate": "lr", "warmup_ratio": "warmup", "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size", "gradient_checkpointing": "recompute",
-    "model_name_or_path": "model_dir", "meta_path": "meta", "output_dir": "out_dir",
-    "loss_type": "loss", "max_seq_length": "max_length", "max_dynamic_patch": "max_tiles",
-    "gradient_accumulation_steps": "batch_size", "dataset": "meta", "rpo_alpha": "loss",
-    "save_steps": "save_every", "save_total_limit": "keep", "use_llm_lora": "lora_rank",
-    "freeze_backbone": "lr_vision", "freeze_llm": "lr_language", "freeze_mlp": "lr_projector",
-}  # fmt: skip
-# heading of --help -> flags that open it; any other flag stands with the one declared before it
-GROUPS = {
-    "model and data": "model_dir meta max_length max_tiles seed questions pairs samples root",
-    "objective": "loss beta",
-    "optimisation": "lr steps",
-    "memory and speed": "pack_tokens share_prefix gpu_memory cache_tokens dtype",
-    "sampling": "max_new_tokens num_samples stop",
-    "output": "out out_dir save_every plan json",
-}
+# the headings of --help, by the flags that open them (any other flag stands with the one declared
+# before it), and what other training programs call a flag
+FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text())
 
 
 class InputError(ValueError):
@@ -171,11 +155,12 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     parser = FlagParser(prog, "%(prog)s [flags]", text, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="config.json of an earlier run, replayed")
     hints = type_hints(cls)
-    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
-    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    headings, other_names = FLAGS["headings"], FLAGS["other names"]
+    titles = dict.fromkeys(headings.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
     group = groups["model and data"]
     for f in fields_of(cls):
-        group = groups.get(titles.get(f.name), group)
+        group = groups.get(headings.get(f.name), group)
         add_flag(group, f, hints[f.name])
 
     argv = sys.argv[1:] if argv is None else argv
@@ -184,7 +169,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        ours = dict(zip(hints, hints)) | {k: v for k, v in OTHER_NAMES.items() if v in hints}
+        ours = dict(zip(hints, hints)) | {k: v for k, v in other_names.items() if v in hints}
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), ours, n=1)
         hint = f"; did you mean --{ours[near[0]]}?" if near else ""
         parser.error(f"unknown flag {name}{hint}")

@@ -16,7 +16,7 @@ from conftest import ROOT
 import runtime
 from records import in_order
 from runtime import (
-    OTHER_NAMES,
+    FLAGS,
     AppendLog,
     InputError,
     claim,
@@ -104,7 +104,8 @@ def test_wrong_usage_exits_with_status_2_and_says_why(argv, message, capsys):
 
 def test_what_other_programs_call_a_flag_leads_to_one_of_train():
     flags = {f.name for f in fields(TrainConfig)}
-    assert set(OTHER_NAMES.values()) <= flags and not flags & set(OTHER_NAMES)
+    other_names = FLAGS["other names"]
+    assert set(other_names.values()) <= flags and not flags & set(other_names)
 
 
 def test_help_has_a_line_a_flag_under_headings(capsys):
