@@ -20,7 +20,7 @@ class PlainConfig:
     """Train on preference pairs in the plainest way, and ask the model one question."""
 
     model_dir: Path = flag(Path("toy/model"), "folder in the official layout")
-    meta: Path = flag(Path("toy/meta.json"), "the pairs: a meta.json of data sets, or one .jsonl")
+    meta: Path = flag(Path("toy/meta.json"), "meta.json or .jsonl of pairs; see tools/convert.py")
     steps: int = flag(8, "optimizer steps", low=1)
     batch_size: int = flag(8, "pairs a step", low=1)
     lr: float = flag(2e-3, "peak learning rate (the paper's 8B run: 5e-6)")

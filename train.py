@@ -42,7 +42,7 @@ class TrainConfig:
     """
 
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder in the official layout")
-    meta: Path = flag(Path("MMPR/meta.json"), "the pairs: a meta.json of data sets, or one .jsonl")
+    meta: Path = flag(Path("MMPR/meta.json"), "meta.json or .jsonl of pairs; see tools/convert.py")
     heldout: Path | None = flag(None, "pairs, as --meta, that are scored and never trained on")
     heldout_every: int = flag(50, "steps between two scorings of --heldout", low=1)
     keep_best: bool = flag(False, "keep the best step by --heldout in out_dir/best: see export.py")
