@@ -368,7 +368,7 @@ class Scheduler:
             if self.cache.enlarge(row.rooms[-1], row.rooms[-1].length + 1):
                 grown += 1
             else:
-                self.send_back(self.rows[-1])
+                self.leave(self.rows[-1], again=True)
 
     def step(self) -> Tensor:  # (row vocab)
         """Feed each row its last token."""
@@ -383,23 +383,19 @@ class Scheduler:
                 self.leave(row)
             yield row
 
-    def leave(self, row: Row) -> None:
-        """Free a row's memory, and its prompt's after the last row."""
+    def leave(self, row: Row, again: bool = False) -> None:
+        """Free a row's memory, and its prompt's after the last row; `again`: both come again."""
+        group = row.group
         self.rows.remove(row)
         self.cache.release(row.rooms[-1])
-        row.group.rows -= 1
-        if not row.group.rows and not row.group.todo:
-            self.groups.remove(row.group)
-            self.cache.release(row.group.room)
-
-    def send_back(self, row: Row) -> None:
-        """Give up a sample's memory, and its prompt's if no other row reads it: both come again."""
-        group, todo = row.group, [row.sample, *row.group.todo]
-        if group.rows == 1:
-            group.todo = []  # so that the prompt leaves, too
-            self.waiting.appendleft(group)
-        self.leave(row)
-        group.todo = todo
+        group.rows -= 1
+        if again:
+            group.todo.insert(0, row.sample)
+        if not group.rows and (again or not group.todo):
+            self.groups.remove(group)
+            self.cache.release(group.room)
+            if again:
+                self.waiting.appendleft(group)
 
 
 # --------------------------------------------------------------------------- the generator

@@ -387,13 +387,13 @@ def test_all_samples_run_at_once_where_the_cache_was_made_for_them(toy):
 def test_answers_that_outgrow_the_memory_begin_again_and_get_the_same_texts(toy, monkeypatch):
     hot = {"temperature": 2.0, "max_new_tokens": KEYS + 16}
     some, sent_back = [replace(prompts(toy)[0], samples=range(6))], []
-    send_back = Scheduler.send_back
+    leave = Scheduler.leave
 
-    def spy(scheduler, row):
-        sent_back.append(row.sample)
-        send_back(scheduler, row)
+    def spy(scheduler, row, again=False):
+        sent_back.extend([row.sample] * again)
+        leave(scheduler, row, again)
 
-    monkeypatch.setattr(Scheduler, "send_back", spy)
+    monkeypatch.setattr(Scheduler, "leave", spy)
     wide, prompt_blocks = sampler(toy, **hot), num_blocks(len(sampler(toy).encode(some[0]).ids))
     narrow = sampler(toy, cache_tokens=KEYS * (prompt_blocks + 4), **hot)
     wide.stop_ids = narrow.stop_ids = set()
