@@ -129,12 +129,10 @@ def generate(cfg: Generate) -> Path:
             log.close()
 
     done = answered(out)
-    number = sum(item["id"] in done for item in items)
-    if number < len(items):  # the process that completes the set writes the file
-        print(f"{out}: {number} of {len(items)} answered", file=sys.stderr)
-        return out
-    write_jsonl(out / "answers.jsonl", [done[item["id"]] for item in items])
-    print(f"{out / 'answers.jsonl'}: {len(items)} replies, {SETTINGS[cfg.cot]}", file=sys.stderr)
+    replies = [done[item["id"]] for item in items if item["id"] in done]
+    print(f"{out}: {len(replies)} of {len(items)} {made_by.setting} replies", file=sys.stderr)
+    if len(replies) == len(items):  # the process that completes the set writes the file
+        write_jsonl(out / "answers.jsonl", replies)
     return out
 
 
@@ -245,6 +243,11 @@ class Score(Replies):
         if not self.data and not (self.judgements and bench.judgements_suffice):
             raise ValueError("--data is needed")
 
+    def items(self) -> list[Item]:
+        return [
+            item | {"synonyms": self.synonyms or item.get("synonyms")} for item in super().items()
+        ]
+
 
 @dataclass(frozen=True)
 class RunFile:
@@ -285,7 +288,7 @@ def score(cfg: Score) -> dict:
     """The verb: what score.json holds."""
     bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
     cot = made_by.setting == "CoT"
-    items, replies, judgements = load_scored(cfg, runs)
+    items, replies, judgements = load(cfg, runs)
     mode = cfg.extraction or (bench.judge.mode if judgements and bench.judge else bench.modes[0])
     readings, missing = read_all(bench, items, replies, judgements, mode, cot)
     total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
@@ -295,6 +298,7 @@ def score(cfg: Score) -> dict:
     others = [m for m in bench.modes if m != mode and not bench.is_judged(m)]
     others = others if any(row["reply"] for row in seen) else []
     part = f" ({len(items)} of {bench.n_expected} items)"
+    absent = sorted({*bench.mean_of} - {item.get("category") for item in items})
     result = {
         "benchmark": bench.name,
         "model": cfg.name or made_by.model,
@@ -317,7 +321,7 @@ def score(cfg: Score) -> dict:
         "without_final_answer": sum(not FINAL.search(r["reply"]) for r in seen) if cot else None,
         "cut_off": sum(row.get("finish_reason") == "length" for row in seen),
         "missing_judgements": missing,
-        "notes": bench.notes(items, mode, cot),
+        "notes": bench.notes(items, mode, cot) + [f"without {', '.join(absent)}"] * bool(absent),
     }
     if missing:
         result["partial"] = {"score": total["score"], "n": total["n"]}
@@ -328,11 +332,34 @@ def score(cfg: Score) -> dict:
     return result
 
 
-def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], replies: dict) -> None:
-    """InputError where replies are the data itself, or our own ones to other questions.
+def load(
+    cfg: Replies, runs: dict[Path, RunFile]
+) -> tuple[list[Item], dict[str, dict], dict[str, dict]]:
+    """(items, replies, judgements) by id, which are about each other."""
+    bench = cfg.benchmark
+    if cfg.data:
+        items = cfg.items()
+        if blank := [i["id"] for i in items if i.get("answer") in ("", [], [""], [None])]:
+            remedy = "a split whose answers are not published can only be answered, by `generate`"
+            raise InputError(f"no gold answer to {files.listed(blank)}: {remedy}")
+    else:
+        rows = [row for path in cfg.judgements for row in files.read_rows(path)]
+        items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]
+    replies = files.load_replies(bench, items, cfg.answers)
+    judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
+    check_asked(cfg, runs, items, replies)
+    check_judged(cfg, items, replies, judgements)
+    if not judgements and bench.judge:
+        who = cfg.judge_name or "extraction column of the answers"
+        for name, row in replies.items():
+            if "extraction" in row:  # a judge's, in MathVista's outputs
+                text = "" if row["extraction"] is None else row["extraction"]
+                judgements[name] = {"judgement": text, "judge": who, "date": ""}
+    return [item for item in items if not item.get("_left_out")], replies, judgements
 
-    Likewise where judgements are of other replies, by the requests.jsonl beside them.
-    """
+
+def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], replies: dict) -> None:
+    """InputError where replies are the data itself, or our own ones to other questions."""
     questions = {item.get("_file") for item in items}
     fields = "|".join(cfg.benchmark.fields).split("|")
     for row in replies.values():
@@ -344,6 +371,14 @@ def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], repl
         known = asked(cfg.benchmark, [i for i in items if i["id"] in own], run.setting == "CoT")
         if run.questions not in (None, known) and run.prompts == PROMPTS_VERSION:
             raise InputError(f"--data: run.json in {folder} says that other ones were asked")
+
+
+def check_judged(cfg: Replies, items: list[Item], replies: dict, judgements: dict) -> None:
+    """InputError where judgements are the replies, or by requests.jsonl about other ones."""
+    answers = {row["_file"] for row in replies.values()}
+    for id, row in judgements.items():
+        if row["_file"] in answers and row["judgement"] == replies[id]["reply"]:
+            raise InputError(f"{row['_source']}: the reply itself, no judgement of it")
     answered = [item for item in items if cfg.data and item["id"] in replies]
     about = {item["id"]: about_what(cfg.benchmark, item, replies) for item in answered}
     for path in cfg.judgements:
@@ -358,33 +393,6 @@ def about_what(bench: Benchmark, item: Item, replies: dict[str, dict]) -> str:
     """A hash of an item's official fields and of the reply: what a judgement is about."""
     names = "|".join(bench.fields).split("|")
     return digest([replies[item["id"]]["reply"], *map(item.get, names)])
-
-
-def load_scored(
-    cfg: Score, runs: dict[Path, RunFile]
-) -> tuple[list[Item], dict[str, dict], dict[str, dict]]:
-    """(items, replies, judgements) by id; MathVista's outputs may hold a judge's extraction."""
-    bench = cfg.benchmark
-    if cfg.data:
-        items = cfg.items()
-        if blank := [i["id"] for i in items if i.get("answer") in ("", [], [""], [None])]:
-            remedy = "a split whose answers are not published can only be answered, by `generate`"
-            raise InputError(f"no gold answer to {files.listed(blank)}: {remedy}")
-    else:
-        rows = [row for path in cfg.judgements for row in files.read_rows(path)]
-        items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]
-    if cfg.synonyms:
-        items = [{**item, "synonyms": cfg.synonyms} for item in items]
-    replies = files.load_replies(bench, items, cfg.answers)
-    check_asked(cfg, runs, items, replies)
-    judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
-    if not judgements and bench.judge:
-        who = cfg.judge_name or "extraction column of the answers"
-        for name, row in replies.items():
-            if "extraction" in row:
-                text = "" if row["extraction"] is None else row["extraction"]
-                judgements[name] = {"judgement": text, "judge": who, "date": ""}
-    return [item for item in items if not item.get("_left_out")], replies, judgements
 
 
 def read_all(
@@ -425,10 +433,7 @@ def judge(cfg: Judge) -> list[str]:
     cfg = replace(cfg, judgements=cfg.judgements or tuple(cfg.out.glob("judgements.jsonl")))
     bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
     cot = made_by.setting == "CoT"
-    items = cfg.items()
-    replies = files.load_replies(bench, items, cfg.answers)
-    check_asked(cfg, runs, items, replies)
-    items = [item for item in items if not item.get("_left_out")]
+    items, replies, judgements = load(cfg, runs)
     with runtime.named(path := cfg.judge_template or TEMPLATES / f"{bench.name}.txt"):
         template = path.read_text("utf-8-sig")
     requests = []
@@ -443,7 +448,6 @@ def judge(cfg: Judge) -> list[str]:
                 "about": about_what(bench, item, replies),
             })  # fmt: skip
     write_jsonl(cfg.out / "requests.jsonl", requests)
-    judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
     judged = [item for item in items if item["id"] in judgements]
     read_all(bench, judged, replies, judgements, bench.judge.mode, cot)  # out of range ends here
     left = [request["id"] for request in requests if request["id"] not in judgements]

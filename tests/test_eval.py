@@ -457,6 +457,15 @@ def test_pope_is_paired_by_key_also_in_llavas_list(tmp_path):
     assert result["groups"]["category"]["random"]["TP"] == 2
 
 
+def test_a_score_of_a_part_says_which_categories_are_absent(tmp_path):
+    data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
+    assert scored("pope", data, answers)["notes"] == []
+    rows = [row for row in read_jsonl(answers) if row["category"] == "random"]
+    part = data / "coco_pope_random.json"
+    notes = scored("pope", part, write_jsonl(tmp_path / "b.jsonl", rows))["notes"]
+    assert notes == ["without adversarial, popular"]
+
+
 @pytest.mark.parametrize("no", ["**No**", "NO", "No!", '"No"', "No\nThere is none.", "It isn't"])
 def test_pope_counts_what_its_word_rule_misreads_and_shows_the_plain_score(no, tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl", no=no)
@@ -628,6 +637,14 @@ def test_judgements_of_other_replies_or_questions_are_refused(changed, tmp_path)
         scored("mmvet", data, answers, judgements=(judgements,))
     judgements.unlink()
     assert len(evaluation.judge(Judge(**flags))) == 3  # nothing is judged yet: asked anew
+
+
+def test_answers_are_no_judgements_of_themselves(tmp_path):
+    data, answers = tmp_path / "mm-vet.json", tmp_path / "model.json"
+    data.write_text(json.dumps(MMVET))
+    answers.write_text(json.dumps(dict.fromkeys(MMVET, "reply")))
+    with pytest.raises(InputError, match="model.json key 'v1_0': the reply itself, no judgement"):
+        scored("mmvet", data, answers, judgements=(answers,))
 
 
 def test_scoring_never_imports_torch(tmp_path):
