@@ -261,15 +261,13 @@ def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> li
 
 def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
     """Indices grouped so that no group's sizes exceed the budget: each into the first that fits."""
-    packs: list[list[int]] = []
+    packs: list[list[int]] = [[] for _ in sizes]
+    room = [budget] * len(sizes)
     for i, size in enumerate(sizes):
-        for pack in packs:
-            if sum(sizes[n] for n in pack) + size <= budget:
-                pack.append(i)
-                break
-        else:
-            packs.append([i])
-    return packs
+        first = next(p for p, left in enumerate(room) if left >= size)
+        packs[first].append(i)
+        room[first] -= size
+    return list(filter(None, packs))
 
 
 # --------------------------------------------------------------------------- the steps of a run
@@ -353,10 +351,17 @@ class PairData:
 
     def distinct_rows(self, steps: int) -> np.ndarray:  # (n 2)
         """(set, record) of the pairs of the first `steps` steps, each where it comes first."""
-        rows = np.concatenate([self.rows(step) for step in range(steps)])
-        sets, records = rows.T.astype(np.int64)
-        _, first = np.unique(sets << 32 | records, return_index=True)  # numbers sort fastest
-        return rows[np.sort(first)]
+        sizes = [len(data_set) for data_set in self.sets]
+        starts = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+        seen, parts = np.zeros(sum(sizes), bool), []
+        for epoch in range(-(-steps // self.steps_per_epoch)):  # one sort of all takes 300 MB more
+            rows = self.order(epoch)[: (steps - epoch * self.steps_per_epoch) * self.batch_size]
+            records, first = np.unique(starts[rows[:, 0]] + rows[:, 1], return_index=True)
+            parts.append(rows[np.sort(first[~seen[records]])])
+            seen[records] = True
+            if seen.all():
+                break  # later epochs bring nothing new
+        return np.concatenate(parts)
 
     def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
         """(packs of trees of these pairs, names of the records dropped as too long).
