@@ -417,10 +417,9 @@ def _same_items(a: Items, b: Items, same_value: Callable) -> bool:
         return all(_same(x, y, same_value) for x, y in zip(a.items, b.items))
     rest = list(b.items)
     for item in a.items:
-        place = next((i for i, other in enumerate(rest) if _same(item, other, same_value)), None)
-        if place is None:
+        if (same := next((x for x in rest if _same(item, x, same_value)), None)) is None:
             return False
-        del rest[place]
+        rest.remove(same)
     return True
 
 
@@ -680,7 +679,6 @@ _TOKEN = pattern("TOKEN")
 def _tokens(text: str) -> str:
     """Words in lower case without a plural's s and numbers by value, each between two blanks."""
     text = re.sub(r"\\frac\s*\{(-?[0-9]+)\}\s*\{([0-9]+)\}", r" \1/\2", text).lower()
-    text = re.sub("(?<=[a-z])'(?=[a-z])", "", text)
     words = [t.removesuffix("s") if len(t) > 3 else t for t in _TOKEN.findall(text)]
     words = [Fraction(w) if w[-1:].isdecimal() else w for w in words if w != "and"]
     return "".join(f" {quantities.NUMBER_OF.get(word, word)} " for word in words)
