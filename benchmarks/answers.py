@@ -25,7 +25,6 @@ import functools
 import itertools
 import math
 import operator
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -271,7 +270,6 @@ _FLIPPED = {">": "<", "≥": "≤"}
 @functools.lru_cache(maxsize=8192)
 def read(text: str, depth: int = 0) -> Quantity | Items | Relation | None:
     """A plain answer as mathematics; None when any part of it is prose."""
-    text = text.strip()
     if _PLAIN_NUMBER.fullmatch(text):
         return parse_expression(text)
     if len(text) > quantities.MAX_EXPRESSION or depth > 4 or not _MATHEMATICAL.search(text):
@@ -368,10 +366,7 @@ def same_answer(pred: str, gold: str) -> bool:
     for sign, rules in _BESIDE:
         if sign.match(pred) or sign.match(gold):
             pred, gold = rules(pred), rules(gold)
-    try:
-        return bool(pred and gold) and _same_plain(pred, gold)
-    except ArithmeticError:  # an exact number beyond the floats beside a float
-        return False
+    return bool(pred and gold) and _same_plain(pred, gold)
 
 
 def _same_plain(pred: str, gold: str) -> bool:
@@ -400,12 +395,15 @@ def _same_content(pred: str, gold: str) -> bool:
 
 def _same(a: Any, b: Any, same_value: Callable = quantities.same_value) -> bool:
     """One rule a kind; `b` is the gold one."""
-    if isinstance(a, Relation) or isinstance(b, Relation):
-        return _same_relation(a, b, same_value)
-    if isinstance(a, Items) and isinstance(b, Items):
-        return _same_items(a, b, same_value)
-    a, b = (x.value if isinstance(x, Items) else x for x in (a, b))
-    return a is not None and b is not None and quantities.same_quantity(a, b, same_value)
+    try:
+        if isinstance(a, Relation) or isinstance(b, Relation):
+            return _same_relation(a, b, same_value)
+        if isinstance(a, Items) and isinstance(b, Items):
+            return _same_items(a, b, same_value)
+        a, b = (x.value if isinstance(x, Items) else x for x in (a, b))
+        return a is not None and b is not None and quantities.same_quantity(a, b, same_value)
+    except ArithmeticError:  # an exact number beyond the floats beside a float
+        return False
 
 
 def _same_items(a: Items, b: Items, same_value: Callable) -> bool:
@@ -429,19 +427,12 @@ def _same_relation(a: Any, b: Any, same_value: Callable) -> bool:
     if len(names) == 1 and names != {""}:
         a, b = (x.sides[0] if isinstance(x, Relation) else x for x in (a, b))
         return _same(a, b, same_value)
-    letters = _letters(a) ^ _letters(b)
-    a, b = (_with_signs(x, letters) for x in (a, b))
-    if not a or not b or a.signs != b.signs:
-        return False
-    if all(map(_same, a.sides, b.sides)):
-        return True
-    if not all(isinstance(x, Quantity) and x.unit is None for x in (*a.sides, *b.sides)):
-        return False
-    differences = (
-        [quantities.combine(operator.sub, y, x) for x, y in itertools.pairwise(r.sides)]
-        for r in (a, b)
-    )
-    return all(map(_proportional, *differences, a.signs))
+    both = isinstance(a, Relation) and isinstance(b, Relation)
+    if both and a[:2] == b[:2] and all(map(_same, a.sides, b.sides)):
+        return True  # x > 5 cm and 5 cm < x
+    letters = _letters(a) ^ _letters(b)  # of an interval that of the relation beside it
+    a, b = (_differences(x, letters) for x in (a, b))
+    return len(a) == len(b) > 0 and all(map(_proportional, a, b))
 
 
 def _letters(x: Any) -> frozenset[str]:
@@ -451,33 +442,39 @@ def _letters(x: Any) -> frozenset[str]:
     return frozenset().union(*letters) - {"∞"}
 
 
-def _with_signs(x: Any, letters: frozenset[str]) -> Relation | None:
-    """y = 2x + 1 as an equation of two expressions; (1, 5] as 1 < x <= 5, (3, oo) as 3 < x."""
-    if isinstance(x, Relation) and x.signs:
-        return x
-    interval = x.sides[0] if isinstance(x, Relation) else x
-    if not isinstance(interval, Items):
-        name = isinstance(x, Relation) and parse_expression(x.name)
-        return Relation("", ("=",), (name, interval)) if name else None
-    if len(letters) != 1 or len(interval.items) != 2 or not set(interval.brackets) <= set("()[]"):
-        return None
-    (low, high), infinity = interval.items, quantities.letter("∞")
-    sides = [low, quantities.letter(*letters), high]
-    signs = ["≤" if bracket in "[]" else "<" for bracket in interval.brackets]
-    if high == infinity:
-        del sides[-1], signs[-1]
-    if low == infinity.times(-1):
-        del sides[0], signs[0]
-    return Relation("", tuple(signs), tuple(sides))
+def _differences(x: Any, letters: frozenset[str]) -> list[tuple[str, Quantity]]:
+    """Each sign with its right side less its left one: y = 2x + 1 is an equation of two
+    expressions, (1, 5] is 1 < x <= 5 and (3, oo) is 3 < x; nothing where there are no expressions.
+    """
+    name, signs, sides = x if isinstance(x, Relation) else ("", (), (x,))
+    if not signs and isinstance(interval := sides[0], Items):
+        if (
+            len(letters) != 1
+            or len(interval.items) != 2
+            or not set(interval.brackets) <= set("()[]")
+        ):
+            return []
+        signs = ["≤" if bracket in "[]" else "<" for bracket in interval.brackets]
+        sides = interval.items[0], quantities.letter(*letters), interval.items[1]
+    elif not signs:
+        signs, sides = "=", (parse_expression(name), *sides)
+    if not all(isinstance(side, Quantity) and side.unit is None for side in sides):
+        return []
+    return [
+        (sign, quantities.combine(operator.sub, right, left))
+        for sign, (left, right) in zip(signs, itertools.pairwise(sides))
+        if "∞" not in left.letters | right.letters
+    ]
 
 
-def _proportional(a: Quantity, b: Quantity, sign: str) -> bool:
-    """2x - 3y = -11 and 4x - 6y + 22 = 0: one is a multiple of the other."""
-    values = quantities.defined(a, b)
-    if not a.letters or a.letters != b.letters or len(values) < 2 or not all(map(all, values)):
+def _proportional(a: tuple[str, Quantity], b: tuple[str, Quantity]) -> bool:
+    """2x - 3y = -11 and 4x - 6y + 22 = 0: one difference is a multiple of the other."""
+    (sign, x), (gold_sign, gold) = a, b
+    values = quantities.defined(x, gold)
+    if sign != gold_sign or not x.letters or x.letters != gold.letters or len(values) < 2:
         return False
-    ratios = [x / y for x, y in values]
-    same_side = sign in "=≠" or ratios[0] > 0
+    ratios = [x / gold if gold else 0 for x, gold in values]
+    same_side = ratios[0] != 0 and (sign in "=≠" or ratios[0] > 0)
     return same_side and all(math.isclose(r, ratios[0], rel_tol=1e-9) for r in ratios)
 
 
@@ -705,7 +702,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         return True
     if len(words) == len(gold_words) > 0 and all(map(_alike, words, gold_words)):
         return True
-    if "".join(words) == "".join(gold_words) != "" and "".join(words).isalpha():
+    if (glued := "".join(words)).isalpha() and glued == "".join(gold_words):
         return True  # hotdog for hot dog
     listed = len(words) > 1 and re.search(r"[,&]|\w\w ?[=∥⊥] ?\w\w|[0-9]/|\band\b", answer + gold)
     if listed and sorted(words) == sorted(gold_words):
@@ -721,22 +718,18 @@ def is_ambiguous(answer: str, gold: str) -> bool:
 
 def _alike(word: str, gold: str) -> bool:
     """surfing and surf, colour and color: perhaps forms of one word."""
-    shared, longer = len(os.path.commonprefix([word, gold])), max(len(word), len(gold))
-    return word == gold or (shared > 3 and longer - shared < 4 and (word + gold).isalpha())
+    head = max(4, len(word) - 3, len(gold) - 3)  # all but three letters
+    return word == gold or (word[:head] == gold[:head] and (word + gold).isalpha())
 
 
 def _close(a: Quantity, b: Quantity) -> bool:
     """Within a hundredth, or what the gold number rounds to: 3.1 beside 3.14."""
-    pairs = quantities.defined(a, b)
-    try:
-        return bool(pairs) and all(
-            x == y
-            or not (quantities.is_whole(x) and quantities.is_whole(y))
-            and abs(x - y) <= max(abs(y) / 100, a.step * abs(x) / 2)
-            for x, y in pairs
-        )
-    except ArithmeticError:
-        return False
+    return bool(pairs := quantities.defined(a, b)) and all(
+        x == y
+        or not (quantities.is_whole(x) and quantities.is_whole(y))
+        and abs(x - y) <= max(abs(y) / 100, a.step * abs(x) / 2)
+        for x, y in pairs
+    )
 
 
 class Verdict(NamedTuple):
