@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import signal
 import struct
 import time
@@ -169,9 +168,7 @@ from weights import FLOATS, local
 
 LOCK_SECONDS = 20
 SCORING_VERSION = "1"  # raise it when a change moves log-probs: cached ones are refused then
-# a line of the reference's part files; the checksum is of all that stands before it
-ROW = re.compile(rb'({"key": "(.{32})", "logp": ([^,]+)), "checksum": "(.{8})"}\n')
-checksum = partial(hashlib.blake2b, digest_size=4)
+checksum = partial(hashlib.blake2b, digest_size=4)  # of a row of the cached reference
 PARTS = ("vision_model", "projector", "language_model")
 SHOWN = "loss rewards/margin rewards/accuracy nll grad_norm lr mfu tokens_per_s".split()
 
@@ -271,7 +268,6 @@ class Run:
 
         background = switched_on(cfg.async_save, device)
         self.writer = weights.CheckpointWriter(cfg.out_dir / "checkpoints", cfg.keep, background)
-        self.best_writer = weights.CheckpointWriter(cfg.out_dir / "best", keep=1)
         path = cfg.out_dir / "metrics.jsonl"
         rows = runtime.read_whole_lines(path, step=int, lr=float, grad_norm=float)
         self.rows = [row for row in rows if row["step"] <= self.done]
@@ -323,7 +319,7 @@ class Run:
         state = {"flags": self.facts, "bco_shift": asdict(self.shift), "updates": updates}
         if cfg.keep_best and best_row([*self.best, self.rows[-1]]) is self.rows[-1]:
             self.best = self.rows[-1:]
-            self.best_writer.save(number, self.tensors, state)
+            weights.CheckpointWriter(cfg.out_dir / "best", keep=1).save(number, self.tensors, state)
         if last or number % cfg.save_every == 0:
             self.writer.save(number, self.tensors, state)
             self.tracker.draw(last)
@@ -613,10 +609,11 @@ class CachedReference:
 
 def scored_row(line: bytes, name: str) -> bytes:
     """Key and log-prob of a line; there may be millions, too many to parse as JSON."""
-    row = ROW.fullmatch(line)
-    if not row or row[4].decode() != checksum(row[1] + b"}").hexdigest():
+    row, _, end = line.rpartition(b', "checksum": ')  # which is of all that stands before it
+    if end != b'"%s"}\n' % checksum(row + b"}").hexdigest().encode():
         raise InputError(f"{name}: not as it was written; delete this part")
-    return bytes.fromhex(row[2].decode()) + struct.pack("f", float(row[3]))
+    key, logp = row.removeprefix(b'{"key": "').split(b'", "logp": ')
+    return bytes.fromhex(key.decode()) + struct.pack("f", float(logp))
 
 
 def cache_facts(run: Run) -> dict[str, str]:
