@@ -250,9 +250,8 @@ class Run:
         dist.all_reduce(extremes, dist.ReduceOp.MAX)  # the largest, and minus the smallest
         if extremes.sum():  # nodes may have disks of their own
             raise InputError(f"{cfg.meta} or {cfg.out_dir} differs between nodes: share a disk")
-        cfg = settle(asked, config, dist.get_world_size(), device, say)
-        cfg = replace(cfg, sync="step" if runtime.all_of(cfg.sync == "step") else "pack")
-        self.cfg, self.total = cfg, last_step(cfg, self.data)
+        self.cfg = cfg = settle(asked, config, dist.get_world_size(), device, say)
+        self.total = last_step(cfg, self.data)
         self.meter = Meter(cfg, config, device)
 
         self.facts = run_facts(self, newest)

@@ -1,9 +1,11 @@
 """What a step is said to cost, in bytes and FLOPs, is what it costs."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_forks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -149,6 +151,19 @@ def test_as_few_blocks_are_computed_again_as_the_plan_allows(
     if memory and again:
         one_less = replace(cfg, recompute_blocks=again - 1)
         assert plan_of(one_less, config, gpus, GPU).needed > memory * GB
+
+
+def settle_with_memory_of_its_own(folder):
+    (cfg, config), lines = asked_of("2b", gpu_memory=(80.0, 16.0)[int(os.environ["RANK"])]), []
+    with process_group(0):
+        cfg = settle(cfg, config, 8, GPU, lines.append)
+    (folder / os.environ["RANK"]).write_text(f"{cfg.sync}: {lines[-1]}")
+
+
+def test_processes_whose_memory_differs_exchange_alike_and_say_so(tmp_path):
+    run_forks(2, settle_with_memory_of_its_own, tmp_path)
+    told = "pack: sync auto: weights and gradients are exchanged once a pack"
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [told, told]
 
 
 def test_one_gpu_that_computes_with_its_own_weights_keeps_no_others_for_a_step():

@@ -28,7 +28,7 @@ from config import InternVLConfig, LLMConfig
 from data import Tree, images_of
 from losses import needs_reference, parse_objective
 from model import InternVL
-from runtime import InputError, rank_and_world, read_json, say
+from runtime import InputError, all_of, rank_and_world, read_json, say
 from train import PARTS, TrainConfig, compute_dtype, prepare, switched_on, units_of
 from vision import VisionConfig
 
@@ -336,7 +336,7 @@ def settle(
         cfg = replace(cfg, recompute_blocks=again)
         say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
     if cfg.sync == "auto":
-        room = gpus > 1 and flags_fit(cfg, sync="step")
+        room = all_of(gpus > 1 and flags_fit(cfg, sync="step"))  # their memories may differ
         cfg = replace(cfg, sync="step" if room else "pack")
         if gpus > 1:
             say(f"sync auto: weights and gradients are exchanged once a {cfg.sync}")
