@@ -167,6 +167,8 @@ def greedy_ids(
     answer: list[int] = []
     while len(answer) < max_new_tokens and stop not in answer:
         logits = model(torch.tensor([prompt + answer]), tiles)[0, -1]
+        if model.image_context_id is not None:  # an answer holds no image
+            logits[model.image_context_id] = -math.inf
         answer.append(int(logits.argmax()))
     return answer
 

@@ -115,6 +115,18 @@ def test_every_decoder_trains_as_in_the_plain_way_and_resumes(fast, tmp_path, ll
         same_weights(run, dict(policy.named_parameters()))
 
 
+@pytest.mark.parametrize("image_context_id", [3, None])
+def test_the_plain_answer_never_holds_an_image_token(image_context_id):
+    """A random model may find it the likeliest, and its rows are the image's."""
+
+    def model(ids, tiles):
+        return torch.tensor([0.0, 1.0, 2.0, 4.0, 3.0]).expand(1, ids.shape[1], 5).clone()
+
+    model.image_context_id = image_context_id
+    answer = plain.greedy_ids(model, None, [1, 3], stop=2, max_new_tokens=3)
+    assert answer == [4 if image_context_id else 3] * 3
+
+
 def test_greedy_answers_are_those_of_calling_the_model_again_and_again(trained):
     folder = trained / "base" / "model"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
