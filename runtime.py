@@ -648,7 +648,7 @@ def _lock(file: BinaryIO) -> bool:
     return False
 
 
-def bar(items: Iterable | None = None, **options: Any) -> tqdm:
+def bar(items: Iterable, **options: Any) -> tqdm:
     """A bar of tqdm on rank 0; in a file or a pipe it is drawn every ten seconds."""
     seconds = 0.1 if sys.stderr.isatty() else 10
     return tqdm(items, disable=not is_main(), mininterval=seconds, **options)

@@ -245,15 +245,14 @@ def write_weights(model: InternVL, like: Path, partial: Path) -> None:
             write_tensors(shard, partial / path.name, metadata=metadata)
 
 
-def export_folder(out_dir: Path, *inputs: Path) -> Path:
+def export_folder(out_dir: Path, like: Path) -> Path:
     """The folder behind `out_dir`, links followed, if an export may be written there.
 
-    InputError where it overlaps with an input, or holds anything that no export of ours wrote.
+    InputError where it overlaps with the input, or holds anything that no export of ours wrote.
     """
-    out = Path(out_dir).resolve()
-    for folder in (Path(path).resolve() for path in inputs):
-        if out.is_relative_to(folder) or folder.is_relative_to(out):
-            raise InputError(f"{out_dir} and the input {folder} overlap; name another folder")
+    out, like = Path(out_dir).resolve(), Path(like).resolve()
+    if out.is_relative_to(like) or like.is_relative_to(out):
+        raise InputError(f"{out_dir} and the input {like} overlap; name another folder")
     if out.exists() and not out.is_dir():  # a device, too, would be renamed away
         raise InputError(f"{out_dir} is no folder; name another one")
     mark = out / EXPORT_MARK
@@ -323,8 +322,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> 
 
 # --------------------------------------------------------------------------- checkpoints
 
-# checkpoints/step-00000120/ = state.json, shard-000-of-002.safetensors ... and beside each file its
-# checksum; rows are spread over the shards as torch.chunk does: any number of processes can read.
+# checkpoints/step-00000120/ = state.json, shard-000-of-002.safetensors, ..., each with a .checksum
 
 
 def sign(path: Path) -> None:
