@@ -105,8 +105,7 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
     for name in ("text_config" if is_hf else "llm_config", "vision_config"):
         if not isinstance(raw.get(name), dict):
             raise InputError(f"{file}: no {name!r}; expected the config.json of an InternVL model")
-    raw = _official_keys(raw) if is_hf else raw
-    raw = {"ps_version": "v1", "use_thumbnail": False} | raw
+    raw = {"ps_version": "v1", "use_thumbnail": False} | (_official_keys(raw) if is_hf else raw)
     if not raw.get("dynamic_image_size"):
         raw |= {"max_dynamic_patch": 1, "use_thumbnail": True}  # one tile has no thumbnail
     for part, name in ((raw["llm_config"], llm_name), (raw, file)):
@@ -168,15 +167,16 @@ def _llm_config(raw: dict, name: str, is_hf: bool) -> LLMConfig:
         raise InputError(f"{name}: the language model is {given} ({releases}); {known}")
     if "sliding" in str(llm.get("layer_types")):
         raise InputError(f"{name}: layer_types has sliding windows; full attention is implemented")
-    theta, factor = _rope(llm, name)
+    base, factor = _rope(llm, name)
     tied = True in (raw.get("tie_word_embeddings"), llm.get("tie_word_embeddings"))
-    values = {"architecture": architecture, "rope_theta": theta, "rope_factor": factor}
-    llm = CLASS_DEFAULTS[architecture] | llm | values | {"tied": tied}
-    config = from_json(LLMConfig, llm, name)
+    values = {"architecture": architecture, "tied": tied, "rope_theta": base, "rope_factor": factor}
+    config = from_json(LLMConfig, CLASS_DEFAULTS[architecture] | llm | values, name)
     if (config.pad_token_id or 0) >= config.vocab_size:
         raise InputError(f"{name}: pad_token_id {config.pad_token_id} is not in the vocabulary")
     if config.head_dim is None:
         config = replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+    if config.num_attention_heads % config.num_key_value_heads or max(1, config.head_dim) % 2:
+        raise InputError(f"{name}: its key heads do not divide its heads, or head_dim is odd or 0")
     return config
 
 
