@@ -237,15 +237,21 @@ def checked_rid(types: dict[str, Any], record: dict, name: object) -> str:
     return record["rid"]
 
 
-def drop_repeats(rows: list[dict], name: str) -> list[dict]:
-    """Rows in the order of (qid, k), each response once; a response with two texts is an error."""
+def drop_repeats(lines: list[Line]) -> list[dict]:
+    """Records in the order of (qid, k or draw), each once; one with two texts is an error."""
     kept: dict[tuple, dict] = {}
-    for row in rows:
-        rid = (row.get("qid", ""), row["k"])
+    for i, line in enumerate(lines):
+        row = line.record()
+        rid = row.get("qid", ""), row.setdefault("k", row.get("draw", i))
         if kept.setdefault(rid, row) != row:
             problem = "stands in two part files, or on two lines, with different text"
-            raise InputError(f"{name}: response {rid} {problem}; give each line a 'k' or none one")
+            raise InputError(f"{line}: response {rid} {problem}; give each line a 'k' or none one")
     return [kept[rid] for rid in sorted(kept)]
+
+
+def picked(record: dict, names: str) -> dict:
+    """Those of these fields that a record has."""
+    return {name: record[name] for name in names.split() if name in record}
 
 
 @dataclass(frozen=True)
@@ -416,7 +422,7 @@ def judge_group(
             "k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason,
             "answer": verdict.answer, "prompt_version": version,
         }  # fmt: skip
-        meta |= {name: row[name] for name in ("qid", "finish_reason", "tokens") if name in row}
+        meta |= picked(row, "qid finish_reason tokens")
         key = row["question"], verdict.label, text
         if not text.strip():  # nothing to train on
             counts["empty responses"] += 1
@@ -429,8 +435,8 @@ def judge_group(
     counts["questions all right"] += labels <= {"correct"}
     counts["questions never right"] += not solved
     wanted = rationales == "all" or (rationales == "unsolved" and not solved)
-    rationales = filter(None, ((row.get("rationale") or "").strip() for row in rows))
-    if wanted and (rationale := next(rationales, "")):
+    given = filter(None, ((row.get("rationale") or "").strip() for row in rows))
+    if wanted and (rationale := next(given, "")):
         text = f"{rationale}\nFinal answer: {rows[0]['answer']}"
         meta = {"k": None, "verdict": "correct", "reason": "gold rationale"}
         for question in sorted({row["question"] for row in rows}):
@@ -490,7 +496,7 @@ def response_key(record: dict, name: str) -> str:
         raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
     if wrong := answers.check_gold(answer):
         raise InputError(f"{name}: the gold answer {wrong}")
-    question = record.get("question_orig", record["question"])
+    question = record.get("question_orig") or record["question"]
     images = tuple(images_of(record, name))
     return digest_again(images, question, str(answer), *system_of(record))
 
@@ -510,25 +516,22 @@ def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet) -> "Plan":
     lines, wanted = sum(map(len, groups.values())), data_set.info.responses
     if lines < wanted:
         print(f"{name}: {lines} of {wanted} responses so far")
-    pair = functools.partial(pair_question, cfg, name, modes)
+    pair = functools.partial(pair_question, cfg, modes)
     facts = {"modes": modes, "cap": cfg.pairs_per_query}
     return Plan(data_set, files, [*groups.items()], pair, facts, cfg.workers)
 
 
 def pair_question(
-    cfg: CorrectnessConfig, name: str, modes: list[str], group: Group, tally: Tally
+    cfg: CorrectnessConfig, modes: list[str], group: Group, tally: Tally
 ) -> dict[str, list[dict]]:
     """Kind -> pairs of the responses to one question."""
     (key, lines), counts = group, tally["counts"]
-    records = [line.record() for line in lines]
-    for i, row in enumerate(records):
-        row.setdefault("k", i)
-    rows = drop_repeats(records, name)
+    rows = drop_repeats(lines)
     spend(tally["cost"], *rows)
     judged, judged_counts = judge_group(rows, modes, cfg.gold_rationales, cfg.clean)
     drawn = draw_pairs(judged, key, cfg.seed, cfg.pairs_per_query, cfg.official_caps)
     counts += judged_counts
-    counts["repeated lines"] += len(records) - len(rows)
+    counts["repeated lines"] += len(lines) - len(rows)
     counts["questions without a pair"] += not any(drawn.values())
     tally["pairs_per_query"][str(sum(map(len, drawn.values())))] += 1
     gold, made = {"answer_gt": str(rows[0]["answer"])}, {}
@@ -536,8 +539,8 @@ def pair_question(
         sides = [(c.question, (c.text, c.meta), (r.text, r.meta)) for c, r in pairs]
         made[kind] = [pair_record(rows[0], *side, gold) for side in sides]
     if all(response.verdict != "correct" for response in judged):
-        names = "qid image question question_orig answer prompt_version system_prompt".split()
-        made["all wrong"] = [{n: rows[0][n] for n in names if n in rows[0]}]
+        names = "qid image question question_orig answer prompt_version system_prompt"
+        made["all wrong"] = [picked(rows[0], names)]
     return made
 
 
@@ -761,9 +764,8 @@ def continue_responses(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
         reason = useless(row, s.text)
         draws[row["rid"]] = s.sample + 1 if reason else MAX_DRAWS
         names = "image question qid k finish_reason tokens prompt_tokens image_tokens system_prompt"
-        source = {n: row[n] for n in names.split() if n in row}
-        record = {"rid": row["rid"], "draw": s.sample, "reason": reason or "ok", "source": source}
-        record |= {"chosen": row["response"], "rejected": s.text}
+        record = {"rid": row["rid"], "draw": s.sample, "reason": reason or "ok"}
+        record |= {"source": picked(row, names), "chosen": row["response"], "rejected": s.text}
         return record | {"kept": len(row["kept"]), "glue": row["glue"]}
 
     for draw in range(MAX_DRAWS):
@@ -787,8 +789,7 @@ def plan_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
     """The pair of a response and the first of its continuations that is usable."""
-    rows, counts = map(Line.record, group[1]), tally["counts"]
-    draws = drop_repeats([row | {"k": row["draw"]} for row in rows], f"response {group[0]}")
+    draws, counts = drop_repeats(group[1]), tally["counts"]
     source = draws[0]["source"]
     spend(tally["cost"], source, *draws)
     for row in draws:
@@ -799,10 +800,9 @@ def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list
         return {}
     cut = {"cut_off": True} if good["finish_reason"] == "length" else {}
     counts["cut off"] += len(cut)
-    names = ("qid", "k", "finish_reason", "tokens")
-    chosen = good["chosen"], {n: source[n] for n in names if n in source}
-    names = ("kept", "glue", "draw", "finish_reason", "tokens")
-    rejected = good["rejected"], {"keep_ratio": cfg.keep_ratio} | {n: good[n] for n in names}
+    chosen = good["chosen"], picked(source, "qid k finish_reason tokens")
+    known = picked(good, "kept glue draw finish_reason tokens")
+    rejected = good["rejected"], {"keep_ratio": cfg.keep_ratio} | known
     return {"dropout_ntp": [pair_record(source, source["question"], chosen, rejected, cut)]}
 
 

@@ -187,6 +187,12 @@ def test_identity_tells_a_list_from_its_printed_form(world):
     assert len({fields["qid"] for _, fields in found}) == 2
 
 
+def test_a_question_that_was_not_wrapped_may_say_so_with_null():
+    row = {"image": "a", "response": "r", "answer": "1", "question": "q", "question_orig": None}
+    keys = {pairs.response_key(row | {"question": q}, "x") for q in ("q", "another")}
+    assert len(keys) == 2 and pairs.response_key(row | {"question_orig": "q"}, "x") in keys
+
+
 # --------------------------------------------------------------------------- judging, pairing
 
 
@@ -517,7 +523,7 @@ def test_a_response_with_two_texts_is_an_error_and_a_repeated_line_is_not(world)
     write_lines(
         world / "samples" / "toys" / "part-0-of-2.jsonl", [{**rows[0], "response": "other"}]
     )
-    with pytest.raises(InputError, match="^toys: response .* two part files"):
+    with pytest.raises(InputError, match="line 1: response .* two part files"):
         pairs.correctness(pairs.CorrectnessConfig())
 
 

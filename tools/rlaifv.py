@@ -151,7 +151,7 @@ def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) 
     for row, lines in candidates(data_set, folder):
         groups[pairs.digest(row["qid"])] += lines
     for key, lines in sorted(groups.items()):
-        rows = pairs.drop_repeats([line.record() for line in lines], data_set.name)
+        rows = pairs.drop_repeats(lines)
         for row in rows:
             for spent in (row, *row["split_cost"]):
                 pairs.spend(cost, spent)
@@ -168,8 +168,8 @@ def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) 
 
 
 def write_pair(pair: tuple[dict, dict], _: pairs.Tally) -> dict[str, list[dict]]:
-    names = ("qid", "k", "finish_reason", "score", "claims", "yes_no")
-    sides = [(row["response"], {n: row[n] for n in names if n in row}) for row in pair]
+    names = "qid k finish_reason score claims yes_no"
+    sides = [(row["response"], pairs.picked(row, names)) for row in pair]
     return {KIND: [pairs.pair_record(pair[0], pair[0]["question"], *sides, {})]}
 
 
