@@ -110,17 +110,16 @@ def _undress_line(head: str, trigger: str, answer: str) -> tuple[int, str, str]:
 
 def _parse_after_trigger(response: str) -> Parsed:
     triggers, _, before, _, answer = _answer_line(response)
-    for failed, name in (
-        (triggers == 0, "no trigger"),
-        (triggers > 2, "more than two triggers"),
-        (not before.strip(), "empty rationale"),
-        (not answer, "empty answer"),
-        ("\n" in answer or "\r" in answer, "answer on several lines"),
-        ("\n" not in response.strip(), "no line break between rationale and answer"),
-    ):
-        if failed:
-            return Parsed(failure=name)
-    return Parsed(before.strip(), answer)
+    failures = {
+        "no trigger": triggers == 0,
+        "more than two triggers": triggers > 2,
+        "empty rationale": not before.strip(),
+        "empty answer": not answer,
+        "answer on several lines": "\n" in answer or "\r" in answer,
+        "no line break between rationale and answer": "\n" not in response.strip(),
+    }
+    failure = next((name for name, failed in failures.items() if failed), None)
+    return Parsed(failure=failure) if failure else Parsed(before.strip(), answer)
 
 
 def _last_box(text: str) -> tuple[int, str | None]:
@@ -700,10 +699,10 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     part = words and {*words} < {*gold_words}  # `left` of `left side`
     if (want and want in have) or (part and (have in want or not _NOT_WORDING.search(gold))):
         return True
-    if len(words) == len(gold_words) > 0 and all(map(_alike, words, gold_words)):
+    glued = "".join(words)  # hotdog for hot dog
+    alike = len(words) == len(gold_words) > 0 and all(map(_alike, words, gold_words))
+    if alike or (glued.isalpha() and glued == "".join(gold_words)):
         return True
-    if (glued := "".join(words)).isalpha() and glued == "".join(gold_words):
-        return True  # hotdog for hot dog
     listed = len(words) > 1 and re.search(r"[,&]|\w\w ?[=∥⊥] ?\w\w|[0-9]/|\band\b", answer + gold)
     if listed and sorted(words) == sorted(gold_words):
         return True  # blue and red for red and blue, 3/5/2024 for May 3, 2024

@@ -11,7 +11,6 @@ Values are exact (`Fraction`) while they are rational, else floats.  No margin i
 3.2e-19 is not 1.6e-19 and neither is 0.
 """
 
-import calendar
 import functools
 import itertools
 import math
@@ -114,11 +113,6 @@ def _ungrouped(match: re.Match) -> str:
     return match[0] if separates else re.sub("[ ,'._]", "", match[0])
 
 
-def _date(match: re.Match) -> str:
-    """2024-03-05, 2024年3月5日 -> Mar 5, 2024"""
-    return f"{calendar.month_abbr[int(match[3])]} {int(match[4])}, {match[1]}"
-
-
 def _clock(match: re.Match) -> str:
     """quarter to 5 -> 4:45, half past 10 -> 10:30, 20 minutes past 6 -> 6:20"""
     minutes = int(match["minute"] or 60 // NUMBER_OF[match["part"].lower()])
@@ -128,7 +122,7 @@ def _clock(match: re.Match) -> str:
 
 _COMPUTED = {
     "@": _sign, "@digits": _digits, "@place": lambda match: _digits(match) + "th",
-    "@ungrouped": _ungrouped, "@date": _date, "@clock": _clock,
+    "@ungrouped": _ungrouped, "@clock": _clock,
     "@evening": lambda match: f"{int(match[1]) + 12}{match[2] or ':00'}",
 }  # fmt: skip
 plain_signs, plain_spelling = rewrites("signs"), rewrites("spelling")
