@@ -109,10 +109,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def check_flags(cfg: Any) -> None:
-    """InputError for a wrong value, or for a flag that does nothing without another.
-
-    `cfg.NEEDS`: flag -> "--other, or --other value".
-    """
+    """InputError for a wrong value, or for a flag without any of those that `cfg.NEEDS` names."""
     check_fields(type(cfg), vars(cfg))
     given = {f"--{name} {value}" for name, value in vars(cfg).items()}
     given |= {f"--{f.name}" for f in fields_of(type(cfg)) if getattr(cfg, f.name) != f.default}

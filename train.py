@@ -275,8 +275,9 @@ class Run:
         self.best = [r for r in self.rows if kept and kept.name == f"step-{r['step']:08d}"]
         other = [r["step"] for r in self.rows if r["lr"] != lr_at(r["step"] - 1, self.total, cfg)]
         if other:
-            told = f"step {other[0]} had another lr than {self.total} steps give it; pass --warmup"
-            raise InputError(f"{path}: {told} in steps, or continue from before the rate fell")
+            told = f"step {other[0]} had another lr than {self.total} steps give it"
+            remedy = "pass --warmup in steps, or continue from a checkpoint before the rate fell"
+            raise InputError(f"{path}: {told}; {remedy}")
         if is_main():
             write_json(cfg.out_dir / "config.json", asdict(asked))
             runtime.write_jsonl(path, self.rows)
@@ -342,9 +343,9 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     cfg = replace(cfg, **settings)
     cfg = replace(cfg, max_length=min(cfg.max_length, config.llm.max_position_embeddings))
     if cfg.pack_tokens < cfg.max_length:
-        told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}, so that"
+        told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}"
         remedy = f"pass --pack_tokens {cfg.max_length}, or a smaller --max_length"
-        raise InputError(f"{told} records may not fit into a pack: {remedy}")
+        raise InputError(f"{told}, so records may not fit into a pack: {remedy}")
     return cfg
 
 
@@ -647,10 +648,10 @@ def compare_start(logps: PairLogps, bfloat16: bool) -> None:
     bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
     worst = int((ratio / bound).argmax())
     if not ratio[worst] <= bound[worst]:
-        off = f"{ratio[worst]:.2e} nats off its reference on a response of {int(length[worst])}"
-        told = f"a fresh policy is {off} tokens; at most {bound[worst]:.2e} can be rounding"
+        place = f"a response of {int(length[worst])} tokens"
+        told = f"a fresh policy is {ratio[worst]:.2e} nats off its reference on {place}"
         why = "the reference comes from other weights or another scoring"
-        raise Failure(f"start check failed: {told}: {why}")
+        raise Failure(f"start check failed: {told}, rounding is {bound[worst]:.2e} at most: {why}")
 
 
 # --------------------------------------------------------------------------- continuing a run
