@@ -54,6 +54,13 @@ def test_check_passes_a_good_set_and_lists_the_bad_records(toy, tmp_path, run_lo
     assert "3 records: 1 can be read, 2 are bad" in out
 
 
+@pytest.mark.parametrize("verb", ["check", "show", "show --out page.html", "stats"])
+def test_data_without_a_pair_is_told(verb, toy, tmp_path, run_look):
+    verb, *words = verb.split()
+    status, out = run_look(verb, write_set(tmp_path, []), "--model_dir", toy / "model", *words)
+    assert status == 2 and "meta.json: no pairs" in out
+
+
 def test_any_number_of_workers_prints_the_same(toy, tmp_path, run_look):
     texts = [{**GOOD, "chosen": f"{GOOD['chosen']} {n}"} for n in range(120)]
     texts[110] = {**texts[110], "image": "none.png"}
@@ -148,8 +155,7 @@ def test_stats_stand_beside_the_papers_table(tmp_path, run_look):
     ],
 )
 def test_the_data_sets_of_mmpr_are_told_by_their_names(name, kind, gold):
-    assert look.pair_kind(name, {"answer_gt": "3"}) == kind
-    assert look.gold_kind(name, {"answer_gt": "3"}) == (gold or "without gold")
+    assert look.kinds_of(name, {"answer_gt": "3"}) == (gold or "without gold", kind)
 
 
 def test_stats_say_how_a_data_set_was_made_and_how_many_pairs_have_several_images(

@@ -77,6 +77,14 @@ PARTS = ("question", "chosen", "rejected")
 SIDES = PARTS[1:]
 
 
+def read_pairs(meta: Path, max_tiles: int) -> list[DataSet]:
+    """The data sets of META; InputError where none has a record."""
+    sets = read_meta(meta, max_tiles)
+    if not any(map(len, sets)):
+        raise InputError(f"{meta}: no pairs")
+    return sets
+
+
 def each_record(sets: list[DataSet], workers: int, inspect: Callable) -> Iterator[Any]:
     """inspect(data set, number) of every record, in order, computed on `workers` processes."""
     for data_set in sets:
@@ -91,7 +99,7 @@ def check(cfg: CheckConfig) -> None:
     tokenizer.check_vocabulary(config.llm.vocab_size)
     asked = cfg.max_length or recipe(config).max_length
     max_length, pack = min(asked, config.llm.max_position_embeddings), max(8192, asked)
-    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    sets = read_pairs(cfg.meta, cfg.max_tiles or config.max_tiles)
 
     def inspect(data_set: DataSet, number: int) -> tuple[list[str], tuple[int, int, bool] | None]:
         """(lines about the record; unless it is bad its tiles, tokens, whether it is too long)."""
@@ -135,7 +143,7 @@ def check(cfg: CheckConfig) -> None:
 def print_records(cfg: ShowConfig) -> None:
     """Print records as the model meets them: prompt plain, scored tokens marked."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
-    sets = read_meta(cfg.meta, cfg.max_tiles or config.max_tiles)
+    sets = read_pairs(cfg.meta, cfg.max_tiles or config.max_tiles)
     for i, number in epoch_order(sets, 42, 0)[: cfg.limit or 3]:
         record = sets[i][int(number)]
         tree = encode_tree(record, tokenizer, config)
@@ -167,19 +175,17 @@ BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</bo
 PENS = {"rejected": "#b42318", "chosen": "#1a7f37", "question": "#0550ae"}  # colours of boxes
 # how pairs were made -> words in the names of such data sets, ours and those of MMPR v1.1 and v1.2
 KINDS = {
+    "prefix_pair": r"prefix_pair|_sr\d",  # DropoutNTP, also as ..._sr0.5_wo_image
     "correctness": "correctness",
     "format": "format",
     "direct": "direct_rules",
-    "prefix_pair": r"prefix_pair|_sr\d",  # DropoutNTP, also as ..._sr0.5_wo_image
     "divide_and_conquer": "divide_and_conquer",
 }
 
 
 def write_page(cfg: ShowConfig) -> None:
     """One self-contained HTML page of pairs of every data set."""
-    sets = [s for s in read_meta(cfg.meta, 1) if len(s)]
-    if not sets:
-        raise InputError(f"{cfg.meta}: no pairs")
+    sets = [s for s in read_pairs(cfg.meta, 1) if len(s)]
     each, cards = max(1, (cfg.limit or 200) // len(sets)), []
     for data_set in sets:
         drawn = seeded("show", data_set.name).permutation(len(data_set))[:each]
@@ -187,7 +193,7 @@ def write_page(cfg: ShowConfig) -> None:
             record, raw = data_set[number], data_set.lines[number].record()
             cards.append({
                 "set": data_set.name,
-                "kind": pair_kind(data_set.name, raw),
+                "kind": kinds_of(data_set.name, raw)[1],
                 "record": raw,
                 "same": len(os.path.commonprefix([raw[side] for side in SIDES])),  # from there
                 "pictures": [picture(path, raw) for path in record.images],
@@ -206,16 +212,12 @@ def meta_of(raw: dict, side: str) -> dict:
     return meta if isinstance(meta, dict) else {}
 
 
-def pair_kind(name: str, raw: dict) -> str:
-    """How a pair was made, by its data set's name, else whether it has a gold answer."""
-    made = (kind for kind, words in KINDS.items() if re.search(words, name))
-    return next(made, gold_kind(name, raw))
-
-
-def gold_kind(name: str, raw: dict) -> str:
-    """Whether the gold answer made the pair; a prefix pair may have one that it did not need."""
-    prefix = re.search(KINDS["prefix_pair"], name)
-    return "with gold" if "answer_gt" in raw and not prefix else "without gold"
+def kinds_of(name: str, raw: dict) -> tuple[str, str]:
+    """(whether a gold answer made the pair, how it was made by its set's name, else the former)."""
+    kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), "")
+    gold = "answer_gt" in raw and kind != "prefix_pair"  # which may have one and not need it
+    made = "with gold" if gold else "without gold"
+    return made, kind or made
 
 
 def picture(path: Path, raw: dict) -> str:
@@ -255,19 +257,18 @@ def stats(cfg: StatsConfig) -> None:
         cut = any(meta.get("finish_reason") == "length" for meta in metas)
         missing = not all(path.is_file() for path in record.images)
         key = hash(repr((record.images, raw["question"], raw.get("answer_gt"))))
-        kind, version = pair_kind(data_set.name, raw), metas[0].get("prompt_version") or "none"
+        gold, kind = kinds_of(data_set.name, raw)
+        version = metas[0].get("prompt_version") or "none"
         values = *lengths, lengths[1] > lengths[2], cut, len(record.images) > 1, missing
-        return gold_kind(data_set.name, raw), f"{data_set.name} / {kind} / {version}", values, key
+        return gold, f"{data_set.name} / {kind} / {version}", values, key
 
     # of each group how often a column has each value: as much for millions of pairs as for few
     groups = defaultdict(lambda: [Counter() for _ in PARTS + COUNTED])
     questions = defaultdict(Counter)  # gold kind -> question -> its pairs
-    for gold, name, values, key in each_record(read_meta(cfg.meta, 1), cfg.workers, measure):
+    for gold, name, values, key in each_record(read_pairs(cfg.meta, 1), cfg.workers, measure):
         questions[gold][key] += 1
         for column, value in zip(groups[gold] + groups[name], values * 2):
             column[value] += 1
-    if not groups:
-        raise InputError(f"{cfg.meta}: no pairs")
     rows = []
     for name in sorted(groups, key=lambda name: (name not in PAPER, name)):
         lengths, flags = groups[name][: len(PARTS)], groups[name][len(PARTS) :]
