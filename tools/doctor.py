@@ -200,13 +200,12 @@ MARKS: dict[str, Callable[[str, str], object]] = {
 
 def surface_marks(records: list[PairRecord]) -> list[str]:
     """Marks that tell chosen from rejected: learned on half of the pairs, tried on the others."""
-    learned, tried, lines = records[::2], records[1::2], []
-    for name, mark in MARKS.items() if len(tried) >= 10 else ():
-        votes = Counter(mark(r.chosen, r.rejected) for r in learned)
-        votes.subtract(mark(r.rejected, r.chosen) for r in learned)
-        gaps = [
-            votes[mark(r.chosen, r.rejected)] - votes[mark(r.rejected, r.chosen)] for r in tried
-        ]
+    lines = []
+    for name, mark in MARKS.items() if len(records) >= 20 else ():
+        marks = [(mark(r.chosen, r.rejected), mark(r.rejected, r.chosen)) for r in records]
+        votes = Counter(chosen for chosen, _ in marks[::2])
+        votes.subtract(rejected for _, rejected in marks[::2])
+        gaps = [votes[chosen] - votes[rejected] for chosen, rejected in marks[1::2]]
         share = fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
         if share > 0.85:
             lines.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")

@@ -88,9 +88,8 @@ def write_report(out: Path, facts: dict, table: list[dict]) -> None:
 
 
 def cells(row: dict) -> list[str]:
-    return [
-        "" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()
-    ]
+    rounded = (f"{x:.4g}" if isinstance(x, float) else x for x in row.values())
+    return ["" if x is None else str(x) for x in rounded]
 
 
 def main() -> None:
