@@ -329,19 +329,10 @@ class Objective:
         return inspect.signature(self.function).parameters
 
 
-LOSSES = {
-    "dpo": Objective(dpo),
-    "rso": Objective(rso),
-    "ipo": Objective(ipo),
-    "cdpo": Objective(cdpo),
-    "robust": Objective(robust),
-    "bco": Objective(bco),
-    "sppo": Objective(sppo),
-    "aot": Objective(aot, whole_step=True),
-    "aot_unpaired": Objective(aot_unpaired, whole_step=True),
-    "odds_ratio": Objective(odds_ratio, needs_reference=False),
-    "sft": Objective(sft, needs_reference=False),
-}
+# name -> objective, by what they look at
+LOSSES = {loss.__name__: Objective(loss) for loss in (dpo, rso, ipo, cdpo, robust, bco, sppo)}
+LOSSES |= {loss.__name__: Objective(loss, whole_step=True) for loss in (aot, aot_unpaired)}
+LOSSES |= {loss.__name__: Objective(loss, needs_reference=False) for loss in (odds_ratio, sft)}
 
 PRESETS = {"mpo": "0.8*dpo+0.2*bco+sft", "orpo": "sft+0.1*odds_ratio"}
 
