@@ -620,6 +620,7 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
         for (path, old), new in zip(earlier.items(), (entries, report)):
             content = {k: v for k, v in (old | new).items() if v is not None}
             runtime.write_json(path, content, sort_keys=True, ensure_ascii=False)
+    print(f"wrote {' and '.join(map(str, paths))}")
     conclude(verb, reports, max_format_share)
 
 
@@ -667,14 +668,15 @@ def token_cost(cost: Counter, pairs: int) -> dict:
 def conclude(verb: str, reports: dict, max_format_share: float) -> None:
     """Print pairs and tokens a kept pair of each data set, beside the paper's two figures.
 
-    Exit 1 where a set has no pair, or too many format failures.
+    How the paper counted is not stated.  Exit 1 where one has no pair, or too many format failures.
     """
-    paper, bad = "paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7", []
-    print(f"{verb}: tokens a kept pair ({paper}; how it counted is not stated)")
+    bad = []
+    print("tokens a kept pair in the paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7")
     for name, report in reports.items():
         total, pairs = report["responses"], sum(report["pairs"].values())
-        figures = {"pairs": pairs} | report["tokens"]["per_pair"]
-        print(f"{name}: " + ", ".join(f"{k} {'-' if v is None else v}" for k, v in figures.items()))
+        tokens = report["tokens"]["per_pair"].items()
+        tokens = ", ".join(f"{key} {'-' if figure is None else figure}" for key, figure in tokens)
+        print(f"{verb}: {name}: {pairs} pairs; tokens a pair here: {tokens}")
         if not pairs:
             bad.append(f"{name}: no pair from {total} responses")
         share = report["counts"].get("format responses", 0) / max(total, 1)
