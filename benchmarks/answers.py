@@ -369,10 +369,8 @@ def same_answer(pred: str, gold: str) -> bool:
 
 
 def _same_plain(pred: str, gold: str) -> bool:
-    theirs = read_options(gold, strict=True)
-    if not theirs and re.fullmatch("[A-H]{2,}", gold) and len(set(gold)) == len(gold):
-        letters = read_options(pred, strict=True)  # BA is a word, beside AB or A and B options
-        theirs = letters if letters and letters.letters == set(gold) else None
+    # BA is a word, but beside AB or A and B it is options
+    theirs = read_options(gold, strict=not read_options(pred, strict=True))
     ours = read_options(pred)
     if theirs and ours:
         return ours.letters == theirs.letters

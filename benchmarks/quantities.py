@@ -58,21 +58,17 @@ def pattern(text: str, flags: int = 0) -> re.Pattern:
 
 
 def rewrites(section: str, flags: int = re.DOTALL) -> Callable[[str], str]:
-    """A section of rewrites.txt as a function; ASCII text without what it needs stays as it is."""
-    needs, rules = frozenset(), []
+    """A section of rewrites.txt as a function."""
+    rules = []
     for line in _REWRITES[section].splitlines():
         old, arrow, new = f"{line} ".partition(" => ")
-        if line.startswith("needs = "):
-            needs = frozenset(line[8:])
-        elif arrow:
+        if arrow:
             compiled, new = pattern(old, flags), new.rstrip(" ").replace("␣", " ")
             find = compiled.match if old.startswith("^") else compiled.search
             new = _COMPUTED.get(new) or (partial(_ordinals, new) if "@" in new else new)
             rules.append((find, compiled.sub, new))
 
     def rewrite(text: str) -> str:
-        if needs and needs.isdisjoint(text) and text.isascii():
-            return text
         text = text.strip()
         for find, replace, new in rules:
             if find(text):  # few do, and asking is faster than replacing nothing
