@@ -97,7 +97,7 @@ def main() -> None:
     cfg.out.mkdir(parents=True, exist_ok=True)
     log = cfg.out.resolve() / "gpu.log"
     log.write_text("")
-    ask = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+    ask = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null"
     facts = {
         "device": f"CPU, {os.cpu_count()} cores, toy size" if TOY else getoutput(ask),
         "torch": torch.__version__,

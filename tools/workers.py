@@ -49,8 +49,7 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores
     running: dict[Future, Task] = {}
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
     for _ in range(jobs):  # starts every worker: at a submission the pool watches those there
         pool.submit(time.sleep, 0)
     try:
