@@ -231,6 +231,7 @@ RUN_BY = {
     "tools/export.py --checkpoint": "test_strength.py: test_adapters_train_alone",
     "tools/convert.py": "test_convert.py: test_every_program_s_record_becomes_the_same_pair",
     "tools/convert.py --to": "test_convert.py: test_mmpr_goes_out_and_comes_back",
+    "tools/rlaifv.py": "test_rlaifv.py: test_divide_and_conquer_runs_from_samples_to_pairs",
     "tools/sweep.py": "test_sweep.py: test_a_sweep_shares_one_cache",
     "tests/load_memory.py": "test_strength.py: test_loading_holds_one_tensor",  # the same, small
     "tests/kill_test.py": "test_heldout.py: test_ctrl_c_saves",  # one kill; twenty are by hand
