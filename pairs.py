@@ -274,6 +274,8 @@ class SampleSet:
 
     def root(self, given: Path | None) -> Path:
         """Folder of the images."""
+        if given and not given.is_dir():
+            raise InputError(f"--root {given} is no folder")
         return given or (self.files[0].parent / self.info.root if self.info.root else Path.cwd())
 
 
@@ -475,7 +477,8 @@ def images_of(record: dict, name: str) -> list[str]:
     images = image_names(record, name)
     with runtime.named(name):
         question = with_image_placeholders(record["question"], len(images))
-        f"{question}{record['response']}".encode()  # fails at half a character
+        text = f"{question}{record['response']}{record.get('rationale')}{record.get('answer')}"
+        text.encode()  # fails at half a character
     return images
 
 

@@ -281,6 +281,17 @@ def test_written_pairs_are_what_training_reads(world):
             assert "Final answer: 3" in record.chosen and "**" not in record.chosen
 
 
+def test_a_root_that_is_no_folder_is_refused(world):
+    pairs.sample(sampling(prompts="none", num_samples=2))
+    for cls, verb in (
+        (pairs.CorrectnessConfig, pairs.correctness),
+        (pairs.DropoutConfig, pairs.dropout_ntp),
+    ):
+        more = {"model_dir": Path("model")} if cls is pairs.DropoutConfig else {}
+        with pytest.raises(InputError, match="--root elsewhere is no folder"):
+            verb(cls(root=Path("elsewhere"), **more))
+
+
 def test_pairs_find_their_images_wherever_they_are_made_from(world, monkeypatch):
     pairs.sample(sampling())
     (world / "elsewhere").mkdir()
@@ -450,6 +461,7 @@ def test_responses_beyond_what_is_asked_for_now_are_told(world, capsys):
         ({"question": "<image> or <image>?"}, "the question has 2 <image> for 1 images"),
         ({"question": "a\ud800?"}, "'utf-8' codec can't encode"),
         ({"response": "a\ud800"}, "'utf-8' codec can't encode"),
+        ({"rationale": "a\ud800"}, "'utf-8' codec can't encode"),
     ],
 )
 def test_a_spoilt_line_of_samples_is_named(world, change, message):
