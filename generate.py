@@ -211,10 +211,13 @@ def choose(
         return logits.argmax(-1)
     probs = filtered_probs(logits, temperature, top_k, top_p)
     # first the part of the vocabulary, then the token in it: sums of few numbers, in float64
-    parts = F.pad(probs, (0, -probs.shape[1] % PART)).unflatten(1, (-1, PART))
-    ends = parts.sum(-1).double().cumsum(-1)
+    vocab = probs.shape[1]
+    full, last = probs.split([vocab - vocab % PART, vocab % PART], 1)
+    sums = torch.cat([full.unflatten(1, (-1, PART)).sum(-1), last.sum(-1, keepdim=True)], 1)
+    ends = sums.double().cumsum(-1)
     part, rest = find(ends, uniforms.to(ends)[:, None] * ends[:, -1:])
-    inside = parts.take_along_dim(part[:, None, None], 1)[:, 0]
+    ids = part[:, None] * PART + torch.arange(PART, device=probs.device)
+    inside = probs.gather(1, ids.clamp(max=vocab - 1)).masked_fill(ids >= vocab, 0)
     return part * PART + find(inside.double().cumsum(-1), rest)[0]
 
 
