@@ -73,10 +73,9 @@ class KVCache:
     """Keys and values of prompts and of their answers, in blocks of KEYS tokens.
 
     A prompt's blocks are read by all rows that continue it; an answer takes blocks as it grows.
-    Each piece is attended by itself, in place, and a row's partial sums are weighed in the end (as
-    in Flash-Decoding): nothing is copied.  A piece is a block; on a CPU a whole room, where all
-    rooms are neighbouring blocks, as many each.  Keys are stored as they were turned; later steps
-    never turn them again.
+    Each piece is attended by itself, in place, and a row's partial sums are weighed in the end:
+    nothing is copied.  A piece is a block; on a CPU a whole room, where all rooms are neighbouring
+    blocks, as many each.  Keys are stored as they were turned, and never turned again.
 
     rounded: sizes are rounded up, and held for a while, so that few shapes are captured.
     exact: a row's numbers depend on no other row: pieces are blocks, rows and the queries of a

@@ -293,7 +293,7 @@ class Scheduler:
 
     def refill(self) -> list[Row]:
         """Start samples, of prompts in the cache or of the next, while the rows can still grow."""
-        fresh = []
+        before = len(self.rows)
         while len(self.rows) < MAX_ROWS:
             group = next((group for group in self.groups if group.todo), None) or self.read()
             if group is None:
@@ -308,8 +308,7 @@ class Scheduler:
             self.cache.enlarge(rooms[-1], rooms[-1].length + 1)
             group.rows += 1
             self.rows.append(row)
-            fresh.append(row)
-        return fresh
+        return self.rows[before:]
 
     def read(self) -> Group | None:
         """Prefill the next prompt, if there is one and room for it, and short ones behind it."""
@@ -449,12 +448,10 @@ class Generator:
 
     def tiles(self, prompt: Prompt) -> Tensor | None:
         """Pixels of the prompt's images, (tile 3 h w)."""
-        if not prompt.images:
-            return None
         config = self.model.config
         limits = prompt.max_tiles or config.max_tiles, config.tile_size
         parts = [preprocess(load_image(Path(path)), *limits) for path in prompt.images]
-        return torch.cat(parts).to(self.device)
+        return torch.cat(parts).to(self.device) if parts else None
 
     def make_cache(self, groups: Collection[Group]) -> KVCache:
         """A cache of these prompts, the largest if more may follow; weights stored as suits it."""
