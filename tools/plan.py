@@ -354,15 +354,14 @@ def say_plan(
     if plan.needed <= memory:
         say(f"fits into {memory / GB:.4g} GB")
         return
-    fewer = max(cfg.max_length, cfg.pack_tokens // 2)
-    ways: dict[str, dict[str, Any]] = {
-        "--recompute full": {"recompute": "full", "recompute_blocks": -1},
-        "--sync pack": {"sync": "pack"},
-        "--state_dtype bf16 --dtype auto": {"state_dtype": "bf16", "dtype": "auto"},
-        f"--pack_tokens {fewer}": {"pack_tokens": fewer},
-    }
+    changes: list[dict[str, Any]] = [
+        {"recompute": "full", "recompute_blocks": -1}, {"sync": "pack"}, {"replicate": 1},
+        {"state_dtype": "bf16", "dtype": "auto"},
+        {"pack_tokens": max(cfg.max_length, cfg.pack_tokens // 2)},
+    ]  # fmt: skip
     if not cfg.reference_update_every:  # a moving reference is a second model
-        ways |= {"--reference cached": {"reference": "cached"}, "--lora_rank 16": {"lora_rank": 16}}
+        changes += [{"reference": "cached"}, {"lora_rank": 16}]
+    ways = {" ".join(f"--{name} {x}" for name, x in change.items()): change for change in changes}
     helpful = [way for way, change in ways.items() if fits(cfg, config, gpus, device, **change)]
     more = [n * gpus for n in (2, 4, 8, 16) if fits(cfg, config, n * gpus, device)]
     helpful += [f"{n} GPUs" for n in more[:1]]

@@ -153,8 +153,7 @@ def plan_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) 
     for key, lines in sorted(groups.items()):
         rows = pairs.drop_repeats(lines)
         for row in rows:
-            for spent in (row, *row["split_cost"]):
-                pairs.spend(cost, spent)
+            pairs.spend(cost, row, *row["split_cost"])
             cost["generated"] += len(row["yes_no"])
             counts["claims and questions do not match"] += row["score"] is None
         counts["responses"] += len(rows)
