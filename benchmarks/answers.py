@@ -166,8 +166,7 @@ def _parse_thinking(response: str) -> Parsed:
         return Parsed(failure="not exactly one pair of think tags")
     if len(thinking.strip()) <= 20:
         return Parsed(failure="thinking of 20 characters or fewer")
-    parsed = _parse_box(answer)
-    return parsed if parsed.failure else Parsed(thinking.strip(), parsed.answer)
+    return _parse_box(answer)._replace(rationale=thinking.strip())
 
 
 _PARSERS = {
@@ -260,7 +259,7 @@ _MATHEMATICAL = re.compile(
     rf"[0-9\\∞{''.join(quantities.GREEK.values())}]|^[^\W_](?![^\W_])|[=<>+*/^±|]"
     rf"|\b(?:pi|sqrt|{'|'.join(quantities.FUNCTIONS)})\b"
 )
-_CHAIN, _NAME = pattern("CHAIN"), pattern("NAMED")
+_CHAIN, _NAME, _ROUNDED = map(pattern, ("CHAIN", "NAMED", "^ROUNDED$"))
 _JOINER = re.compile(r"\s*[,;、]\s*(?:(?:and|or)\b)?|\s*\b(?:and|or)\b|\s*[&∪和或及]", re.I)
 _RELATION = re.compile(r"[=<>≤≥≠]")
 _FLIPPED = {">": "<", "≥": "≤"}
@@ -378,7 +377,8 @@ def _same_plain(pred: str, gold: str) -> bool:
         return _same_plain(pred, theirs.text)
     if theirs and len(theirs.letters) > 1:
         return _same_wording(pred, gold)
-    return any(_same_content(text, gold) for text in (pred, ours and ours.text) if text)
+    forms = {pred, _ROUNDED.sub(r"\1 \2", pred).strip(), ours and ours.text}
+    return any(_same_content(form, gold) for form in forms if form)
 
 
 def _same_content(pred: str, gold: str) -> bool:
@@ -656,8 +656,8 @@ def is_correct(answer: str | None, gold: str, modes: Iterable[str]) -> bool:
 def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
     """is_correct under its official name; like the official rules it converts no units (5 km are
     not 5000 m) and reads no number words above ten (eleven is not 11)."""
-    a, b = (plain_text(str(text)) for text in (pred, gt))
-    units = [x.unit for x in (read(a), read(b)) if isinstance(x, Quantity) and x.unit]
+    readings = [read(plain_text(str(text))) for text in (pred, gt)]
+    units = [x.unit for x in readings if isinstance(x, Quantity) and x.unit]
     converted = len(units) == 2 and units[0].scale != units[1].scale
     words = [re.findall("[a-z]+", str(text).lower()) for text in (pred, gt)]
     large = [any(quantities.NUMBER_OF.get(word, 0) > 10 for word in w) for w in words]
@@ -707,6 +707,8 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     a, b = read(answer), read(gold)
     if any(isinstance(x, Items) and x.brackets == ":" for x in (a, b)):  # 2:3 for 2/3
         a, b = (read(text.replace(":", "/")) for text in (answer, gold))
+    if isinstance(a, Relation) and not isinstance(b, Relation):
+        a = a.sides[-1]  # 12√5 = 26.83 for 26.8
     if isinstance(a, Items):
         a = a._replace(unordered=True)
     numbers = isinstance(a, Quantity) and isinstance(b, Quantity)

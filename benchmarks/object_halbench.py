@@ -4,6 +4,7 @@ CHAIR's word matching (LisaAnne/Hallucination, utils/chair.py), or the paper's w
 lists the objects (RLHF-V and RLAIF-V).
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -90,10 +91,8 @@ def listed_names(judgement: Any) -> list | None:
     if isinstance(judgement, list):
         return judgement
     for match in re.finditer(r"\[[^\[\]]*\]", str(judgement)):
-        try:
+        with contextlib.suppress(ValueError):
             return json.loads(match[0])
-        except ValueError:
-            continue
     return None
 
 

@@ -7,8 +7,8 @@
 
 Everything is bounded: the length of a text, with it the depth of its groups (200 characters nest
 at most 400 calls), and the size of exact powers.
-Values are exact (`Fraction`) while they are rational, else floats.  No margin is absolute, so that
-3.2e-19 is not 1.6e-19 and neither is 0.
+Values are exact (`Fraction`) while they are rational and no roots, else floats.  No margin is
+absolute, so that 3.2e-19 is not 1.6e-19 and neither is 0.
 """
 
 import functools
@@ -339,9 +339,7 @@ def _power(a: Number, b: Number) -> Number:
 def _root(a: Number, index: Number) -> Number:
     if a < 0 and is_whole(index) and index % 2 == 1:
         return -_root(-a, index)
-    root = _power(a, 1 / index)
-    exact = Fraction(root).limit_denominator(10**6)  # of 4/9 and 8
-    return exact if _power(exact, index) == a else root
+    return _power(a, 1 / index)
 
 
 _CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
