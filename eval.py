@@ -379,9 +379,8 @@ def check_judged(cfg: Replies, items: list[Item], replies: dict, judgements: dic
     for id, row in judgements.items():
         if row["_file"] in answers and row["judgement"] == replies[id]["reply"]:
             raise InputError(f"{row['_source']}: the reply itself, no judgement of it")
-    answered = [item for item in items if cfg.data and item["id"] in replies]
-    about = {item["id"]: about_what(cfg.benchmark, item, replies) for item in answered}
-    for path in cfg.judgements:
+    about = {i["id"]: about_what(cfg.benchmark, i, replies) for i in items if i["id"] in replies}
+    for path in cfg.judgements if cfg.data else ():
         requests = path.with_name("requests.jsonl")
         for row in runtime.read_whole_lines(requests, id=str):
             if "about" in row and about.get(row["id"], row["about"]) != row["about"]:

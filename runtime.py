@@ -172,6 +172,8 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
         parser.error(f"unknown flag {name}{hint}")
     try:
         given, saved = vars(args), {}
+        if [] in given.values():
+            raise InputError("-- is no value: argparse takes it away")
         if path := given.pop("config"):
             with named(f"--config {path}"):
                 saved = field_values(cls, read_json(path))

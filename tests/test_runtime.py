@@ -56,8 +56,9 @@ class Config:
 
 
 def test_flags_have_the_types_of_their_fields():
-    args = "--lr 2 --fast --mode b --out y --image p --image q".split()
+    args = "--lr 2 --fast --mode b --out y --image p q".split()
     assert parse_cli(Config, args) == Config(2.0, 3, True, "b", Path("y"), (Path("p"), Path("q")))
+    assert parse_cli(Config, ["--image", "p", "--image=q"]).image == (Path("p"), Path("q"))
     assert parse_cli(Config, ["--no-fast"]) == Config()
     assert parse_cli(Config, ["--cache", "c"]).cache == Path("c")
     assert parse_cli(Config, ["--cache", ""]).cache is None
@@ -92,6 +93,7 @@ def test_a_saved_config_is_replayed_and_a_flag_wins_over_it(tmp_path):
         (["--share", "-1"], "share must be >= 0 and <= 1, got -1.0"),
         (["--share", "inf"], "share must be >= 0 and <= 1, got inf"),
         (["--config", "nowhere.json"], "nowhere.json"),
+        (["--image=--"], "-- is no value"),
     ],
 )
 def test_wrong_usage_exits_with_status_2_and_says_why(argv, message, capsys):
