@@ -419,8 +419,10 @@ def sharded_model(cfg: TrainConfig, device: torch.device, trained: bool = True) 
 
 
 def units_of(model: InternVL) -> list[torch.nn.Module]:
-    """What FSDP gathers together: each block, then (the root) all the rest."""
-    return [*model.vision_model.encoder.layers, *model.language_model.model.layers]
+    """What FSDP gathers together: each block that is run, then (the root) all the rest."""
+    layers = model.vision_model.encoder.layers
+    read = layers[: model.config.select_layer % (len(layers) + 1)]
+    return [*read, *model.language_model.model.layers]
 
 
 def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL:
@@ -714,7 +716,7 @@ def step_gradient(run: Run, step: Step) -> PairLogps:
             loss = (chosen * logps.policy_chosen).sum() + (rejected * logps.policy_rejected).sum()
         else:
             loss = objective(run.terms, logps, **run.hyper)[0].sum() / len(step.pairs)  # eq. 3
-        if loss.requires_grad:  # or else all that is trained stands behind select_layer
+        if loss.requires_grad:  # or else what is trained is no part of this pack
             (loss * dist.get_world_size()).backward()
         scored.append((place, logps))
     return gather(run, step, scored)
@@ -769,11 +771,9 @@ def score(model: InternVL, pack: Pack, cfg: TrainConfig) -> tuple[Tensor, Tensor
         return losses.sum_by_response(logps, pack.response, pack.num_responses)
 
     compiled = switched_on(cfg.compile, pack.tree.device)
-    several = rank_and_world()[1] > 1
-    if pack.tiles is None and (several or "language_model" not in cfg.learning_parts):
-        # No prompt shows these tiles.  With them every process runs the ViT's collectives, and the
-        # ViT gets a gradient, 0.  Of the size that blocks are compiled for, or else the smallest.
-        # Two of them: torch.compile treats a batch of one apart.
+    if pack.tiles is None and weights.is_sharded(model):
+        # No prompt shows these tiles: with them every process gathers the ViT's blocks, as FSDP
+        # wants it.  Two, since torch.compile treats a batch of one apart, of the size compiled for.
         size = model.config.tile_size if compiled else 2 * model.config.vision.patch_size
         tiles = pack.tree.new_zeros((2, 3, size, size), dtype=torch.uint8)
         pack = replace(pack, tiles=tiles, tile_order=pack.tree.new_zeros(0))

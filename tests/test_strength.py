@@ -157,18 +157,18 @@ def test_twelve_different_packs_share_one_graph_a_kind_of_block(monkeypatch):
     assert graphs[0][0] == 2 and set(graphs) == {graphs[0]} and not counted["graph_break"]
 
 
-def test_a_pack_without_images_needs_no_tile_alone_and_two_small_ones_in_a_group(toy, monkeypatch):
+def test_a_pack_without_images_needs_no_tile_alone_and_two_small_ones_under_fsdp(toy, monkeypatch):
     cfg, model = TrainConfig(), load_model(toy / "model")
     pack = lay_out([example_tree(model.config, 0, 26, (5, 9))])
     tiles = []
     model.vision_model.register_forward_pre_hook(lambda _, args: tiles.append(args[0].shape))
     alone, _ = score(model, pack, cfg)
     assert not tiles
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    in_group, _ = score(model, pack, cfg)
+    monkeypatch.setattr("weights.is_sharded", lambda model: True)
+    sharded, _ = score(model, pack, cfg)
     side = 2 * model.config.vision.patch_size
-    assert tiles == [(2, 3, side, side)] and torch.equal(alone, in_group)
-    in_group.sum().backward()
+    assert tiles == [(2, 3, side, side)] and torch.equal(alone, sharded)
+    sharded.sum().backward()
     assert all(p.grad is not None for p in model.vision_model.parameters())
 
 

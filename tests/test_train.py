@@ -554,6 +554,22 @@ def test_a_pack_of_text_alone_trains_a_model_whose_language_part_is_frozen(base,
     assert all(math.isfinite(row["loss"]) for row in run_here(cfg))
 
 
+@pytest.mark.parametrize(("data", "tokens", "layer"), [("toy_text", 40, -1), ("toy_steps", 90, 0)])
+def test_blocks_that_no_pack_runs_do_not_stop_a_step_that_exchanges_once(
+    base, toy, tmp_path, data, tokens, layer
+):
+    """FSDP's step without an exchange fails at a block that it has never gathered."""
+    shutil.copytree(base.model_dir, tmp_path / "model")
+    config = json.loads((base.model_dir / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"select_layer": layer}))
+    meta = {"one": {"annotation": str(toy / f"{data}.jsonl"), "root": str(toy / "images")}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    cfg = replace(base, model_dir=tmp_path / "model", meta=tmp_path / "meta.json", loss="sft")
+    cfg = replace(cfg, dtype="bf16", sync="step", pack_tokens=tokens, max_length=tokens, warmup=0)
+    [row] = run_here(replace(cfg, max_steps=1, out_dir=tmp_path / "run"))
+    assert 0 < row["grad_norm"] < math.inf
+
+
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
 def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
     cfg = replace(base, out_dir=toy / f"frozen-{part}", max_steps=2, **{f"lr_{part}": 0.0})
