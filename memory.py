@@ -34,11 +34,11 @@ class LoraLinear(nn.Linear):
         return out + self.scale * F.linear(F.linear(x, self.lora_down), self.lora_up)
 
 
-def add_adapters(parts: list[nn.Module], rank: int, alpha: float) -> None:
-    """An adapter for every linear layer of the blocks of `parts`, scaled by alpha / rank."""
-    for part in parts:
-        for name, layer in part.named_modules():
-            if type(layer) is nn.Linear and "layers." in name:
+def add_adapters(blocks: list[nn.Module], rank: int, alpha: float) -> None:
+    """An adapter for every linear layer of `blocks`, scaled by alpha / rank."""
+    for block in blocks:
+        for layer in block.modules():
+            if type(layer) is nn.Linear:
                 layer.__class__, layer.scale = LoraLinear, alpha / rank
                 rows, cols = layer.weight.shape
                 layer.lora_down = nn.Parameter(layer.weight.new_empty(rank, cols))

@@ -418,11 +418,12 @@ def sharded_model(cfg: TrainConfig, device: torch.device, trained: bool = True) 
     return model.train(trained)
 
 
-def units_of(model: InternVL) -> list[torch.nn.Module]:
-    """What FSDP gathers together: each block that is run, then (the root) all the rest."""
-    layers = model.vision_model.encoder.layers
-    read = layers[: model.config.select_layer % (len(layers) + 1)]
-    return [*read, *model.language_model.model.layers]
+def units_of(model: InternVL, parts: Iterable[str] = PARTS) -> list[torch.nn.Module]:
+    """The blocks of `parts` that are run: FSDP gathers each alone, the root all the rest."""
+    depth = 1 + model.config.vision.num_hidden_layers
+    read = model.vision_model.encoder.layers[: model.config.select_layer % depth]
+    blocks = {"vision_model": read, "language_model": model.language_model.model.layers}
+    return [block for part in blocks if part in parts for block in blocks[part]]
 
 
 def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL:
@@ -430,8 +431,7 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
     for name in PARTS:
         getattr(model, name).requires_grad_(trained and name in cfg.trained_parts)
     if cfg.lora_rank and trained:
-        parts = [getattr(model, name) for name in PARTS if name in cfg.learning_parts]
-        memory.add_adapters(parts, cfg.lora_rank, cfg.lora_alpha)
+        memory.add_adapters(units_of(model, cfg.learning_parts), cfg.lora_rank, cfg.lora_alpha)
     blocks = units_of(model) if trained else []
     for block in blocks if cfg.recompute_blocks < 0 else blocks[: cfg.recompute_blocks]:
         memory.recompute_in_backward(block, cfg.recompute)
@@ -491,7 +491,7 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
             options = {"lr": cfg.lr, "scale": scale, "weight_decay": decay}
             groups += [{"params": params, **options}] if params else []
     if not groups:
-        raise InputError("nothing to train: the rate of every part that would learn is 0")
+        raise InputError("nothing to train: what would learn has rate 0 or no block that is run")
     return memory.AdamW(groups, cfg.seed)
 
 

@@ -205,7 +205,7 @@ def activations_of(
     """
     v, llm = config.vision, config.llm
     d, f = llm.hidden_size, llm.intermediate_size
-    layers, depth = llm.num_hidden_layers, v.num_hidden_layers
+    layers, depth = llm.num_hidden_layers, config.select_layer % (v.num_hidden_layers + 1)
     q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     inputs, normed = (LANGUAGE in parts for parts in (cfg.learning_parts, cfg.trained_parts))
     # a token in a DecoderBlock: two norms' float32 input, normed values, output; those of q and k
@@ -228,8 +228,7 @@ def activations_of(
         "selective": (3 * size * d, 4 * size * v.hidden_size),
     }.get(cfg.recompute, (token, row))
     again = cfg.recompute_blocks if cfg.recompute_blocks >= 0 else depth + layers
-    again_text, depth = max(0, again - depth), config.select_layer % (depth + 1)
-    again_vision = min(again, depth)
+    again_text, again_vision = max(0, again - depth), min(again, depth)
     kept = load.tokens * (again_text * again_token + (layers - again_text) * token)
     row = again_vision * again_row + (depth - again_vision) * row
     kept += inputs * load.tiles * (patches + 1) * row
