@@ -316,13 +316,15 @@ class Objective:
     whole_step: bool = False  # a pair's loss depends on the step's other pairs
 
     def __call__(self, logps: PairLogps, **hyper: float | None) -> Tensor:  # (pair)
-        """The function gets those of HYPER that it names; of what is None it has a default."""
+        return self.function(logps, **self.taken(logps, hyper))
+
+    def taken(self, logps: PairLogps, hyper: dict[str, float | None]) -> dict[str, float]:
+        """Those of HYPER that the function names; of what is None it has a default."""
         if unknown := hyper.keys() - set(HYPER):
             raise TypeError(f"no objective takes {', '.join(unknown)}; HYPER names what they take")
         if self.needs_reference and logps.reference_chosen is None:
             raise InputError("this objective needs reference log-probs and there are none")
-        taken = {k: v for k, v in hyper.items() if k in self.keywords and v is not None}
-        return self.function(logps, **taken)
+        return {k: v for k, v in hyper.items() if k in self.keywords and v is not None}
 
     @property
     def keywords(self) -> Iterable[str]:
@@ -394,7 +396,8 @@ def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, d
 
     A micro-batch contributes total.sum() / (pairs of the whole step), however many it holds.
     """
-    parts = {name: LOSSES[name](logps, **hyper) for _, name in terms}
+    used = {name: LOSSES[name] for _, name in terms}
+    parts = {name: loss.function(logps, **loss.taken(logps, hyper)) for name, loss in used.items()}
     return sum(weight * parts[name] for weight, name in terms), parts
 
 
