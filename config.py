@@ -121,8 +121,9 @@ def parse_config(raw: dict, file: str = "config.json") -> InternVLConfig:
         "generation": raw.get("internvl_generation") or _generation(raw, llm.architecture, is_hf),
     }
     config = from_json(InternVLConfig, values, file)
-    if config.tile_size % (2 * vision.patch_size):
-        raise InputError(f"{file}: {config.tile_size} pixels are no even grid of patches")
+    if config.tile_size % (2 * vision.patch_size) or vision.image_size < vision.patch_size:
+        sizes = f"{config.tile_size} or image_size {vision.image_size}"
+        raise InputError(f"{file}: {sizes} pixels are no even grid of patches")
     if vision.hidden_size % vision.num_attention_heads:
         raise InputError(f"{file}: vision_config: its heads do not divide hidden_size")
     if not -vision.num_hidden_layers - 1 <= config.select_layer <= vision.num_hidden_layers:
@@ -175,8 +176,9 @@ def _llm_config(raw: dict, name: str, is_hf: bool) -> LLMConfig:
         raise InputError(f"{name}: pad_token_id {config.pad_token_id} is not in the vocabulary")
     if config.head_dim is None:
         config = replace(config, head_dim=config.hidden_size // config.num_attention_heads)
-    if config.num_attention_heads % config.num_key_value_heads or max(1, config.head_dim) % 2:
-        raise InputError(f"{name}: its key heads do not divide its heads, or head_dim is odd or 0")
+    uneven = config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2
+    if uneven or config.head_dim < 4:
+        raise InputError(f"{name}: key heads must divide heads, head_dim be even and at least 4")
     return config
 
 
