@@ -765,10 +765,12 @@ def judge(
 def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
     """The verdict on an answer; ChartQA's 5 percent beside stricter modes and another number that
     ANLS lets pass (January 15 for 16) leave a doubt."""
-    mode = matching_mode(answer, gold, [m for m in modes if m != "relaxed_accuracy"] or modes)
+    strict = [mode for mode in modes if mode != "relaxed_accuracy"] or modes
+    mode = matching_mode(answer, gold, strict)
     if mode and (mode != "anls" or re.findall("[0-9]+", answer) == re.findall("[0-9]+", gold)):
         return Verdict("correct", f"matches by {mode}", mode, answer)
-    if matching_mode(answer, gold, modes) or is_ambiguous(answer, gold):
+    doubt = mode or (len(strict) < len(modes) and matching_mode(answer, gold, modes))
+    if doubt or is_ambiguous(answer, gold):
         return Verdict("ambiguous", "may be meant right", None, answer)
     return Verdict("wrong", "no mode matches", None, answer)
 

@@ -525,5 +525,13 @@ def same_in_other_units(a: Quantity, b: Quantity) -> bool:
     if (a.unit is None) == (b.unit is None):
         return False
     given, bare = (a, b) if a.unit else (b, a)
-    scales = {unit.scale for unit in _UNITS.values() if unit.kind == given.unit.kind}
-    return any(same_value(given.times(given.unit.scale / scale), bare) for scale in scales)
+    wanted = float(combine(operator.truediv, given.times(given.unit.scale), bare).values[0] or 0)
+    scales = _scales(given.unit.kind).items() if wanted else ()
+    near = [scale for x, scale in scales if math.isclose(x, wanted, rel_tol=0.01)]
+    return any(same_value(given.times(given.unit.scale / scale), bare) for scale in near)
+
+
+@functools.lru_cache(maxsize=256)
+def _scales(kind: Fraction) -> dict[float, Fraction]:
+    """Of the known units of a kind; as a float, too, which is found faster."""
+    return {float(unit.scale): unit.scale for unit in _UNITS.values() if unit.kind == kind}
