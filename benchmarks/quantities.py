@@ -525,8 +525,12 @@ def same_in_other_units(a: Quantity, b: Quantity) -> bool:
     if (a.unit is None) == (b.unit is None):
         return False
     given, bare = (a, b) if a.unit else (b, a)
-    wanted = float(combine(operator.truediv, given.times(given.unit.scale), bare).values[0] or 0)
-    scales = _scales(given.unit.kind).items() if wanted else ()
+    ratio = combine(operator.truediv, given, bare).values[0] or 0
+    try:
+        wanted = float(ratio) * float(given.unit.scale)
+    except OverflowError:
+        return False
+    scales = _scales(given.unit.kind).items()
     near = [scale for x, scale in scales if math.isclose(x, wanted, rel_tol=0.01)]
     return any(same_value(given.times(given.unit.scale / scale), bare) for scale in near)
 

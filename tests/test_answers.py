@@ -460,3 +460,8 @@ def test_the_blanks_at_the_cut_are_kept_aside():
 def test_the_default_modes_follow_the_name():
     assert answers.get_mode("InfoVQA_train.jsonl") == ["anls"]
     assert answers.get_mode("x") == ["vqa_score", "mc_score", "math_score", "math_verify_score"]
+
+
+def test_an_amount_beyond_the_floats_beside_a_bare_number_is_no_doubt_and_no_error():
+    assert not answers.is_ambiguous("10^400 cm", "5")
+    assert answers.is_ambiguous("5 cm", "50")  # of millimetres
