@@ -503,9 +503,9 @@ def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     cfg, every = run.cfg, run.cfg.reference_update_every
     needed = losses.needs_reference(run.terms)
     if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
-        needed = "an objective with a reference, --reference online, no --lora_rank"
+        others = "an objective with a reference, --reference online, no --lora_rank"
         length = f"a run of {every} steps (this: {run.total})"
-        raise InputError(f"--reference_update_every {every} needs {needed}, and {length}")
+        raise InputError(f"--reference_update_every {every} needs {others}, and {length}")
     if not needed:
         return None
     if cfg.reference == "cached":
