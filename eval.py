@@ -244,9 +244,12 @@ class Score(Replies):
             raise ValueError("--data is needed")
 
     def items(self) -> list[Item]:
-        return [
-            item | {"synonyms": self.synonyms or item.get("synonyms")} for item in super().items()
-        ]
+        items = super().items()
+        if blank := [i["id"] for i in items if i.get("answer") in ("", [], [""], [None])]:
+            remedy = "a split whose answers are not published can be answered and judged alone"
+            raise InputError(f"no gold answer to {files.listed(blank)}: {remedy}")
+        given = {"synonyms": self.synonyms} if self.synonyms else {}
+        return [item | given for item in items]
 
 
 @dataclass(frozen=True)
@@ -339,9 +342,6 @@ def load(
     bench = cfg.benchmark
     if cfg.data:
         items = cfg.items()
-        if blank := [i["id"] for i in items if i.get("answer") in ("", [], [""], [None])]:
-            remedy = "a split whose answers are not published can only be answered, by `generate`"
-            raise InputError(f"no gold answer to {files.listed(blank)}: {remedy}")
     else:
         rows = [row for path in cfg.judgements for row in files.read_rows(path)]
         items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]

@@ -550,6 +550,16 @@ def test_a_split_without_published_answers_is_not_scored_as_wrong(bench, answer,
         scored(bench, data, data)
 
 
+def test_a_judge_may_read_replies_to_a_split_without_published_answers(tmp_path):
+    """MathVista's test split is scored by its authors, from what a judge has extracted."""
+    item = OFFLINE | {"pid": "1", "question": "How wide?", "query": "How wide?", "answer": ""}
+    data = write_jsonl(tmp_path / "data.jsonl", [item])
+    replies = write_jsonl(tmp_path / "replies.jsonl", [{"pid": "1", "response": "It is red."}])
+    flags = {"bench": "mathvista", "data": (data,), "answers": (replies,), "out": tmp_path}
+    assert evaluation.judge(Judge(**flags)) == ["1"]
+    assert "It is red." in (tmp_path / "requests.jsonl").read_text()
+
+
 @pytest.mark.parametrize("reply", [{"text": "x"}, True])
 def test_a_reply_that_is_no_text_is_named(reply, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [{"id": 1, "question": "?", "answer": "x"}])
