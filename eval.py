@@ -38,7 +38,7 @@ from benchmarks import (
     pope,
     tables,
 )
-from benchmarks.common import FINAL, PROMPTS_VERSION, Benchmark, Item, Readings, Reply
+from benchmarks.common import FINAL, PROMPTS_VERSION, Benchmark, Item, Readings, Replied, Reply
 from benchmarks.tables import SETTINGS
 from runtime import InputError, flag, write_atomic, write_json, write_jsonl
 
@@ -290,16 +290,16 @@ def read_runs(cfg: Replies) -> tuple[RunFile, dict[Path, RunFile]]:
 def score(cfg: Score) -> dict:
     """The verb: what score.json holds."""
     bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
-    cot = made_by.setting == "CoT"
-    items, replies, judgements = load(cfg, runs)
-    mode = cfg.extraction or (bench.judge.mode if judgements and bench.judge else bench.modes[0])
-    readings, missing = read_all(bench, items, replies, judgements, mode, cot)
+    replied = load(cfg, made_by, runs)
+    items, cot = [item for item, _ in replied], made_by.setting == "CoT"
+    judged = [reply for _, reply in replied if reply.judgement is not None]
+    mode = cfg.extraction or (bench.judge.mode if judged or cfg.judgements else bench.modes[0])
+    readings, missing = read_all(bench, replied, mode)
     total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
-    seen = [replies[item["id"]] for item in items if item["id"] in replies]
-    used = judgements if bench.is_judged(mode) else {}
-    judged = [used[item["id"]] for item, _ in readings if item["id"] in used]
+    seen = [reply for _, reply in replied] if cfg.answers else []
+    used = judged if bench.is_judged(mode) else []
     others = [m for m in bench.modes if m != mode and not bench.is_judged(m)]
-    others = others if any(row["reply"] for row in seen) else []
+    others = others if any(reply.text for reply in seen) else []
     part = f" ({len(items)} of {bench.n_expected} items)"
     absent = sorted({*bench.mean_of} - {item.get("category") for item in items})
     result = {
@@ -313,16 +313,16 @@ def score(cfg: Score) -> dict:
         "split": bench.split + part * (bench.n_expected not in (0, len(items))),
         "extraction": mode,
         "other_extractions": {
-            m: bench.total(read_all(bench, items, replies, {}, m, cot)[0])["score"] for m in others
+            other: bench.total(read_all(bench, replied, other)[0])["score"] for other in others
         },
-        "judge": ", ".join(sorted({row["judge"] for row in judged})) or None,
-        "judge_date": max((row["date"] for row in judged), default=None) or None,
+        "judge": ", ".join(sorted({reply.judge for reply in used})) or None,
+        "judge_date": max((reply.judge_date for reply in used), default="") or None,
         "prompts": made_by.prompts,
         "weights": made_by.weights,
         "unparsed": sum(not reading.parsed for _, reading in readings),
-        "empty_replies": sum(not row["reply"].strip() for row in seen),
-        "without_final_answer": sum(not FINAL.search(r["reply"]) for r in seen) if cot else None,
-        "cut_off": sum(row.get("finish_reason") == "length" for row in seen),
+        "empty_replies": sum(not reply.text.strip() for reply in seen),
+        "without_final_answer": sum(not FINAL.search(r.text) for r in seen) if cot else None,
+        "cut_off": sum(reply.cut_off for reply in seen),
         "missing_judgements": missing,
         "notes": bench.notes(items, mode, cot) + [f"without {', '.join(absent)}"] * bool(absent),
     }
@@ -335,10 +335,8 @@ def score(cfg: Score) -> dict:
     return result
 
 
-def load(
-    cfg: Replies, runs: dict[Path, RunFile]
-) -> tuple[list[Item], dict[str, dict], dict[str, dict]]:
-    """(items, replies, judgements) by id, which are about each other."""
+def load(cfg: Replies, made_by: RunFile, runs: dict[Path, RunFile]) -> Replied:
+    """Each item with what was replied to it, and what a judge said of that."""
     bench = cfg.benchmark
     if cfg.data:
         items = cfg.items()
@@ -346,26 +344,22 @@ def load(
         rows = [row for path in cfg.judgements for row in files.read_rows(path)]
         items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]
     replies = files.load_replies(bench, items, cfg.answers)
-    judgements = files.load_judgements(bench, items, cfg.judgements, cfg.judge_name)
     check_asked(cfg, runs, items, replies)
-    check_judged(cfg, items, replies, judgements)
-    if not judgements and bench.judge:
-        who = cfg.judge_name or "extraction column of the answers"
-        for name, row in replies.items():
-            if "extraction" in row:  # a judge's, in MathVista's outputs
-                text = "" if row["extraction"] is None else row["extraction"]
-                judgements[name] = {"judgement": text, "judge": who, "date": ""}
-    return [item for item in items if not item.get("_left_out")], replies, judgements
+    said = files.load_judgements(bench, items, replies, cfg.judgements, cfg.judge_name)
+    replied = []
+    for item in items:
+        if not item.get("_left_out"):
+            row = replies.get(item["id"], {"reply": ""})
+            cut_off = row.get("finish_reason") == "length"
+            by = said.get(item["id"], {})
+            reply = Reply(row["reply"], made_by.setting == "CoT", cut_off, **by)
+            replied.append((item, reply))
+    check_judged(cfg, replied)
+    return replied
 
 
 def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], replies: dict) -> None:
-    """InputError where replies are the data itself, or our own ones to other questions."""
-    questions = {item.get("_file") for item in items}
-    fields = "|".join(cfg.benchmark.fields).split("|")
-    for row in replies.values():
-        key = next(key for key in files.REPLY_KEYS if key in row)
-        if row["_file"] in questions and key in fields:
-            raise InputError(f"{row['_source']}: {key!r} is the data's own, no reply to it")
+    """InputError where replies of our own are to other questions."""
     for folder, run in runs.items() if cfg.data else ():
         own = {id for id, row in replies.items() if row["_file"].parent == folder}
         known = asked(cfg.benchmark, [i for i in items if i["id"] in own], run.setting == "CoT")
@@ -373,14 +367,10 @@ def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], repl
             raise InputError(f"--data: run.json in {folder} says that other ones were asked")
 
 
-def check_judged(cfg: Replies, items: list[Item], replies: dict, judgements: dict) -> None:
-    """InputError where judgements are the replies, or by requests.jsonl about other ones."""
-    answers = {row["_file"] for row in replies.values()}
-    for id, row in judgements.items():
-        if row["_file"] in answers and row["judgement"] == replies[id]["reply"]:
-            raise InputError(f"{row['_source']}: the reply itself, no judgement of it")
-    about = {i["id"]: about_what(cfg.benchmark, i, replies) for i in items if i["id"] in replies}
-    for path in cfg.judgements if cfg.data else ():
+def check_judged(cfg: Replies, replied: Replied) -> None:
+    """InputError where judgements are, by the requests.jsonl beside them, about other replies."""
+    about = {item["id"]: about_what(cfg.benchmark, item, reply) for item, reply in replied}
+    for path in cfg.judgements if cfg.data and cfg.answers else ():
         requests = path.with_name("requests.jsonl")
         for row in runtime.read_whole_lines(requests, id=str):
             if "about" in row and about.get(row["id"], row["about"]) != row["about"]:
@@ -388,25 +378,21 @@ def check_judged(cfg: Replies, items: list[Item], replies: dict, judgements: dic
                 raise InputError(f"{requests}: {problem}; use another --out")
 
 
-def about_what(bench: Benchmark, item: Item, replies: dict[str, dict]) -> str:
+def about_what(bench: Benchmark, item: Item, reply: Reply) -> str:
     """A hash of an item's official fields and of the reply: what a judgement is about."""
     names = "|".join(bench.fields).split("|")
-    return digest([replies[item["id"]]["reply"], *map(item.get, names)])
+    return digest([reply.text, *map(item.get, names)])
 
 
-def read_all(
-    bench: Benchmark, items: list[Item], replies: dict[str, dict],
-    judgements: dict[str, dict], mode: str, cot: bool,
-) -> tuple[Readings, list[str]]:  # fmt: skip
+def read_all(bench: Benchmark, replied: Replied, mode: str) -> tuple[Readings, list[str]]:
     """(items with their readings, ids that lack a judgement)."""
     readings, missing = [], []
-    for item in items:
-        text = replies.get(item["id"], {}).get("reply", "")
-        judgement = judgements.get(item["id"], {}).get("judgement")
-        if judgement is None and bench.is_judged(mode) and not bench.judge.settled(item, text):
+    for item, reply in replied:
+        unread = reply.judgement is None and bench.is_judged(mode)
+        if unread and not bench.judge.settled(item, reply.text):
             missing.append(item["id"])
         else:
-            readings.append((item, bench.read(item, Reply(text, cot, judgement), mode)))
+            readings.append((item, bench.read(item, reply, mode)))
     return readings, missing
 
 
@@ -430,27 +416,21 @@ class Judge(Replies):
 def judge(cfg: Judge) -> list[str]:
     """The verb: ids still without a judgement."""
     cfg = replace(cfg, judgements=cfg.judgements or tuple(cfg.out.glob("judgements.jsonl")))
-    bench, (made_by, runs) = cfg.benchmark, read_runs(cfg)
-    cot = made_by.setting == "CoT"
-    items, replies, judgements = load(cfg, runs)
+    bench, replied = cfg.benchmark, load(cfg, *read_runs(cfg))
     with runtime.named(path := cfg.judge_template or TEMPLATES / f"{bench.name}.txt"):
         template = path.read_text("utf-8-sig")
-    requests = []
-    for item in items:
-        text = replies[item["id"]]["reply"]
-        if not bench.judge.settled(item, text):
-            requests.append({
-                "id": item["id"], "benchmark": bench.name,
-                "messages": bench.judge.messages(item, Reply(text, cot), template),
-                "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
-                "template": cfg.judge_template.name if cfg.judge_template else "ours",
-                "about": about_what(bench, item, replies),
-            })  # fmt: skip
+    requests = [
+        {"id": item["id"], "benchmark": bench.name,
+         "messages": bench.judge.messages(item, reply, template),
+         "max_tokens": bench.judge.max_tokens, "temperature": bench.judge.temperature,
+         "template": cfg.judge_template.name if cfg.judge_template else "ours",
+         "about": about_what(bench, item, reply)}
+        for item, reply in replied
+        if not bench.judge.settled(item, reply.text)
+    ]  # fmt: skip
     write_jsonl(cfg.out / "requests.jsonl", requests)
-    judged = [item for item in items if item["id"] in judgements]
-    read_all(bench, judged, replies, judgements, bench.judge.mode, cot)  # out of range ends here
-    left = [request["id"] for request in requests if request["id"] not in judgements]
-    names = f": {files.listed(left)}" if judgements and left else ""
+    _, left = read_all(bench, replied, bench.judge.mode)  # a judgement out of range ends here
+    names = f": {files.listed(left)}" if left else ""
     counts = f"{len(requests)} requests, {len(left)} not judged yet{names}"
     print(f"{cfg.out / 'requests.jsonl'}: {counts}", file=sys.stderr)
     return left

@@ -53,7 +53,10 @@ class Reply:
 
     text: str
     cot: bool = False
+    cut_off: bool = False  # at the token limit
     judgement: Any = None  # text, or the numbers that an official file holds
+    judge: str = ""
+    judge_date: str = ""
 
     @property
     def final(self) -> str:
@@ -69,6 +72,7 @@ class Reading:
     parsed: bool = True  # False: the rule found nothing to read and fell back to its last resort
 
 
+Replied = list[tuple[Item, Reply]]
 Readings = list[tuple[Item, Reading]]
 
 _NUMBER = pattern("REPLIED")

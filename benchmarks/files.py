@@ -8,12 +8,11 @@ import contextlib
 import datetime
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from inspect import formatannotation
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Benchmark, Item
-from runtime import InputError, fits, named, parse_json, read_jsonl
+from runtime import InputError, check_type, named, parse_json, read_jsonl
 
 ID_KEYS = ("id", "pid", "question_id", "image_id", "index", "image_path")
 # the raw reply first: official files may also hold the read answer, the question or the gold
@@ -110,8 +109,10 @@ def find_data(bench: Benchmark, given: tuple[Path, ...]) -> list[Path]:
 
 def read_item(bench: Benchmark, row: dict, index: int) -> Item:
     """A row of an official file, checked and completed in place."""
-    if problem := wrong_field(bench.fields, row):
-        raise InputError(f"{row['_source']}: {problem}: not a file of {bench.name}")
+    with named(f"{row['_source']}: not a file of {bench.name}"):
+        for names, kind in bench.fields.items():
+            name = next((name for name in names.split("|") if name in row), names)
+            check_type(repr(name), row.get(name), kind)
     row |= {"_index": index, "_aliases": [], "_left_out": False}
     row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
     try:
@@ -121,18 +122,6 @@ def read_item(bench: Benchmark, row: dict, index: int) -> Item:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{row['_source']}: not a row of {bench.name}: {error!r}") from None
     return row
-
-
-def wrong_field(fields: dict[str, Any], row: dict) -> str | None:
-    """What is wrong with the first field that a row lacks, or that has another type."""
-    for names, kind in fields.items():
-        name = next((n for n in names.split("|") if n in row), None)
-        if name is None and not fits(None, kind):
-            return f"no {names!r}"
-        if name is not None and not fits(row[name], kind):
-            wanted = formatannotation(kind).replace("Literal", "one of ")
-            return f"{name!r} must be {wanted}, got {row[name]!r:.80}"
-    return None
 
 
 # --------------------------------------------------------------------------- what is about them
@@ -174,15 +163,17 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
         if folder != path and not path.exists():
             raise InputError(f"no {path}: `generate` writes it when every item is answered")
     replies = rows_by_id(bench, items, files, "answers")
+    questions, fields = {item.get("_file") for item in items}, "|".join(bench.fields).split("|")
     for row in replies.values():
         key = next((k for k in REPLY_KEYS if k in row), None)
         if key is None:
             raise InputError(f"{row['_source']}: no reply; needs one of {', '.join(REPLY_KEYS)}")
+        if row["_file"] in questions and key in fields:
+            raise InputError(f"{row['_source']}: {key!r} is the data's own, no reply to it")
         reply = row[key]
         if isinstance(reply, list) and reply:  # the turns of M3CoT's own outputs
             reply = reply[-1].get("content") if isinstance(reply[-1], dict) else reply[-1]
-        if not fits(reply, str | int | float | None):
-            raise InputError(f"{row['_source']}: {key!r} must be text, got {reply!r:.60}")
+        check_type(f"{row['_source']}: {key!r}", reply, str | int | float | None)
         row["reply"] = "" if reply is None else str(reply)
     missing = [i["id"] for i in items if not i.get("_left_out") and i["id"] not in replies]
     if given and missing:
@@ -191,19 +182,32 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
 
 
 def load_judgements(
-    bench: Benchmark, items: list[Item], files: Iterable[Path], judge: str
+    bench: Benchmark, items: list[Item], replies: dict[str, dict], given: Iterable[Path], judge: str
 ) -> dict[str, dict]:
-    """id -> row with "judgement" (text, or an official file's numbers), "judge" and "date"."""
-    judgements = rows_by_id(bench, items, files, "judgements")
-    for row in judgements.values():
+    """id -> "judgement" (text, or an official file's numbers), "judge" and "judge_date".
+
+    Without any: what a judge has extracted, in a column of MathVista's outputs.
+    """
+    judgements = {}
+    for id, row in rows_by_id(bench, items, given, "judgements").items():
         content = next((row[k] for k in JUDGEMENT_KEYS if k in row), None)
         if content is None and "choices" in row:  # a chat API's raw answer
             with contextlib.suppress(KeyError, TypeError, IndexError):
                 content = row["choices"][0]["message"]["content"]
         if content is None:
             raise InputError(f"{row['_source']}: no judgement; expected 'judgement' with a text")
+        reply = replies.get(id, {})
+        if (row["_file"], content) == (reply.get("_file"), reply.get("reply")):
+            raise InputError(f"{row['_source']}: the reply itself, no judgement of it")
         written = datetime.datetime.fromtimestamp(row["_file"].stat().st_mtime, datetime.UTC)
-        row["judge"] = str(row.get("judge") or row.get("reviewer_id") or judge or "not named")
-        row["date"] = str(row.get("date") or f"{written:%Y-%m-%d}")
-        row["judgement"] = content
+        who = row.get("judge") or row.get("reviewer_id") or judge or "not named"
+        date = row.get("date") or f"{written:%Y-%m-%d}"
+        judgements[id] = {"judgement": content, "judge": str(who), "judge_date": str(date)}
+    if judgements or bench.judge is None:
+        return judgements
+    for id, row in replies.items():
+        if "extraction" in row:
+            text = "" if row["extraction"] is None else row["extraction"]
+            who = judge or "extraction column of the answers"
+            judgements[id] = {"judgement": text, "judge": who}
     return judgements

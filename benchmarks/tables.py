@@ -5,8 +5,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.files import wrong_field
-from runtime import InputError, read_json
+from runtime import InputError, check_type, read_json
 from tools.figures import text_table
 
 PAPER = read_json(Path(__file__).with_name("paper.json"))  # table 3: [Direct, CoT]
@@ -34,8 +33,8 @@ def load_scores(folders: Iterable[Path]) -> Scores:
         if not (path := folder / "score.json").is_file():
             raise InputError(f"no score.json in {folder}: run `eval.py score --out {folder}` first")
         score = dict.fromkeys(SCORE_FIELDS) | read_json(path)
-        if problem := wrong_field(SCORE_FIELDS, score):
-            raise InputError(f"{path}: {problem}: not a file that `eval.py score` wrote")
+        for key, kind in SCORE_FIELDS.items():
+            check_type(f"{path}, as `eval.py score` writes it: {key!r}", score[key], kind)
         if score["status"] == "complete" and None in (score["score"], score["standard_error"]):
             raise InputError(f"{path}: complete, but without a score: run `eval.py score` again")
         files.append((folder, score))

@@ -563,7 +563,7 @@ def test_a_judge_may_read_replies_to_a_split_without_published_answers(tmp_path)
 @pytest.mark.parametrize("reply", [{"text": "x"}, True])
 def test_a_reply_that_is_no_text_is_named(reply, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [{"id": 1, "question": "?", "answer": "x"}])
-    with pytest.raises(InputError, match="a.jsonl line 1: 'response' must be text"):
+    with pytest.raises(InputError, match="a.jsonl line 1: 'response' must be str"):
         scored("text_em", data, write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "response": reply}]))
 
 
