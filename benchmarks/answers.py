@@ -735,8 +735,7 @@ class Verdict(NamedTuple):
     """What a response is worth."""
 
     label: str  # "correct", "wrong", "ambiguous" (wrong, but perhaps meant right) or "format"
-    reason: str
-    mode: str | None = None  # the mode that matched
+    reason: str  # the mode that matched, the name of a format failure
     answer: str | None = None
 
 
@@ -768,11 +767,11 @@ def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
     strict = [mode for mode in modes if mode != "relaxed_accuracy"] or modes
     mode = matching_mode(answer, gold, strict)
     if mode and (mode != "anls" or re.findall("[0-9]+", answer) == re.findall("[0-9]+", gold)):
-        return Verdict("correct", f"matches by {mode}", mode, answer)
+        return Verdict("correct", f"matches by {mode}", answer)
     doubt = mode or (len(strict) < len(modes) and matching_mode(answer, gold, modes))
     if doubt or is_ambiguous(answer, gold):
-        return Verdict("ambiguous", "may be meant right", None, answer)
-    return Verdict("wrong", "no mode matches", None, answer)
+        return Verdict("ambiguous", "may be meant right", answer)
+    return Verdict("wrong", "no mode matches", answer)
 
 
 # --------------------------------------------------------------------------- cutting a response

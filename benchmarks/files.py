@@ -89,6 +89,8 @@ def load_items(bench: Benchmark, given: tuple[Path, ...], ids: Path | None = Non
             raise InputError(f"no file {ids}: pass --ids a file with the ids of {bench.name}")
         with named(ids):
             wanted = set(ids.read_text("utf-8-sig").split())
+        if not wanted:
+            raise InputError(f"{ids}: names no item of the data")
         if unknown := wanted - {item["id"] for item in items}:
             raise InputError(f"{ids}: ids that the data lacks: {listed(sorted(unknown))}")
         for item in items:
@@ -127,10 +129,8 @@ def read_item(bench: Benchmark, row: dict, index: int) -> Item:
 # --------------------------------------------------------------------------- what is about them
 
 
-def rows_by_id(
-    bench: Benchmark, items: list[Item], files: Iterable[Path], kind: str
-) -> dict[str, dict]:
-    """id -> the one row of `files` that is about this item; kind: for errors."""
+def rows_by_id(bench: Benchmark, items: list[Item], files: Iterable[Path]) -> dict[str, dict]:
+    """id -> the one row of `files` that is about this item."""
     known: dict[str, set[str]] = defaultdict(set)
     for item in items:
         for name in (item["id"], *item.get("_aliases", ())):
@@ -151,7 +151,7 @@ def rows_by_id(
             raise InputError(f"{source}: id {key!r} {problem}")
         (name,) = ids
         if name in rows:
-            raise InputError(f"{source}: duplicate id {name!r} in the {kind}")
+            raise InputError(f"{source}: duplicate id {name!r}")
         rows[name] = row
     return rows
 
@@ -162,7 +162,7 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
     for folder, path in zip(given, files):
         if folder != path and not path.exists():
             raise InputError(f"no {path}: `generate` writes it when every item is answered")
-    replies = rows_by_id(bench, items, files, "answers")
+    replies = rows_by_id(bench, items, files)
     questions, fields = {item.get("_file") for item in items}, "|".join(bench.fields).split("|")
     for row in replies.values():
         key = next((k for k in REPLY_KEYS if k in row), None)
@@ -189,7 +189,7 @@ def load_judgements(
     Without any: what a judge has extracted, in a column of MathVista's outputs.
     """
     judgements = {}
-    for id, row in rows_by_id(bench, items, given, "judgements").items():
+    for id, row in rows_by_id(bench, items, given).items():
         content = next((row[k] for k in JUDGEMENT_KEYS if k in row), None)
         if content is None and "choices" in row:  # a chat API's raw answer
             with contextlib.suppress(KeyError, TypeError, IndexError):

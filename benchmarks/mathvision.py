@@ -4,6 +4,7 @@ The official cleaning of a reply, step by step, and the official equality withou
 symbolic mathematics and without evaluating what a model wrote.
 """
 
+import contextlib
 import re
 from dataclasses import replace
 from itertools import accumulate
@@ -30,16 +31,17 @@ def clean_answer(reply: str) -> str:
         if text.endswith((f" {c}.", f" ({c}).")) or text.startswith(starts):
             text = c
     tail = text.split("is ")[-1].rstrip(".")
-    try:
+    with contextlib.suppress(ValueError):
         float(tail)
         text = tail
-    except ValueError:
-        pass
     if "oxed{" not in text:
         text = _after_phrase(text)
     elif text.count("oxed{") > 1:
         text = "\\boxed{" + text.split("oxed{")[-1]
-    text = re.sub(r"\(([a-e])\)", r"\1", clean_math(text))
+    text = _clean(text.lower())
+    if "sqrt" in text:  # fractions too only beside a root
+        text = brace_arguments(text)
+    text = re.sub(r"\(([a-e])\)", r"\1", text)
     return re.sub(r"\{([a-e])\}", r"\1", text).rstrip(".").lstrip(":").strip()
 
 
@@ -50,12 +52,6 @@ def brace_arguments(text: str) -> str:
         return text
     text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
     return re.sub(r"\\frac([^{])(?=\{)", r"\\frac{\1}", text)
-
-
-def clean_math(text: str) -> str:
-    """MATH-V's find_math_answer: the content of the last box, without LaTeX noise and units."""
-    text = _clean(text.lower())
-    return brace_arguments(text) if "sqrt" in text else text  # fractions too only beside a root
 
 
 def rounded(text: str) -> float | None:

@@ -30,9 +30,7 @@ def load_scores(folders: Iterable[Path]) -> Scores:
     """
     files = []
     for folder in folders:
-        if not (path := folder / "score.json").is_file():
-            raise InputError(f"no score.json in {folder}: run `eval.py score --out {folder}` first")
-        score = dict.fromkeys(SCORE_FIELDS) | read_json(path)
+        score = dict.fromkeys(SCORE_FIELDS) | read_json(path := folder / "score.json")
         for key, kind in SCORE_FIELDS.items():
             check_type(f"{path}, as `eval.py score` writes it: {key!r}", score[key], kind)
         if score["status"] == "complete" and None in (score["score"], score["standard_error"]):

@@ -163,7 +163,7 @@ def test_anls_accepts_strictly_above_nine_tenths():
 
 def test_the_judge_says_by_which_mode():
     verdict = answers.judge("a\nFinal answer: 6/8", "3/4", STANDARD, "en")
-    assert (verdict.label, verdict.mode, verdict.answer) == ("correct", "vqa_score", "6/8")
+    assert verdict == ("correct", "matches by vqa_score", "6/8")
     assert answers.judge("a\nFinal answer: 12 or 13", "12", STANDARD, "en").label == "ambiguous"
     assert answers.judge("a\nFinal answer: 11", "12", STANDARD, "en").reason == "no mode matches"
 
