@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from images import jpeg, load_image
@@ -227,36 +226,28 @@ def response_keys(trees: list[Tree]) -> list[str]:
 
 
 def add_tiles(pack: Pack, tile_size: int, share: bool = True) -> Pack:
-    """Decode each distinct image of the pack once (with share=False: wherever it stands)."""
+    """Decode each distinct image of the pack once (with share=False: wherever it stands).
+
+    Augmentation is a function of the file's name, not of the epoch, so that cached reference
+    log-probs see the very pixels that the policy sees.
+    """
     first_tile: dict[tuple | int, int] = {}
     parts, order = [], []
-    for image, tiles in images_of(pack.trees):
+    for image, count in chain.from_iterable(zip(tree.images, tree.tiles) for tree in pack.trees):
         key = image if share else len(order)
         if key not in first_tile:
+            path, limit, augment = image
+            tiles = cut_tiles(load_image(path), limit, tile_size)
+            assert len(tiles) == count, (image, len(tiles), count)
+            if augment:
+                qualities = seeded("jpeg", path.name).integers(75, 101, count)
+                tiles = [jpeg(tile, int(quality)) for tile, quality in zip(tiles, qualities)]
             first_tile[key] = len(parts)
-            parts += image_tiles(*image, tile_size)
-            assert len(parts) == first_tile[key] + tiles, (image, len(parts), tiles)
-        order += range(first_tile[key], first_tile[key] + tiles)
+            parts += tiles
+        order += range(first_tile[key], first_tile[key] + count)
     if parts:
         pack.tiles, pack.tile_order = pixels(parts), torch.tensor(order)
     return pack
-
-
-def images_of(trees: list[Tree]) -> Iterator[tuple[tuple, int]]:
-    """(image, its tiles) in the order of the prompts."""
-    return chain.from_iterable(zip(tree.images, tree.tiles) for tree in trees)
-
-
-def image_tiles(path: Path, max_tiles: int, augment: bool, tile_size: int) -> list[Image.Image]:
-    """The tiles of one file; augmentation is a function of the file's name, not of the epoch.
-
-    So cached reference log-probs see the very pixels that the policy sees.
-    """
-    tiles = cut_tiles(load_image(path), max_tiles, tile_size)
-    if augment:
-        qualities = seeded("jpeg", path.name).integers(75, 101, len(tiles))
-        tiles = [jpeg(tile, int(q)) for tile, q in zip(tiles, qualities)]
-    return tiles
 
 
 def first_fit(sizes: list[int], budget: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from config import InternVLConfig, LLMConfig
-from data import Tree, images_of
+from data import Tree
 from losses import needs_reference, parse_objective
 from model import InternVL
 from runtime import InputError, all_of, rank_and_world, read_json, say
@@ -68,7 +68,7 @@ def load_of(*packs: list[Tree], share_images: bool = True) -> Load:
     """The load of packs of these trees."""
     tokens = scored = tiles = pairs = 0
     for trees in packs:
-        images = images_of(trees)
+        images = [image for tree in trees for image in zip(tree.images, tree.tiles)]
         tiles += sum(n for _, n in (set(images) if share_images else images))
         for tree in trees:
             trunk, answers = len(tree.trunk), [len(r) for r in tree.responses]
