@@ -40,7 +40,7 @@ ALL = slice(None)  # of the tokens whose hidden states are wanted
 def rotary(config: LLMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (b s d) float32, of positions (b s); a row attends keys up to its last one.
 
-    The first half of sin is negated, as `rotate` wants it.
+    The first half of sin is negated, as `Attention` wants it.
 
     Dynamic NTK: past max_position_embeddings the base grows with the key length of the call.
     A full forward thus turns every position with one base; a cached step turns only its own new
@@ -55,11 +55,6 @@ def rotary(config: LLMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     angle = positions.float()[..., None] * inverse[:, None]  # (b s d/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (... d)
-    """Turn each pair of channels (i, i + d/2) by its angle."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # --------------------------------------------------------------------------- ways to attend
@@ -99,7 +94,7 @@ class TreeAttention:
         self.visible = visible  # a plain function: FlexAttention takes nothing else
         if self.flex:
             self.mask = block_mask(tree, branch, visible)
-            self.attend = compiled_flex_attention() if tree.is_cuda else flex_attention
+            self.attend = compiled(flex_attention) if tree.is_cuda else flex_attention
             return
         # (tokens, mask (token key) or None = causal); an answer's mask begins with its trunk's keys
         self.segments: list[tuple[int, Tensor | None]] = []
@@ -153,6 +148,8 @@ def whole_trees(tree: Tensor, span: int) -> list[tuple[int, int]]:
 BLOCK = 128  # tokens a side of a mask block
 # below 128 tokens inductor would pick its decoding kernel, which has no choice for some lengths
 FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+# FlexAttention is fast only compiled: once, on first use, where all packs have one length
+compiled = functools.cache(torch.compile)
 
 
 def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
@@ -190,12 +187,6 @@ def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
     )
 
 
-@functools.cache
-def compiled_flex_attention() -> Callable:
-    """FlexAttention is fast only compiled: once, on first use, where all packs have one length."""
-    return torch.compile(flex_attention)
-
-
 # --------------------------------------------------------------------------- decoder
 
 
@@ -227,7 +218,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = turned.split([turned.shape[3] - 1, 1], dim=3)
             turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=3)
-        turned = rotate(turned, cos, sin)
+        # each pair of channels (i, i + d/2) turns by its angle
+        turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, dims=-1), sin)
         q, k = turned[:, :, :, :-1].flatten(2, 3), turned[:, :, :, -1]  # (b s h d), (b s g d)
         return self.wo(attend(self.layer, q, k, v)[:, wanted].flatten(2))
 
@@ -357,10 +349,8 @@ class InternVL(nn.Module):
         slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
         rows = slots.flatten().nonzero()[:, 0]  # of x as (b*s d); here the host waits for a GPU
         if len(features) != len(rows):
-            raise InputError(
-                f"the prompt has {len(rows)} image tokens, its tiles fill {len(features)}: build "
-                "prompts with tokenizer.encode_chat and the tile counts of vision.preprocess"
-            )
+            told = f"the prompt has {len(rows)} image tokens, its tiles fill {len(features)}"
+            raise InputError(f"{told}: build it by encode_chat with the tile counts of preprocess")
         return x.flatten(0, 1).index_put((rows,), features).view_as(x)
 
     def forward(

@@ -217,7 +217,10 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
     """
     with new_export(export_folder(out_dir, like)) as partial:
         if is_main():
-            copy_small_files(Path(like), partial)
+            for path in sorted(Path(like).iterdir()):  # what a release needs beside its weights
+                kept = path.suffix in (".json", ".jinja", ".model", ".py")
+                if (kept or path.name == "merges.txt") and path.is_file():
+                    write_atomic(partial / path.name, path.read_bytes())
         write_weights(model, Path(like), partial)
         all_of(True)  # all wait here
         for name, p, rows in stored_rows(model, partial):
@@ -300,14 +303,6 @@ def new_folder(partial: Path, final: Path) -> Iterator[Path]:
     finally:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def copy_small_files(like: Path, out_dir: Path) -> None:
-    """Config, index, tokenizer, processor and code of a release: what it needs beside weights."""
-    for path in sorted(like.iterdir()):
-        kept = path.suffix in (".json", ".jinja", ".model", ".py") or path.name == "merges.txt"
-        if kept and path.is_file() and path.name != EXPORT_MARK:
-            write_atomic(out_dir / path.name, path.read_bytes())
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, **options: object) -> None:

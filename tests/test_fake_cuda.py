@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
 import cache
@@ -52,7 +51,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def fake(world, monkeypatch):
     """(FakeTensorMode, the toy's model on a fake card, bfloat16)."""
-    monkeypatch.setattr(model, "compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(model, "compiled", lambda function: function)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         policy = weights.empty_model(world / "model")
         for module in policy.modules():
