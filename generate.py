@@ -334,11 +334,9 @@ class Scheduler:
         group = self.waiting[0]
         length, together = len(group.ids), [*batch, group]
         if num_blocks(length) + num_blocks(group.limit) > self.cache.num_blocks:
-            raise InputError(
-                f"{group.prompt.label}: {length} tokens and up to {group.limit} new ones do "
-                f"not fit a cache of {self.cache.num_blocks * KEYS} tokens; raise --cache_tokens, "
-                "use fewer tiles, or free memory of the GPU"
-            )
+            told = f"{group.prompt.label}: {length} tokens and up to {group.limit} new ones"
+            remedy = "raise --cache_tokens, use fewer tiles, or free memory of the GPU"
+            raise InputError(f"{told} exceed {self.cache.num_blocks * KEYS} of the cache; {remedy}")
         if batch and (
             any(len(group.todo) > 1 for group in together)
             or sum(len(group.ids) for group in together) > self.cache.together
@@ -507,10 +505,8 @@ class Generator:
         """Add a token to a row, and say why if it was the row's last."""
         prompt = row.group.prompt
         if not math.isfinite(logp):
-            raise InputError(
-                f"{prompt.label}, sample {row.sample}, token {len(row.ids)}: the model's "
-                "logits are not finite; check the weights, or use another --dtype"
-            )
+            place = f"{prompt.label}, sample {row.sample}, token {len(row.ids)}"
+            raise InputError(f"{place}: logits are not finite; check weights, or --dtype")
         row.ids.append(token)
         row.logps.append(logp)
         if token in self.stop_ids or (self.settings.stop and self.text(row)[1]):

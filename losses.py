@@ -153,10 +153,8 @@ class PairLogps:
             if value is None:
                 continue
             if value.shape != self.policy_chosen.shape or value.ndim != 1:
-                raise ValueError(
-                    f"{name} is {tuple(value.shape)}; every field of PairLogps is (pair), "
-                    f"as policy_chosen, {tuple(self.policy_chosen.shape)}"
-                )
+                shape, pair = tuple(value.shape), tuple(self.policy_chosen.shape)
+                raise ValueError(f"{name} is {shape}, not (pair) as policy_chosen, {pair}")
             object.__setattr__(self, name, at_least_float32(value))
 
     @property
@@ -351,10 +349,8 @@ def parse_objective(text: str) -> Terms:
     while others is not None:
         term = TERM.fullmatch(others)
         if not term:
-            raise InputError(
-                f"cannot read {others!r} of the objective {text!r}; expected [weight*]name "
-                "joined by +, for example 0.8*dpo+0.2*bco+sft"
-            )
+            told = f"cannot read {others!r} of the objective {text!r}; expected [weight*]name"
+            raise InputError(f"{told} joined by +, for example 0.8*dpo+0.2*bco+sft")
         name, weight = term["name"], float(term["weight"] or 1)
         if name in PRESETS:
             raise InputError(f"{name} stands for {PRESETS[name]} and stands alone; write that out")

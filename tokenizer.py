@@ -83,10 +83,8 @@ class Tokenizer:
         self.im_end_id = self.token_id("<|im_end|>")  # the one id that ends an answer
         self.image_context_id = self.token_id("<IMG_CONTEXT>")
         if self.decode(self.encode_plain("a"))[:1] == " ":
-            raise InputError(
-                f"{source}: puts a blank before every text, as no InternVL does, so prompts could "
-                "not be built of segments; turn add_prefix_space (prepend_scheme) off"
-            )
+            told = f"{source}: puts a blank before every text, as no InternVL does"
+            raise InputError(f"{told}; turn add_prefix_space (prepend_scheme) off")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, the names of special tokens in it recognised.  For trusted text only."""
@@ -144,10 +142,8 @@ class Tokenizer:
         text = self.pieces.keys() - self.special_ids
         largest = max(text | {self.im_end_id, self.image_context_id})
         if largest >= vocab_size:
-            raise InputError(
-                f"{self.source}: has tokens up to id {largest}, but the model's vocab_size is "
-                f"{vocab_size}; take tokenizer and config.json from one checkpoint"
-            )
+            told = f"has tokens up to id {largest}, but the model's vocab_size is {vocab_size}"
+            raise InputError(f"{self.source}: {told}; take both files from one checkpoint")
 
     def banned_ids(self, vocab_size: int) -> list[int]:
         """Rows of the head not to be chosen: special tokens but <|im_end|>, ids without a token."""
@@ -170,11 +166,8 @@ BYTE_LEVEL = dict(zip(PRINTABLE, PRINTABLE)) | {256 + n: byte for n, byte in enu
 
 
 def byte_level_bytes(piece: str) -> bytes:
-    """The bytes of a piece of byte-level BPE; of any other name, its text."""
-    try:
-        return piece.translate(BYTE_LEVEL).encode("latin-1")
-    except UnicodeEncodeError:
-        return piece.encode()
+    """The bytes of a piece of byte-level BPE; a named token's are not asked for."""
+    return piece.translate(BYTE_LEVEL).encode("latin-1", "replace")
 
 
 # --------------------------------------------------------------------------- tokenizer files
@@ -198,10 +191,8 @@ def added_tokens(folder: Path) -> dict[int, tokenizers.AddedToken]:
     try:
         return {int(id): named_token(t["content"], t["special"]) for id, t in tokens.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{path}: expected added_tokens_decoder {{id: {{content, special}}}}, which names the "
-            f"special tokens ({error!r}); copy the file from the checkpoint"
-        ) from None
+        told = f"{path}: expected added_tokens_decoder {{id: {{content, special}}}} ({error!r})"
+        raise InputError(f"{told}; copy the file from the checkpoint") from None
 
 
 def bpe(
@@ -228,9 +219,8 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     backend = bpe(texts, bpe_merges(pieces), verbatim | added_tokens(path.parent), **options)
     backend.normalizer = normalizers.Replace(" ", BLANK)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    to_text = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(to_text)
     return backend
 
 
@@ -283,10 +273,8 @@ def read_pieces(path: Path) -> list[Piece]:
         if number < 3:  # settings of trainer (2) and normalizer (3) follow the pieces
             raise ValueError(f"it ends after {len(pieces)} pieces")
     except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error) as error:
-        raise InputError(
-            f"{path}: no SentencePiece model, or a part of one ({error}); copy the file again "
-            "(a few lines of text are a Git LFS pointer: git lfs pull)"
-        ) from None
+        told = f"{path}: no SentencePiece model, or a part of one ({error})"
+        raise InputError(f"{told}; copy the file again, or run git lfs pull") from None
     return pieces
 
 
@@ -405,10 +393,8 @@ def with_image_placeholders(question: str, num_images: int) -> str:
     if placeholders == 0:
         return f"{IMAGE}\n" * num_images + question
     if placeholders != num_images:
-        raise InputError(
-            f"the question has {placeholders} {IMAGE} for {num_images} images: add the missing "
-            "'image', write one for each, or none at all to have the images in front"
-        )
+        told = f"the question has {placeholders} {IMAGE} for {num_images} images"
+        raise InputError(f"{told}: add the missing 'image', write one for each, or none at all")
     return question
 
 
@@ -427,10 +413,8 @@ def encode_chat(
     form = find_template(template)
     slots = sum(question.count(IMAGE) for question, _ in turns)
     if image_tokens and slots != len(image_tokens):
-        raise InputError(
-            f"{slots} {IMAGE} in the user's text but {len(image_tokens)} images: one for each, "
-            "see with_image_placeholders"
-        )
+        told = f"{slots} {IMAGE} in the user's text but {len(image_tokens)} images"
+        raise InputError(f"{told}: one for each, see with_image_placeholders")
     if any(answer is None for _, answer in turns[:-1]):
         raise InputError("a turn before the last has no answer: only the last may be open")
 
