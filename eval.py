@@ -178,7 +178,7 @@ def image_paths(
             paths.append((path,))
     if bad:
         head = f"{len(bad)} of {len(items)} images cannot be used; --images names their folder"
-        raise InputError("\n  ".join([head, *bad]))
+        raise InputError(f"{head}: {'; '.join(bad)}")
     return paths
 
 

@@ -27,12 +27,20 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import runtime
-from runtime import EngineConfig, InputError, claim, flag, from_json, read_jsonl
+from runtime import EngineConfig, InputError, claim, flag, from_json, read_json, read_jsonl
+
+DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the tiles of two open
+    "general": (("en", "en_ground"), 6),
+    "science": (("en", "en_bg"), 6),
+    "chart": (("en", "en_vis"), 12),
+    "math": (("en",), 6),
+    "ocr": (("en", "en_vis"), 12),
+    "document": (("en", "en_vis"), 12),
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,7 @@ class SampleConfig(EngineConfig):
 
     questions: Path = flag(Path("questions.jsonl"), 'jsonl of {"image", "question", "answer"}')
     root: Path = flag(Path("."), "folder of the images")
-    domain: Literal["general", "science", "chart", "math", "ocr", "document"] = flag(
-        "science", "decides the default prompts and tile limit"
-    )
+    domain: Literal[tuple(DOMAINS)] = flag("science", "decides the default prompts and tile limit")
     prompts: str = flag("", "prompt versions with commas, empty = by domain; none = as it is")
     num_samples: int = flag(32, "responses a question, shared among the prompt versions", 1, 1e5)
     max_tiles: int = flag(0, "tiles an image at most, 0 = by domain", 0, 128)
@@ -104,16 +110,6 @@ Group = tuple[str, list[Line]]  # a key and the lines of its records
 Tally = dict[str, Counter]  # "counts", tokens as "cost", lines "written" by kind, "pairs_per_query"
 
 
-DOMAINS = {  # domain -> (prompt versions, tiles at most); the paper leaves the tiles of two open
-    "general": (("en", "en_ground"), 6),
-    "science": (("en", "en_bg"), 6),
-    "chart": (("en", "en_vis"), 12),
-    "math": (("en",), 6),
-    "ocr": (("en", "en_vis"), 12),
-    "document": (("en", "en_vis"), 12),
-}
-
-
 def digest(*key: Any) -> str:
     """A hexadecimal hash of JSON values: the same in every process and version."""
     content = json.dumps(key, ensure_ascii=False, separators=(",", ":"))
@@ -143,15 +139,14 @@ class QuestionLine:
     system_prompt: str | None = None
 
 
-def wrap_question(question: str, num_images: int, version: str, name: str = "question") -> str:
+def wrap_question(question: str, num_images: int, version: str) -> str:
     """The full prompt: instruction around the question, one placeholder an image."""
     text = question if version == "none" else answers.strip_instruction(question)
     if num_images == 1 and text.count(IMAGE) == 1:  # moved to the front
         text = text.replace(IMAGE + "\n", "").replace(IMAGE, "").strip()
     # plain replacement: questions contain braces
-    with runtime.named(name):
-        prompt = answers.PROMPTS[version].replace("{question}", text)
-        return with_image_placeholders(prompt, num_images)
+    prompt = answers.PROMPTS[version].replace("{question}", text)
+    return with_image_placeholders(prompt, num_images)
 
 
 def read_questions(
@@ -168,23 +163,22 @@ def read_questions(
     questions, sources = [], {}  # sources: qid -> its line
     for source, record in records:
         question, gold = from_json(QuestionLine, record, source).question, record.get("answer")
-        if not question.strip():
-            raise InputError(f"{source}: no 'question'")
         images = image_names(record, source)
-        if gold is None and versions != ["none"]:
-            raise InputError(f"{source}: no 'answer'; only --prompts none does without gold")
-        if gold is not None and (wrong := answers.check_gold(gold)):
-            raise InputError(f"{source}: the gold answer {wrong}")
+        with runtime.named(source):
+            if not question.strip():
+                raise InputError("no 'question'")
+            if gold is not None or versions != ["none"]:
+                answers.check_gold(gold)
+            prompts = [wrap_question(question, len(images), version) for version in versions]
         names = ("image", "rationale", "answer", "system_prompt")
         kept = {n: record[n] for n in names if record.get(n) not in (None, "", [])}  # 0 stays
-        for version in versions:
-            # a number and its digits are the same answer
-            gold_text = None if gold is None else str(gold)
-            qid = digest(name, images, question, gold_text, version, max_tiles, *system_of(record))
+        # a number and its digits are the same answer
+        identity = images, question, None if gold is None else str(gold)
+        for version, prompt in zip(versions, prompts):
+            qid = digest(name, *identity, version, max_tiles, *system_of(record))
             if (first := sources.setdefault(qid, source)) != source:
                 raise InputError(f"{source}: the same question as {first}")
-            wrapped = wrap_question(question, len(images), version, source)
-            fields = {"qid": qid, **kept, "question": wrapped, "question_orig": question}
+            fields = {"qid": qid, **kept, "question": prompt, "question_orig": question}
             questions.append((source, fields | {"prompt_version": version}))
     return questions
 
@@ -195,7 +189,7 @@ class SampledLine(QuestionLine):
 
     response: str
     question_orig: str | None = None
-    prompt_version: str = "none"
+    prompt_version: Literal[tuple(answers.PROMPTS)] = "none"
     qid: str = ""
     k: int = 0
     finish_reason: str | None = None
@@ -287,8 +281,7 @@ def find_sets(path: Path) -> list[SampleSet]:
     for folder in [path] if part_files(path) else sorted(path.glob("*")):
         about, files = folder / "info.json", part_files(folder)
         if files:
-            ours = (folder / "run.json").exists()
-            known = runtime.read_json(about) if ours or about.exists() else {}
+            known = read_json(about) if about.exists() or (folder / "run.json").exists() else {}
             sets.append(SampleSet(folder.name, files, from_json(SampleInfo, known, about)))
         elif about.exists():
             print(f"{folder}: left out, without a response so far", file=sys.stderr)
@@ -351,11 +344,8 @@ def sample(cfg: SampleConfig) -> None:
         done.add((line.qid, line.k))
         pixels[line.qid] = line.image_keys
     wanted = {(question["qid"], k) for _, question in questions for k in range(share)}
-    if others := pixels.keys() - {qid for qid, _ in wanted}:
-        told = f"{len(others)} questions that {cfg.questions} does not hold; they are paired, too"
-        print(f"{folder}: has responses to {told}", file=sys.stderr)
-    if more := sum(qid not in others for qid, _ in done - wanted):
-        print(f"{folder}: has {more} beyond --num_samples; they are paired, too", file=sys.stderr)
+    if more := len(done - wanted):
+        print(f"{folder}: {more} responses not asked for now are paired, too", file=sys.stderr)
     if wanted <= done:
         print(f"{name}: all {len(wanted)} responses are there", file=sys.stderr)
     prompts, asked = [], {}  # asked: qid -> fields of the question
@@ -420,10 +410,8 @@ def judge_group(
         counts["cut off"] += finish == "length"
         if clean and verdict.answer is not None:
             text = answers.fix_answer(text)
-        meta = {
-            "k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason,
-            "answer": verdict.answer, "prompt_version": version,
-        }  # fmt: skip
+        meta = {"k": row.get("k", number), "verdict": verdict.label, "reason": verdict.reason}
+        meta |= {"answer": verdict.answer, "prompt_version": version}
         meta |= picked(row, "qid finish_reason tokens")
         key = row["question"], verdict.label, text
         if not text.strip():  # nothing to train on
@@ -457,10 +445,7 @@ def possible_pairs(judged: list[Response], kind: str) -> Pairs:
 def draw_pairs(
     judged: list[Response], key: str, seed: int, cap: int, official_caps: bool = False
 ) -> dict[str, Pairs]:
-    """Pairs of one question under the cap: over both kinds, wrong answers first.
-
-    `official_caps` gives each kind the whole cap.
-    """
+    """Pairs of one question: the cap holds over both kinds, wrong answers first, or for each."""
     drawn, left = {}, cap
     for kind in KINDS:
         drawn[kind] = choose(possible_pairs(judged, kind), left, kind, seed, key)
@@ -474,6 +459,10 @@ _SHAPES: set[tuple] = set()  # prompt versions, and types of the fields, of line
 
 def images_of(record: dict, name: str) -> list[str]:
     """Image names of a line of samples; InputError where no pair could be made of it."""
+    types = [type(record.get(key, ...)) for key in _FIELDS]
+    if (shape := (str(record.get("prompt_version")), *types)) not in _SHAPES:
+        from_json(SampledLine, record, name)
+        _SHAPES.add(shape)
     images = image_names(record, name)
     with runtime.named(name):
         question = with_image_placeholders(record["question"], len(images))
@@ -482,26 +471,13 @@ def images_of(record: dict, name: str) -> list[str]:
     return images
 
 
-def read_sampled(record: dict, name: str) -> tuple[SampledLine, list[str]]:
-    """A line of samples, checked, and its image names."""
-    return from_json(SampledLine, record, name), images_of(record, name)
-
-
 def response_key(record: dict, name: str) -> str:
     """The group of a response: (images, question before it was wrapped, gold as text)."""
-    types = map(type, map(record.get, _FIELDS, repeat(...)))
-    if (shape := (str(record.get("prompt_version")), *types)) not in _SHAPES:
-        version = from_json(SampledLine, record, name).prompt_version
-        with runtime.named(name):
-            answers.check_known("prompt_version", [version], answers.PROMPTS)
-        _SHAPES.add(shape)
-    if (answer := record.get("answer")) is None:
-        raise InputError(f"{name}: no 'answer'; correctness pairs need gold answers")
-    if wrong := answers.check_gold(answer):
-        raise InputError(f"{name}: the gold answer {wrong}")
+    images, gold = tuple(images_of(record, name)), record.get("answer")
+    with runtime.named(name):
+        answers.check_gold(gold)
     question = record.get("question_orig") or record["question"]
-    images = tuple(images_of(record, name))
-    return digest_again(images, question, str(answer), *system_of(record))
+    return digest_again(images, question, str(gold), *system_of(record))
 
 
 def correctness(cfg: CorrectnessConfig) -> None:
@@ -603,7 +579,7 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
     reports, entries = {}, {}
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
-        earlier = {path: runtime.read_json(path) if path.exists() else {} for path in paths}
+        earlier = {path: read_json(path) if path.exists() else {} for path in paths}
         for plan in plans:
             plan.write(cfg.out_dir)
             images = plan.data_set.root(cfg.root).resolve()
@@ -649,9 +625,9 @@ def pair_with_model(
 
 def spend(cost: Counter, *records: dict) -> None:
     """Add the tokens of samples; a prompt counts once, as one prefill serves all its samples."""
-    cost["unknown"] += sum("tokens" not in record for record in records)
-    cost["generated"] += sum(record.get("tokens", 0) for record in records)
     for record in records:
+        cost["unknown"] += "tokens" not in record
+        cost["generated"] += record.get("tokens", 0)
         if record.get("k", 0) == 0:
             cost["prompt"] += record.get("prompt_tokens", 0)
             cost["image"] += record.get("image_tokens", 0)
@@ -686,8 +662,7 @@ def conclude(verb: str, reports: dict, max_format_share: float) -> None:
         if share > max_format_share:
             bad.append(f"{name}: {share:.0%} are format failures: above --max_format_share")
     if bad:
-        print("\n".join(["error: look at these sets (all is written):", *bad]), file=sys.stderr)
-        raise SystemExit(1)
+        raise runtime.Failure(f"all is written, but look at {'; '.join(bad)}")
 
 
 # --------------------------------------------------------------------------- DropoutNTP
@@ -715,17 +690,13 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
     A line break at the cut is given along in the prefix; a blank is not, since word pieces carry
     their own.
     """
-    seen = set()
+    seen, usable = set(), 0
     for name, row in read_parts(data_set.files):
         if "response" not in row and "chosen" in row:  # a file of pairs
             row["response"] = row["chosen"]
-        line, images = read_sampled(row, name)
-        text = line.response
+        images, text = images_of(row, name), row["response"]
         rid = digest(images, row["question"], row.get("qid"), row.get("k"), text, *system_of(row))
         if rid in seen:
-            continue
-        if cfg.max_responses and len(seen) == cfg.max_responses:
-            counts["beyond max_responses"] += 1
             continue
         seen.add(rid)
         kept, glue = answers.split_prefix(text, cfg.keep_ratio)
@@ -733,7 +704,10 @@ def cut_responses(data_set: SampleSet, cfg: DropoutConfig, counts: Counter) -> I
             counts["without an image"] += 1
         elif not text.strip() or (not kept and cfg.keep_ratio > 0):
             counts["empty kept part"] += 1
+        elif cfg.max_responses and usable == cfg.max_responses:
+            counts["beyond max_responses"] += 1
         else:
+            usable += 1
             prefix = kept + (glue if "\n" in glue else "")
             yield row | {"rid": rid, "kept": kept, "glue": glue, "prefix": prefix, "line": name}
 
@@ -797,8 +771,7 @@ def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list
     draws, counts = drop_repeats(group[1]), tally["counts"]
     source = draws[0]["source"]
     spend(tally["cost"], source, *draws)
-    for row in draws:
-        counts[f"continuations: {row['reason']}"] += 1
+    counts.update(f"continuations: {row['reason']}" for row in draws)
     good = next((row for row in draws if row["reason"] == "ok"), None)
     counts["dropped after redraws"] += good is None
     if good is None:

@@ -615,20 +615,20 @@ def post_process(text: str) -> str:
     return match[match.lastindex]
 
 
-def check_gold(gold: object) -> str | None:
-    """What is wrong with a gold answer, or None."""
-    if isinstance(gold, bool) or not isinstance(gold, str | int | float):
-        return f"is {type(gold).__name__}, expected text or a number"
-    if isinstance(gold, float) and not math.isfinite(gold):
-        return f"is {gold}"
+def check_gold(gold: object) -> None:
+    """InputError says what is wrong with a gold answer."""
+    if gold is None:
+        raise InputError("no 'answer'; only `sample --prompts none` and `dropout_ntp` need none")
+    number = type(gold) in (int, float) and abs(gold) < math.inf
+    if not number and not isinstance(gold, str):
+        raise InputError(f"the gold answer is {gold!r:.60}, expected text or a number")
     text = str(gold)
     if len(text) > MAX_ANSWER:
-        return f"has {len(text)} characters, at most {MAX_ANSWER} are compared"
+        raise InputError(f"the gold answer has {len(text)} characters, at most {MAX_ANSWER} fit")
     if not undress(text):
-        return "is empty"
+        raise InputError("the gold answer is empty")
     if "\\" in text and text.count("{") - text.count("\\{") != text.count("}") - text.count("\\}"):
-        return f"cannot be parsed: unbalanced braces in {text[:60]!r}"
-    return None
+        raise InputError(f"the gold answer cannot be parsed: unbalanced braces in {text[:60]!r}")
 
 
 def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | None:

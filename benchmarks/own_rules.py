@@ -1,7 +1,7 @@
 """Questions without the paper's rules: text-only ones, and your own about pictures.
 
 text_mc, text_em and gsm8k compare a checkpoint with its own baseline, never with Table 5; `own`
-reads with the judge of the preference pairs.
+reads with the judge of the preference pairs, and leaves lists of choices to m3cot.
 """
 
 import re
@@ -10,7 +10,7 @@ from benchmarks import m3cot
 from benchmarks.answers import get_mode, is_correct, parse_answer
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Reply, last_number, lettered
 
-NOT_ASKED = "images video videos clip audio audios history system system_prompt"
+NOT_ASKED = "images video videos clip audio audios history system system_prompt choices options"
 OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
 
 

@@ -531,6 +531,7 @@ def test_bad_input_is_named(tmp_path, capsys):
                        "answer": "1", "precision": 1e999}),
         ("own", {"image": "a.png", "question": "?", "answer": "a", "videos": ["a.mp4"]}),
         ("own", {"image": "a.png", "question": "?", "answer": [["a"]]}),
+        ("own", {"image": "a.png", "question": "?", "answer": "a", "choices": ["a", "b"]}),
     ],
 )  # fmt: skip
 def test_a_row_of_the_wrong_type_ends_in_one_line_that_names_it(bench, row, tmp_path, capsys):

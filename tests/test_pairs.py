@@ -367,7 +367,7 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"question": "q"}], "line 1: no 'answer'"),
         ([{"question": "q", "answer": ""}], "line 1: the gold answer is empty"),
         ([{"question": "q", "answer": "\\frac{1"}], "line 1: the gold answer cannot be parsed"),
-        ([{"question": "q", "answer": {"a": 1}}], "line 1: the gold answer is dict"),
+        ([{"question": "q", "answer": {"a": 1}}], "line 1: the gold answer is {'a': 1}, "),
         ([{"question": "q", "answer": 1}] * 2, "line 2: the same question as .* line 1"),
         ([{"image": 5, "question": "q", "answer": 1}], "line 1: 'image' must be"),
         ([{"image": "../a.png", "question": "q", "answer": 1}], "is no path within its root"),
@@ -419,10 +419,10 @@ def test_a_choice_of_questions_is_told_and_all_are_taken_by_default(world, capsy
     assert "kept 5 of 6 questions" in capsys.readouterr().err
     pairs.sample(sampling(num_samples=1))
     said = capsys.readouterr().err
-    assert "kept" not in said and "does not hold" not in said
+    assert "kept" not in said and "not asked for" not in said
     assert len(responses("samples/toys")) == 6
     pairs.sample(sampling(num_samples=1, max_questions=2))
-    assert "has responses to 4 questions that toys.jsonl does not hold" in capsys.readouterr().err
+    assert "4 responses not asked for now are paired, too" in capsys.readouterr().err
 
 
 def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):
@@ -443,7 +443,7 @@ def test_responses_beyond_what_is_asked_for_now_are_told(world, capsys):
     pairs.sample(sampling(num_samples=3, max_questions=2))
     pairs.sample(sampling(num_samples=2, max_questions=2))
     said = capsys.readouterr().err
-    assert "samples/toys: has 2 beyond --num_samples; they are paired, too" in said
+    assert "samples/toys: 2 responses not asked for now are paired, too" in said
     assert "all 4 responses are there" in said
 
 
@@ -454,10 +454,10 @@ def test_responses_beyond_what_is_asked_for_now_are_told(world, capsys):
         ({"qid": 7}, "'qid' must be str"),
         ({"tokens": [1]}, "'tokens' must be int"),
         ({"response": None}, "'response' must be str"),
-        ({"answer": {"a": 1}}, "the gold answer is dict"),
+        ({"answer": {"a": 1}}, "the gold answer is {'a': 1}, expected text"),
         ({"question_orig": 5}, "'question_orig' must be str"),
         ({"rationale": 5}, "'rationale' must be str"),
-        ({"prompt_version": "fr"}, "unknown prompt_version 'fr'"),
+        ({"prompt_version": "fr"}, "'prompt_version' must be one of .*'en_bg'.*, got 'fr'"),
         ({"question": "<image> or <image>?"}, "the question has 2 <image> for 1 images"),
         ({"question": "a\ud800?"}, "'utf-8' codec can't encode"),
         ({"response": "a\ud800"}, "'utf-8' codec can't encode"),
@@ -575,19 +575,14 @@ def test_a_data_set_whose_first_response_is_not_there_yet_is_named(world, capsys
     assert "samples/late: left out, without a response so far" in capsys.readouterr().err
 
 
-def test_no_pair_and_too_many_format_failures_end_with_status_1(world, capsys):
+def test_no_pair_and_too_many_format_failures_end_with_status_1(world, run_pairs):
     write_lines(world / "none.jsonl", [r for r in ROWS if r["answer"] == 3])  # all right
-    with pytest.raises(SystemExit) as stop:
-        pairs.correctness(pairs.CorrectnessConfig(samples=Path("none.jsonl"), root=Path("images")))
-    assert stop.value.code == 1 and "none: no pair from 8 responses" in capsys.readouterr().err
+    status, output = run_pairs("correctness", "--samples", "none.jsonl", "--root", "images")
+    assert status == 1 and "none: no pair from 8 responses" in output
     write_lines(world / "fails.jsonl", ROWS)
-    with pytest.raises(SystemExit) as stop:
-        pairs.correctness(
-            pairs.CorrectnessConfig(
-                samples=Path("fails.jsonl"), root=Path("."), max_format_share=0.1
-            )
-        )
-    assert stop.value.code == 1 and "format failures" in capsys.readouterr().err
+    words = ("--samples", "fails.jsonl", "--root", ".", "--max_format_share", "0.1")
+    status, output = run_pairs("correctness", *words)
+    assert status == 1 and "fails: 12% are format failures" in output
 
 
 @pytest.mark.parametrize(
@@ -745,7 +740,7 @@ def test_an_empty_response_is_not_chosen_and_a_bad_question_is_named_by_its_line
     cfg = pairs.DropoutConfig(model_dir=Path("model"), samples=Path("s.jsonl"), keep_ratio=0)
     kept = list(pairs.cut_responses(pairs.find_sets(cfg.samples)[0], cfg, pairs.Counter()))
     assert [row["response"] for row in kept] == ["A cat"]
-    pairs.dropout_ntp(replace(cfg, root=Path("images"), keep_ratio=0.5))
+    pairs.dropout_ntp(replace(cfg, root=Path("images"), keep_ratio=0.5, max_responses=1))
     assert {prompt.name for prompt in Generator.prompts} == {"s.jsonl line 3"}
 
 

@@ -105,11 +105,11 @@ def candidates(data_set: pairs.SampleSet, folder: Path) -> Iterator[tuple[dict, 
     """Each sampled response with its rid, and its lines in part files: none before it is scored."""
     scored = grouped(part_files(folder), lambda row, name: pairs.checked_rid(SCORED, row, name))
     for name, row in read_parts(data_set.files):
-        line, _ = pairs.read_sampled(row, name)
-        if not line.qid:
+        pairs.images_of(row, name)
+        if not row.get("qid"):
             raise InputError(f"{name}: no 'qid'; make the samples with `pairs.py sample`")
-        rid = pairs.digest(line.qid, line.k, line.response)
-        yield row | {"k": line.k, "rid": rid}, scored.get(rid, [])
+        rid = pairs.digest(row["qid"], row.setdefault("k", 0), row["response"])
+        yield row | {"rid": rid}, scored.get(rid, [])
 
 
 def score_candidates(cfg: DivideConfig, data_set: pairs.SampleSet, folder: Path) -> int:
