@@ -9,7 +9,7 @@ record that is too long is dropped by name unless --overlong cut asks for the of
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -129,16 +129,6 @@ def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> 
         else:
             bushes.append(tree)
     return bushes
-
-
-def gather_questions(rows: np.ndarray, questions: list[object], pairs: int) -> np.ndarray:
-    """`rows` (n 2) reordered: up to `pairs` rows of a question stand where its first one stood."""
-    count: Counter = Counter()
-    groups: dict[tuple, list[int]] = {}
-    for n, question in enumerate(questions):
-        groups.setdefault((question, count[question] // pairs), []).append(n)
-        count[question] += 1
-    return rows[[n for group in groups.values() for n in group]]
 
 
 @dataclass
@@ -311,10 +301,14 @@ class PairData:
         if self.limit:  # the same pairs in every epoch
             order = order[: self.limit]
             order = order[seeded(self.seed, "limit", epoch).permutation(len(order))]
-        if self.pairs_per_prompt > 1:  # reads every record once an epoch
-            records = (self.sets[i][int(n)] for i, n in order)
-            questions = [(r.images, r.question, r.max_tiles, r.augment) for r in records]
-            order = gather_questions(order, questions, self.pairs_per_prompt)
+        if self.pairs_per_prompt > 1:  # so many of a question stand where its first one does
+            count, groups = Counter(), defaultdict(list)
+            for place, (i, n) in enumerate(order):  # reads every record once an epoch
+                record = self.sets[i][int(n)]
+                question = record.images, record.question, record.max_tiles, record.augment
+                groups[question, count[question] // self.pairs_per_prompt].append(place)
+                count[question] += 1
+            order = order[list(chain.from_iterable(groups.values()))]
         return order
 
     def digest(self, steps: int) -> str:

@@ -96,16 +96,16 @@ class AdamW:
             self.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, lr: float) -> None:
+        """Move every parameter, at `lr` times the scale of its group."""
         self.updates += 1
         for number, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                self.update(p, group, (number, index))
+                place = number, index  # seeds its rounding
+                self.update(p, lr * group["scale"], group["weight_decay"], place)
 
-    def update(self, p: Tensor, group: dict, place: tuple[int, int]) -> None:
-        """One step of parameter `p`; `place` = (group, index in it) seeds its rounding."""
+    def update(self, p: Tensor, lr: float, decay: float, place: tuple[int, int]) -> None:
         t, (b1, b2), eps = self.updates, self.BETAS, self.EPS
-        lr, decay = group["lr"], group["weight_decay"]
         tensors = [local(x) for x in (p, p.grad, *self.state[p].values())]
         if p.dtype is torch.float32:
             lists = *([x] for x in tensors), [], [torch.full((), float(t), device=p.device)]

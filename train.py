@@ -193,15 +193,13 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
         for step in run.steps():
             number = step.number + 1
             lr = lr_at(step.number, run.total, run.cfg)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
             if run.optimizer.updates == 0 and run.reference:
                 say(check_start(run, step))
                 run.meter.start()  # it is no part of the step
             logps = step_gradient(run, step)
             norm = clip_gradient(run)
             check_finite(run, step, logps, norm)
-            run.optimizer.step()
+            run.optimizer.step(lr)
             run.policy.zero_grad()
             if cfg.reference_update_every and number % cfg.reference_update_every == 0:
                 run.reference.move(run.policy, cfg.reference_update_mix)
@@ -488,8 +486,8 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
         trained = [p for p in getattr(policy, part).parameters() if p.requires_grad]
         for wide, decay in ((True, cfg.weight_decay), (False, 0.0)):
             params = [p for p in trained if (p.ndim > 1) is wide]
-            options = {"lr": cfg.lr, "scale": scale, "weight_decay": decay}
-            groups += [{"params": params, **options}] if params else []
+            group = {"params": params, "scale": scale, "weight_decay": decay}
+            groups += [group] if params else []
     if not groups:
         raise InputError("nothing to train: what would learn has rate 0 or no block that is run")
     return memory.AdamW(groups, cfg.seed)

@@ -99,7 +99,7 @@ def test_scores_losses_and_the_optimizer_stay_on_the_card(world, fake):
     optimizer = train.make_optimizer(cfg, policy)
     for p in policy.parameters():
         p.grad = torch.empty_like(p)
-    optimizer.step()
+    optimizer.step(cfg.lr)
     states = [x for state in optimizer.state.values() for x in state.values()]
     assert {x.device for x in states} == {CUDA}
 

@@ -37,7 +37,7 @@ from torch.nn.attention import flex_attention
 import train as train_module
 import weights as weights_module
 from config import load_config
-from data import PairData, gather_questions, grow_bushes, lay_out, merge
+from data import PairData, grow_bushes, lay_out, merge
 from memory import AdamW, adapters, merge_adapters, start_adapters
 from model import InternVL, TreeAttention
 from records import read_meta
@@ -245,10 +245,15 @@ def write_bushes(toy, folder):
     return folder / "meta.json"
 
 
-def test_questions_are_gathered_where_their_first_record_stands():
-    rows = np.arange(12).reshape(6, 2)
-    order = gather_questions(rows, list("abacaa"), 2)
-    assert [int(r[0]) // 2 for r in order] == [0, 2, 1, 3, 4, 5]
+def test_questions_are_gathered_where_their_first_record_stands(toy, tmp_path, monkeypatch):
+    records = [{"question": q, "chosen": "It is 3.", "rejected": "It is 4."} for q in "abacaa"]
+    path, model_dir = tmp_path / "pairs.jsonl", toy / "model"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    limits = {"batch_size": 6, "pack_tokens": 600, "max_length": 600, "seed": 0}
+    parts = read_meta(path, 1), load_tokenizer(model_dir), load_config(model_dir)
+    monkeypatch.setattr("data.epoch_order", lambda *_: np.array([(0, n) for n in range(6)]))
+    order = PairData(*parts, **limits, pairs_per_prompt=2).order(0)
+    assert order[:, 1].tolist() == [0, 2, 1, 3, 4, 5]
 
 
 def test_a_bush_of_pairs_trains_as_its_pairs_alone_and_scores_no_response_twice(base, toy):
@@ -391,11 +396,11 @@ def test_tiny_updates_do_not_stall_in_bfloat16():
     """At lr 5e-6 rounding to nearest moves no weight of 1; rounding at random does, on average."""
     p = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
     exact = torch.nn.Parameter(torch.ones(20000))
-    tiny = AdamW([{"params": [p], "lr": 5e-6, "weight_decay": 0.0}], seed=0)
+    tiny = AdamW([{"params": [p], "scale": 1.0, "weight_decay": 0.0}], seed=0)
     plain = torch.optim.AdamW([exact], lr=5e-6, weight_decay=0.0)
     for _ in range(100):
         p.grad, exact.grad = torch.ones_like(p), torch.ones_like(exact)
-        tiny.step()
+        tiny.step(5e-6)
         plain.step()
     moved = 1 - exact.mean().item()
     assert moved == pytest.approx(5e-4, rel=0.01)

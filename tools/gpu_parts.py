@@ -340,7 +340,7 @@ def mpo(case: str) -> Iterator[Row]:
     def once() -> dict[str, float]:
         train.step_gradient(run, step)
         train.clip_gradient(run)
-        optimizer.step()
+        optimizer.step(cfg.lr)
         policy.zero_grad()
         return meter(step, None)
 
