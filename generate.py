@@ -474,7 +474,11 @@ class Generator:
         groups = (group for group in map(self.encode, prompts) if group.todo)
         for row in Scheduler(self, groups).run():
             if row.finish_reason:
-                yield self.sample(row)
+                group, text = row.group, self.text(row)[0]
+                tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
+                lists = (tuple(row.ids), tuple(row.logps))
+                name = (group.prompt.id, row.sample)
+                yield Sample(*name, text, row.finish_reason, *tokens, *lists)
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
         """The text of sample 0, piece by piece; together equal to run()'s."""
@@ -527,13 +531,6 @@ class Generator:
         starts = [] if final else [s[:n] for s in self.settings.stop for n in range(len(s))]
         held = max(map(len, filter(text.endswith, starts)), default=0)
         return text[: min(places, default=len(text) - held)], bool(places)
-
-    def sample(self, row: Row) -> Sample:
-        """What a finished row has become."""
-        group, text = row.group, self.text(row)[0]
-        tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
-        lists = (tuple(row.ids), tuple(row.logps))
-        return Sample(group.prompt.id, row.sample, text, row.finish_reason, *tokens, *lists)
 
 
 # --------------------------------------------------------------------------- command line

@@ -140,36 +140,32 @@ class DataSet:
 
     name: str
     root: Path
-    lines: JsonLines
-    repeat_time: Fraction
-    max_tiles: int
-    augment: bool
+    lines: JsonLines | None = None  # none: to check records of elsewhere
+    repeat_time: Fraction = Fraction(1)
+    max_tiles: int = 12
+    augment: bool = False
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, number: int) -> PairRecord:
         """Read and check one record.  Raises InputError naming set, file, line and key."""
-        line, limit = self.lines[number], self.max_tiles
-        name = f"{self.name}, {line}"
-        return check_pair(line.record(), name, self.root, limit, self.augment, self.name)
+        line = self.lines[number]
+        return self.check(line.record(), f"{self.name}, {line}")
 
-
-def check_pair(
-    raw: dict, name: str, root: Path, max_tiles: int = 12, augment: bool = False, data_set: str = ""
-) -> PairRecord:
-    """A record as it stands in a file, checked; `name` is for errors."""
-    images = image_paths(root, raw, name)
-    ours = {"name": name, "images": images, "augment": augment, "data_set": data_set}
-    ours["max_tiles"] = max(1, max_tiles // max(1, len(images)))  # they share the limit
-    record = from_json(PairRecord, raw | ours, name)
-    for key in ("question", "chosen", "rejected"):
-        if not raw[key].strip():
-            raise InputError(f"{name}: {key} is empty")
-    if record.chosen.strip() == record.rejected.strip():
-        raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
-    with named(name):
-        return replace(record, question=with_image_placeholders(record.question, len(images)))
+    def check(self, raw: dict, name: str) -> PairRecord:
+        """A record as it stands in a file, checked; `name` is for errors."""
+        images = image_paths(self.root, raw, name)
+        ours = {"name": name, "images": images, "augment": self.augment, "data_set": self.name}
+        ours["max_tiles"] = max(1, self.max_tiles // max(1, len(images)))  # they share the limit
+        record = from_json(PairRecord, raw | ours, name)
+        for key in ("question", "chosen", "rejected"):
+            if not raw[key].strip():
+                raise InputError(f"{name}: {key} is empty")
+        if record.chosen.strip() == record.rejected.strip():
+            raise InputError(f"{name}: chosen and rejected are the same text; remove the record")
+        with named(name):
+            return replace(record, question=with_image_placeholders(record.question, len(images)))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class ConvertConfig:
 
 
 from images import checked_images
-from records import JsonLines, PairRecord, check_pair, read_meta
+from records import DataSet, JsonLines, PairRecord, read_meta
 from tokenizer import IMAGE
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -123,7 +123,7 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     line = {"question": question, "chosen": chosen, "rejected": rejected, "system_prompt": system}
     line |= {"image": [image_name(x, root) for x in images], "cut_off": raw.get("cut_off", False)}
     f"{question}{chosen}{rejected}{system}".encode()  # half a character fails here, by name
-    record = check_pair(line, name, root)
+    record = DataSet("", root).check(line, name)
     checked_images(root, line, name)
     return record
 
