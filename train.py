@@ -330,7 +330,7 @@ class Run:
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
-    """What the user left open is what the release's own MPO script sets; max_length fits a pack."""
+    """What the user left open is what the release's own MPO script sets; flags go together."""
     values = recipe(config)
     settings = {n: value for n, value in vars(values).items() if getattr(cfg, n, "") is None}
     if cfg.pack_tokens is None:
@@ -344,16 +344,20 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
         told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}"
         remedy = f"pass --pack_tokens {cfg.max_length}, or a smaller --max_length"
         raise InputError(f"{told}, so records may not fit into a pack: {remedy}")
+    for part, rate in cfg.rates.items():
+        if part not in cfg.learning_parts and rate not in (0, 1):
+            raise InputError(f"{rate:g} times lr for the {part}: --lora_rank gives it no adapters")
+    world = cfg.gpus if cfg.plan else rank_and_world()[1]
+    if cfg.batch_size % world:
+        raise InputError(f"{world} processes: batch_size {cfg.batch_size} is no multiple of them")
+    if world % cfg.replicate:
+        raise InputError(f"{world} processes do not divide into --replicate {cfg.replicate} groups")
     return cfg
 
 
 def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None]:
     """The pairs of cfg.meta in the order of a run, those of cfg.heldout; says what is there."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
-    world = dist.get_world_size()
-    if cfg.batch_size % world or world % cfg.replicate:
-        told = f"{world} processes: batch_size must be a multiple of them (it is {cfg.batch_size})"
-        raise InputError(f"{told}, and they must divide into --replicate {cfg.replicate} groups")
     tokenizer.check_vocabulary(config.llm.vocab_size)
     limit = cfg.max_tiles or config.max_tiles
     sets = read_meta(cfg.meta, limit)
@@ -369,6 +373,8 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     known = {s.lines.checksum for s in sets if len(s)}
     for name in (s.name for s in heldout.sets if s.lines.checksum in known):
         say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
+    if not any(heldout.plan(heldout.rows(n))[0] for n in range(heldout.steps_per_epoch)):
+        raise InputError(f"{cfg.heldout}: every pair is longer than {heldout.max_length}")
     return data, heldout
 
 
@@ -867,8 +873,6 @@ def score_heldout(run: Run) -> dict[str, float]:
         if step.pairs:
             with scoring(run.policy):
                 scored.append(vars(score_step(run, step)).values())
-    if not pairs:
-        raise InputError(f"{run.cfg.heldout}: every pair is longer than {run.heldout.max_length}")
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
     metrics = step_metrics(run, PairLogps(*columns), pairs)
     metrics |= {"pairs": len(pairs), "dropped": dropped}

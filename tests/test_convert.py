@@ -13,12 +13,13 @@ from conftest import train_in_process
 from PIL import Image
 
 from records import read_meta
-from runtime import run
+from runtime import InputError, run
 from tools import convert
 from tools.convert import ConvertConfig
 from toy import write_world
 from train import TrainConfig
 
+PYARROW = find_spec("pyarrow")
 Q, C, R = "How many?", "Two.", "Five."
 PLAIN = {"question": Q, "chosen": C, "rejected": R, "image": "a.png"}
 
@@ -135,6 +136,14 @@ BAD = {  # record -> why it is no pair
     "image '../../etc/passwd' is no path within its root": PLAIN | {"image": "../../etc/passwd"},
     "image 's3://b/a.png'": PLAIN | {"image": "s3://b/a.png"},
     "'system_prompt' must be str": PLAIN | {"system_prompt": 3},
+    "both 'system_prompt' and 'system'": PLAIN | {"system_prompt": "a", "system": "b"},
+    "a system prompt beside that of the conversation": SWIFT
+    | {"messages": [SYSTEM, *SWIFT["messages"]], "system": "Be long."},
+    "both 'images' and 'image'": PLAIN | {"images": ["b.png"]},
+    "both 'prompt' and 'question'": PLAIN | {"prompt": [user()]},
+    "<image> in an answer is not supported": TALK | {"chosen": [assistant(parts(C))]},
+    "a text, a message or an image is none (KeyError('image_url')": TALK
+    | {"prompt": [user([{"type": "image_url", "image_url": "b.png", "text": Q}])]},
 }
 
 
@@ -174,7 +183,24 @@ def test_mmpr_goes_out_and_comes_back(to, folder):
     convert.convert(theirs)
     back = ConvertConfig(input=theirs.out, out=folder / "back")
     assert convert.convert(back) == {"kept": 3, "dropped": []}
+    if to == "trl":  # where a line ends behind an image
+        lines = (re.sub(r"<image>(?!\n)", "<image>\n", r.question) for r in first)
+        first = [replace(r, question=question) for r, question in zip(first, lines)]
     assert records(folder / "back/meta.json") == first
+
+
+def test_trl_gets_a_part_for_each_image_since_it_reads_the_mark_as_text(folder, capsys):
+    convert_rows(folder, ROUND)
+    theirs = ConvertConfig(input=folder / "out/meta.json", out=folder / "theirs.jsonl", to="trl")
+    convert.convert(theirs)
+    assert "1 questions go on behind an image; in this format a line" in capsys.readouterr().err
+    one, two, text = map(json.loads, theirs.out.read_text().splitlines())
+    assert one["prompt"] == [user(parts(Q))] and len(one["images"]) == 1
+    between, end = ({"type": "text", "text": text} for text in (" or ", "?"))
+    assert two["prompt"] == [user([{"type": "image"}, between, {"type": "image"}, end])]
+    # a language model's template may know texts alone
+    assert text["prompt"] == [{"role": "system", "content": "Hm."}, user("1 + 1?")]
+    assert "<image>" not in theirs.out.read_text()
 
 
 def test_a_rejected_response_that_was_cut_off_stays_marked_or_is_told(folder, capsys):
@@ -225,6 +251,25 @@ def test_a_line_of_a_csv_with_more_cells_than_columns_is_no_pair(folder):
     assert report["dropped"] == [f"{path} record 2: 'cells_without_a_column' is not supported"]
 
 
+def test_a_line_of_a_csv_that_is_too_short_or_no_utf8_is_no_pair(folder):
+    path = folder / "in.csv"
+    path.write_bytes(b"question,chosen,rejected,image\nq,a,b\nq,\xe9,b,\nq,a,b,a.png\n")
+    report = convert.convert(ConvertConfig(input=path, out=folder / "out"))
+    short, latin = report["dropped"]
+    assert report["kept"] == 1
+    assert short == f"{path} record 1: 'columns_without_a_cell' is not supported"
+    assert latin.startswith(f"{path} record 2: a text, a message or an image is none (Unicode")
+
+
+def test_a_folder_of_images_that_is_given_holds_those_of_a_meta_json_too(folder, capsys):
+    write_lines(folder / "in.jsonl", [PLAIN])
+    (folder / "meta.json").write_text('{"a": {"annotation": "in.jsonl", "root": "nowhere"}}')
+    asked = ConvertConfig(input=folder / "meta.json", out=folder / "out")
+    with pytest.raises(InputError, match="no pair can be kept"):
+        convert.convert(asked)
+    assert convert.convert(replace(asked, out=folder / "own", root=folder))["kept"] == 1
+
+
 def test_what_meta_json_says_of_its_sets_is_told_to_be_lost(folder, capsys):
     write_lines(folder / "in.jsonl", [PLAIN])
     sets = {"plain": {}, "thrice": {"repeat_time": 3}, "tiled": {"max_dynamic_patch": 12}}
@@ -253,21 +298,18 @@ def status_of(capsys, *argv):
         ("a.json", "[1]", "expected a list of objects"),
         ("a.json", "[{", "not valid JSON"),
         ("a.json", "{", "not valid JSON"),
+        ("a.json", b'[{"question": "\xe9"}]', "a.json: not valid JSON ('utf-8' codec"),
         ("a.jsonl", "{", "line 1: not valid JSON"),
         ("a.jsonl", '{"text": "x"}', "no pair can be kept"),
         ("a.csv", 'question\n"x', "unexpected end of data"),
         ("a.csv", "question,chosen,chosen\nx,y,z\n", "a.csv line 1: two columns of one name: "),
         ("absent.jsonl", None, "no file"),
-        *(
-            []
-            if find_spec("pyarrow")
-            else [("a.parquet", "x", ".parquet needs pyarrow: pip install pyarrow")]
-        ),
+        ("a.parquet", "x", "no whole parquet file" if PYARROW else "pip install pyarrow"),
     ],
 )
 def test_a_file_that_cannot_be_read_ends_in_one_line(name, content, message, tmp_path, capsys):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     status, text = status_of(capsys, tmp_path / name, f"--out={tmp_path / 'out'}")
     assert status == 2 and message in text and text.count("\n") == 1
 

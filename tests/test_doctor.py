@@ -223,6 +223,32 @@ def test_healthy_metrics_of_three_trainers_have_no_finding(tmp_path, capsys):
     assert ask(capsys, log.parent) == (0, [])
 
 
+def test_a_step_is_called_by_its_number_where_not_every_one_is_logged(tmp_path, capsys):
+    rows = foreign(healthy_rows(600))
+    for row in rows[6:]:
+        row["loss"] = 0.0
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    assert "at 54 steps, first at 70" in ask(capsys, tmp_path)[1][0]["seen"]
+    for n, row in enumerate(rows):
+        del row["step"]
+        row["global_step/max_steps"] = f"{10 * n + 10}/600"
+    (tmp_path / "logging.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "at 54 steps, first at 70" in ask(capsys, tmp_path / "logging.jsonl")[1][0]["seen"]
+    for row in rows:
+        row |= {"loss": 1.6, "rewards/accuracies": 1.0}
+    (tmp_path / "logging.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [easy] = ask(capsys, tmp_path / "logging.jsonl")[1]
+    assert easy["seen"] == "accuracy is 1.0 from step 10 of 600 on"
+
+
+def test_what_was_looked_at_is_told_so_that_nothing_is_skipped_in_silence(tmp_path, capsys):
+    folder = write_run(tmp_path, healthy_rows(), meta="elsewhere/meta.json")
+    sys.argv = ["doctor.py", str(folder)]
+    run(doctor.main)
+    nothing = "0 files of weights, 0 of the start's, 0 of 0 pairs"
+    assert capsys.readouterr().err == f"looked at 60 rows, {nothing}\n"
+
+
 def test_a_toy_run_has_no_finding(trained, capsys):
     assert ask(capsys, trained / "base") == (0, [])
 

@@ -182,10 +182,11 @@ def test_every_data_set_has_its_metrics_and_they_add_up(watched):
         assert nll == pytest.approx(row["nll"], abs=1e-5)
 
 
-def test_heldout_pairs_that_cannot_be_scored_are_refused(base, tmp_path):
+def test_heldout_pairs_that_cannot_be_scored_are_refused_before_anything_is_made(base, tmp_path):
     pair = {"question": "word " * 500, "chosen": "3", "rejected": "4"}
     (tmp_path / "long.jsonl").write_text(json.dumps(pair) + "\n")
     (tmp_path / "long.json").write_text(json.dumps({"long": {"annotation": "long.jsonl"}}))
     cfg = replace(base, out_dir=tmp_path / "run", max_length=400, heldout=tmp_path / "long.json")
     with pytest.raises(InputError, match=r"long.json: every pair is longer than 400"):
         train_in_process(cfg)
+    assert [path.name for path in cfg.out_dir.iterdir()] == [".lock"]

@@ -151,6 +151,13 @@ def test_an_own_objective_is_trainable_by_name_and_found_to_need_what_it_needs(t
         lab.register_file(own_file(tmp_path, documented_example(), "another.py"))
 
 
+@pytest.mark.parametrize("name", ["mpo", "all", "DPO", "cDPO", "base"])
+def test_an_own_objective_takes_no_place_of_the_paper_s(name, tmp_path, registry):
+    text = documented_example().replace("simpo", name)
+    with pytest.raises(InputError, match=f"an objective named {name} exists already; rename"):
+        lab.register_file(own_file(tmp_path, text))
+
+
 def test_a_dataclass_of_an_own_file_works(tmp_path, registry):
     text = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"

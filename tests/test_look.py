@@ -117,6 +117,16 @@ def test_show_tells_prompt_and_responses_apart(toy, run_look):
     assert "<IMG_CONTEXT> x " in out and "<|im_end|>" in out
 
 
+def test_a_response_that_never_ended_is_shown_and_counted_as_one(toy, tmp_path, run_look):
+    meta = write_set(tmp_path, [{**GOOD, "cut_off": True, "answer_gt": None}])
+    _, out = run_look("show", meta, "--model_dir", toy / "model")
+    chosen, rejected = (line for line in out.splitlines() if "scored tokens, " in line)
+    assert chosen.endswith("the last is <|im_end|>") and rejected.endswith("it never ended")
+    _, out = run_look("stats", meta)
+    row = next(line for line in out.splitlines() if line.startswith("without gold "))
+    assert " 1 (100.0%) " in row, row
+
+
 def test_control_characters_of_the_data_are_spelled_out():
     assert look.mark("chosen", "a\x1b[31m\tb\x9b\n猫") == (
         "  chosen | a\\x1b[31m\tb\\x9b\n  chosen | 猫"

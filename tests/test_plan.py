@@ -184,6 +184,11 @@ def test_recompute_auto_takes_the_first_blocks_and_none_on_a_cpu():
         assert again == (first + [False] * 99)[: len(again)]
 
 
+@pytest.mark.parametrize("size", ["2.5-8b", "InternVL2_5-8B", "2_5-8B"])
+def test_a_size_may_be_written_as_its_release_is_called(size):
+    assert named_config(size) == named_config("2.5-8b") != named_config("8b")
+
+
 def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     lines = []
     cfg, config = asked_of("8b", gpu_memory=24.0, recompute="full")
@@ -287,7 +292,14 @@ def test_a_plan_and_a_measurement_are_asked_for_one_at_a_time():
         TrainConfig(plan=True, bench=True)
 
 
-@pytest.mark.parametrize("flags", [{"gpus": 7}, {"gpus": 8, "replicate": 3}])
-def test_gpus_that_a_run_would_refuse_are_not_planned_for(flags):
-    with pytest.raises(InputError, match=f"{flags['gpus']} GPUs do not divide --batch_size, or"):
+REFUSED = [
+    ({"gpus": 7}, "7 processes: batch_size 256 is no multiple of them"),
+    ({"gpus": 8, "replicate": 3}, "8 processes do not divide into --replicate 3 groups"),
+    ({"lora_rank": 4, "lr_vision": 0.5}, "0.5 times lr for the vision_model: --lora_rank gives"),
+]
+
+
+@pytest.mark.parametrize("flags, told", REFUSED)
+def test_a_run_that_would_be_refused_is_not_planned_for(flags, told):
+    with pytest.raises(InputError, match=told):
         plan_or_bench(TrainConfig(plan=True, size="toy", **flags))

@@ -1,5 +1,6 @@
 """Runs of several settings side by side; a run's curves and the programs its metrics go to."""
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 import train
 from losses import LOSSES
@@ -34,6 +36,13 @@ def test_of_a_repeated_flag_the_last_counts_and_an_equal_value_is_run_once():
     assert runs["lr=1e-3,loss=dpo"] == ["--lr=1e-3", "--loss=dpo"]
 
 
+def test_help_is_that_of_train_py_and_needs_no_torch():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "tools/sweep.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--lr_vision X" in done.stdout
+    assert "a flag with several values" in done.stdout and "| torch" not in done.stderr
+
+
 def sweep_here(monkeypatch, capsys, *argv):
     """(exit status, stdout) of tools/sweep.py in this process."""
     monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, argv)])
@@ -45,14 +54,16 @@ def sweep_here(monkeypatch, capsys, *argv):
     return 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["--plan", "--bench", "--mine MINE,OTHER"])
+@pytest.mark.parametrize(
+    "words", ["--plan", "--bench", "--mine MINE,OTHER", "--out_dir a,b", "--reference_cache a,b"]
+)
 def test_what_a_sweep_would_ignore_is_refused(words, tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text("def low(logps):\n    return -logps.policy_chosen / 9\n")
     monkeypatch.setitem(LOSSES, "low", None)
     del LOSSES["low"]
     words = words.replace("MINE", str(tmp_path / "own.py")).replace("OTHER", "other.py")
     status, error = sweep_here(monkeypatch, capsys, "--lr=1,2", *words.split())
-    assert status == 2 and "no --plan or --bench, and one --mine for all" in error
+    assert status == 2 and "no --plan or --bench, and one --mine, --out_dir and" in error
 
 
 def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkeypatch, capsys):

@@ -610,7 +610,11 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
             "--pack_tokens 20 is below max_length 400, .* pass --pack_tokens 400",
         ),
         ({"pack_tokens": 511, "max_length": 6144}, "pack_tokens 511 is below max_length 512"),
-        ({"replicate": 2}, "1 processes: .* must divide into --replicate 2 groups"),
+        ({"replicate": 2}, "1 processes do not divide into --replicate 2 groups"),
+        (
+            {"lora_rank": 2, "lr_projector": 0.5},
+            "0.5 times lr for the projector: --lora_rank gives",
+        ),
         ({"reference_cache": Path("toy/model/x"), "model_dir": Path("toy/model")}, "own"),
     ],
 )
@@ -624,10 +628,7 @@ def test_a_batch_that_does_not_divide_is_refused(base, tmp_path):
     forks = start_forks(2, refused_here, cfg, tmp_path / "said")
     for fork in forks:
         fork.join(120)
-    assert (
-        "2 processes: batch_size must be a multiple of them (it is 7)"
-        in (tmp_path / "said").read_text()
-    )
+    assert (tmp_path / "said").read_text() == "2 processes: batch_size 7 is no multiple of them"
 
 
 def refused_on_its_own_disk(cfg, folder):

@@ -22,7 +22,7 @@ import train
 from config import InternVLConfig, load_config
 from data import Pack, Tree, apart, lay_out
 from model import InternVL
-from runtime import InputError, read_json
+from runtime import read_json
 from tools import plan
 from train import TrainConfig, compute_dtype, prepare, score
 
@@ -123,8 +123,6 @@ def plan_or_bench(cfg: TrainConfig) -> None:
     """train.py --plan or --bench, of a named --size or of the model in cfg.model_dir."""
     config = plan.named_config(cfg.size) if cfg.size else load_config(cfg.model_dir)
     cfg = train.with_recipe(cfg, config, print)
-    if cfg.batch_size % cfg.gpus or cfg.gpus % cfg.replicate:
-        raise InputError(f"{cfg.gpus} GPUs do not divide --batch_size, or into --replicate groups")
     if cfg.bench:
         run_bench(cfg, config)
     else:

@@ -11,6 +11,7 @@ already is written over.
 
 import csv
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from os.path import commonpath, relpath
@@ -42,7 +43,8 @@ from records import DataSet, JsonLines, PairRecord, read_meta
 from tokenizer import IMAGE
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-REFUSED = "history videos video audios audio tools objects rejected_images cells_without_a_column"
+REFUSED = """history videos video audios audio tools objects rejected_images columns_without_a_cell
+cells_without_a_column"""
 # a key that tells a format -> the keys of its conversation and its answers; no key of chosen: it is
 # the end of the conversation
 FORMATS = {
@@ -69,7 +71,8 @@ def turns_of(messages: Any, role: str) -> Turns:
         content = message["value"] if content is None else content
         if not isinstance(content, str):
             parts = content if isinstance(content, list) else [content]
-            content = "".join(f"{IMAGE}\n" if x["type"] == "image" else x["text"] for x in parts)
+            texts = ({"image": f"{IMAGE}\n", "text": x.get("text")}[x["type"]] for x in parts)
+            content = "".join(texts)
         turns.append((ROLES.get(role, role), content))
     return turns
 
@@ -82,6 +85,9 @@ def read_pair(raw: dict) -> tuple[Turns, str, str]:
     keys = next((keys for key, keys in FORMATS.items() if key in raw), None)
     if keys is None:
         raise InputError(f"keys of no known format: {', '.join(raw)}")
+    for one, other in (("prompt", keys[0]), ("system_prompt", "system"), ("images", "image")):
+        if one != other and raw.get(one) and raw.get(other):
+            raise InputError(f"both {one!r} and {other!r}; keep one of them")
     conversation = turns_of(raw.get(keys[0]) or [], "user")
     if keys[0] == "instruction" and raw.get("input"):
         more = turns_of(raw["input"], "user")[-1][1]
@@ -107,6 +113,8 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     turns, chosen, rejected = read_pair(raw)
     system = raw.get("system_prompt") or raw.get("system")
     if turns and turns[0][0] == "system":
+        if system:
+            raise InputError("a system prompt beside that of the conversation; keep one of them")
         system = turns.pop(0)[1]
     roles = [role for role, _ in turns]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
@@ -116,6 +124,8 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     question = turns[0][1]
     if len(roles) > 1:
         question = "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
+    if IMAGE in chosen + rejected:
+        raise InputError(f"{IMAGE} in an answer is not supported")
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
     images = images if isinstance(images, list) else [images]
     if any(isinstance(image, dict) and image.get("bytes") for image in images):
@@ -137,7 +147,13 @@ def image_name(image: Any, root: Path) -> str:
         if not (root / name).exists():
             write_atomic(root / name, content)
         return name
-    return relpath(path, root) if Path(path).is_absolute() else path
+    return relpath(Path(path).resolve(), root.resolve()) if Path(path).is_absolute() else path
+
+
+def parts_of(text: str) -> list[dict]:
+    """A text as parts; <image> is literal text to TRL, which adds parts for images of its own."""
+    pieces = re.split(f"({IMAGE})\n?", text)
+    return [{"type": "image"} if x == IMAGE else {"type": "text", "text": x} for x in pieces if x]
 
 
 def written(record: PairRecord, to: str, root: Path) -> dict:
@@ -157,27 +173,33 @@ def written(record: PairRecord, to: str, root: Path) -> dict:
     messages += [{"role": "user", "content": record.question}]
     both = {key: [{"role": "assistant", "content": text}] for key, text in both.items()}
     if to == "trl":
+        if images:
+            messages = [message | {"content": parts_of(message["content"])} for message in messages]
         return {"prompt": messages, **both, "images": images}
     messages += both["chosen"]
     return {"messages": messages, "rejected_response": record.rejected, "images": images}
 
 
-def read_file(path: Path, root: Path) -> Iterator[tuple[str, Path, dict]]:
+def read_file(path: Path, root: Path | None) -> Iterator[tuple[str, Path, dict]]:
     """(record name, folder of its images, record) of each record."""
-    runtime.open_file(path).close()  # refused where it is none, or a pipe
-    if path.suffix == ".json" and path.read_text("utf-8-sig").lstrip()[:1] == "{":
+    with runtime.open_file(path) as file:  # refused where it is none, or a pipe
+        first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    beside = root or path.parent
+    if path.suffix == ".json" and first == b"{":
         for data_set in read_meta(path, 0):
             if (data_set.repeat_time, data_set.max_tiles, data_set.augment) != (1, 0, False):
                 runtime.say(f"{data_set.name}: repeat_time, tiles, augmentation are not written")
-            yield from ((str(line), data_set.root, line.record()) for line in data_set.lines)
+            yield from (
+                (str(line), root or data_set.root, line.record()) for line in data_set.lines
+            )
     elif path.suffix == ".jsonl":
-        yield from ((str(line), root, line.record()) for line in JsonLines(path))
+        yield from ((str(line), beside, line.record()) for line in JsonLines(path))
     elif path.suffix in (".json", ".csv", ".parquet"):
         rows = read_json(path, list) if path.suffix == ".json" else read_table(path)
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise InputError(f"{path}: expected a list of objects, got {row!r:.60}")
-            yield f"{path} record {number}", root, row
+            yield f"{path} record {number}", beside, row
     else:
         raise InputError(f"{path}: expected .jsonl, .json, .csv or .parquet")
 
@@ -186,17 +208,21 @@ def read_table(path: Path) -> Iterator[dict]:
     """The rows of a parquet file, for which pyarrow is needed, or of a CSV."""
     if path.suffix == ".parquet":
         need("pyarrow", ".parquet")
-        from pyarrow import parquet  # noqa: PLC0415
+        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415
 
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        try:
+            for batch in parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except ArrowInvalid as error:
+            raise InputError(f"{path}: no whole parquet file ({error})") from None
         return
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    # half of a character that is no UTF-8 is found in its record
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, restkey=REFUSED.split()[-1], strict=True)
         try:
             if len(names := rows.fieldnames or []) > len(set(names)):
                 raise csv.Error(f"two columns of one name: {', '.join(names)}")
-            yield from rows
+            yield from (row | {"columns_without_a_cell": None in row.values()} for row in rows)
         except csv.Error as error:
             raise InputError(f"{path} line {rows.line_num}: {error}") from None
 
@@ -213,7 +239,7 @@ def convert(cfg: ConvertConfig) -> dict:
         if path.exists():
             raise InputError(f"{path} is there already; pass another --out, or remove it")
     kept, dropped = [], []
-    for name, root, raw in read_file(cfg.input, cfg.root or cfg.input.parent):
+    for name, root, raw in read_file(cfg.input, cfg.root):
         try:
             kept.append(read_record(raw, name, root, folder / "images", cfg.flatten))
         except InputError as error:
@@ -229,6 +255,9 @@ def convert(cfg: ConvertConfig) -> dict:
     runtime.write_jsonl(lines, (written(record, cfg.to, root) for record in kept))
     if cfg.to not in ("plain", "mmpr") and (cut := sum(record.cut_off for record in kept)):
         runtime.say(f"{cut} rejected answers never ended; in this format an end is learned")
+    inline = sum(bool(re.search(f"{IMAGE}(?!\n)", record.question)) for record in kept)
+    if cfg.to == "trl" and inline:
+        runtime.say(f"{inline} questions go on behind an image; in this format a line ends there")
     if mmpr:
         entry = {"root": relpath(root, folder.resolve()), "annotation": lines.name}
         write_json(folder / "meta.json", {cfg.input.stem: entry | {"length": len(kept)}})

@@ -68,6 +68,11 @@ class Case:
     def column(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if name in row]
 
+    def steps(self, name: str, wrong: Callable[[float], bool]) -> list[int]:
+        """The steps at which the number called `name` is `wrong`; not every step may be logged."""
+        rows = enumerate(self.rows, 1)
+        return [int(row.get("step", n)) for n, row in rows if name in row and wrong(row[name])]
+
     def ends(self, name: str) -> tuple[float, float]:
         """Means over the first and the last fifth; 0 with fewer than 10 rows."""
         values = self.column(name)
@@ -81,7 +86,7 @@ Seen = Iterator[tuple[str, str]]
 
 
 def in_losses(case: Case) -> Seen:
-    zeros = [n for n, loss in enumerate(case.column("loss"), 1) if loss == 0]
+    zeros = case.steps("loss", lambda loss: loss == 0)
     if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
         yield "loss is 0", f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]}"
 
@@ -130,7 +135,8 @@ def in_rewards(case: Case) -> Seen:
     early = range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0)
     sure = (n for n in early if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98)
     if (n := next(sure, None)) is not None:
-        seen = f"accuracy is 1.0 from step {n + 1} of {case.total} on"
+        steps = case.steps("rewards/accuracy", lambda value: True)
+        seen = f"accuracy is 1.0 from step {steps[n]} of {max(case.total, steps[-1])} on"
         yield "too easy", "; ".join([seen, *surface_marks(case.records)])
 
     late = accuracy[len(accuracy) // 2 :]
@@ -157,8 +163,8 @@ def in_weights(case: Case) -> Seen:
                 elif tensor.ndim > 1 and not tensor.any():
                     lost["all 0"].append(name)
     seen = [f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n]
-    for name, column in values.items():
-        bad = [n for n, value in enumerate(column, 1) if not math.isfinite(value)]
+    for name in values:
+        bad = case.steps(name, lambda value: not math.isfinite(value))
         seen += [f"{name} is not finite at {len(bad)} steps, first at {bad[0]}"] if bad else []
     if seen:
         yield "weights lost", " and ".join(seen)
@@ -233,10 +239,14 @@ def read_rows(path: Path) -> Rows:
     """Training rows under train.py's names; evaluations and summaries are left out."""
     rows = read_whole_lines(path) if path.suffix == ".jsonl" else read_json(path).get("log_history")
     check_type(f"{path}: 'log_history'", rows, list[dict])
-    numbers = [{k: v for k, v in row.items() if type(v) in (int, float)} for row in rows]
-    if not any("loss" in row for row in numbers):
+    rows = [row for row in rows if type(row.get("loss")) in (int, float)]
+    if not rows:
         raise InputError(f"{path}: no row has a 'loss'; expected the metrics of a training run")
-    return [{RENAMED.get(k, k): v for k, v in row.items()} for row in numbers if "loss" in row]
+    for n, row in enumerate(rows, 1):
+        swift = re.match(r"\d*", str(row.get("global_step/max_steps")))[0]  # "10/600"
+        numbers = {RENAMED.get(k, k): v for k, v in row.items() if type(v) in (int, float)}
+        rows[n - 1] = {"step": int(swift or n)} | numbers
+    return rows
 
 
 def read_case(path: Path, meta: Path | None) -> Case:
@@ -254,19 +264,23 @@ def read_case(path: Path, meta: Path | None) -> Case:
     sets = read_meta(pairs, 12) if meta or pairs.is_file() else []
     records = islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)
     weights, begun = (sorted(place.glob("*.safetensors")) for place in (trained, start))
-    model, rows = load_config(shapes[0]) if shapes else None, read_rows(path)
-    return Case(rows, len(rows), flags, model, weights, begun, list(records))
+    model, rows, records = load_config(shapes[0]) if shapes else None, read_rows(path), [*records]
+    read = f"{len(weights)} files of weights, {len(begun)} of the start's"
+    runtime.say(
+        f"looked at {len(rows)} rows, {read}, {len(records)} of {sum(map(len, sets))} pairs"
+    )
+    return Case(rows, len(rows), flags, model, weights, begun, records)
 
 
 def main() -> None:
     cfg = runtime.parse_cli(DoctorConfig)
     path = metrics_file(cfg.run_dir)
     case = read_case(path, cfg.meta)
-    findings = examine(case)
+    findings, steps = examine(case), int(case.rows[-1]["step"])
     if cfg.json:
-        print(json.dumps({"file": str(path), "steps": case.total, "findings": findings}, indent=1))
+        print(json.dumps({"file": str(path), "steps": steps, "findings": findings}, indent=1))
     else:
-        print(f"{path}: {case.total} steps, findings: {len(findings)}")
+        print(f"{path}: {steps} steps, findings: {len(findings)}")
         for finding in findings:
             print(f"\n{finding.pop('name')}")
             print("\n".join(f"  {key:<7} {text}" for key, text in finding.items()))

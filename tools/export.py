@@ -14,7 +14,6 @@ front of them (convert_internvl_weights_to_hf.py has none either).
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class ExportConfig:
 
 
 import tokenizers
-from torch import Tensor
 
 import weights
 from config import InternVLConfig
@@ -54,7 +52,6 @@ from train import TrainConfig, prepare
 from vision import IMAGENET_MEAN, IMAGENET_STD
 
 LLM = "language_model."
-Shard = tuple[str, dict[str, Tensor]]  # name of a file, its tensors by name
 
 
 def export_checkpoint(cfg: ExportConfig) -> None:
@@ -94,27 +91,22 @@ def export(cfg: ExportConfig) -> None:
                 known = {"config": model.config, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
                 write_json(partial / name, filled(name, **known))
         write_json(partial / "config.json", settings)
-        write_shards(renamed_shards(model, cfg.model_dir, "" if cfg.hf else LLM), partial)
+        write_shards(model, cfg.model_dir, "" if cfg.hf else LLM, partial)
     print(f"wrote {cfg.out}")
 
 
-def renamed_shards(model: InternVL, model_dir: Path, part: str = "") -> Iterator[Shard]:
-    """The model's files under the -hf names, of which only those that begin with `part` count."""
+def write_shards(model: InternVL, model_dir: Path, part: str, out: Path) -> None:
+    """The model's files and their index, under the -hf names; only what begins with `part`."""
     parameters, renamed = dict(model.named_parameters()), stored_pieces(model, HF)
     stored, files = weights.pieces_of(model, model_dir), defaultdict(list)
     for name, pieces in stored.items():
         files[pieces[0].file.name].append(name)
+    weight_map, total = {}, 0
     for file, names in files.items():
         shard = {}
         for name in names:
             shard |= split_stored(weights.read_rows(stored[name], parameters[name]), renamed[name])
-        yield file, {n.removeprefix(part): t for n, t in shard.items() if n.startswith(part)}
-
-
-def write_shards(shards: Iterable[Shard], out: Path) -> None:
-    """Files of weights and their index; a file without any is left out."""
-    weight_map, total = {}, 0
-    for file, shard in shards:
+        shard = {n.removeprefix(part): x for n, x in shard.items() if n.startswith(part)}
         if shard:
             weights.write_tensors(shard, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
@@ -129,7 +121,7 @@ def filled(name: str, **values: Any) -> dict:
 
 def text_config(config: InternVLConfig, raw: dict) -> dict:
     """The config under which transformers' decoder computes what ours does."""
-    given = raw.get("llm_config") or raw["text_config"]
+    given = {"torch_dtype": raw.get("torch_dtype")} | (raw.get("llm_config") or raw["text_config"])
     return filled("text_config.json", llm=config.llm, given=given)
 
 

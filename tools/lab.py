@@ -58,9 +58,10 @@ def register_file(path: Path) -> list[str]:
     own = {name: value for name, value in names.items() if is_objective(name, value, path)}
     if not own:
         raise InputError(f"{path} defines no public function whose first parameter is `logps`")
+    reserved = {"all", *PRESETS, *read_json(Path(__file__).with_name("rows.json"))}  # by --loss
     for name in own:
         taken = name in LOSSES and inspect.getfile(LOSSES[name].function) != str(path)
-        if taken or name in PRESETS:
+        if taken or name in reserved:
             raise InputError(f"{path}: an objective named {name} exists already; rename yours")
     LOSSES.update({name: probe(path, name, loss) for name, loss in own.items()})
     return list(own)

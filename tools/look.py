@@ -151,7 +151,8 @@ def print_records(cfg: ShowConfig) -> None:
         print(mark("masked", readable(tokenizer, tree.trunk)))
         for side, ids in zip(SIDES, tree.responses):
             print(mark(side, readable(tokenizer, ids)))
-            print(f"         {len(ids)} scored tokens, the last is <|im_end|>")
+            end = "the last is <|im_end|>" if ids[-1] == tokenizer.im_end_id else "it never ended"
+            print(f"         {len(ids)} scored tokens, {end}")
 
 
 def mark(name: str, text: str) -> str:
@@ -215,7 +216,9 @@ def meta_of(raw: dict, side: str) -> dict:
 def kinds_of(name: str, raw: dict) -> tuple[str, str]:
     """(whether a gold answer made the pair, how it was made by its set's name, else the former)."""
     kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), "")
-    gold = "answer_gt" in raw and kind != "prefix_pair"  # which may have one and not need it
+    gold = (
+        raw.get("answer_gt") is not None and kind != "prefix_pair"
+    )  # which may have one and not need it
     made = "with gold" if gold else "without gold"
     return made, kind or made
 
@@ -254,7 +257,7 @@ def stats(cfg: StatsConfig) -> None:
         record, raw = data_set[number], data_set.lines[number].record()
         lengths = [len(split(raw[part].replace(IMAGE, "").strip())) for part in PARTS]
         metas = [meta_of(raw, side) for side in SIDES]
-        cut = any(meta.get("finish_reason") == "length" for meta in metas)
+        cut = record.cut_off or any(meta.get("finish_reason") == "length" for meta in metas)
         missing = not all(path.is_file() for path in record.images)
         key = hash(repr((record.images, raw["question"], raw.get("answer_gt"))))
         gold, kind = kinds_of(data_set.name, raw)

@@ -43,9 +43,11 @@ RELEASES = TABLE["releases"]  # name -> a value for each of TABLE["columns"]
 def named_config(size: str) -> InternVLConfig:
     """A release by generation and size ("3.5-8b"), or a toy.
 
-    A size alone ("8b") is that of the first generation that has it, from InternVL2 on.
+    A size alone ("8b") is that of the first generation that has it, from InternVL2 on; a release's
+    own name ("InternVL2_5-8B") does, too.
     """
-    name = next((n for n in RELEASES if size in (n, n.split("-")[-1])), None)
+    asked = size.lower().removeprefix("internvl").replace("_", ".")
+    name = next((n for n in RELEASES if asked in (n, n.split("-")[-1])), None)
     if name is None:
         raise InputError(f"unknown size {size!r}; known: {', '.join(RELEASES)}")
     row = dict(zip(TABLE["columns"], RELEASES[name]))

@@ -29,6 +29,7 @@ class DivideConfig(EngineConfig):
     out_dir: Path = flag(Path("pairs"), "meta.json, annotations/ and pairs.report.json go here")
     root: Path | None = flag(None, "folder of the images, empty = as given to `sample`")
     temperature: float = flag(0.2, "sampling temperature of claims and questions", low=1e-3)
+    top_p: float = flag(0.9, "of claims and questions: as in RLAIF-V's script", 1e-6, 1)
     max_new_tokens: int = flag(256, "longest list of claims or questions", low=1)
     pairs_per_query: int = flag(2, "pairs a question at most", low=1)
 

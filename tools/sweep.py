@@ -9,12 +9,18 @@ of out_dir and continues where it stopped; they share one reference cache, and e
 one picture.  A run that diverges ends alone, and is not started again: delete its folder for that.
 """
 
+import runpy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    print(__doc__)
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")  # its flags need no torch
 
 import torch
 
@@ -104,14 +110,9 @@ def table_of_rows(curves: dict[str, list[dict]]) -> str:
     return text_table(["row", *titles], rows)
 
 
-@dataclass(frozen=True)
-class SweepConfig(TrainConfig):
-    """Train with every value of a flag that has several, as --lr 1e-4,1e-3; flags of train.py."""
-
-
 def main() -> None:
     runs = combinations(sys.argv[1:])
-    parsed = {name: parse_cli(SweepConfig, argv) for name, argv in runs.items()}
+    parsed = {name: parse_cli(TrainConfig, argv) for name, argv in runs.items()}
     base = next(iter(parsed.values()))
     if base.mine:
         register_file(base.mine)
@@ -119,8 +120,10 @@ def main() -> None:
         raise InputError("nothing to compare; give a flag several values, as --lr 1e-4,1e-3")
     for cfg in parsed.values():
         parse_objective(cfg.loss)  # a typing mistake is told before anything is started
-        if cfg.mine != base.mine or cfg.plan or cfg.bench:
-            raise InputError("a sweep has no --plan or --bench, and one --mine for all of its runs")
+        own = (cfg.mine, cfg.out_dir, cfg.reference_cache)
+        if own != (base.mine, base.out_dir, base.reference_cache) or cfg.plan or cfg.bench:
+            told = "no --plan or --bench, and one --mine, --out_dir and --reference_cache"
+            raise InputError(f"a sweep has {told} for all of its runs")
     with in_group(base.seed) as device:
         train_all(parsed, base, device)
 

@@ -11,7 +11,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,16 @@ SECONDS_APART = 30  # two drawings: one takes a second or two
 PANELS = read_json(Path(__file__).with_name("curves.json"))
 
 
-def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
+def open_writers(cfg: Any, done: int) -> list[Callable[[Row], Any]]:
     """What each row is handed to; `done` steps of an earlier start stand there already."""
     writers = []
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
         board = SummaryWriter(str(cfg.out_dir / "tensorboard"), purge_step=done + 1)
-        writers.append(partial(to_tensorboard, board))
+        writers.append(
+            lambda row: [board.add_scalar(name, x, row["step"]) for name, x in row.items()]
+        )
     if cfg.wandb:
         import wandb  # noqa: PLC0415
 
@@ -47,11 +48,6 @@ def open_writers(cfg: Any, done: int) -> list[Callable[[Row], None]]:
         )
         writers.append(lambda row: run.log(row, step=row["step"]))
     return writers
-
-
-def to_tensorboard(board: Any, row: Row) -> None:
-    for name, value in row.items():
-        board.add_scalar(name, value, row["step"])
 
 
 class Tracker:
