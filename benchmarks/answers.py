@@ -404,7 +404,7 @@ def _same(a: Any, b: Any, same_value: Callable = quantities.same_value) -> bool:
 
 
 def _same_items(a: Items, b: Items, same_value: Callable) -> bool:
-    bare = "" in (a.brackets, b.brackets) and a.brackets + b.brackets in ("()", "[]", "{}")
+    bare = a.brackets + b.brackets in ("()", "[]", "{}")
     if len(a.items) != len(b.items) or (a.brackets != b.brackets and not bare):
         return False  # (0, 1] is not (0, 1), but a bare list has no brackets to disagree
     named = all(isinstance(x, Relation) and x.name for x in (*a.items, *b.items))
@@ -424,8 +424,7 @@ def _same_relation(a: Any, b: Any, same_value: Callable) -> bool:
     if len(names) == 1 and names != {""}:
         a, b = (x.sides[0] if isinstance(x, Relation) else x for x in (a, b))
         return _same(a, b, same_value)
-    both = isinstance(a, Relation) and isinstance(b, Relation)
-    if both and a[:2] == b[:2] and all(map(_same, a.sides, b.sides)):
+    if type(a) is type(b) and a[:2] == b[:2] and all(map(_same, a.sides, b.sides)):
         return True  # x > 5 cm and 5 cm < x
     letters = _letters(a) ^ _letters(b)  # of an interval that of the relation beside it
     a, b = (_differences(x, letters) for x in (a, b))
@@ -445,11 +444,7 @@ def _differences(x: Any, letters: frozenset[str]) -> list[tuple[str, Quantity]]:
     """
     name, signs, sides = x if isinstance(x, Relation) else ("", (), (x,))
     if not signs and isinstance(interval := sides[0], Items):
-        if (
-            len(letters) != 1
-            or len(interval.items) != 2
-            or not set(interval.brackets) <= set("()[]")
-        ):
+        if len(letters) != 1 or len(interval.items) != 2 or set(interval.brackets) - set("()[]"):
             return []
         signs = ["≤" if bracket in "[]" else "<" for bracket in interval.brackets]
         sides = interval.items[0], quantities.letter(*letters), interval.items[1]

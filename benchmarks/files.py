@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Benchmark, Item
-from runtime import InputError, check_type, named, parse_json, read_jsonl
+from runtime import InputError, check_type, named, read_json, read_jsonl
 
 ID_KEYS = ("id", "pid", "question_id", "image_id", "index", "image_path")
 # the raw reply first: official files may also hold the read answer, the question or the gold
@@ -39,10 +39,8 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
     An object of objects gives rows with "id".  Rows without a category take the one of
     `categories` that the file's name holds.
     """
-    if not path.is_file():
-        raise InputError(f"no file {path}")
     try:
-        content = parse_json(path.read_bytes(), path, object) if path.suffix == ".json" else None
+        content = read_json(path, object) if path.suffix == ".json" else None
     except InputError as error:
         if "Extra data" not in str(error):
             raise
@@ -111,18 +109,16 @@ def find_data(bench: Benchmark, given: tuple[Path, ...]) -> list[Path]:
 
 def read_item(bench: Benchmark, row: dict, index: int) -> Item:
     """A row of an official file, checked and completed in place."""
-    with named(f"{row['_source']}: not a file of {bench.name}"):
+    try:
         for names, kind in bench.fields.items():
             name = next((name for name in names.split("|") if name in row), names)
             check_type(repr(name), row.get(name), kind)
-    row |= {"_index": index, "_aliases": [], "_left_out": False}
-    row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
-    try:
+        row |= {"_index": index, "_aliases": [], "_left_out": False}
+        row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
         bench.item(row)
-    except InputError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{row['_source']}: not a row of {bench.name}: {error!r}") from None
+        problem = error if isinstance(error, InputError) else repr(error)
+        raise InputError(f"{row['_source']}: not a file of {bench.name}: {problem}") from None
     return row
 
 
