@@ -183,14 +183,14 @@ class Entry:
 def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     """Data sets of a meta.json, or of a .jsonl; max_tiles holds where no max_dynamic_patch is."""
     path, notes = Path(path), []
-    meta = {path.stem: {"annotation": path.name}} if path.suffix == ".jsonl" else read_json(path)
-    if not meta:
-        raise InputError(f"{path}: expected one object of data set name -> entry")
+    alone = path.suffix == ".jsonl" and {path.stem: {"annotation": path.name}}
+    meta = alone or path.suffix not in (".csv", ".tsv", ".parquet") and read_json(path, object)
+    if not meta or not isinstance(meta, dict):
+        raise InputError(f"{path}: no object of data set name -> entry; see tools/convert.py")
     sets = []
     for name, raw in meta.items():
         place = f"{path}: {name}"
-        if not isinstance(raw, dict):
-            raise InputError(f"{place}: expected an object with 'annotation', got {raw!r:.60}")
+        runtime.check_type(place, raw, dict)
         entry = from_json(Entry, raw, place)
         notes += [f"{place}: {key!r} is not read" for key in raw if not hasattr(entry, key)]
         annotation = find_beside(path, entry.annotation, place, notes)

@@ -147,9 +147,12 @@ def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
     ("text", "message"),
     [
         (None, "no file .*meta.json"),
-        ("[]", "expected a JSON object"),
-        ("{}", "expected one object of data set name"),
-        ('{"a": 3}', "meta.json: a: expected an object with 'annotation', got 3"),
+        (
+            '[{"question": "q"}]',
+            "no object of data set name -> entry; see tools/convert.py",
+        ),
+        ("{}", "no object of data set name"),
+        ('{"a": 3}', "meta.json: a must be dict, got 3"),
         ('{"a": {}}', "meta.json: a: no 'annotation'"),
         ('{"a": {"annotation": "a.jsonl"}, "a": {}}', "the key 'a' stands there twice"),
         ('{"a": ' + "[" * 100_000, "not valid JSON"),
@@ -161,6 +164,13 @@ def test_meta_json_itself_may_be_missing_or_broken(tmp_path, text, message):
         (tmp_path / "meta.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_meta(tmp_path / "meta.json", 12)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
+def test_a_table_of_pairs_is_for_the_converter(tmp_path, ending):
+    (tmp_path / f"pairs.{ending}").write_bytes(b"question,chosen,rejected\n")
+    with pytest.raises(InputError, match=f"pairs.{ending}: .*see tools/convert.py"):
+        read_meta(tmp_path / f"pairs.{ending}", 12)
 
 
 def test_a_byte_order_mark_is_taken_and_repeat_time_is_1_unless_said(tmp_path):
