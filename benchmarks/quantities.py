@@ -153,7 +153,7 @@ class Quantity(NamedTuple):
     unit: Unit | None = None
 
     def times(self, number: Number) -> "Quantity":
-        return self if number == 1 else combine(operator.mul, self, constant(number))
+        return combine(operator.mul, self, constant(number))
 
 
 def constant(number: Number, step: Fraction = Fraction(0)) -> Quantity:
@@ -229,7 +229,7 @@ class _Parser:
     def pieces(self, match: re.Match) -> list[str]:
         """A token; of letters a known name or a product of single ones, but none for prose."""
         word = match[1]
-        if not word.isalpha() or word in FUNCTIONS or word in ROOTS or word in _CONSTANTS:
+        if not word.isalpha() or word in _NAMES:
             return [word if len(word) == 2 else word.removeprefix("\\")]  # \x is not x
         if word in GREEK:
             return [GREEK[word]]
@@ -366,6 +366,7 @@ FUNCTIONS: dict[str, Callable[[Number], Number]] = {
     "cot": lambda a: 1 / math.tan(a), "sec": lambda a: 1 / math.cos(a),
     "csc": lambda a: 1 / math.sin(a),
 }  # fmt: skip
+_NAMES = {*FUNCTIONS, *ROOTS, *_CONSTANTS}
 _CANCELLING = (operator.add, operator.sub, math.sin, math.cos, math.tan)
 
 
@@ -440,7 +441,7 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
                 if word in _FILLERS:
                     continue
                 letter = len(word) < 2 and word.isascii()
-                known = _PROSE.fullmatch(word) or word in FUNCTIONS or word in ROOTS
+                known = _PROSE.fullmatch(word) or word in _NAMES
                 if letter or known or not invented:
                     return None
                 unit = _base(word.removesuffix("s") if len(word) > 3 else word)
@@ -485,7 +486,7 @@ def read_quantity(text: str) -> Quantity | None:
         head, tail = text[: match.start()], text[match.end() :]
         word = tail.partition(" ")[0]
         apart = match[0] or tail > "\u3400"  # Chinese measure words need no blank
-        product = not apart and len(tail) == 1 and tail not in _GLUED  # 2x
+        product = not (apart or tail[0] in _GLUED or tail[1:2].isalpha())  # 2x, 4n-3
         angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
         decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
         divided = tail[:1] == "/" and len(word) < 4  # 2/h
@@ -526,11 +527,7 @@ def same_in_other_units(a: Quantity, b: Quantity) -> bool:
         return False
     given, bare = (a, b) if a.unit else (b, a)
     ratio = combine(operator.truediv, given, bare).values[0] or 0
-    try:
-        wanted = float(ratio) * float(given.unit.scale)
-    except OverflowError:
-        return False
-    scales = _scales(given.unit.kind).items()
+    wanted, scales = float(ratio) * float(given.unit.scale), _scales(given.unit.kind).items()
     near = [scale for x, scale in scales if math.isclose(x, wanted, rel_tol=0.01)]
     return any(same_value(given.times(given.unit.scale / scale), bare) for scale in near)
 
