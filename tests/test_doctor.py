@@ -296,6 +296,8 @@ def test_text_is_for_people_and_bad_folders_end_with_status_2(tmp_path, capsys, 
     assert ask(capsys, write_run(tmp_path, healthy_rows()))[0] == 2
     (tmp_path / "trainer_state.json").write_text('{"log_history": 3}')
     assert ask(capsys, tmp_path / "trainer_state.json")[0] == 2
+    odd = [row | {"step": math.nan, "length/rejected": 0.0} for row in healthy_rows()]
+    assert ask(capsys, write_run(tmp_path / "odd", odd))[0] == 3  # and not a traceback
     for value in ([], {"a": 1}, "x", None):
         odd = dict.fromkeys(("model_dir", "meta", "lr", "max_grad_norm", "beta", "loss"), value)
         assert ask(capsys, write_run(tmp_path / "odd", healthy_rows(), **odd))[0] == 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from config import load_config
 from runtime import InputError
 from tokenizer import encode_chat, load_tokenizer
-from tools.export import ExportConfig, chat_template, export, write_shards
+from tools.export import ExportConfig, chat_template, export, text_config, write_shards
 from weights import INDEX, empty_model, load_model, new_export, save_model
 
 MICRO = OURS / "internvl2-micro" / "checkpoint"
@@ -93,6 +93,13 @@ def test_official_to_hf_and_back_is_byte_equal(tmp_path, name):
     theirs = replace(theirs, vision=vision, llm=llm)
     assert replace(theirs, image_token_id=None) == ours
     assert load_tokenizer(hf).image_context_id == load_tokenizer(release).image_context_id
+
+
+def test_a_dtype_that_only_the_top_of_config_json_names_is_kept():
+    folder = OURS / "qwen2-micro/checkpoint"
+    raw = json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float32"}
+    raw["llm_config"] = {k: v for k, v in raw["llm_config"].items() if "dtype" not in k}
+    assert text_config(load_config(folder), raw)["dtype"] == "float32"
 
 
 def test_the_hf_layout_has_the_names_shapes_and_files_of_save_pretrained(tmp_path):

@@ -124,7 +124,7 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     question = turns[0][1]
     if len(roles) > 1:
         question = "\n\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
-    if IMAGE in chosen + rejected:
+    if IMAGE in f"{chosen} {rejected}":
         raise InputError(f"{IMAGE} in an answer is not supported")
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
     images = images if isinstance(images, list) else [images]

@@ -68,10 +68,10 @@ class Case:
     def column(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if name in row]
 
-    def steps(self, name: str, wrong: Callable[[float], bool]) -> list[int]:
+    def steps(self, name: str, wrong: Callable[[float], bool]) -> list[float]:
         """The steps at which the number called `name` is `wrong`; not every step may be logged."""
         rows = enumerate(self.rows, 1)
-        return [int(row.get("step", n)) for n, row in rows if name in row and wrong(row[name])]
+        return [row.get("step", n) for n, row in rows if name in row and wrong(row[name])]
 
     def ends(self, name: str) -> tuple[float, float]:
         """Means over the first and the last fifth; 0 with fewer than 10 rows."""
@@ -88,7 +88,7 @@ Seen = Iterator[tuple[str, str]]
 def in_losses(case: Case) -> Seen:
     zeros = case.steps("loss", lambda loss: loss == 0)
     if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
-        yield "loss is 0", f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]}"
+        yield "loss is 0", f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]:.0f}"
 
     first, last = case.ends("nll")
     if last > 1.2 * first + 0.05:
@@ -136,7 +136,7 @@ def in_rewards(case: Case) -> Seen:
     sure = (n for n in early if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98)
     if (n := next(sure, None)) is not None:
         steps = case.steps("rewards/accuracy", lambda value: True)
-        seen = f"accuracy is 1.0 from step {steps[n]} of {max(case.total, steps[-1])} on"
+        seen = f"accuracy is 1.0 from step {steps[n]:.0f} of {max(case.total, steps[-1]):.0f} on"
         yield "too easy", "; ".join([seen, *surface_marks(case.records)])
 
     late = accuracy[len(accuracy) // 2 :]
@@ -165,7 +165,7 @@ def in_weights(case: Case) -> Seen:
     seen = [f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n]
     for name in values:
         bad = case.steps(name, lambda value: not math.isfinite(value))
-        seen += [f"{name} is not finite at {len(bad)} steps, first at {bad[0]}"] if bad else []
+        seen += [f"{name} is not finite at {len(bad)} steps, first at {bad[0]:.0f}"] if bad else []
     if seen:
         yield "weights lost", " and ".join(seen)
 
@@ -175,7 +175,7 @@ def in_pairs(case: Case) -> Seen:
     if not (chosen and rejected):
         unit, chosen = "characters", [len(record.chosen) for record in case.records]
         rejected = [len(record.rejected) for record in case.records]
-    if chosen and not 2 / 3 <= fmean(chosen) / fmean(rejected) <= 3 / 2:
+    if chosen and not 2 * fmean(rejected) <= 3 * fmean(chosen) <= 4.5 * fmean(rejected):
         seen = f"chosen responses have {fmean(chosen):.0f} {unit}, rejected {fmean(rejected):.0f}"
         yield "length bias", seen
 
@@ -276,11 +276,11 @@ def main() -> None:
     cfg = runtime.parse_cli(DoctorConfig)
     path = metrics_file(cfg.run_dir)
     case = read_case(path, cfg.meta)
-    findings, steps = examine(case), int(case.rows[-1]["step"])
+    findings, steps = examine(case), case.rows[-1]["step"]
     if cfg.json:
         print(json.dumps({"file": str(path), "steps": steps, "findings": findings}, indent=1))
     else:
-        print(f"{path}: {steps} steps, findings: {len(findings)}")
+        print(f"{path}: {steps:.0f} steps, findings: {len(findings)}")
         for finding in findings:
             print(f"\n{finding.pop('name')}")
             print("\n".join(f"  {key:<7} {text}" for key, text in finding.items()))

@@ -43,8 +43,7 @@ RELEASES = TABLE["releases"]  # name -> a value for each of TABLE["columns"]
 def named_config(size: str) -> InternVLConfig:
     """A release by generation and size ("3.5-8b"), or a toy.
 
-    A size alone ("8b") is that of the first generation that has it, from InternVL2 on; a release's
-    own name ("InternVL2_5-8B") does, too.
+    A size alone ("8b") is that of the first generation that has it; "InternVL2_5-8B" does, too.
     """
     asked = size.lower().removeprefix("internvl").replace("_", ".")
     name = next((n for n in RELEASES if asked in (n, n.split("-")[-1])), None)
