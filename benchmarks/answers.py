@@ -533,25 +533,25 @@ def _wording(text: str) -> list[str]:
 multi_choice_score = same_answer  # mc_score: the same letter, or the wording of the gold option
 
 
-def _within(pred: str, gold: str, marks: str, margin: Fraction) -> bool:
-    """Plain decimals (no inf, nan or 1_0) within a part `margin` of the gold one, or equal text."""
+def _within(pred: str, gold: str, marks: str, margin: Fraction, same: Callable) -> bool:
+    """Plain decimals (no inf, nan or 1_0) within a part `margin`, else equal or the `same`."""
     pred, gold = plain_text(pred), plain_text(gold)
     numbers = [re.sub(marks, "", text).replace(" ", "") for text in (pred, gold)]
     if not all(_PLAIN_NUMBER.fullmatch(number) for number in numbers):
-        return pred.lower() == gold.lower() != ""
+        return gold != "" and (pred.lower() == gold.lower() or same(pred, gold))
     a, b = map(Fraction, numbers)
     return abs(a - b) <= margin * abs(b)
 
 
 def math_score(pred: str, gold: str) -> bool:
     """Official math_score: within a thousandth, degree, percent and cm marks dropped; else text."""
-    return _within(pred, gold, r"degrees?|∠|°|%|cm", Fraction(1, 1000))
+    return _within(pred, gold, r"degrees?|∠|°|%|cm", Fraction(1, 1000), operator.eq)
 
 
 def relaxed_correctness(pred: str, gold: str) -> bool:
-    """ChartQA: numbers within 5 percent, what may be a year exact; else the same text."""
+    """ChartQA: numbers within 5 percent, what may be a year exact; else the same answer."""
     year = re.fullmatch(r"[1-3][0-9]{3}", undress(gold))
-    return _within(pred, gold, r"[%$€£¥₹]", Fraction(0 if year else 1, 20))
+    return _within(pred, gold, r"[%$€£¥₹]", Fraction(0 if year else 1, 20), same_answer)
 
 
 def anls_score(pred: str, gold: str) -> bool:
@@ -760,8 +760,8 @@ def judge(
 def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
     """The verdict on an answer; ChartQA's 5 percent beside stricter modes and another number that
     ANLS lets pass (January 15 for 16) leave a doubt."""
-    strict = [mode for mode in modes if mode != "relaxed_accuracy"] or modes
-    mode = matching_mode(answer, gold, ["vqa_score", *strict])
+    strict = [mode for mode in modes if mode != "relaxed_accuracy"]
+    mode = matching_mode(answer, gold, ["vqa_score", *strict] if strict else modes)
     figures = re.compile("[0-9]+|.illion").findall
     if mode and (mode != "anls" or figures(answer) == figures(gold)):
         return Verdict("correct", f"matches by {mode}", answer)
