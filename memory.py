@@ -134,14 +134,12 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((bits + noise) & -65536).view(torch.float32).bfloat16()
 
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-
 def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keeps attention, by whichever kernel, and products no wider than their input."""
     attention = "scaled_dot_product" in str(op) or "flex_attention" in str(op)
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     # the last argument is the weight (in out): mm(x, weight), addmm(bias, x, weight)
-    narrow = op in PRODUCTS and args[-1].shape[1] <= args[-1].shape[0]
+    narrow = op in products and args[-1].shape[1] <= args[-1].shape[0]
     return CheckpointPolicy.MUST_SAVE if attention or narrow else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -111,13 +111,10 @@ class TreeAttention:
         return self.visible(q, k, q[:, None], k[None, :])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.flex:
-            return self.by_segments(q, k, v)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = self.attend(q, k, v, None, self.mask, enable_gqa=True, kernel_options=FLEX_OPTIONS)
-        return out.transpose(1, 2)
-
-    def by_segments(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.flex:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            options = {"enable_gqa": True, "kernel_options": FLEX_OPTIONS}
+            return self.attend(q, k, v, None, self.mask, **options).transpose(1, 2)
         if torch.compiler.is_compiling():  # segments differ from pack to pack: no trace of each
             index = torch.arange(q.shape[1], device=q.device)
             return _attention(q, k, v, attn_mask=self.dense_mask(index, index))
