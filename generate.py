@@ -155,10 +155,8 @@ def store_weights(model: InternVL, by_columns: bool) -> None:
     linears = [module.weight for module in llm.modules() if isinstance(module, nn.Linear)]
     for weight in {*linears, llm.head}:
         rows, columns = weight.shape
-        if by_columns and columns < rows and columns <= 2048:
-            weight.data = weight.data.t().contiguous().t()
-        else:
-            weight.data = weight.data.contiguous()
+        turn = by_columns and columns < rows and columns <= 2048
+        weight.data = weight.data.t().contiguous().t() if turn else weight.data.contiguous()
 
 
 # --------------------------------------------------------------------------- choosing a token
@@ -337,11 +335,9 @@ class Scheduler:
             told = f"{group.prompt.label}: {length} tokens and up to {group.limit} new ones"
             remedy = "raise --cache_tokens, use fewer tiles, or free memory of the GPU"
             raise InputError(f"{told} exceed {self.cache.num_blocks * KEYS} of the cache; {remedy}")
-        if batch and (
-            any(len(group.todo) > 1 for group in together)
-            or sum(len(group.ids) for group in together) > self.cache.together
-            or len(self.rows) + len(together) > MAX_ROWS
-        ):
+        short = sum(len(group.ids) for group in together) <= self.cache.together
+        single = all(len(group.todo) == 1 for group in together)
+        if batch and not (short and single and len(self.rows) + len(together) <= MAX_ROWS):
             return None
         blocks = num_blocks(length) + len(together)  # and a block for each one's first token
         if (batch or self.rows) and not self.has_room(blocks, len(self.groups) + len(together), 1):

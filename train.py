@@ -341,9 +341,8 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     cfg = replace(cfg, **settings)
     cfg = replace(cfg, max_length=min(cfg.max_length, config.llm.max_position_embeddings))
     if cfg.pack_tokens < cfg.max_length:
-        told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}"
-        remedy = f"pass --pack_tokens {cfg.max_length}, or a smaller --max_length"
-        raise InputError(f"{told}, so records may not fit into a pack: {remedy}")
+        told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}, a record's"
+        raise InputError(f"{told}: pass --pack_tokens {cfg.max_length}, or a smaller --max_length")
     for part, rate in cfg.rates.items():
         if part not in cfg.learning_parts and rate not in (0, 1):
             raise InputError(f"{rate:g} times lr for the {part}: --lora_rank gives it no adapters")
@@ -654,10 +653,9 @@ def compare_start(logps: PairLogps, bfloat16: bool) -> None:
     bound = 0.1 * length.sqrt() if bfloat16 else 1e-5 * length
     worst = int((ratio / bound).argmax())
     if not ratio[worst] <= bound[worst]:
-        place = f"a response of {int(length[worst])} tokens"
-        told = f"a fresh policy is {ratio[worst]:.2e} nats off its reference on {place}"
-        why = "the reference comes from other weights or another scoring"
-        raise Failure(f"start check failed: {told}, rounding is {bound[worst]:.2e} at most: {why}")
+        place = f"on a response of {int(length[worst])} tokens (rounding: {bound[worst]:.2e})"
+        told = f"start check failed: a fresh policy is {ratio[worst]:.2e} nats off its reference"
+        raise Failure(f"{told} {place}, which is of other weights or another scoring")
 
 
 # --------------------------------------------------------------------------- continuing a run

@@ -164,8 +164,7 @@ def load_weights(model: InternVL, model_dir: Path, device: str | torch.device) -
     for name, p, rows in stored_rows(model, model_dir):
         local(p).copy_(rows)
         if not is_finite(local(p)):
-            told = f"{model_dir}: {name} holds NaN or infinity, so every answer would"
-            raise InputError(f"{told}; fetch the weights again, or take an earlier checkpoint")
+            raise InputError(f"{model_dir}: {name} holds NaN or infinity; fetch the weights again")
 
 
 def is_finite(tensor: Tensor) -> bool:
