@@ -63,11 +63,10 @@ class Tree:
 
     trunk: list[int]  # <s> system, image, question, <|im_start|>assistant\n
     responses: list[list[int]]  # each with its closing <|im_end|>
-    chosen: list[int]  # (pair) index into responses
-    rejected: list[int]  # (pair) likewise; the chosen one where no loss looks at it
     images: list[tuple[Path, int, bool]]  # (file, tile limit, JPEG augmentation)
     tiles: list[int]  # (image) tile counts, thumbnails included
-    pairs: list[PairRecord]
+    # (record, its chosen response, its rejected one, or the chosen where no loss looks at it)
+    pairs: list[tuple[PairRecord, int, int]]
 
     @property
     def size(self) -> int:
@@ -96,26 +95,21 @@ def encode_tree(
         if responses[1:] == responses[:1]:  # of texts that a tokenizer takes alike
             raise InputError("chosen and rejected are the same tokens; remove the record")
     images = [(path, record.max_tiles, record.augment) for path in record.images]
-    return Tree(trunk, responses, [0], [len(responses) - 1], images, tiles, [record])
+    return Tree(trunk, responses, images, tiles, [(record, 0, len(responses) - 1)])
 
 
 def merge(a: Tree, b: Tree) -> Tree:
     """Two trees of one question as a bush, a tree of several pairs; no response twice."""
     responses = a.responses + [response for response in b.responses if response not in a.responses]
     place = [responses.index(response) for response in b.responses]
-    return replace(
-        a,
-        responses=responses,
-        chosen=a.chosen + [place[i] for i in b.chosen],
-        rejected=a.rejected + [place[i] for i in b.rejected],
-        pairs=a.pairs + b.pairs,
-    )
+    pairs = a.pairs + [(record, place[c], place[r]) for record, c, r in b.pairs]
+    return replace(a, responses=responses, pairs=pairs)
 
 
 def apart(tree: Tree) -> list[Tree]:
     """Each response after a copy of the trunk; the first tree's pairs count on into the others."""
     first, *others = (replace(tree, responses=[response]) for response in tree.responses)
-    return [first, *(replace(other, chosen=[], rejected=[], pairs=[]) for other in others)]
+    return [first, *(replace(other, pairs=[]) for other in others)]
 
 
 def grow_bushes(trees: list[Tree], pairs: int, fits: Callable[[Tree], bool]) -> list[Tree]:
@@ -182,8 +176,8 @@ def lay_out(trees: list[Tree]) -> Pack:
     ids, positions, tree, branch, predictor, target, owner = [], [], [], [], [], [], []
     chosen, rejected, responses = [], [], 0
     for number, t in enumerate(trees):
-        chosen += [responses + i for i in t.chosen]
-        rejected += [responses + i for i in t.rejected]
+        chosen += [responses + i for _, i, _ in t.pairs]
+        rejected += [responses + i for _, _, i in t.pairs]
         tree += [number] * t.size
         ids += t.trunk
         positions += range(len(t.trunk))
@@ -254,7 +248,7 @@ def first_fit(sizes: list[int], budget: int) -> list[list[int]]:
 # --------------------------------------------------------------------------- the steps of a run
 
 # a stand-in for a process that has fewer packs than others: the same collectives, no pair
-STAND_IN = Tree([0], [[0]], [], [], [], [], [])
+STAND_IN = Tree([0], [[0]], [], [], [])
 
 
 @dataclass
@@ -323,7 +317,7 @@ class PairData:
     def step(self, number: int, rank: int, world: int) -> Step:
         """Plan the whole step, then build every world-th pack of it."""
         planned, dropped = self.plan(self.rows(number))
-        pairs = [pair for pack in planned for tree in pack for pair in tree.pairs]
+        pairs = [pair for pack in planned for tree in pack for pair, _, _ in tree.pairs]
         trees = planned + [[STAND_IN]] * (-len(planned) % world)
         firsts = [0, *accumulate(sum(len(tree.pairs) for tree in pack) for pack in trees)]
         packs = [(self.build(trees[n]), n, firsts[n]) for n in range(rank, len(trees), world)]

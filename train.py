@@ -606,7 +606,7 @@ class CachedReference:
     def __call__(self, pack: Pack) -> Tensor:  # (response)
         logps, there = self.look_up(pack.trees)
         if pack.trees != [STAND_IN] and not there.all():
-            names = ", ".join(pair.name for tree in pack.trees for pair in tree.pairs)
+            names = ", ".join(pair.name for tree in pack.trees for pair, _, _ in tree.pairs)
             remedy = "an image or the tokenizer has changed since; delete covers-*.json there"
             raise InputError(f"{self.folder} lacks log-probs of responses in {names}: {remedy}")
         return torch.from_numpy(logps).to(self.device)

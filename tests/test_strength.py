@@ -273,9 +273,9 @@ def test_a_bush_of_pairs_trains_as_its_pairs_alone_and_scores_no_response_twice(
 def test_a_bush_keeps_to_its_limits(toy):
     config = load_config(toy / "model")
     one, other = (example_tree(config, 0, prompt, (5, 9)) for prompt in (46, 66))
-    two = replace(one, responses=[[0] * 5, [0] * 3], pairs=[None])
+    two = replace(one, responses=[[0] * 5, [0] * 3])
     assert merge(one, two).responses == [[0] * 5, [0] * 9, [0] * 3]
-    assert (merge(one, two).chosen, merge(one, two).rejected) == ([0, 0], [1, 2])
+    assert merge(one, two).pairs == [(None, 0, 1), (None, 0, 2)]
     bushes = grow_bushes([one, two, one, other], 2, lambda tree: True)
     assert [len(bush.pairs) for bush in bushes] == [2, 1, 1]
     bushes = grow_bushes([one, two], 9, lambda tree: tree.size <= one.size + 2)

@@ -51,7 +51,7 @@ def example_tree(config: InternVLConfig, tiles: int, prompt: int, answers: tuple
     """A tree of lengths alone: id 1 stands for an image token, 0 for text."""
     trunk = [1] * (tiles * config.tokens_per_tile) + [0] * prompt
     images = [(Path("x"), tiles, False)]
-    return Tree(trunk, [[0] * n for n in answers], [0], [1], images, [tiles], [None])
+    return Tree(trunk, [[0] * n for n in answers], images, [tiles], [(None, 0, 1)])
 
 
 def paper_tree(config: InternVLConfig, shorter: int = 1) -> Tree:
