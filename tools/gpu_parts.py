@@ -195,20 +195,18 @@ def results(cfg: train.TrainConfig) -> Trained:
     return torch.tensor(losses), load_model(cfg.out_dir / "model").state_dict()
 
 
-def run_plainly(cfg: train.TrainConfig) -> Trained:
-    """The same steps by plain.py, which has no switches."""
-    plainly = plain.PlainConfig(cfg.model_dir, cfg.meta, cfg.max_steps, cfg.batch_size, lr=cfg.lr)
-    policy, losses = plain.train(plainly)
-    return torch.tensor(losses), policy.state_dict()
-
-
 def steps(case: str) -> Iterator[Row]:
     """plain.py on the CPU against train.py here; switches plain.py lacks, against our CPU run."""
     count, bf16 = 2 if TOY else 8, "bf16" in case
     flags = f"--max_steps {count} {'' if bf16 else '--dtype fp32'} {case}"
     losses, weights = run_toy(toy_config(flags))
-    expected_run = partial(run_toy, device=CPU) if bf16 or "lora" in case else run_plainly
-    expected_losses, expected = expected_run(toy_config(flags))
+    cfg = toy_config(flags)
+    if bf16 or "lora" in case:
+        expected_losses, expected = run_toy(cfg, CPU)
+    else:
+        shared = cfg.model_dir, cfg.meta, cfg.max_steps, cfg.batch_size
+        policy, numbers = plain.train(plain.PlainConfig(*shared, lr=cfg.lr))
+        expected_losses, expected = torch.tensor(numbers), policy.state_dict()
     bound = 0.1 if bf16 else 1e-5 if TOY else 1e-4
     yield at_most(f"losses of {count} steps", largest(losses - expected_losses), bound)
     differences = {name: weights[name] - expected[name] for name in weights}
