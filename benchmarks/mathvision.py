@@ -20,7 +20,7 @@ def question(item: Item) -> str:
 
 
 _COMMANDS = pattern("COMMANDS")
-_after_phrase, _clean = rewrites("mathvision_phrases"), rewrites("mathvision")
+_after_phrase, _clean, _spell = map(rewrites, ("mathvision_phrases", "mathvision", "spelling"))
 
 
 def clean_answer(reply: str) -> str:
@@ -69,7 +69,7 @@ def rounded(text: str) -> float | None:
         return None
     text = re.sub(r"(?<=[\d)}])\s*(?=\\frac)|(?:(?<=[)}])|(?<=\\pi))\s*(?=\d)", "*", text)
     text, ends = text.replace(":", "/"), range(min(len(text), MAX_EXPRESSION), 0, -1)
-    prefixes = (parse_expression(text[:end]) for end in ends)
+    prefixes = (parse_expression(_spell(text[:end])) for end in ends)
     try:
         return round(float(next(filter(None, prefixes)).values[0]), 2)
     except (StopIteration, TypeError, OverflowError):  # no expression, no value, no float

@@ -202,11 +202,11 @@ def _compute(function: Callable[..., Number], values: tuple) -> Number | None:
 
 
 def parse_expression(text: str) -> Quantity | None:
-    """Arithmetic with LaTeX forms, roots, powers, functions and free letters; None if it is not."""
+    """Plainly spelled arithmetic: roots, powers, functions, free letters; None if it is not."""
     if len(text) > MAX_EXPRESSION:
         return None
     try:
-        parser = _Parser(plain_spelling(text))
+        parser = _Parser(text)
         expression = parser.expression()
     except ValueError:
         return None
