@@ -216,9 +216,8 @@ def meta_of(raw: dict, side: str) -> dict:
 def kinds_of(name: str, raw: dict) -> tuple[str, str]:
     """(whether a gold answer made the pair, how it was made by its set's name, else the former)."""
     kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), "")
-    gold = (
-        raw.get("answer_gt") is not None and kind != "prefix_pair"
-    )  # which may have one and not need it
+    # a prefix pair may have one and not need it
+    gold = raw.get("answer_gt") is not None and kind != "prefix_pair"
     made = "with gold" if gold else "without gold"
     return made, kind or made
 
