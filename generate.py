@@ -473,8 +473,7 @@ class Generator:
                 group, text = row.group, self.text(row)[0]
                 tokens = (len(row.ids), len(group.ids), group.image_tokens, math.fsum(row.logps))
                 lists = (tuple(row.ids), tuple(row.logps))
-                name = (group.prompt.id, row.sample)
-                yield Sample(*name, text, row.finish_reason, *tokens, *lists)
+                yield Sample(group.prompt.id, row.sample, text, row.finish_reason, *tokens, *lists)
 
     def stream(self, prompt: Prompt) -> Iterator[str]:
         """The text of sample 0, piece by piece; together equal to run()'s."""

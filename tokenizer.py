@@ -166,8 +166,9 @@ BYTE_LEVEL = dict(zip(PRINTABLE, PRINTABLE)) | {256 + n: byte for n, byte in enu
 
 
 def byte_level_bytes(piece: str) -> bytes:
-    """The bytes of a piece of byte-level BPE; a named token's are not asked for."""
-    return piece.translate(BYTE_LEVEL).encode("latin-1", "replace")
+    """The bytes of a piece of byte-level BPE; of any other name, its text."""
+    text = piece.translate(BYTE_LEVEL)
+    return text.encode("latin-1") if max(text, default="") < "\u0100" else piece.encode()
 
 
 # --------------------------------------------------------------------------- tokenizer files

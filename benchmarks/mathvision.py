@@ -38,7 +38,7 @@ def clean_answer(reply: str) -> str:
         text = _after_phrase(text)
     elif text.count("oxed{") > 1:
         text = "\\boxed{" + text.split("oxed{")[-1]
-    text = _clean(text.lower())
+    text = _clean(text.lower())  # find_math_answer: a box without LaTeX noise and units
     if "sqrt" in text:  # fractions too only beside a root
         text = brace_arguments(text)
     text = re.sub(r"\(([a-e])\)", r"\1", text)

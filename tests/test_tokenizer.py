@@ -15,6 +15,7 @@ from runtime import InputError
 from tokenizer import (
     CLEAN_UP,
     MARKS,
+    byte_level_bytes,
     encode_chat,
     encode_response,
     load_tokenizer,
@@ -594,3 +595,8 @@ def test_wrong_arguments_are_input_errors(small):
         small.encode_plain("a\ud83d")
     with pytest.raises(InputError, match="no token has the id -100"):
         small.decode([5, -100])
+
+
+@pytest.mark.parametrize("piece, content", [("Ġhi", " hi"), ("åĽ¾", "图"), ("图", "图"), ("", "")])
+def test_a_name_that_is_no_byte_level_piece_keeps_its_text(piece, content):
+    assert byte_level_bytes(piece) == content.encode()
