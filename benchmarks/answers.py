@@ -472,7 +472,8 @@ def _proportional(a: tuple[str, Quantity], b: tuple[str, Quantity]) -> bool:
 
 
 # --------------------------------------------------------------------------- options and wording
-_lead, _option = rewrites("lead", re.IGNORECASE), rewrites("option")
+_lead, _last = (rewrites(name, re.IGNORECASE) for name in ("lead", "last"))
+_option = rewrites("option")
 _ONE_OPTION = pattern("ONE_OPTION", re.DOTALL | re.IGNORECASE)
 _OPTION_JOINER = re.compile(r"\band\b|[\s()\[\],;&、'\"和及与]", re.IGNORECASE)
 
@@ -486,9 +487,14 @@ def read_options(text: str, strict: bool = False) -> Options | None:
         if letters := _option_set(body, strict):
             return Options(letters)
         if match := _ONE_OPTION.fullmatch(body):
-            return Options(frozenset((match[1] or match[2]).upper()), match[3].strip())
-        if not strict and re.fullmatch("[A-N]", bare := _option(body)):
-            return Options(frozenset(bare))
+            option = Options(frozenset((match[1] or match[2]).upper()), match[3].strip())
+        elif not strict and re.fullmatch("[A-N]", bare := _option(body)):
+            option = Options(frozenset(bare))
+        else:
+            continue
+        last = _lead(_last(text))  # another letter at the end: A. No, B
+        changed = re.fullmatch("[A-N]", last) and last not in (*option.letters, option.text)
+        return None if changed and not strict else option
     return None
 
 
@@ -524,7 +530,7 @@ def _wording(text: str) -> list[str]:
     """Words without articles and `and`."""
     words = _words(unicodedata.normalize("NFD", text.lower())).split()
     if any(len(word) > 1 for word in words):  # "A B" names two options: no articles there
-        words = [word for word in words if word not in _SMALL]
+        words = [word for word in words[:-1] if word not in _SMALL] + words[-1:]  # vitamin A
     return words
 
 
@@ -666,6 +672,7 @@ def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
 # --------------------------------------------------------------------------- verdicts
 
 _TOKEN = pattern("TOKEN")
+_LONE_LETTER = re.compile("(?<![A-Za-z0-9])[A-N](?![A-Za-z0-9])")
 
 
 @functools.lru_cache(maxsize=8192)
@@ -686,7 +693,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         return int(answer) == int(gold)  # most answers
     option, ours = read_options(gold, strict=True), read_options(answer)
     if option and len(option.letters) == 1:
-        named = ours.letters if ours else {*re.findall(r"\b[A-N]\b", answer)}
+        named = ours.letters if ours else {*_LONE_LETTER.findall(answer)}
         if option.letters <= named or (ours and len(named) == 1):  # clearly another one
             return option.letters <= named or answer == option.text
     have, want = _tokens(answer), _tokens(option.text if option else gold)
