@@ -197,9 +197,7 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
 # --------------------------------------------------------------------------- plain text
 
 _invisible, _markup, _half = map(rewrites, ("invisible", "markup", "half"))
-_IN_WORDS = "numbers chinese wording amounts groups".split()
-_ONE_SPELLING = [quantities.plain_spelling]
-_ONE_SPELLING += [rewrites(name, re.IGNORECASE) for name in _IN_WORDS]
+_one_spelling = rewrites("spelling numbers chinese wording amounts groups", re.IGNORECASE)
 # most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -221,11 +219,7 @@ def undress(text: str) -> str:
 def plain_text(text: str) -> str:
     """The answer undressed and in one spelling: LaTeX as plain signs, numbers in digits."""
     text = undress(text)
-    if _PLAIN_NUMBER.fullmatch(text):
-        return text
-    for rules in _ONE_SPELLING:
-        text = rules(text)
-    return text
+    return text if _PLAIN_NUMBER.fullmatch(text) else _one_spelling(text)
 
 
 # --------------------------------------------------------------------------- reading
@@ -328,9 +322,8 @@ def _read_items(text: str, depth: int) -> Items | None:
 def _read_relation(text: str, depth: int) -> Any:
     texts, signs = _split_top(text, _RELATION)
     name = ""
-    if signs and set(signs) == {"="}:
-        if _NAME.fullmatch(texts[0]):
-            name, texts, signs = "".join(texts[0].lower().split()), texts[-1:], []
+    if set(signs) == {"="} and _NAME.fullmatch(texts[0]):
+        name, texts, signs = "".join(texts[0].lower().split()), texts[-1:], []
     if not (name or signs):
         return None
     sides = tuple(read(t, depth + 1) or read_quantity(t) for t in texts)
@@ -787,7 +780,7 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
     """(kept start, the blanks lost at the cut): the first `ratio` of a response's pieces.
 
     Pieces are split at single blanks; mostly Chinese text and single words at characters.  The cut
-    moves left out of a LaTeX argument, a <box> and a <ref>.
+    moves left out of a LaTeX argument, a <box>, a <ref> and a character of several code points.
     """
     pieces = text.split(" ")
     chinese = len(_CHINESE.findall(text))
@@ -798,11 +791,6 @@ def split_prefix(text: str, ratio: float) -> tuple[str, str]:
     for start, end in (match.span() for match in _UNBROKEN.finditer(text)):
         if start < cut < end:
             cut = start
-    # never before a combining mark or the second half of a surrogate pair
-    while 0 < cut < len(text) and (
-        unicodedata.combining(text[cut]) or "\udc00" <= text[cut] <= "\udfff"
-    ):
-        cut -= 1
     kept = text[:cut].rstrip()
     glue = text[len(kept) : cut + len(text[cut:]) - len(text[cut:].lstrip())]
     return kept.lstrip(), glue

@@ -57,10 +57,10 @@ def pattern(text: str, flags: int = 0) -> re.Pattern:
     return re.compile(text, flags)
 
 
-def rewrites(section: str, flags: int = re.DOTALL) -> Callable[[str], str]:
-    """A section of rewrites.txt as a function."""
+def rewrites(names: str, flags: int = re.DOTALL) -> Callable[[str], str]:
+    """Sections of rewrites.txt as a function."""
     rules = []
-    for line in _REWRITES[section].splitlines():
+    for line in "\n".join(_REWRITES[name] for name in names.split()).splitlines():
         old, arrow, new = f"{line} ".partition(" => ")
         if arrow:
             compiled, new = pattern(old, flags), new.rstrip(" ").replace("␣", " ")
