@@ -506,7 +506,7 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     return frozenset(letters) if known and clear and len({*letters}) == len(letters) else None
 
 
-_NOT_WORDING = pattern("NOT_WORDING")  # compared letter by letter
+_NOT_WORDING, _GENOTYPE = map(pattern, ("NOT_WORDING", "GENOTYPE"))  # compared letter by letter
 _joined, _words = rewrites("joined"), rewrites("words")
 _SMALL = ("a", "an", "the", "and")
 
@@ -514,6 +514,8 @@ _SMALL = ("a", "an", "the", "and")
 def _same_wording(pred: str, gold: str) -> bool:
     """EvalAI's wording; anything with signs or operators letter by letter."""
     pred, gold = _joined(pred), _joined(gold)
+    if _GENOTYPE.fullmatch(gold) and pred.lower() == gold.lower():
+        return pred == gold
     if _NOT_WORDING.search(pred) or _NOT_WORDING.search(gold):
         return "".join(pred.lower().split()) == "".join(gold.lower().split())
     return _wording(pred) == _wording(gold) != []

@@ -474,7 +474,6 @@ _fill_units()
 
 # --------------------------------------------------------------------------- quantities
 
-_GLUED = frozenset("mgshlLNJWVAKCFΩ°%$¢€£¥₹元'\"")  # 5m is a length, 5x a product
 _amount = rewrites("amount")
 _UNIT_START = pattern("UNIT_START")
 _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*|$)")
@@ -484,15 +483,10 @@ def read_quantity(text: str) -> Quantity | None:
     text = _amount(text.strip().lstrip("∠"))
     for match in itertools.islice(_UNIT_START.finditer(text), 8):
         head, tail = text[: match.start()], text[match.end() :]
-        word = tail.partition(" ")[0]
-        apart = match[0] or tail > "\u3400"  # Chinese measure words need no blank
-        product = not (apart or tail[0] in _GLUED or tail[1:2].isalpha())  # 2x, 4n-3
-        angle = tail == "°" and head[0] not in "-.0123456789("  # \\sin 30°
-        decade = word == "s" and re.fullmatch("[12][0-9]{2}0", head)  # 1990s are no seconds
-        divided = tail[:1] == "/" and len(word) < 4  # 2/h
-        if product or angle or decade or divided:
+        if tail == "°" and head[0] not in "-.0123456789(":  # \\sin 30°
             continue
-        unit = read_unit(tail, bool(apart or (len(tail) > 3 and tail[:3].isalpha())))
+        word = match[0] or tail > "\u3400" or (len(tail) > 3 and tail[:3].isalpha())
+        unit = read_unit(tail, invented=bool(word))
         expression = parse_expression(head)
         if unit and expression and not expression.letters:
             return expression._replace(unit=unit)
