@@ -179,19 +179,16 @@ _PARSERS = {
 
 
 def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
-    """The response without the marks around its answer line; unchanged if that left half a mark.
+    """The response without the marks around its answer line and the blanks behind it; unchanged if
+    that left half a mark.
 
     The official function of this name writes the gold answer `gt` into it; this one only cleans.
     """
     triggers, end, before, trigger, answer = _answer_line(response)
-    bare = response.startswith(before + trigger) and answer == response[end:].strip()
-    if bare or not 1 <= triggers <= 2:
-        return response
-    gap = re.match(r"[\s*_]*", response[end:])[0]
-    blank = "\n" if "\n" in gap else " " if " " in gap else ""
-    fixed = before + trigger.rstrip() + blank + answer
+    gap = re.sub("[*_]", "", re.match(r"[\s*_]*", response[end:])[0])
+    fixed = before + trigger + gap + answer
     half = any(fixed.count(m) % 2 > response.count(m) % 2 for m in ("**", "__", '"', "`"))
-    return response if half else fixed
+    return response if half or not 1 <= triggers <= 2 else fixed
 
 
 # --------------------------------------------------------------------------- plain text

@@ -17,6 +17,7 @@ import math
 import operator
 import random
 import re
+import string
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -128,10 +129,11 @@ plain_signs, plain_spelling = rewrites("signs"), rewrites("spelling")
 Number = Fraction | float
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z.]))?"
 _TOKEN = re.compile(
-    rf"\s*({_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
-    r"|[-+*/^!%°(){}\[\]|])"
+    rf"{_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
+    r"|[-+*/^!%°(){}\[\]|]|\S.*"
 )
 _PROSE = pattern("PROSE", re.IGNORECASE)
+_LETTERS = {*string.ascii_letters, *GREEK.values(), "∞"}
 
 
 class Unit(NamedTuple):
@@ -218,23 +220,17 @@ class _Parser:
     then signs, then powers, then ! % °."""
 
     def __init__(self, text: str) -> None:
-        self.tokens: list[str] = []
-        self.i = at = 0
-        while (match := _TOKEN.match(text, at)) and (pieces := self.pieces(match)):
-            at = match.end()
-            self.tokens += pieces
-        if text[at:].strip():
-            raise ValueError(f"unexpected {text[at:]!r}")
+        self.tokens = [piece for word in _TOKEN.findall(text) for piece in self.pieces(word)]
+        self.i = 0
 
-    def pieces(self, match: re.Match) -> list[str]:
-        """A token; of letters a known name or a product of single ones, but none for prose."""
-        word = match[1]
-        if not word.isalpha() or word in _NAMES:
-            return [word if len(word) == 2 else word.removeprefix("\\")]  # \x is not x
+    def pieces(self, word: str) -> list[str]:
+        """A token; of letters a known name, a product of single ones, or prose: an error later."""
         if word in GREEK:
             return [GREEK[word]]
-        longest = 4 if word.isupper() else 3
-        return [] if len(word) > longest or _PROSE.fullmatch(word) else list(word)
+        product = word.isalpha() and len(word) <= (4 if word.isupper() else 3)
+        if product and word not in _NAMES and not _PROSE.fullmatch(word):
+            return list(word)
+        return [word if len(word) == 2 else word.removeprefix("\\")]  # \x is not x
 
     def peek(self) -> str:
         return self.tokens[self.i] if self.i < len(self.tokens) else ""
@@ -294,7 +290,7 @@ class _Parser:
             return combine(_root, self.atom(), index)
         if token in FUNCTIONS:
             return self.function(token)
-        if len(token) == 1 and (token.isalpha() or token == "∞"):
+        if token in _LETTERS:
             subscript = self.accept() if self.peek().startswith("_") else ""  # x_1, x_{12}
             return letter(token + re.sub("[{}]", "", subscript))
         raise ValueError(f"unexpected {token or 'end'!r}")
