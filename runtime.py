@@ -173,7 +173,7 @@ def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None)
     try:
         given, saved = vars(args), {}
         if [] in given.values():
-            raise InputError("-- is no value: argparse takes it away")
+            raise InputError("-- is no value: argparse takes it away")  # until Python 3.13
         if path := given.pop("config"):
             with named(f"--config {path}"):
                 saved = field_values(cls, read_json(path))
