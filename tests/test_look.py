@@ -205,6 +205,30 @@ def test_boxes_of_grounding_marks_are_drawn_on_the_picture(tmp_path):
     assert drawn != plain and green > red + 40
 
 
+def test_no_more_records_are_shown_than_asked(toy, tmp_path, run_look):
+    words = ("show", toy / "meta.json", "--model_dir", toy / "model")
+    meta = json.loads((toy / "meta.json").read_text())
+    for limit in (1, 3, 1000):
+        _, out = run_look(*words, "--limit", limit)
+        total = sum(entry["length"] for entry in meta.values())
+        assert out.count("=== ") == min(limit, total)
+        _, out = run_look(*words, "--limit", limit, "--out", tmp_path / "page.html")
+        assert f" {min(limit, total)} of {total} pairs" in out
+
+
+def test_records_that_no_epoch_draws_are_shown(toy, tmp_path, run_look):
+    meta = write_set(tmp_path, [GOOD], repeat_time=0)
+    status, out = run_look("show", meta, "--model_dir", toy / "model")
+    assert status == 0 and out.count("  chosen | ") == 1
+
+
+def test_the_page_names_the_record_of_a_broken_picture(tmp_path, run_look):
+    (tmp_path / "broken.png").write_bytes(b"x")
+    meta = write_set(tmp_path, [{**GOOD, "image": "broken.png"}])
+    status, out = run_look("show", meta, "--out", tmp_path / "page.html")
+    assert status == 2 and "line 1: image " in out and not (tmp_path / "page.html").exists()
+
+
 def test_the_page_holds_small_pictures(tmp_path, run_look):
     words = ("--out", tmp_path / "page.html", "--limit", 6)
     status, out = run_look("show", gold_pairs(tmp_path), *words)

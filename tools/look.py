@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from statistics import fmean
@@ -144,7 +144,8 @@ def print_records(cfg: ShowConfig) -> None:
     """Print records as the model meets them: prompt plain, scored tokens marked."""
     config, tokenizer = load_config(cfg.model_dir), load_tokenizer(cfg.model_dir)
     sets = read_pairs(cfg.meta, cfg.max_tiles or config.max_tiles)
-    for i, number in epoch_order(sets, 42, 0)[: cfg.limit or 3]:
+    once = [replace(data_set, repeat_time=1) for data_set in sets]  # also what no run would draw
+    for i, number in epoch_order(once, 42, 0)[: cfg.limit or 3]:
         record = sets[i][int(number)]
         tree = encode_tree(record, tokenizer, config)
         print(f"=== {record.name}: {len(tree.trunk)} prompt tokens, {sum(tree.tiles)} tiles")
@@ -186,18 +187,20 @@ KINDS = {
 
 def write_page(cfg: ShowConfig) -> None:
     """One self-contained HTML page of pairs of every data set."""
-    sets = [s for s in read_pairs(cfg.meta, 1) if len(s)]
-    each, cards = max(1, (cfg.limit or 200) // len(sets)), []
-    for data_set in sets:
+    sets, limit, cards = [s for s in read_pairs(cfg.meta, 1) if len(s)], cfg.limit or 200, []
+    each = max(1, limit // len(sets))
+    for data_set in sets[:limit]:
         drawn = seeded("show", data_set.name).permutation(len(data_set))[:each]
         for number in sorted(drawn.tolist()):
             record, raw = data_set[number], data_set.lines[number].record()
+            with named(record.name):
+                pictures = [picture(path, raw) for path in record.images]
             cards.append({
                 "set": data_set.name,
                 "kind": kinds_of(data_set.name, raw)[1],
                 "record": raw,
                 "same": len(os.path.commonprefix([raw[side] for side in SIDES])),  # from there
-                "pictures": [picture(path, raw) for path in record.images],
+                "pictures": pictures,
                 "about": {side: meta_of(raw, side) for side in SIDES},
             })  # fmt: skip
     choices = sorted({card[name] for card in cards for name in ("set", "kind")})
@@ -229,10 +232,9 @@ def picture(path: Path, raw: dict) -> str:
     pen = ImageDraw.Draw(image)
     for part, colour in PENS.items():
         for corners in BOX.findall(raw[part]):
-            left, top, right, bottom = (int(corner) / 1000 for corner in corners)
-            xs = sorted((left * image.width, right * image.width))
-            ys = sorted((top * image.height, bottom * image.height))
-            pen.rectangle([xs[0], ys[0], xs[1], ys[1]], outline=colour, width=2)
+            xs = sorted(int(x) * image.width / 1000 for x in corners[::2])
+            ys = sorted(int(y) * image.height / 1000 for y in corners[1::2])
+            pen.rectangle([*zip(xs, ys)], outline=colour, width=2)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)
     return inline_image(buffer.getvalue(), "jpeg")
