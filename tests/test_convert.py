@@ -224,6 +224,24 @@ def test_images_inside_a_parquet_file_are_written_once_by_what_they_hold(folder,
     assert [r.images for r in records(folder / "out/meta.json")] == [(image.resolve(),)] * 2
 
 
+def test_no_image_of_a_pair_that_is_left_out_is_written(folder, monkeypatch):
+    good, broken = ({"bytes": data} for data in ((folder / "a.png").read_bytes(), b"no image"))
+    rows = [
+        PLAIN | {"image": good, "chosen": R},
+        PLAIN | {"image": [good, broken], "question": "Both?"},
+        PLAIN | {"image": broken},
+    ]
+    monkeypatch.setattr(convert, "read_table", lambda path: rows)
+    (folder / "in.parquet").touch()
+    cfg = ConvertConfig(input=folder / "in.parquet", out=folder / "out")
+    with pytest.raises(InputError, match="no pair can be kept"):
+        convert.convert(cfg)
+    assert not list(folder.glob("out/images/*"))
+    rows.append(PLAIN | {"image": good})
+    report = convert.convert(replace(cfg, out=folder / "more"))
+    assert report["kept"] == 1 and len(list(folder.glob("more/images/*"))) == 1
+
+
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
 def test_other_files_are_read_like_lines(folder, ending):
     path, rows = folder / f"in.{ending}", [PLAIN, PLAIN | {"chosen": 'It is "2",\nsurely.'}]

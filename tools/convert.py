@@ -14,6 +14,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from os.path import commonpath, relpath
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class ConvertConfig:
 
 
 from images import checked_images
-from records import DataSet, JsonLines, PairRecord, read_meta
+from records import DataSet, PairRecord, read_meta
 from tokenizer import IMAGE
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -128,25 +129,28 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
         raise InputError(f"{IMAGE} in an answer is not supported")
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
     images = images if isinstance(images, list) else [images]
-    if any(isinstance(image, dict) and image.get("bytes") for image in images):
-        root = saved
+    images = [(x.get("path"), x.get("bytes")) if isinstance(x, dict) else (x, None) for x in images]
+    names = [image_name(path, content, root) for path, content in images]
+    held = {name: content for name, (_, content) in zip(names, images) if content}
+    root = saved if held else root
     line = {"question": question, "chosen": chosen, "rejected": rejected, "system_prompt": system}
-    line |= {"image": [image_name(x, root) for x in images], "cut_off": raw.get("cut_off", False)}
+    line |= {"image": names, "cut_off": raw.get("cut_off", False)}
     f"{question}{chosen}{rejected}{system}".encode()  # half a character fails here, by name
     record = DataSet("", root).check(line, name)
-    checked_images(root, line, name)
+    with ExitStack() as undo:
+        for path in (root / file for file in held if not (root / file).exists()):
+            write_atomic(path, held[path.name])
+            undo.callback(path.unlink)
+        checked_images(root, line, name)
+        undo.pop_all()  # of a pair that is kept they stay
     return record
 
 
-def image_name(image: Any, root: Path) -> str:
-    """The image relative to `root`; bytes are written there, under a name from what they hold."""
-    path, content = map(image.get, ("path", "bytes")) if isinstance(image, dict) else (image, None)
-    if isinstance(content, bytes):
+def image_name(path: str, content: bytes | None, root: Path) -> str:
+    """The image relative to `root`; that of bytes is made of what they hold."""
+    if content:
         ending = Path(path or "").suffix or ".jpg"
-        name = hashlib.blake2b(content, digest_size=16).hexdigest() + ending
-        if not (root / name).exists():
-            write_atomic(root / name, content)
-        return name
+        return hashlib.blake2b(content, digest_size=16).hexdigest() + ending
     return relpath(Path(path).resolve(), root.resolve()) if Path(path).is_absolute() else path
 
 
@@ -184,22 +188,18 @@ def read_file(path: Path, root: Path | None) -> Iterator[tuple[str, Path, dict]]
     """(record name, folder of its images, record) of each record."""
     with runtime.open_file(path) as file:  # refused where it is none, or a pipe
         first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    beside = root or path.parent
-    if path.suffix == ".json" and first == b"{":
+    if path.suffix == ".jsonl" or (path.suffix == ".json" and first == b"{"):
         for data_set in read_meta(path, 0):
             if (data_set.repeat_time, data_set.max_tiles, data_set.augment) != (1, 0, False):
                 runtime.say(f"{data_set.name}: repeat_time, tiles, augmentation are not written")
-            yield from (
-                (str(line), root or data_set.root, line.record()) for line in data_set.lines
-            )
-    elif path.suffix == ".jsonl":
-        yield from ((str(line), beside, line.record()) for line in JsonLines(path))
+            place = root or data_set.root
+            yield from ((str(line), place, line.record()) for line in data_set.lines)
     elif path.suffix in (".json", ".csv", ".parquet"):
         rows = read_json(path, list) if path.suffix == ".json" else read_table(path)
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise InputError(f"{path}: expected a list of objects, got {row!r:.60}")
-            yield f"{path} record {number}", beside, row
+            yield f"{path} record {number}", root or path.parent, row
     else:
         raise InputError(f"{path}: expected .jsonl, .json, .csv or .parquet")
 
