@@ -223,6 +223,14 @@ def test_healthy_metrics_of_three_trainers_have_no_finding(tmp_path, capsys):
     assert ask(capsys, log.parent) == (0, [])
 
 
+def test_of_several_checkpoints_the_last_is_read_whenever_it_was_copied(tmp_path, capsys):
+    for step, loss in ((1000, 1.0), (200, math.nan)):  # written in this order
+        state = tmp_path / f"checkpoint-{step}/trainer_state.json"
+        state.parent.mkdir()
+        state.write_text(json.dumps({"log_history": [{"step": step, "loss": loss}]}))
+    assert ask(capsys, tmp_path) == (0, [])
+
+
 def test_a_step_is_called_by_its_number_where_not_every_one_is_logged(tmp_path, capsys):
     rows = foreign(healthy_rows(600))
     for row in rows[6:]:

@@ -225,13 +225,13 @@ def diagnose(history: Rows, total: int, flags: dict[str, Any]) -> dict[str, str]
 
 
 def metrics_file(run_dir: Path) -> Path:
-    """The metrics of a run's folder; of TRL's checkpoints the newest."""
+    """The metrics of a run's folder; of TRL's checkpoints the last."""
     if run_dir.is_file():
         return run_dir
     names = ("metrics.jsonl", "logging.jsonl", "trainer_state.json")
     for pattern in (*names, "*/trainer_state.json"):
         if paths := list(run_dir.glob(pattern)):
-            return max(paths, key=lambda path: path.stat().st_mtime)
+            return max(paths, key=lambda path: (len(path.parent.name), path))  # 9 before 10
     raise InputError(f"no {', '.join(names)} in {run_dir}; pass a run's folder or metrics file")
 
 
@@ -265,10 +265,8 @@ def read_case(path: Path, meta: Path | None) -> Case:
     records = islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)
     weights, begun = (sorted(place.glob("*.safetensors")) for place in (trained, start))
     model, rows, records = load_config(shapes[0]) if shapes else None, read_rows(path), [*records]
-    read = f"{len(weights)} files of weights, {len(begun)} of the start's"
-    runtime.say(
-        f"looked at {len(rows)} rows, {read}, {len(records)} of {sum(map(len, sets))} pairs"
-    )
+    read = f"{len(rows)} rows, {len(weights)} files of weights, {len(begun)} of the start's"
+    runtime.say(f"looked at {read}, {len(records)} of {sum(map(len, sets))} pairs")
     return Case(rows, len(rows), flags, model, weights, begun, records)
 
 
