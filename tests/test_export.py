@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -278,14 +279,24 @@ def test_an_export_replaces_nothing_but_an_earlier_export(trained, tmp_path):
     assert (run / "checkpoints").is_dir() and not (trained / "export").exists()
 
 
-def test_a_damaged_model_is_refused_by_name_and_nothing_is_written(trained, tmp_path):
+def cut(tensor):
+    return tensor.flatten()[:-1]
+
+
+def spoil(tensor):
+    return tensor / 0
+
+
+@pytest.mark.parametrize("damage, told", [(cut, "has shape"), (spoil, "holds NaN or infinity")])
+@pytest.mark.parametrize("layout", ["hf", "llama"])
+def test_a_damaged_model_is_refused_and_nothing_is_written(damage, told, layout, trained, tmp_path):
     path = sorted(trained.glob("*.safetensors"))[0]
     changed = load_file(path)
     name = next(iter(changed))
-    changed[name] = changed[name].flatten()[:-1].clone()
+    changed[name] = damage(changed[name]).clone()
     save_file(changed, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=name):
-        export(ExportConfig(trained, tmp_path / "out", llama=True))
+    with pytest.raises(InputError, match=f"{re.escape(name.split('.')[-1])} {told}"):
+        export(ExportConfig(trained, tmp_path / "out", **{layout: True}))
     assert not (tmp_path / "out").exists()
 
 

@@ -105,6 +105,10 @@ def test_the_best_step_is_named_and_kept(watched, base, toy, capsys):
     export_checkpoint(ExportConfig(cfg.model_dir, kept_model, cfg.out_dir / "best"))
     saved, trained = load_file(kept / "shard-000-of-001.safetensors"), load_model(kept_model)
     assert all(torch.equal(p, saved[f"model/{name}"]) for name, p in trained.named_parameters())
+    export_checkpoint(ExportConfig(cfg.model_dir, toy / "last", cfg.out_dir))
+    last = load_model(cfg.out_dir / "model").state_dict()
+    for name, p in load_model(toy / "last").state_dict().items():
+        assert torch.equal(p, last[name]), "of a run's folder it is the last"
     train_in_process(cfg)  # nothing left to do
     assert f"best step by held-out pairs: {best} of 3" in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ class ExportConfig:
 
     model_dir: Path = flag(Path("runs/mpo/model"), "the trained model; of a run, the start")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
-    checkpoint: Path | None = flag(None, "official layout of a run's checkpoints, best, or a step")
+    checkpoint: Path | None = flag(None, "official layout of a run's last, of its best/, of a step")
     hf: bool = flag(False, "layout of transformers 4.52 and later, TRL, ms-swift, vLLM")
     llm_only: bool = flag(False, "the language model alone: Qwen2, Qwen3 or Llama")
     llama: bool = flag(False, "the same of an InternLM2, which becomes a Llama")
@@ -56,14 +56,15 @@ LLM = "language_model."
 
 def export_checkpoint(cfg: ExportConfig) -> None:
     """Write the model of a run's checkpoint as the run itself would at its end."""
-    checkpoint = weights.newest_checkpoint(cfg.checkpoint) or cfg.checkpoint
+    last = weights.newest_checkpoint
+    checkpoint = last(cfg.checkpoint / "checkpoints") or last(cfg.checkpoint) or cfg.checkpoint
     flags = weights.checkpoint_state(checkpoint)["flags"]
     names = "lora_rank lora_alpha lora_parts lr_vision lr_projector lr_language state_dtype"
     trained = field_values(TrainConfig, {name: flags[name] for name in names.split()})
     run = TrainConfig(cfg.model_dir, recompute="off", **trained)
-    if run.lora_rank:  # else no weight of model_dir is left
-        if flags["start weights"] != weights.fingerprint(cfg.model_dir):
-            raise InputError(f"{checkpoint} belongs to another start than {cfg.model_dir}")
+    # without adapters no weight of model_dir is left
+    if run.lora_rank and flags["start weights"] != weights.fingerprint(cfg.model_dir):
+        raise InputError(f"{checkpoint} belongs to another start than {cfg.model_dir}")
     model = prepare(weights.load_model(cfg.model_dir, dtype=weights.FLOATS[run.state_dtype]), run)
     tensors = {
         f"model/{name}": p
@@ -105,7 +106,10 @@ def write_shards(model: InternVL, model_dir: Path, part: str, out: Path) -> None
     for file, names in files.items():
         shard = {}
         for name in names:
-            shard |= split_stored(weights.read_rows(stored[name], parameters[name]), renamed[name])
+            rows = weights.read_rows(stored[name], parameters[name])
+            if not weights.is_finite(rows):
+                raise InputError(f"{model_dir}: {name} holds NaN or infinity; nothing is written")
+            shard |= split_stored(rows, renamed[name])
         shard = {n.removeprefix(part): x for n, x in shard.items() if n.startswith(part)}
         if shard:
             weights.write_tensors(shard, out / file, metadata={"format": "pt"})

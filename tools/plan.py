@@ -349,10 +349,9 @@ def say_plan(
     """Print the plan; InputError where it exceeds the GPU's memory, with flags that would help."""
     memory, plan = memory_of(cfg, device), plan_of(cfg, config, gpus, device)
     say(plan)
-    if not memory:
-        return
     if plan.needed <= memory:
         say(f"fits into {memory / GB:.4g} GB")
+    if not memory or plan.needed <= memory:
         return
     changes: list[dict[str, Any]] = [
         {"recompute": "full", "recompute_blocks": -1}, {"sync": "pack"}, {"replicate": 1},

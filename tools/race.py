@@ -69,9 +69,8 @@ def shapes(tiny: bool) -> InternVLConfig:
     return replace(base, vision=replace(vision, num_hidden_layers=1 if tiny else 4), llm=llm)
 
 
-def race(cfg: RaceConfig, line: Line, memory: bool) -> None:
+def race(cfg: RaceConfig, name: str, contestants: Contestants, memory: bool) -> None:
     """Print a row each: median seconds of CPU, times as fast as the first, FLOPs, peak memory."""
-    name, contestants = line
     seconds: dict[str, list[float]] = {who: [] for who in contestants}
     counts = {}
     for who, work in contestants.items():  # also warms up
@@ -97,9 +96,7 @@ def training(tiny: bool, ours: InternVL, theirs: nn.Module | None) -> Iterator[L
     answers = (8, 10) if tiny else (300, 350)
     for name, tiles in (("7 tiles", 2 if tiny else 7), ("1 tile", 1), ("text", 0)):
         tree = example_tree(ours.config, tiles, 80, answers)
-        contestants: Contestants = {}
-        if theirs:
-            contestants["official"] = partial(two_passes, theirs, tree)
+        contestants = {"official": partial(two_passes, theirs, tree)} if theirs else {}
         if theirs and not tiles and find_spec("trl") and theirs.device.type == "cpu":
             contestants["TRL"] = trl_step(theirs, tree)
         for reference, recompute in (("online", "off"), ("cached", "off"), ("cached", "full")):
@@ -260,7 +257,7 @@ def main() -> None:
     print(markdown_table(HEADER, []), flush=True)
     for name in cfg.only or SECTIONS:
         for line in SECTIONS[name](cfg.tiny, ours, theirs):
-            race(cfg, line, memory=name == "training")
+            race(cfg, *line, memory=name == "training")
 
 
 if __name__ == "__main__":
