@@ -129,8 +129,8 @@ plain_signs, plain_spelling = rewrites("signs"), rewrites("spelling")
 Number = Fraction | float
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z.]))?"
 _TOKEN = re.compile(
-    rf"{_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
-    r"|[-+*/^!%°(){}\[\]|]|\S.*"
+    rf"({_NUMBER}|\\[A-Za-z]+|[A-Za-z]+|[{''.join(GREEK.values())}∞]|_(?:\{{[^{{}}]*\}}|\w)"
+    r"|[-+*/^!%°(){}\[\]|])|\S"
 )
 _PROSE = pattern("PROSE", re.IGNORECASE)
 _LETTERS = {*string.ascii_letters, *GREEK.values(), "∞"}
@@ -224,13 +224,13 @@ class _Parser:
         self.i = 0
 
     def pieces(self, word: str) -> list[str]:
-        """A token; of letters a known name, a product of single ones, or prose: an error later."""
+        """A token; of letters a known name or a product of single ones; no rule reads ?."""
         if word in GREEK:
             return [GREEK[word]]
         product = word.isalpha() and len(word) <= (4 if word.isupper() else 3)
         if product and word not in _NAMES and not _PROSE.fullmatch(word):
             return list(word)
-        return [word if len(word) == 2 else word.removeprefix("\\")]  # \x is not x
+        return [word if len(word) == 2 else word.removeprefix("\\") or "?"]  # \x is not x
 
     def peek(self) -> str:
         return self.tokens[self.i] if self.i < len(self.tokens) else ""
