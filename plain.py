@@ -26,8 +26,8 @@ class PlainConfig:
     lr: float = flag(2e-3, "peak learning rate (the paper's 8B run: 5e-6)")
     warmup: float = flag(0.05, "share of the steps with rising rate", low=0, high=1)
     weight_decay: float = flag(0.05, "AdamW's, for matrices", low=0)
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm", low=0)
-    beta: float = flag(0.1, "KL coefficient of eq. 4 to 7")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0 = off", low=0)
+    beta: float = flag(0.1, "KL coefficient of eq. 4 to 7", low=1e-9)
     seed: int = flag(42, "order of the pairs")
 
 
@@ -147,7 +147,7 @@ def train(cfg: PlainConfig) -> tuple[InternVL, list[float]]:
             (one_loss / len(pairs)).backward()
             loss += one_loss.item() / len(pairs)
             all_rewards += rewards
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.step()

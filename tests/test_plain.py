@@ -65,8 +65,12 @@ def test_eight_steps_end_where_the_plain_way_ends(oracle, fast, tmp_path, proces
     same_weights(cfg, weights)
 
 
-@pytest.mark.parametrize("kinds", [("text",), ("text", "steps")], ids="-".join)
-def test_steps_of_text_alone_are_those_of_the_plain_way(toy, fast, tmp_path, kinds):
+@pytest.mark.parametrize(
+    ("kinds", "max_grad_norm"),
+    [(["text"], 1.0), (["text", "steps"], 1.0), (["text"], 0.0)],  # 0: not clipped
+    ids=["text", "text-steps", "text-not-clipped"],
+)
+def test_steps_of_text_alone_are_those_of_the_plain_way(toy, fast, tmp_path, kinds, max_grad_norm):
     """Weight decay and momentum move the ViT in a step without an image, too."""
     lines = [(toy / f"toy_{kind}.jsonl").read_text().splitlines(keepends=True) for kind in kinds]
     meta = {}
@@ -75,6 +79,7 @@ def test_steps_of_text_alone_are_those_of_the_plain_way(toy, fast, tmp_path, kin
         meta[kind] = {"annotation": f"{kind}.jsonl", "root": str(toy / "images")}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     flags = {"model_dir": toy / "model", "meta": tmp_path / "meta.json", "batch_size": 2}
+    flags["max_grad_norm"] = max_grad_norm
     policy, losses = plain.train(plain.PlainConfig(**flags, lr=1e-3, steps=4, seed=1))
     cfg = replace(fast, **flags, max_steps=4, seed=1, out_dir=tmp_path / "run")
     train_in_process(cfg)

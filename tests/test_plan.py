@@ -201,12 +201,29 @@ def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     with pytest.raises(InputError) as refusal:
         say_plan(moving, small, 1, GPU, lines.append)
     assert "cached" not in str(refusal.value) and "lora" not in str(refusal.value)
+    for refused in ({"lr_vision": 0.5}, {"lr_projector": 2.0}, {"lr_language": 0.0}):  # by train.py
+        with pytest.raises(InputError) as refusal:
+            say_plan(replace(toy, **refused, gpu_memory=0.02), small, 1, GPU, lines.append)
+        assert "lora" not in str(refusal.value)
+    for batch_size, last in ((256, "16 GPUs"), (40, "--lora_rank 16")):  # 40 is no multiple of 16
+        with pytest.raises(InputError, match=f", or {last}$"):
+            say_plan(replace(cfg, batch_size=batch_size), config, 8, GPU, lines.append)
     with pytest.raises(InputError, match="there are 40; this would fit: --replicate 1, or"):
         say_plan(replace(cfg, gpu_memory=40.0, replicate=2), config, 8, GPU, lines.append)
     say_plan(replace(cfg, gpu_memory=80.0), config, 8, GPU, lines.append)
     assert lines[-1] == "fits into 80 GB"
     words = "weights gradients optimizer gathered activations logits reference reserve"
     assert all(word in str(lines[-2]) for word in words.split())
+
+
+def test_the_plan_of_all_rows_has_the_second_model_of_one_of_them():
+    (cfg, config), row = asked_of("8b"), {"reference": "online", "reference_update_every": 64}
+    for more in ({}, {"lora_rank": 8}):
+        plans = [
+            plan_of(replace(cfg, **flags, **more), config, 2, GPU)
+            for flags in ({"loss": "all"}, {"loss": "dpo", **row}, {"loss": "dpo"})
+        ]
+        assert plans[0] == plans[1] and bool(more) == (plans[1] == plans[2])
 
 
 def test_the_race_names_a_section_that_it_does_not_have(capsys):

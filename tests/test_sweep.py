@@ -102,6 +102,31 @@ def test_rows_beside_adapters_leave_out_the_one_that_moves_a_second_model(
     assert (tmp_path / "rows/SFT/model").is_dir() and not (tmp_path / "rows/TR-DPO").exists()
 
 
+def test_the_users_flags_reach_the_rows_that_take_them_and_no_others(tmp_path, monkeypatch):
+    write_world(tmp_path, 8, 0)
+    runs, own = {}, "def soft(logps, label_smoothing=0.3):\n    return -logps.policy_chosen\n"
+    (tmp_path / "own.py").write_text(own)
+    monkeypatch.setitem(LOSSES, "soft", None)  # so that it is gone after this test
+    del LOSSES["soft"]
+    monkeypatch.setattr(sweep, "train_all", lambda rows, *_: runs.update(rows))
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    flags = f"train.py --config {tmp_path / 'train.json'} --loss all --mine {tmp_path / 'own.py'}"
+    names = "label_smoothing", "reference_update_every", "reference_update_mix"
+    told = "--label_smoothing 0.2 --reference_update_every 3 --reference_update_mix 0.5"
+    for more, smoothing, own_smoothing, update in (
+        ("", 0.1, None, (5, 0.9)),
+        (told, 0.2, 0.2, (3, 0.5)),
+    ):
+        monkeypatch.setattr(sys, "argv", f"{flags} --batch_size 4 {more}".split())
+        train.main()
+        found = {name: tuple(getattr(cfg, flag) for flag in names) for name, cfg in runs.items()}
+        expected = dict.fromkeys(found, (None, 0, 0.9))
+        for row in ("cDPO", "cDPO+", "RobustDPO", "RobustDPO+"):
+            expected[row] = (smoothing, 0, 0.9)
+        expected |= {"soft": (own_smoothing, 0, 0.9), "TR-DPO": (None, *update)}
+        assert found == expected and len(found) == len(sweep.ROWS) + 1
+
+
 def test_a_run_that_diverges_ends_alone_and_is_not_started_again(tmp_path, monkeypatch, capsys):
     write_world(tmp_path, 8, 0)
     flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=2", "--warmup=0", "--batch_size=4"]

@@ -285,7 +285,8 @@ def plan_of(cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.d
     in_backward = kept + max(in_block, logits + head)
     at_end = (size + 4) * root_learned - 2 * size * max(blocks)
     terms = parse_objective(cfg.loss if cfg.loss != "all" else "mpo")
-    second = cfg.reference == "online" and needs_reference(terms) and not cfg.lora_rank
+    online = cfg.reference == "online" or cfg.loss == "all"  # of all rows TR-DPO's
+    second = online and needs_reference(terms) and not cfg.lora_rank
     return Plan(
         weights=everything * state // shards,
         gradients=trained * state // shards + at_once * together * 4 * trained,
@@ -359,11 +360,13 @@ def say_plan(
         {"pack_tokens": max(cfg.max_length, cfg.pack_tokens // 2)},
     ]  # fmt: skip
     if not cfg.reference_update_every:  # a moving reference is a second model
-        changes += [{"reference": "cached"}, {"lora_rank": 16}]
+        changes.append({"reference": "cached"})
+        if cfg.lr_language and {cfg.lr_vision, cfg.lr_projector} <= {0, 1}:  # what adapters ask
+            changes.append({"lora_rank": 16})
     ways = {" ".join(f"--{name} {x}" for name, x in change.items()): change for change in changes}
     helpful = [way for way, change in ways.items() if fits(cfg, config, gpus, device, **change)]
-    more = [n * gpus for n in (2, 4, 8, 16) if fits(cfg, config, n * gpus, device)]
-    helpful += [f"{n} GPUs" for n in more[:1]]
+    more = [n * gpus for n in (2, 4, 8, 16) if cfg.batch_size % (n * gpus) == 0]
+    helpful += [f"{n} GPUs" for n in more if fits(cfg, config, n, device)][:1]
     raise InputError(
         f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; this "
         f"would fit: {', or '.join(helpful) or 'several of ' + ', '.join(ways)}"

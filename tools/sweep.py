@@ -26,7 +26,7 @@ import torch
 
 import runtime
 from config import load_config
-from losses import parse_objective
+from losses import LOSSES, parse_objective
 from runtime import InputError, is_main, parse_cli, read_json, read_whole_lines, say, write_atomic
 from tools.figures import curve_panels, text_table
 from tools.lab import register_file
@@ -36,6 +36,8 @@ from train import Diverged, TrainConfig, asked_to_stop, in_group, open_data, tra
 # cDPO and RobustDPO, and TR-DPO's period and mix (TRL 0.10's), are our choice.
 TABLE = read_json(Path(__file__).with_name("rows.json"))
 ROWS = {row: about["flags"] for row, about in TABLE.items() if "flags" in about}
+# flags of some rows alone -> what the others have; the user's go before what the table says
+SOME = {"label_smoothing": None, "reference_update_every": 0, "reference_update_mix": 0.9}
 FAILED = "failed-step-*.json"  # what train.py leaves of a run that diverged
 SHOWN = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nll".split()
 SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
@@ -46,8 +48,12 @@ def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
     cfg = with_recipe(cfg, load_config(cfg.model_dir), say)
     total = open_data(cfg, parse_objective("dpo"))[0].steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
-    rows = ROWS | {name: {"loss": name} for name in own}
-    runs = {name: replace(cfg, **flags) for name, flags in rows.items()}
+    rows = ROWS | {n: {"loss": n} | dict.fromkeys(SOME.keys() & LOSSES[n].keywords) for n in own}
+    given = {n: getattr(cfg, n) for n in SOME if getattr(cfg, n) != SOME[n]}
+    runs = {
+        name: replace(cfg, **SOME | flags | {n: given[n] for n in given.keys() & flags})
+        for name, flags in rows.items()
+    }
     every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
     if cfg.lora_rank:
         say("TR-DPO is left out: it moves a second model, and adapters share one")
