@@ -417,19 +417,13 @@ def _same_relation(a: Any, b: Any, same_value: Callable) -> bool:
         return _same(a, b, same_value)
     if type(a) is type(b) and a[:2] == b[:2] and all(map(_same, a.sides, b.sides)):
         return True  # x > 5 cm and 5 cm < x
-    letters = _letters(a) ^ _letters(b)  # of an interval that of the relation beside it
-    a, b = (_differences(x, letters) for x in (a, b))
+    sides = [side for x in (a, b) if isinstance(x, Relation) for side in x.sides]
+    letters = {name for side in sides for name in getattr(side, "letters", ())} - {"∞"}
+    a, b = (_differences(x, letters) for x in (a, b))  # of an interval in the relation's letter
     return len(a) == len(b) > 0 and all(map(_proportional, a, b))
 
 
-def _letters(x: Any) -> frozenset[str]:
-    """The letters in the sides of a relation or the items of an interval."""
-    parts = x.sides if isinstance(x, Relation) else x.items if isinstance(x, Items) else ()
-    letters = (p.letters if isinstance(p, Quantity) else _letters(p) for p in parts)
-    return frozenset().union(*letters) - {"∞"}
-
-
-def _differences(x: Any, letters: frozenset[str]) -> list[tuple[str, Quantity]]:
+def _differences(x: Any, letters: set[str]) -> list[tuple[str, Quantity]]:
     """Each sign with its right side less its left one: y = 2x + 1 is an equation of two
     expressions, (1, 5] is 1 < x <= 5 and (3, oo) is 3 < x; nothing where there are no expressions.
     """
@@ -495,9 +489,9 @@ def _option_set(body: str, strict: bool) -> frozenset[str] | None:
         return frozenset(re.findall(r"(?:^|[,;])\s*\W?([A-N])[.):]", body))
     if re.fullmatch(r"[(\[]?[A-N][)\]]\s*[A-N]", body):
         return None  # (A) C: the wording of A is C
-    letters = _OPTION_JOINER.sub("", body)
-    apart = len(_OPTION_JOINER.sub(" ", body).split()) == len(letters)
-    letters = letters.upper() if apart and not strict else letters
+    pieces = [*filter(None, _OPTION_JOINER.split(body))]
+    apart = all(len(piece) == 1 for piece in pieces)
+    letters = "".join(pieces).upper() if apart and not strict else "".join(pieces)
     known = re.fullmatch("[A-N]{2,}" if apart else "[A-H]{2,6}", letters)
     clear = apart or not strict or [*letters] == sorted(letters)
     return frozenset(letters) if known and clear and len({*letters}) == len(letters) else None
