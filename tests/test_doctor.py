@@ -126,9 +126,16 @@ def write_model(folder, tensors, shapes=None):
     return folder
 
 
-@pytest.mark.parametrize("bad, seen", [(0.0, "1 tensors are all 0 (w)"), (math.nan, "NaN")])
-def test_weights_of_zeros_or_nans_are_named(bad, seen, tmp_path, capsys):
-    write_model(tmp_path / "model", {"w": torch.full((4, 4), bad), "bias": torch.zeros(4)})
+BAD = [
+    (torch.zeros(4, 4), "1 tensors are all 0 (w)"),
+    (torch.full((4, 4), math.nan), "NaN"),
+    (torch.zeros(0), "1 tensors are empty (w)"),  # as ZeRO-3 leaves them
+]
+
+
+@pytest.mark.parametrize("bad, seen", BAD)
+def test_weights_of_zeros_or_nans_or_without_a_number_are_named(bad, seen, tmp_path, capsys):
+    write_model(tmp_path / "model", {"w": bad, "bias": torch.zeros(4)})
     status, findings = ask(capsys, write_run(tmp_path, healthy_rows()))
     assert (status, findings[0]["name"]) == (3, "weights lost") and seen in findings[0]["seen"]
 

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -70,8 +70,7 @@ class Case:
 
     def steps(self, name: str, wrong: Callable[[float], bool]) -> list[float]:
         """The steps at which the number called `name` is `wrong`; not every step may be logged."""
-        rows = enumerate(self.rows, 1)
-        return [row.get("step", n) for n, row in rows if name in row and wrong(row[name])]
+        return [row["step"] for row in self.rows if name in row and wrong(row[name])]
 
     def ends(self, name: str) -> tuple[float, float]:
         """Means over the first and the last fifth; 0 with fewer than 10 rows."""
@@ -153,16 +152,18 @@ def in_weights(case: Case) -> Seen:
     elif case.weights and case.start and fingerprint(case.weights) == fingerprint(case.start):
         yield "no weight moved", "the trained weights are the start weights, byte for byte"
 
-    lost: dict[str, list[str]] = {"NaN or infinite": [], "all 0": []}
+    lost = defaultdict(list)
     for path in case.weights:
         with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118  (it has no iterator)
                 tensor = file.get_tensor(name)
                 if not tensor.isfinite().all():
                     lost["NaN or infinite"].append(name)
+                elif not tensor.numel():
+                    lost["empty"].append(name)
                 elif tensor.ndim > 1 and not tensor.any():
                     lost["all 0"].append(name)
-    seen = [f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items() if n]
+    seen = [f"{len(n)} tensors are {kind} ({n[0]})" for kind, n in lost.items()]
     for name in values:
         bad = case.steps(name, lambda value: not math.isfinite(value))
         seen += [f"{name} is not finite at {len(bad)} steps, first at {bad[0]:.0f}"] if bad else []
