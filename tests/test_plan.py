@@ -210,6 +210,8 @@ def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
             say_plan(replace(cfg, batch_size=batch_size), config, 8, GPU, lines.append)
     with pytest.raises(InputError, match="there are 40; this would fit: --replicate 1, or"):
         say_plan(replace(cfg, gpu_memory=40.0, replicate=2), config, 8, GPU, lines.append)
+    with pytest.raises(InputError, match="none of these alone is enough: --recompute full"):
+        say_plan(replace(cfg, gpu_memory=1.0), config, 8, GPU, lines.append)
     say_plan(replace(cfg, gpu_memory=80.0), config, 8, GPU, lines.append)
     assert lines[-1] == "fits into 80 GB"
     words = "weights gradients optimizer gathered activations logits reference reserve"

@@ -367,7 +367,7 @@ def say_plan(
     helpful = [way for way, change in ways.items() if fits(cfg, config, gpus, device, **change)]
     more = [n * gpus for n in (2, 4, 8, 16) if cfg.batch_size % (n * gpus) == 0]
     helpful += [f"{n} GPUs" for n in more if fits(cfg, config, n, device)][:1]
-    raise InputError(
-        f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}; this "
-        f"would fit: {', or '.join(helpful) or 'several of ' + ', '.join(ways)}"
-    )
+    told = f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}"
+    if not helpful:
+        raise InputError(f"{told}; none of these alone is enough: {', '.join(ways)}")
+    raise InputError(f"{told}; this would fit: {', or '.join(helpful)}")
