@@ -23,6 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 200_000_000  # an image bomb is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own, lower limit: each open warns from half of it on
 MAX_BYTES = 500_000_000
+MAX_NAME = 4096  # bytes of a path on Linux: what is longer is a picture in base64
 DECODER_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError),
     *(MemoryError, NotImplementedError, struct.error, zlib.error),
@@ -57,7 +58,7 @@ def image_paths(root: Path, record: dict, name: object) -> tuple[Path, ...]:
         path, inside = Path(root) / image, False
         with contextlib.suppress(ValueError):  # a null character, half a character
             inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-        if not inside or "://" in image or Path(image).is_absolute():
+        if not inside or "://" in image or Path(image).is_absolute() or len(image) > MAX_NAME:
             raise InputError(f"{name}: image {image!r:.80} is no path within its root {root}")
         paths.append(path)
     return tuple(paths)

@@ -84,12 +84,10 @@ def read_parts(files: Iterable[Path], parse: Callable = parse_json) -> Iterator[
 def grouped(files: list[Path], key_of: Callable, workers: int = 1) -> dict[str, list[Line]]:
     """Key -> the lines of its records, in the order of the keys: key_of(record, line)."""
     groups, lines = defaultdict(list), [x for p in files for x in JsonLines(p, p.match(PART))]
-
-    def keys_of(lines: list[Line]) -> list[str]:
-        return [key_of(line.record(), line) for line in lines]
-
-    keys = chain.from_iterable(in_order(keys_of, lines, 1000, workers, "reading"))
-    for key, line in zip(keys, lines):
+    keys = in_order(
+        lambda part: [key_of(line.record(), line) for line in part], lines, 1000, workers, "reading"
+    )
+    for key, line in zip(chain.from_iterable(keys), lines):
         groups[key].append(line)
     return dict(sorted(groups.items()))
 
@@ -192,12 +190,13 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
         place = f"{path}: {name}"
         runtime.check_type(place, raw, dict)
         entry = from_json(Entry, raw, place)
-        notes += [f"{place}: {key!r} is not read" for key in raw if not hasattr(entry, key)]
+        for key in sorted(raw.keys() - vars(entry)):
+            runtime.say(f"{place}: {key!r} is not read")
         annotation = find_beside(path, entry.annotation, place, notes)
         with named(place):
             lines = JsonLines(annotation)
         if entry.length not in (None, len(lines)):
-            notes.append(f"{place}: length says {entry.length}, {annotation} has {len(lines)}")
+            runtime.say(f"{place}: length says {entry.length}, {annotation} has {len(lines)}")
         root = find_beside(path, entry.root, place, notes)
         repeat = Fraction(str(entry.repeat_time))  # exactly as it stands there: 0.07 * 100 is 7
         limit = entry.max_dynamic_patch or max_tiles

@@ -164,6 +164,14 @@ def test_a_link_cannot_leave_the_root(tmp_path):
         load_image(path)
 
 
+@pytest.mark.parametrize("begin", ["", "data:image/png;base64,"])
+def test_a_picture_in_the_place_of_its_name_is_told_in_a_line(tmp_path, begin):
+    picture = begin + "iVBORw0KGgo/" * 1000
+    with pytest.raises(InputError, match="line 1: image '[a-zA-Z]*.* is no path within") as refusal:
+        image_paths(tmp_path, {"image": picture}, "line 1")
+    assert len(str(refusal.value)) < 300
+
+
 def test_a_key_follows_content_and_is_remembered_by_path_size_and_time(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -195,6 +195,18 @@ def test_another_length_than_the_file_has_is_a_warning(tmp_path, capsys, length)
     assert capsys.readouterr().err == ""
 
 
+def test_paths_found_by_their_tails_hide_no_other_warning(tmp_path, capsys):
+    entry, meta = json.loads(write_set(tmp_path, [GOOD]).read_text()), tmp_path / "meta.json"
+    (entry,) = entry.values()
+    entry["annotation"] = f"/their/disk/{entry['annotation']}"
+    sets = dict.fromkeys("abcde", entry) | {"odd": entry | {"length": 9, "repeats": 2}}
+    meta.write_text(json.dumps(sets))
+    read_meta(meta, 12)
+    told = capsys.readouterr().err
+    assert "odd: length says 9, " in told and "odd: 'repeats' is not read" in told
+    assert told.count("found by its tail") == 3 and "..." in told
+
+
 # --------------------------------------------------------------------------- MMPR as published
 
 
