@@ -230,6 +230,18 @@ def test_healthy_metrics_of_three_trainers_have_no_finding(tmp_path, capsys):
     assert ask(capsys, log.parent) == (0, [])
 
 
+def test_a_run_of_a_model_that_is_not_built_here_is_examined(tmp_path, capsys):
+    state = {"log_history": foreign(CURVES["forgetting"] * 2)}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "vision_config": {}}')
+    status, [finding] = ask(capsys, tmp_path)
+    assert (status, finding["name"]) == (3, "forgetting")
+    sys.argv = ["doctor.py", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        run(doctor.main)
+    assert "its learning rate is not judged: " in capsys.readouterr().err
+
+
 def test_of_several_checkpoints_the_last_is_read_whenever_it_was_copied(tmp_path, capsys):
     for step, loss in ((1000, 1.0), (200, math.nan)):  # written in this order
         state = tmp_path / f"checkpoint-{step}/trainer_state.json"

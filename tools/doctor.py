@@ -259,13 +259,17 @@ def read_case(path: Path, meta: Path | None) -> Case:
             flags[name] = flags[name] if fits(flags.get(name), float) else 0
     start = Path(str(flags.get("model_dir", folder / "of TRL nobody knows")))
     trained = folder / "model" if (folder / "model").is_dir() else folder
-    shapes = [place for place in (trained, start) if (place / "config.json").is_file()]
-    shapes = [place for place in shapes if "vision_config" in read_json(place / "config.json")]
+    model, configs = None, [place / "config.json" for place in (trained, start)]
+    shapes = [file for file in configs if file.is_file() and "vision_config" in read_json(file)]
+    try:
+        model = load_config(shapes[0].parent) if shapes else None
+    except InputError as error:  # a model that is trained elsewhere
+        runtime.say(f"its learning rate is not judged: {error}")
     pairs = meta or Path(str(flags.get("meta", folder / "meta.json")))
     sets = read_meta(pairs, 12) if meta or pairs.is_file() else []
     records = islice((s[n] for s in sets for n in range(len(s))), PAIRS_READ)
     weights, begun = (sorted(place.glob("*.safetensors")) for place in (trained, start))
-    model, rows, records = load_config(shapes[0]) if shapes else None, read_rows(path), [*records]
+    rows, records = read_rows(path), [*records]
     read = f"{len(rows)} rows, {len(weights)} files of weights, {len(begun)} of the start's"
     runtime.say(f"looked at {read}, {len(records)} of {sum(map(len, sets))} pairs")
     return Case(rows, len(rows), flags, model, weights, begun, records)
