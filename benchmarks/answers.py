@@ -282,18 +282,19 @@ def _read_chain(text: str) -> Items | None:
     """7-8 cm, 3:15, 12/03/1998, 2 m x 3 m: a unit at the end is that of all."""
     if (match := _CHAIN.fullmatch(text)) is None:
         return None
-    sign = match[1].strip()
+    sign = match[1].strip().replace("–", "-").replace("x", "*")
     numbers = [read_quantity(part) for part in text.split(match[1])]
     units = [number.unit for number in numbers if number and number.unit]
-    if None in numbers or (sign == "/" and (units or len(numbers) == 2)) or numbers[0].letters:
-        return None  # the fraction 3/4 is a quantity, 4n - 3 a sum
+    if None in numbers or (sign == "/" and (units or len(numbers) == 2)):
+        return None  # the fraction 3/4 is a quantity
     if units and len(units) < len(numbers):
-        if sign in "*x" or not (numbers[-1].unit or text[0] in "$€£") or "e" in text.split(sign)[0]:
-            return None  # and so are 2*3 cm, 5 ms-2 and 3e-9 m
+        power = "e" in text.split(match[1])[0] or not (numbers[-1].unit or text[0] in "$€£")
+        if sign == "*" or power:
+            return None  # and so are 2*3 cm, 3e-9 m and 5 ms-2
         numbers = [number._replace(unit=units[0]) for number in numbers]
-    value = parse_expression(text) if units else read_quantity(text)  # 180° - 120°
-    clock = ":0" if re.search(r":\s*0[0-9]", text) else ""  # 7:05 is no ratio 7:5
-    return Items(clock or sign.replace("–", "-").replace("x", "*"), tuple(numbers), value=value)
+    if re.search(r":\s*0[0-9]", text):
+        sign = ":0"  # 7:05 is no ratio 7:5
+    return Items(sign, tuple(numbers), value=parse_expression(text))  # 180° - 120° is 60° too
 
 
 def _read_items(text: str, depth: int) -> Items | None:
@@ -357,19 +358,15 @@ def _same_plain(pred: str, gold: str) -> bool:
     # BA is a word, but beside AB or A and B it is options
     theirs = read_options(gold, strict=not read_options(pred, strict=True))
     ours = read_options(pred)
-    if theirs and ours:
-        return ours.letters == theirs.letters and _goes_with(ours.text, theirs.text)
+    if theirs and ours:  # nothing beside the right letter, its own wording or an explanation
+        explains = not ours.text or len(ours.text.split()) > len(theirs.text.split())
+        fits = explains or is_ambiguous(ours.text, theirs.text)
+        return ours.letters == theirs.letters and fits
     if theirs and theirs.text:  # the gold is "B. dog"
         return _same_plain(pred, theirs.text)
     if theirs and len(theirs.letters) > 1:
         return _same_wording(pred, gold)
     return any(_same_content(form, gold) for form in (pred, ours and ours.text) if form)
-
-
-def _goes_with(text: str, gold: str) -> bool:
-    """What stands beside the right letter is no other wording than its own, or it explains."""
-    explains = not text or len(text.split()) > len(gold.split())
-    return explains or _same_plain(text, gold) or is_ambiguous(text, gold)
 
 
 def _same_content(pred: str, gold: str) -> bool:
@@ -448,9 +445,9 @@ def _proportional(a: tuple[str, Quantity], b: tuple[str, Quantity]) -> bool:
     """2x - 3y = -11 and 4x - 6y + 22 = 0: one difference is a multiple of the other."""
     (sign, x), (gold_sign, gold) = a, b
     values = quantities.defined(x, gold)
-    if sign != gold_sign or not x.letters or x.letters != gold.letters or len(values) < 2:
+    if sign != gold_sign or len(values) < 2:
         return False
-    ratios = [x / gold if gold else 0 for x, gold in values]
+    ratios = [x / gold for x, gold in values]
     same_side = ratios[0] != 0 and (sign in "=≠" or ratios[0] > 0)
     return same_side and all(math.isclose(r, ratios[0], rel_tol=1e-9) for r in ratios)
 
