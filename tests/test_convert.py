@@ -332,6 +332,14 @@ def test_a_file_that_cannot_be_read_ends_in_one_line(name, content, message, tmp
     assert status == 2 and message in text and text.count("\n") == 1
 
 
+@pytest.mark.parametrize(("to", "out"), [("mmpr", "pairs.jsonl"), ("trl", "pairs"), ("trl", ".")])
+def test_a_name_of_the_wrong_kind_is_refused(to, out, folder, capsys):
+    path = write_lines(folder / "in.jsonl", [PLAIN])
+    status, text = status_of(capsys, path, f"--out={folder / 'new' / out}", f"--to={to}")
+    assert status == 2 and "--to mmpr writes a folder, any other a .jsonl file" in text
+    assert not (folder / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("present", "flags"),
     [

@@ -230,9 +230,9 @@ def read_table(path: Path) -> Iterator[dict]:
 def convert(cfg: ConvertConfig) -> dict:
     """Write what can be converted; the report: how many pairs, and why which others are none."""
     mmpr = cfg.to == "mmpr"
+    if mmpr == (cfg.out.suffix == ".jsonl"):
+        raise InputError(f"{cfg.out}: --to mmpr writes a folder, any other a .jsonl file")
     lines = cfg.out / f"{cfg.input.stem}.jsonl" if mmpr else cfg.out
-    if lines.suffix != ".jsonl":
-        raise InputError(f"{cfg.out}: expected a name with .jsonl")
     folder = lines.parent
     report_file = folder / ("report.json" if mmpr else f"{lines.stem}.report.json")
     for path in (cfg.out, report_file):
