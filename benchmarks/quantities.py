@@ -301,7 +301,7 @@ class _Parser:
         if name == "log" and self.peek().startswith("_"):
             base = _Parser(self.accept().strip("_{}")).expression()
         if self.accept("^"):
-            exponent = self.expression(_SIGN) if self.peek() == "-" else self.atom()
+            exponent = self.expression(_SIGN)
         if self.peek() in ("(", "{", "["):
             argument = self.atom()
         else:
@@ -370,8 +370,7 @@ def same_value(a: Quantity, gold: Quantity) -> bool:
     """Equal numbers; with free letters, equal at the fixed points."""
     values = defined(a, gold)
     if a.letters or gold.letters:
-        margin = 5e-6 if a.step or gold.step else 1e-9
-        return len(values) > 1 and all(math.isclose(x, y, rel_tol=margin) for x, y in values)
+        return len(values) > 1 and all(math.isclose(x, y) for x, y in values)
     return bool(values) and _same_number(*values[0], a.step, gold.step)
 
 
@@ -481,8 +480,7 @@ def read_quantity(text: str) -> Quantity | None:
         head, tail = text[: match.start()], text[match.end() :]
         if tail == "°" and head[0] not in "-.0123456789(":  # \\sin 30°
             continue
-        word = match[0] or tail > "\u3400" or (len(tail) > 3 and tail[:3].isalpha())
-        unit = read_unit(tail, invented=bool(word))
+        unit = read_unit(tail, invented=bool(match[0]) or tail > "\u3400")  # 5 red apples, 5个
         expression = parse_expression(head)
         if unit and expression and not expression.letters:
             return expression._replace(unit=unit)
