@@ -89,6 +89,16 @@ def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkey
     assert status == 2 and "nothing to compare" in error
 
 
+def test_runs_whose_reference_scores_otherwise_have_a_cache_each(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path, 8, 0)
+    flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=1", "--warmup=0", "--batch_size=4"]
+    flags += [f"--out_dir={tmp_path / 'sweep'}", "--dtype=fp32,bf16", "--beta=0.1,0.2"]
+    status, table = sweep_here(monkeypatch, capsys, *flags)
+    assert status == 0 and len(table.splitlines()) == 5
+    claims = [path.parent.parent.name for path in (tmp_path / "sweep").rglob("run.json")]
+    assert sorted(claims) == ["dtype=bf16,beta=0.1", "dtype=bf16,beta=0.2", "sweep"]
+
+
 def test_rows_beside_adapters_leave_out_the_one_that_moves_a_second_model(
     tmp_path, monkeypatch, capsys
 ):

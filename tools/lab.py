@@ -69,9 +69,8 @@ def register_file(path: Path) -> list[str]:
 
 def is_objective(name: str, value: object, path: Path) -> bool:
     """A public function of this file whose first parameter is `logps`."""
-    if not inspect.isfunction(value) or value.__module__ != f"mine_{path.stem}":
-        return False
-    return not name.startswith("_") and list(inspect.signature(value).parameters)[:1] == ["logps"]
+    ours = inspect.isfunction(value) and value.__module__ == f"mine_{path.stem}" and name[0] != "_"
+    return ours and list(inspect.signature(value).parameters)[:1] == ["logps"]
 
 
 def probe(path: Path, name: str, loss: Loss) -> Objective:

@@ -305,12 +305,9 @@ def memory_of(cfg: TrainConfig, device: torch.device) -> float:
     return cfg.gpu_memory * GB
 
 
-def fits(
-    cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device, **change: Any
-) -> bool:
-    """Whether the plan does, with some flags changed; where no memory is known none does."""
-    plan = plan_of(replace(cfg, **change), config, gpus, device)
-    return plan.needed <= memory_of(cfg, device)
+def fits(cfg: TrainConfig, config: InternVLConfig, gpus: int, device: torch.device) -> bool:
+    """Whether the plan does; where no memory is known none does."""
+    return plan_of(cfg, config, gpus, device).needed <= memory_of(cfg, device)
 
 
 def settle(
@@ -322,22 +319,22 @@ def settle(
     so it waits where there is still room.  On one GPU the casts of all weights in each pack, a
     tenth of a 2B's step, hide behind nothing: there they come first.
     """
-    flags_fit = functools.partial(fits, config=config, gpus=gpus, device=device)
+    flags_fit = lambda **change: fits(replace(cfg, **change), config, gpus, device)  # noqa: E731
     casts = compute_dtype(cfg, device) is torch.bfloat16 and cfg.state_dtype == "fp32"
     if gpus == 1 and cfg.sync == "auto" and casts:
         least = {"recompute": cfg.recompute.replace("auto", "full")}
-        cfg = replace(cfg, sync="step" if flags_fit(cfg, sync="step", **least) else "pack")
+        cfg = replace(cfg, sync="step" if flags_fit(sync="step", **least) else "pack")
     if cfg.recompute == "auto":
         cfg, memory = replace(cfg, recompute="full"), memory_of(cfg, device)
         blocks = config.vision.num_hidden_layers + config.llm.num_hidden_layers
-        again = bisect_left(range(blocks), True, key=lambda n: flags_fit(cfg, recompute_blocks=n))
+        again = bisect_left(range(blocks), True, key=lambda n: flags_fit(recompute_blocks=n))
         reason = f"as few as fit into {memory / GB:.4g} GB"
         if not memory:
             again, reason = (blocks, "--gpu_memory is not known") if cfg.plan else (0, "on a CPU")
         cfg = replace(cfg, recompute_blocks=again)
         say(f"recompute auto: {again} of {blocks} blocks again in backward: {reason}")
     if cfg.sync == "auto":
-        room = all_of(gpus > 1 and flags_fit(cfg, sync="step"))  # their memories may differ
+        room = all_of(gpus > 1 and flags_fit(sync="step"))  # their memories may differ
         cfg = replace(cfg, sync="step" if room else "pack")
         if gpus > 1:
             say(f"sync auto: weights and gradients are exchanged once a {cfg.sync}")
@@ -364,10 +361,10 @@ def say_plan(
         if cfg.lr_language and {cfg.lr_vision, cfg.lr_projector} <= {0, 1}:  # what adapters ask
             changes.append({"lora_rank": 16})
     ways = {" ".join(f"--{name} {x}" for name, x in change.items()): change for change in changes}
-    helpful = [way for way, change in ways.items() if fits(cfg, config, gpus, device, **change)]
+    out = [way for way, flags in ways.items() if fits(replace(cfg, **flags), config, gpus, device)]
     more = [n * gpus for n in (2, 4, 8, 16) if cfg.batch_size % (n * gpus) == 0]
-    helpful += [f"{n} GPUs" for n in more if fits(cfg, config, n, device)][:1]
+    out += [f"{n} GPUs" for n in more if fits(cfg, config, n, device)][:1]
     told = f"the plan needs {plan.needed / GB:.4g} GB a GPU and there are {memory / GB:.4g}"
-    if not helpful:
+    if not out:
         raise InputError(f"{told}; none of these alone is enough: {', '.join(ways)}")
-    raise InputError(f"{told}; this would fit: {', or '.join(helpful)}")
+    raise InputError(f"{told}; this would fit: {', or '.join(out)}")

@@ -38,6 +38,8 @@ TABLE = read_json(Path(__file__).with_name("rows.json"))
 ROWS = {row: about["flags"] for row, about in TABLE.items() if "flags" in about}
 # flags of some rows alone -> what the others have; the user's go before what the table says
 SOME = {"label_smoothing": None, "reference_update_every": 0, "reference_update_mix": 0.9}
+# what log-probs of the reference depend on: a run with others than the first has a cache of its own
+SCORED_WITH = "model_dir dtype state_dtype pack_tokens share_prefix share_images".split()
 FAILED = "failed-step-*.json"  # what train.py leaves of a run that diverged
 SHOWN = "loss rewards/chosen rewards/rejected rewards/margin rewards/accuracy nll".split()
 SHOWN += ["heldout/loss", "heldout/rewards/accuracy", "heldout/nll"]
@@ -84,9 +86,11 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.dev
     for name, cfg in runs.items():
         say(f"=== {name}: --loss {cfg.loss}")
         folder = base.out_dir / name
+        alike = all(getattr(cfg, flag) == getattr(base, flag) for flag in SCORED_WITH)
+        cache = base.cache_folder if alike else folder / "reference"
         try:
             if runtime.all_of(not list(folder.glob(FAILED))):
-                train(replace(cfg, out_dir=folder, reference_cache=base.cache_folder), device)
+                train(replace(cfg, out_dir=folder, reference_cache=cache), device)
             else:
                 say(f"it has failed before: delete {folder} to run it again")
         except Diverged as error:
