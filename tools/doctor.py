@@ -8,7 +8,7 @@ where they are there the run's config.json, its weights, the start weights and, 
 pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
 rules that need metrics and flags alone after every step (`diagnose`).
 
-illnesses.json holds what a finding means, what to try, and the source.
+illnesses.json holds the words of a finding: what is seen, what it means, what to try, the source.
 """
 
 import json
@@ -79,24 +79,23 @@ class Case:
         return (fmean(values[:fifth]), fmean(values[-fifth:])) if len(values) >= 10 else (0.0, 0.0)
 
 
-# Each rule yields (an illness of WORDS, what is seen of it, in numbers) where it can be told.
+# Each rule yields (an illness of WORDS, what its "seen" is to hold) where it can be told.
 WORDS = read_json(Path(__file__).with_name("illnesses.json"))
-Seen = Iterator[tuple[str, str]]
+Seen = Iterator[tuple[str, *tuple[float | str, ...]]]
 
 
 def in_losses(case: Case) -> Seen:
     zeros = case.steps("loss", lambda loss: loss == 0)
     if len(zeros) >= 3 and max(case.column("rewards/margin"), default=0) <= 10:
-        yield "loss is 0", f"the loss is exactly 0 at {len(zeros)} steps, first at {zeros[0]:.0f}"
+        yield "loss is 0", len(zeros), zeros[0]
 
     first, last = case.ends("nll")
     if last > 1.2 * first + 0.05:
-        yield "forgetting", f"NLL {first:.3f} -> {last:.3f}"
+        yield "forgetting", first, last
 
     limit, norms = case.flags.get("max_grad_norm", 0), case.column("grad_norm")
     if limit and len(norms) >= 10 and min(norms) > limit and median(norms) > 10 * limit:
-        seen = f"every gradient norm is above {limit:g}, their median is {median(norms):.3g}"
-        yield "always clipped", seen
+        yield "always clipped", limit, median(norms)
 
     shifts = case.column("bco_shift")
     late = shifts[len(shifts) // 2 :]
@@ -104,44 +103,38 @@ def in_losses(case: Case) -> Seen:
     # rewards rise with all likelihoods where the model learns to write such answers
     healthy = one_way and late[-1] > 0 and last < first - 0.1
     if one_way and not healthy and abs(late[-1]) >= max(1, 1.2 * abs(late[0])):
-        seen = f"over the last half the shift goes only one way, {late[0]:+.2f} -> {late[-1]:+.2f}"
-        yield "shift drifts", seen
+        yield "shift drifts", late[0], late[-1]
 
     # not of a toy, and not of adapters, which take larger steps
     model, lora = case.model, case.flags.get("lora_rank")
     if model and model.llm.hidden_size >= 512 and not lora:
         peak, usual = max([case.flags.get("lr") or 0, *case.column("lr")]), recipe(model)
         if peak >= 4 * usual.lr:
-            times = f"{peak:.3g}, {peak / usual.lr:.3g} times the {usual.lr:g}"
-            seen = f"learning rate {times} of InternVL{model.generation} ({usual.source})"
-            yield "learning rate", seen
+            yield "learning rate", peak, peak / usual.lr, usual.lr, model.generation, usual.source
 
 
 def in_rewards(case: Case) -> Seen:
     rows = case.rows[-max(5, case.total // 20) :]
     rewards = [row.get(f"rewards/{side}", 1) for row in rows for side in ("chosen", "rejected")]
     if len(case.rows) > max(3, case.total // 10) and not any(rewards):
-        yield "stuck", f"both rewards are exactly 0 at the last {len(rows)} steps"
+        yield "stuck", len(rows)
 
     (first, last), (margin, wider) = case.ends("rewards/chosen"), case.ends("rewards/margin")
     if last <= min(-0.1, first - 0.1) and wider >= margin + 0.05:
-        seen = f"chosen reward {first:.2f} -> {last:.2f}, margin {margin:.2f} -> {wider:.2f}"
-        yield "slide", seen
+        yield "slide", first, last, margin, wider
     if wider > 10:
-        yield "margin explosion", f"margin {margin:.1f} -> {wider:.1f}"
+        yield "margin explosion", margin, wider
 
     accuracy, soon = case.column("rewards/accuracy"), max(10, case.total // 20)
     early = range(min(soon, len(accuracy)) - 4 if len(accuracy) >= 10 else 0)
     sure = (n for n in early if min(accuracy[n : n + 5]) == 1 and fmean(accuracy[n:]) > 0.98)
     if (n := next(sure, None)) is not None:
         steps = case.steps("rewards/accuracy", lambda value: True)
-        seen = f"accuracy is 1.0 from step {steps[n]:.0f} of {max(case.total, steps[-1]):.0f} on"
-        yield "too easy", "; ".join([seen, *surface_marks(case.records)])
+        yield "too easy", steps[n], max(case.total, steps[-1]), surface_marks(case.records)
 
     late = accuracy[len(accuracy) // 2 :]
     if len(accuracy) >= 2 * soon and 0.42 < fmean(late) < 0.58 and abs(wider) <= 0.05:
-        seen = f"accuracy {fmean(late):.2f} over the last {len(late)} steps, margin {wider:+.3f}"
-        yield "not learning", seen
+        yield "not learning", fmean(late), len(late), wider
 
 
 def in_weights(case: Case) -> Seen:
@@ -177,20 +170,21 @@ def in_pairs(case: Case) -> Seen:
         unit, chosen = "characters", [len(record.chosen) for record in case.records]
         rejected = [len(record.rejected) for record in case.records]
     if chosen and not 2 * fmean(rejected) <= 3 * fmean(chosen) <= 4.5 * fmean(rejected):
-        seen = f"chosen responses have {fmean(chosen):.0f} {unit}, rejected {fmean(rejected):.0f}"
-        yield "length bias", seen
+        yield "length bias", fmean(chosen), unit, fmean(rejected)
 
     copies = Counter((r.question, r.images, r.chosen, r.rejected) for r in case.records)
     pairs, again = len(case.records), len(case.records) - len(copies)
     if again > pairs / 20:
-        most = f"one stands there {max(copies.values())} times"
-        yield "repeated pairs", f"{again} of {pairs} pairs are copies; {most}"
+        yield "repeated pairs", again, pairs, max(copies.values())
 
 
 def examine(case: Case) -> list[dict[str, str]]:
     """The findings: name, what is seen, what it means, what to try, the source."""
     seen = chain(in_losses(case), in_rewards(case), in_weights(case), in_pairs(case))
-    return [{"name": name, "seen": words} | WORDS[name] for name, words in seen]
+    return [
+        {"name": name} | WORDS[name] | {"seen": WORDS[name]["seen"].format(*values)}
+        for name, *values in seen
+    ]
 
 
 # what a pair may be told apart by, unread: the mark of a response beside the other one
@@ -205,9 +199,9 @@ MARKS: dict[str, Callable[[str, str], object]] = {
 }
 
 
-def surface_marks(records: list[PairRecord]) -> list[str]:
+def surface_marks(records: list[PairRecord]) -> str:
     """Marks that tell chosen from rejected: learned on half of the pairs, tried on the others."""
-    lines = []
+    text = ""
     for name, mark in MARKS.items() if len(records) >= 20 else ():
         marks = [(mark(r.chosen, r.rejected), mark(r.rejected, r.chosen)) for r in records]
         votes = Counter(chosen for chosen, _ in marks[::2])
@@ -215,8 +209,8 @@ def surface_marks(records: list[PairRecord]) -> list[str]:
         gaps = [votes[chosen] - votes[rejected] for chosen, rejected in marks[1::2]]
         share = fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
         if share > 0.85:
-            lines.append(f"{name} alone tells {share:.0%} of {len(gaps)} pairs apart")
-    return lines
+            text += f"; {name} alone tells {share:.0%} of {len(gaps)} pairs apart"
+    return text
 
 
 def diagnose(history: Rows, total: int, flags: dict[str, Any]) -> dict[str, str]:
