@@ -29,7 +29,7 @@ class ExportConfig:
 
     model_dir: Path = flag(Path("runs/mpo/model"), "the trained model; of a run, the start")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
-    checkpoint: Path | None = flag(None, "official layout of a run's last, of its best/, of a step")
+    checkpoint: Path | None = flag(None, "a run, its best/ or a step, in the official layout")
     hf: bool = flag(False, "layout of transformers 4.52 and later, TRL, ms-swift, vLLM")
     llm_only: bool = flag(False, "the language model alone: Qwen2, Qwen3 or Llama")
     llama: bool = flag(False, "the same of an InternLM2, which becomes a Llama")
