@@ -196,7 +196,7 @@ def _compute(function: Callable[..., Number], values: tuple) -> Number | None:
             return (float(x) or None) if large else x
     except (ArithmeticError, ValueError):  # outside the domain, beyond the floats
         return None
-    if not math.isfinite(x):
+    if not math.isfinite(x) or (function is _power and x == 0 != values[0]):  # beyond the floats
         return None
     if function in _CANCELLING and abs(x) < 1e-14 * abs(values[0]):
         return Fraction(0)  # the last bits of floats, as in sin(pi): so nothing needs a margin at 0
