@@ -241,6 +241,8 @@ class Run:
         self.device, self.terms = device, parse_objective(cfg.loss)
         if cfg.label_smoothing is not None:
             losses.check_smoothing(self.terms)
+        takers = [name for _, name in self.terms if "beta" in losses.LOSSES[name].keywords]
+        say(f"--beta {cfg.beta:g} goes to {', '.join(takers) or 'no term'} of --loss {cfg.loss}")
         self.data, self.heldout = open_data(asked, self.terms)
         newest, kept = (weights.newest_checkpoint(cfg.out_dir / x) for x in ("checkpoints", "best"))
         seen = int(seeded(self.data.digest(0), newest, kept).integers(2**62))
@@ -535,8 +537,7 @@ class OnlineReference:
         mix 1 is the hard update.  The reference is float32: bfloat16 would lose a small mix.
         """
         for reference_row, policy_row in zip(self.model.parameters(), policy.parameters()):
-            own = local(reference_row)
-            own.lerp_(local(policy_row).to(own.dtype), mix)
+            local(reference_row).lerp_(local(policy_row).float(), mix)
 
 
 class CachedReference:
@@ -670,8 +671,7 @@ def state_tensors(run: Run) -> dict[str, Tensor]:
         for moment, tensor in run.optimizer.state.get(p, {}).items():
             tensors[f"{moment}/{name}"] = tensor
     if run.cfg.reference_update_every:
-        moving = run.reference.model.named_parameters()
-        tensors |= {f"reference/{name}": p for name, p in moving}
+        tensors |= {f"reference/{n}": p for n, p in run.reference.model.named_parameters()}
     return tensors
 
 

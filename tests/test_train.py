@@ -23,7 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import runtime
 import train as train_module
 from data import PairData, epoch_order
-from losses import PairLogps
+from losses import LOSSES, Objective, PairLogps
 from records import read_meta
 from runtime import Failure, InputError, process_group, read_json, run
 from tools.doctor import diagnose
@@ -219,6 +219,17 @@ def test_a_run_whose_first_step_is_skipped_is_checked_at_its_second(base, toy, t
     cfg = replace(run_that_skips(0, base, toy, tmp_path), loss="dpo")
     assert [row["step"] for row in run_here(cfg)] == [2, 3, 4, 5]
     assert "start check: rewards are 0, so the first loss is 0.6931" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("loss", "takers"), [("mpo", "dpo, bco"), ("orpo", "no term"), ("half+sft", "half")]
+)
+def test_a_run_says_which_terms_its_beta_goes_to(base, tmp_path, monkeypatch, capsys, loss, takers):
+    """TRL calls orpo's weight beta; an objective of one's own may have another default."""
+    half = lambda logps, beta=2.0: -beta * logps.policy_chosen / 99  # noqa: E731
+    monkeypatch.setitem(LOSSES, "half", Objective(half, needs_reference=False))
+    run_here(replace(base, loss=loss, max_steps=1, warmup=0, out_dir=tmp_path))
+    assert f"--beta 0.1 goes to {takers} of --loss {loss}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("skipped", "steps"), [(1, [1, 3, 4, 5]), (4, [1, 2, 3, 4])])
@@ -764,7 +775,7 @@ def test_more_steps_than_the_epochs_have_are_told(base, tmp_path, capsys):
 def history(steps, **curves):
     flat = {"rewards/chosen": 0.1, "rewards/rejected": 0, "rewards/margin": 0.1}
     flat |= {"rewards/accuracy": 0.5, "nll": 1.0}
-    return [flat | {k: f(i) for k, f in curves.items()} for i in range(steps)]
+    return [flat | {"step": i + 1} | {k: f(i) for k, f in curves.items()} for i in range(steps)]
 
 
 @pytest.mark.parametrize(
