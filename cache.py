@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from config import LLMConfig
 from model import Attend, causal_attention
 
-CPU_TOKENS = 65536
 TOGETHER = 1024  # tokens of short prompts that a CPU reads in one pass, a GPU four times as many
 GPU_RESERVE = 0.15  # of the card: a prefill's activations, logits, partial sums of attention
 KEYS = 64  # tokens of a block of the cache
@@ -308,13 +307,13 @@ def rounded_up(n: int) -> int:
 
 
 def most_blocks(config: LLMConfig, device: torch.device, dtype: torch.dtype, tokens: int) -> int:
-    """Blocks of a cache of so many tokens; 0 = what a GPU has left but a reserve, or CPU_TOKENS."""
+    """Blocks of a cache of so many tokens; 0 = all that a GPU has left but a reserve, or 65536."""
     if not tokens and device.type == "cuda":
         free, card = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return max(0, int((free - GPU_RESERVE * card) // (numbers * dtype.itemsize))) // KEYS
-    return (tokens or CPU_TOKENS) // KEYS
+    return (tokens or 65536) // KEYS
 
 
 class Captured:

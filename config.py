@@ -68,7 +68,8 @@ IMPLEMENTED = {
     "pad2square": False,
     "use_sliding_window": False,
     "hidden_act": "silu",  # the ViT's is gelu
-    "projector_hidden_act": "gelu",  # a key of the -hf layout
+    "projector_hidden_act": "gelu",  # a key of the -hf layout, as the next
+    "vision_feature_select_strategy": "default",  # without the class token
 }
 # language models of the family -> what the official class assumes where a key is absent
 CLASS_DEFAULTS = {
@@ -89,12 +90,16 @@ NOT_IMPLEMENTED = {
 
 def load_config(model_dir: Path) -> InternVLConfig:
     """The config.json of a folder in the official layout or in transformers' own (-hf)."""
-    path, images = Path(model_dir) / "config.json", Path(model_dir) / "preprocessor_config.json"
+    path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise InputError(f"no config.json in {model_dir}; pass the folder of an InternVL model")
     raw = read_json(path)
-    if "text_config" in raw and images.is_file():
-        raw = {"max_dynamic_patch": read_json(images).get("max_patches", 12)} | raw
+    for file in map(path.with_name, ("processor_config.json", "preprocessor_config.json")):
+        if "text_config" in raw and file.is_file():  # transformers 5 writes the first alone
+            images = read_json(file)
+            images |= images.get("image_processor", {})
+            limits = {"max_dynamic_patch": "max_patches", "min_dynamic_patch": "min_patches"}
+            raw = {key: images[name] for key, name in limits.items() if name in images} | raw
     return parse_config(raw, str(path))
 
 

@@ -62,7 +62,7 @@ from cache import KEYS, Captured, KVCache, Plan, Room, most_blocks, num_blocks
 from images import load_image, open_image
 from losses import aligned
 from model import Attend, InternVL, causal_attention
-from tokenizer import Tokenizer, encode_chat, load_tokenizer, with_image_placeholders
+from tokenizer import IMAGE, Tokenizer, encode_chat, load_tokenizer, with_image_placeholders
 from vision import num_tiles, preprocess
 from weights import FLOATS, load_model
 
@@ -488,9 +488,8 @@ class Generator:
     @torch.inference_mode()
     def choose(self, logits: Tensor, rows: list[Row]) -> list[tuple[int, float]]:
         """(token, its plain log-prob) of each row, from logits (row vocab)."""
-        keys, uniforms = np.array([row.key for row in rows], dtype=np.uint64), np.zeros(len(rows))
-        if self.settings.temperature > 0:
-            uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
+        keys = np.array([row.key for row in rows], dtype=np.uint64)
+        uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
         plain = logits.index_select(1, self.banned)
         logits.index_fill_(1, self.banned, -torch.inf)  # for a moment, which saves a copy
         sampling = (self.settings.temperature, self.settings.top_k, self.settings.top_p)
@@ -532,7 +531,8 @@ class Generator:
 
 
 def make_prompt(cfg: GenerateConfig, question: str, history: tuple) -> Prompt:
-    digest = hashlib.blake2b(repr((question, history, cfg.prefix)).encode(), digest_size=8)
+    plain = question.removeprefix(f"{IMAGE}\n" * len(cfg.image))  # which a chat puts in front
+    digest = hashlib.blake2b(repr((plain, history, cfg.prefix)).encode(), digest_size=8)
     given = (cfg.image, history, cfg.prefix, cfg.max_tiles, range(cfg.num_samples))
     return Prompt(digest.hexdigest(), question, *given, name="the question")
 

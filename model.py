@@ -276,8 +276,7 @@ class Decoder(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, cos, sin, attend, ALL)  # each layer called alike: one compilation
-        x = last(x, cos, sin, attend, wanted)
-        return self.norm(x)
+        return self.norm(last(x, cos, sin, attend, wanted))
 
 
 class LanguageModel(nn.Module):

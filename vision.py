@@ -144,9 +144,6 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
-NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}  # of InternViT-300M, InternViT-6B
-
-
 def drawn(*shape: int) -> Tensor:
     """Random numbers, but none on the meta device: torch imports its compiler for those."""
     return (torch.empty if torch.get_default_device().type == "meta" else torch.randn)(*shape)
@@ -219,7 +216,7 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig, drop_rate: float) -> None:
         super().__init__()
         self.attn, self.mlp = VisionAttention(config), VisionMLP(config)
-        norm = NORMS[config.norm_type]
+        norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm  # InternViT-6B, -300M
         self.norm1 = norm(config.hidden_size, config.layer_norm_eps)
         self.norm2 = norm(config.hidden_size, config.layer_norm_eps)
         self.ls1 = nn.Parameter(torch.ones(config.hidden_size))

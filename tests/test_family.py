@@ -326,6 +326,20 @@ def test_tiles_of_the_hf_layout_are_those_of_its_processor(tmp_path):
     assert load_config(tmp_path).max_tiles == 12
     (tmp_path / "preprocessor_config.json").write_text('{"max_patches": 6}')
     assert load_config(tmp_path).max_tiles == 6
+    processor = tmp_path / "processor_config.json"
+    processor.write_text('{"image_seq_length": 256}')  # as transformers 4 writes it
+    assert load_config(tmp_path).max_tiles == 6
+    processor.write_text('{"image_processor": {"max_patches": 4, "min_patches": 1}}')  # 5
+    assert load_config(tmp_path).max_tiles == 4
+    processor.write_text('{"image_processor": {"min_patches": 2}}')
+    with pytest.raises(InputError, match="min_dynamic_patch is 2; this code implements 1"):
+        load_config(tmp_path)
+
+
+def test_features_with_the_class_token_are_refused():
+    raw = in_transformers_layout(qwen_config(), 5) | {"vision_feature_select_strategy": "full"}
+    with pytest.raises(InputError, match="vision_feature_select_strategy is 'full'"):
+        parse_config(raw)
 
 
 def test_template_and_system_message_of_each_generation_are_read():

@@ -911,6 +911,15 @@ def test_a_chat_answers_each_line_and_remembers(toy, ask):
     assert second.strip() == two.text.strip()
 
 
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_chats_first_sampled_answer_is_that_of_the_question(toy, ask, images):
+    flags = ["--max_new_tokens", 12, "--temperature", 1, "--seed", 5]
+    flags += ["--image", sorted((toy / "images").glob("square-*.png"))[0]] * images
+    question = "How many red objects are there?"
+    asked, chatted = ask(*flags, "--question", question), ask(*flags, stdin=question)
+    assert chatted.stdout.strip() == asked.stdout.strip() != ""
+
+
 def test_a_question_that_cannot_be_asked_is_told_and_the_chat_goes_on(toy, ask):
     image = sorted((toy / "images").glob("square-*.png"))[0]
     flags = ["--image", image, "--max_new_tokens", 6, "--prefix", "I see"]
