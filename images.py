@@ -73,7 +73,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path, formats=FORMATS)
     except DECODER_ERRORS as error:
-        unknown = f"it is none of {', '.join(FORMATS)}; convert it"
+        unknown = f"it is none of {', '.join(FORMATS)}, or cut off; convert it, or fetch it again"
         reason = unknown if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"image {path} cannot be read: {reason}") from None
     if image.width * image.height > MAX_PIXELS:

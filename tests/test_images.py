@@ -164,6 +164,14 @@ def test_a_link_cannot_leave_the_root(tmp_path):
         load_image(path)
 
 
+@pytest.mark.parametrize("size", [0, 9])
+def test_of_a_file_that_was_cut_off_the_error_says_so(tmp_path, size):
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole", format="WEBP")
+    (tmp_path / "part").write_bytes((tmp_path / "whole").read_bytes()[:size])
+    with pytest.raises(InputError, match="part cannot be read: .*, or cut off; convert it, or"):
+        load_image(tmp_path / "part")
+
+
 @pytest.mark.parametrize("begin", ["", "data:image/png;base64,"])
 def test_a_picture_in_the_place_of_its_name_is_told_in_a_line(tmp_path, begin):
     picture = begin + "iVBORw0KGgo/" * 1000
