@@ -418,8 +418,7 @@ def load_checkpoint(checkpoint: Path, tensors: dict[str, Tensor], part: str = ""
     if not all_of(not damaged):
         raise _damaged(checkpoint, ", ".join(damaged) or "a shard")
     for name, t in tensors.items():
-        size = -(-t.shape[0] // len(files))  # rows a shard, as torch.chunk counts them
-        rows = [max(0, min(size, t.shape[0] - n * size)) for n in range(len(files))]
-        pieces = [Piece(name, 0, count, path) for count, path in zip(rows, files)]
+        chunks = torch.arange(len(t)).chunk(len(files))  # rows of each shard that has any
+        pieces = [Piece(name, 0, len(chunk), path) for chunk, path in zip(chunks, files)]
         local(t).copy_(read_rows(pieces, t))
     return state
