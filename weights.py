@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -111,17 +112,13 @@ def pieces_of(model: InternVL, model_dir: Path) -> dict[str, list[Piece]]:
     """
     files = weight_files(model_dir)
     layouts = [stored_pieces(model, names) for names in LAYOUTS]
-    pieces = max(layouts, key=lambda layout: len(owners(layout).keys() & files.keys()))
-    _compare_keys(f"weights in {model_dir} and config.json", set(owners(pieces)), set(files))
+    stored = [{piece.name for piece in chain(*layout.values())} for layout in layouts]
+    pieces, names = max(zip(layouts, stored), key=lambda fit: len(fit[1] & files.keys()))
+    _compare_keys(f"weights in {model_dir} and config.json", names, set(files))
     return {
         name: [piece._replace(file=files[piece.name]) for piece in parts]
         for name, parts in pieces.items()
     }
-
-
-def owners(pieces: dict[str, list[Piece]]) -> dict[str, str]:
-    """Stored name -> name of the parameter that it is a part of."""
-    return {piece.name: name for name, parts in pieces.items() for piece in parts}
 
 
 def stored_rows(model: InternVL, model_dir: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -230,18 +227,19 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
 def write_weights(model: InternVL, like: Path, partial: Path) -> None:
     """The model's parameters in the shards of `like`."""
     pieces, parameters = pieces_of(model, like), dict(model.named_parameters())
-    owner = owners(pieces)
     for path in sorted(set(weight_files(like).values())):
         shard = {}
         with open_weights(path) as f:
-            for stored in f.keys():  # noqa: SIM118  (it is no dict)
-                name = owner[stored]
+            stored = {name: DTYPES[f.get_slice(name).get_dtype()] for name in f.keys()}
+            for name, parts in pieces.items():
+                if stored.keys().isdisjoint(piece.name for piece in parts):
+                    continue
                 full = whole(parameters[name])  # every process takes part
                 if not is_finite(full):
                     raise Failure(f"{name} holds NaN or infinity, so the model is not written")
-                if is_main():
-                    rows = split_stored(full, pieces[name])[stored]
-                    shard[stored] = rows.to("cpu", DTYPES[f.get_slice(stored).get_dtype()])
+                split = split_stored(full, parts) if is_main() else {}
+                here = stored.keys() & split.keys()  # q, k and v may lie in two files
+                shard |= {key: split[key].to("cpu", stored[key]) for key in here}
             metadata = f.metadata() or {"format": "pt"}
         if is_main():
             write_tensors(shard, partial / path.name, metadata=metadata)
