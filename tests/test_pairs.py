@@ -384,6 +384,11 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"question": "<image> q", "answer": 1}], "line 1: the question has 1 <image>"),
         ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
+        ([{"image": "0.png", "question": "<image>\n", "answer": 1}], "no 'question'"),
+        ([{"question": "Please answer yes or no.", "answer": "no"}], "no 'question'"),
+        # half a character would be found when pairs are made, after hours of sampling
+        ([{"question": "q", "answer": "\ud800"}], "line 1: .*surrogates"),
+        ([{"question": "q", "answer": 1, "rationale": "\ud800"}], "line 1: .*surrogates"),
         ([{"question": "q", "answer": 1, "rationale": ["x"]}], "'rationale' must be str"),
         ([], "no questions in"),
     ],
