@@ -686,8 +686,7 @@ def run_facts(run: Run, checkpoint: Path | None) -> dict[str, str]:
         facts["held-out pairs"] = run.heldout.digest(0)
     if cfg.mine:
         facts[f"content of {cfg.mine}"] = runtime.fingerprint([cfg.mine])
-    compared = cfg.lora_rank or losses.needs_reference(run.terms)
-    if is_main() and compared:  # read once, they are large
+    if is_main() and (cfg.lora_rank or losses.needs_reference(run.terms)):  # large: read once
         facts["start weights"] = weights.fingerprint(cfg.model_dir)
     old = weights.checkpoint_state(checkpoint)["flags"] if checkpoint else {}
     changed = [f"{k} was {old[k]}, now {v}" for k, v in facts.items() if old.get(k, v) != v]

@@ -5,8 +5,8 @@
 
 Takes the flags of train.py; a flag with several values, separated by commas, is run with each of
 them, several such flags in every combination.  Each run is an ordinary one of train.py in a folder
-of out_dir and continues where it stopped; they share one reference cache, and end in one table and
-one picture.  A run that diverges ends alone, and is not started again: delete its folder for that.
+of out_dir and continues where it stopped.  Those whose reference scores alike share its cache; all
+end in one table and one picture.  A run that diverges is not started again: delete its folder.
 """
 
 import runpy
@@ -81,7 +81,7 @@ def combinations(argv: list[str]) -> dict[str, list[str]]:
 
 
 def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.device) -> None:
-    """Every run in a folder below that of `base`, with its reference cache; a table and a PNG."""
+    """Every run in a folder below that of `base`, which lends its cache; a table and a PNG."""
     curves: dict[str, list[dict]] = {}
     for name, cfg in runs.items():
         say(f"=== {name}: --loss {cfg.loss}")
