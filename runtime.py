@@ -456,7 +456,7 @@ def parse_json(content: str | bytes, name: object, kind: type = dict) -> Any:
 def open_file(path: Path) -> BinaryIO:
     """A file to read; InputError for none, a folder, or a pipe that would never answer."""
     if not os.path.isfile(path):
-        raise InputError(f"no file {path}")
+        raise InputError(f"no file {path}" + ", but a folder" * os.path.isdir(path))
     return open(path, "rb")
 
 

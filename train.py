@@ -924,7 +924,9 @@ def main() -> None:
 
         own = register_file(cfg.mine)
     if cfg.loss != "all":
-        parse_objective(cfg.loss)  # a typing mistake is told before anything is started
+        terms = parse_objective(cfg.loss)  # a typing mistake is told before anything is started
+        if own and not any(name in own for _, name in terms):
+            raise InputError(f"--loss {cfg.loss} has nothing of --mine: {', '.join(own)}")
     if cfg.plan or cfg.bench:
         from tools.bench import plan_or_bench  # noqa: PLC0415
 

@@ -1,9 +1,9 @@
 """What every benchmark is made of: its descriptor, the paper's prompts, readings and averages.
 
 Each file of this folder says for one benchmark how a row of the official file becomes an item, what
-is asked, how a reply is read and what is averaged, and ends with its `Benchmark`.  The verbs that
-work on any of them stand in eval.py.  Prompts and `final_answer` are those of
-OpenGVLab/InternVL, internvl_chat/eval @2410d1db.
+is asked, how a reply is read and what is averaged, and ends with its `Benchmark`, which
+eval.TABLE lists.  The verbs that work on any of them stand in eval.py.  Prompts and `final_answer`
+are those of OpenGVLab/InternVL, internvl_chat/eval @2410d1db.
 """
 
 import math

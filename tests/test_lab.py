@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import train
 from losses import LOSSES, PairLogps, needs_reference, objective, parse_objective, whole_step
 from runtime import InputError, run
 from tools import lab
@@ -198,6 +199,13 @@ def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry
     with pytest.raises(InputError, match=message):
         lab.register_file(own_file(tmp_path, text))
     assert registry == before
+
+
+def test_an_own_file_of_which_the_loss_takes_nothing_is_refused(tmp_path, registry, monkeypatch):
+    path = own_file(tmp_path, "def simpo(logps):\n    return -logps.policy_chosen\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--mine={path}", "--loss=dpo+sft"])
+    with pytest.raises(InputError, match=r"--loss dpo\+sft has nothing of --mine: simpo"):
+        train.main()
 
 
 def test_a_missing_own_file_and_a_wrong_flag_end_with_status_2(tmp_path, monkeypatch, capsys):
