@@ -488,8 +488,9 @@ class Generator:
     @torch.inference_mode()
     def choose(self, logits: Tensor, rows: list[Row]) -> list[tuple[int, float]]:
         """(token, its plain log-prob) of each row, from logits (row vocab)."""
-        keys = np.array([row.key for row in rows], dtype=np.uint64)
-        uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
+        keys, uniforms = np.array([row.key for row in rows], dtype=np.uint64), np.zeros(len(rows))
+        if self.settings.temperature > 0:
+            uniforms = uniform(keys, np.array([len(row.ids) for row in rows]))
         plain = logits.index_select(1, self.banned)
         logits.index_fill_(1, self.banned, -torch.inf)  # for a moment, which saves a copy
         sampling = (self.settings.temperature, self.settings.top_k, self.settings.top_p)
