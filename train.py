@@ -392,7 +392,7 @@ def last_step(cfg: TrainConfig, data: PairData) -> int:
         raise InputError(f"every record is longer than max_length {data.max_length}")
     peak = max(lr_at(step, total, cfg) for step in range(total))
     if peak < cfg.lr:
-        reached = f"lr {cfg.lr:g}: long warm-up or decay: {total} steps only get to {peak:g}"
+        reached = f"lr {cfg.lr:g} is not reached: {total} steps of warm-up and decay allow {peak:g}"
         if not peak:
             raise InputError(f"{reached}: pass more --epochs or --max_steps, or --warmup 0")
         say(reached)

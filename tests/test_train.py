@@ -321,14 +321,16 @@ def test_ctrl_c_and_sigterm_both_ask_for_a_checkpoint(monkeypatch):
 )
 def test_a_run_in_which_no_weight_would_move_is_refused(base, toy, tmp_path, change):
     cfg = replace(base, out_dir=tmp_path / "run", reference_cache=toy / "reference", **change)
-    with pytest.raises(InputError, match="lr 0.001: .*: 1 steps only get to 0: pass more --epochs"):
+    with pytest.raises(
+        InputError, match="lr 0.001 is not .*: 1 steps of .* allow 0: pass more --epochs"
+    ):
         run_here(cfg)
 
 
 @pytest.mark.parametrize("flags", [{"warmup": 500.0}, {"warmup": 0.0, "decay": 500}])
 def test_a_rate_that_the_run_never_reaches_is_told(base, toy, tmp_path, capsys, flags):
     run_here(replace(base, loss="sft", out_dir=tmp_path / "run", **flags))
-    told = "lr 0.001: long warm-up or decay: 4 steps only get to [0-9.]+e-06"
+    told = "lr 0.001 is not reached: 4 steps of warm-up and decay allow [0-9.]+e-06"
     assert re.search(told, capsys.readouterr().err)
 
 
