@@ -184,7 +184,7 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     alone = path.suffix == ".jsonl" and {path.stem: {"annotation": path.name}}
     meta = alone or path.suffix not in (".csv", ".tsv", ".parquet") and read_json(path, object)
     if not meta or not isinstance(meta, dict):
-        raise InputError(f"{path}: no object of data set name -> entry; see tools/convert.py")
+        raise InputError(f"{path}: no data set (name -> entry) in it; see tools/convert.py")
     sets = []
     for name, raw in meta.items():
         place = f"{path}: {name}"

@@ -394,7 +394,8 @@ def last_step(cfg: TrainConfig, data: PairData) -> int:
     if peak < cfg.lr:
         reached = f"lr {cfg.lr:g} is not reached: {total} steps of warm-up and decay allow {peak:g}"
         if not peak:
-            raise InputError(f"{reached}: pass more --epochs or --max_steps, or --warmup 0")
+            remedy = "pass more --epochs or --max_steps, a smaller --batch_size, or --warmup 0"
+            raise InputError(f"{reached}: {remedy}")
         say(reached)
     return total
 

@@ -14,10 +14,13 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paper.report import PAPER, WITH_NTP, write_report
 from runtime import alone_in, claim, fingerprint, flag, parse_cli, read_json, run, write_json

@@ -149,9 +149,9 @@ def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
         (None, "no file .*meta.json"),
         (
             '[{"question": "q"}]',
-            "no object of data set name -> entry; see tools/convert.py",
+            "no data set .name -> entry. in it; see tools/convert.py",
         ),
-        ("{}", "no object of data set name"),
+        ("{}", "no data set"),
         ('{"a": 3}', "meta.json: a must be dict, got 3"),
         ('{"a": {}}', "meta.json: a: no 'annotation'"),
         ('{"a": {"annotation": "a.jsonl"}, "a": {}}', "the key 'a' stands there twice"),

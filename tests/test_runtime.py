@@ -377,7 +377,7 @@ EARLY = "train generate pairs toy plain".split() + [
 ]
 
 
-@pytest.mark.parametrize("name", [*EARLY, "eval"])
+@pytest.mark.parametrize("name", [*EARLY, "eval", "paper/story"])
 def test_wrong_flags_are_told_before_torch_is_imported(name):
     command = [sys.executable, "-X", "importtime", str(ROOT / f"{name}.py"), "--hlep", "3"]
     done = subprocess.run(command, capture_output=True, text=True)
