@@ -538,7 +538,8 @@ class OnlineReference:
         mix 1 is the hard update.  The reference is float32: bfloat16 would lose a small mix.
         """
         for reference_row, policy_row in zip(self.model.parameters(), policy.parameters()):
-            local(reference_row).lerp_(local(policy_row).float(), mix)
+            own = local(reference_row)
+            own.lerp_(local(policy_row).to(own.dtype), mix)
 
 
 class CachedReference:
