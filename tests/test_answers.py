@@ -452,6 +452,14 @@ def test_a_cut_stays_out_of_mark_up(text, ratio, kept):
     assert answers.truncate_prefix(text, ratio) == kept
 
 
+@pytest.mark.parametrize("mark", "\u0301\u05b4\u064b\u094d\u3099\u20dd\ufe0f")
+def test_a_cut_never_takes_a_letter_from_its_mark(mark):
+    text = f"abcdef{mark}ghijkl"
+    for percent in range(100):
+        kept, _ = answers.split_prefix(text, percent / 100)
+        assert not text[len(kept) :].startswith(mark)
+
+
 def test_the_blanks_at_the_cut_are_kept_aside():
     for text in ("one two \n three four", "line one\nline two is longer\nthree", "一二 三四"):
         kept, glue = answers.split_prefix(text, 0.5)

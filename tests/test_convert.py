@@ -242,6 +242,18 @@ def test_no_image_of_a_pair_that_is_left_out_is_written(folder, monkeypatch):
     assert report["kept"] == 1 and len(list(folder.glob("more/images/*"))) == 1
 
 
+def test_a_picture_beside_bytes_is_not_looked_for_under_another_name(folder, monkeypatch):
+    """A pair has one root: of bytes it is the folder that they are written to."""
+    content = {"bytes": (folder / "b.png").read_bytes()}
+    for other, told in ((str(folder / "a.png"), "is no path within"), ("a.png", "no image")):
+        rows = [PLAIN | {"image": "a.png"}, PLAIN | {"image": [content, other], "chosen": "x"}]
+        monkeypatch.setattr(convert, "read_table", lambda path, rows=rows: rows)
+        (folder / "in.parquet").touch()
+        cfg = ConvertConfig(input=folder / "in.parquet", out=folder / f"out-{len(other)}")
+        report = convert.convert(cfg)
+        assert report["kept"] == 1 and told in report["dropped"][0]
+
+
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
 def test_other_files_are_read_like_lines(folder, ending):
     path, rows = folder / f"in.{ending}", [PLAIN, PLAIN | {"chosen": 'It is "2",\nsurely.'}]

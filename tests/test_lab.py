@@ -204,7 +204,7 @@ def test_an_own_file_that_would_fail_later_is_refused_at_once(tmp_path, registry
 def test_an_own_file_of_which_the_loss_takes_nothing_is_refused(tmp_path, registry, monkeypatch):
     path = own_file(tmp_path, "def simpo(logps):\n    return -logps.policy_chosen\n")
     monkeypatch.setattr(sys, "argv", ["train.py", f"--mine={path}", "--loss=dpo+sft"])
-    with pytest.raises(InputError, match=r"--loss dpo\+sft has nothing of --mine: simpo"):
+    with pytest.raises(InputError, match="--loss has nothing of .*: name simpo there"):
         train.main()
 
 

@@ -89,6 +89,16 @@ def test_a_sweep_shares_one_cache_ends_in_one_table_and_resumes(tmp_path, monkey
     assert status == 2 and "nothing to compare" in error
 
 
+def test_an_own_file_that_no_run_of_a_sweep_takes_is_refused(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path, 8, 0)
+    (tmp_path / "own.py").write_text("def spare(logps):\n    return -logps.policy_chosen\n")
+    monkeypatch.setitem(LOSSES, "spare", None)  # so that it is gone after this test
+    del LOSSES["spare"]
+    flags = [f"--config={tmp_path / 'train.json'}", f"--mine={tmp_path / 'own.py'}"]
+    status, error = sweep_here(monkeypatch, capsys, *flags, "--loss=sft,dpo")
+    assert status == 2 and "--loss has nothing of" in error and "name spare there" in error
+
+
 def test_runs_whose_reference_scores_otherwise_have_a_cache_each(tmp_path, monkeypatch, capsys):
     write_world(tmp_path, 8, 0)
     flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=1", "--warmup=0", "--batch_size=4"]

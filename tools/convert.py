@@ -130,9 +130,9 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     images = raw.get("images") or raw.get("image") or raw.get("image_path") or []
     images = images if isinstance(images, list) else [images]
     images = [(x.get("path"), x.get("bytes")) if isinstance(x, dict) else (x, None) for x in images]
+    root = saved if any(content for _, content in images) else root
     names = [image_name(path, content, root) for path, content in images]
     held = {name: content for name, (_, content) in zip(names, images) if content}
-    root = saved if held else root
     line = {"question": question, "chosen": chosen, "rejected": rejected, "system_prompt": system}
     line |= {"image": names, "cut_off": raw.get("cut_off", False)}
     f"{question}{chosen}{rejected}{system}".encode()  # half a character fails here, by name

@@ -15,7 +15,7 @@ import inspect
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,17 @@ import torch
 from torch import Tensor
 
 import losses
-from losses import LOSSES, PRESETS, Loss, Objective, PairLogps, loss_and_gradient
+from losses import LOSSES, PRESETS, Loss, Objective, PairLogps, loss_and_gradient, parse_objective
 from tools.figures import new_figure, png, text_table
 
 GRID, REACH, TOKENS, START = 41, 20.0, 20.0, -30.0  # points a side, nats, tokens, log-prob of both
 
 
-def register_file(path: Path) -> list[str]:
+def register_file(path: Path, trained: Iterable[str] = ()) -> list[str]:
     """Add every objective of a user's Python file to losses.LOSSES; returns their names.
 
-    What would fail, or train on something else, hours later is an InputError at once.
+    What would fail, or train on something else, hours later is an InputError at once: also a file
+    of which no --loss of `trained` takes anything.
     """
     path = Path(path).resolve()
     if not path.is_file() or path.suffix != ".py":
@@ -64,6 +65,9 @@ def register_file(path: Path) -> list[str]:
         if taken or name in reserved:
             raise InputError(f"{path}: an objective named {name} exists already; rename yours")
     LOSSES.update({name: probe(path, name, loss) for name, loss in own.items()})
+    terms = [term for loss in trained if loss != "all" for _, term in parse_objective(loss)]
+    if terms and not own.keys() & terms:
+        raise InputError(f"--loss has nothing of {path}: name {', '.join(own)} there")
     return list(own)
 
 

@@ -36,8 +36,9 @@ from train import Diverged, TrainConfig, asked_to_stop, in_group, open_data, tra
 # cDPO and RobustDPO, and TR-DPO's period and mix (TRL 0.10's), are our choice.
 TABLE = read_json(Path(__file__).with_name("rows.json"))
 ROWS = {row: about["flags"] for row, about in TABLE.items() if "flags" in about}
-# flags of some rows alone -> what the others have; the user's go before what the table says
-SOME = {"label_smoothing": None, "reference_update_every": 0, "reference_update_mix": 0.9}
+# flags of some rows alone: the user's go before what the table says, the other rows have none
+OF_SOME_ROWS = "label_smoothing reference_update_every reference_update_mix".split()
+UNSET = {name: getattr(TrainConfig, name) for name in OF_SOME_ROWS}
 # what log-probs of the reference depend on: a run with others than the first has a cache of its own
 SCORED_WITH = "model_dir dtype state_dtype pack_tokens share_prefix share_images".split()
 FAILED = "failed-step-*.json"  # what train.py leaves of a run that diverged
@@ -50,10 +51,10 @@ def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
     cfg = with_recipe(cfg, load_config(cfg.model_dir), say)
     total = open_data(cfg, parse_objective("dpo"))[0].steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
-    rows = ROWS | {n: {"loss": n} | dict.fromkeys(SOME.keys() & LOSSES[n].keywords) for n in own}
-    given = {n: getattr(cfg, n) for n in SOME if getattr(cfg, n) != SOME[n]}
+    rows = ROWS | {n: {"loss": n} | dict.fromkeys(UNSET.keys() & LOSSES[n].keywords) for n in own}
+    given = {n: getattr(cfg, n) for n in UNSET if getattr(cfg, n) != UNSET[n]}
     runs = {
-        name: replace(cfg, **SOME | flags | {n: given[n] for n in given.keys() & flags})
+        name: replace(cfg, **UNSET | flags | {n: given[n] for n in given.keys() & flags})
         for name, flags in rows.items()
     }
     every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
@@ -124,16 +125,18 @@ def main() -> None:
     runs = combinations(sys.argv[1:])
     parsed = {name: parse_cli(TrainConfig, argv) for name, argv in runs.items()}
     base = next(iter(parsed.values()))
-    if base.mine:
-        register_file(base.mine)
     if len(parsed) < 2:
         raise InputError("nothing to compare; give a flag several values, as --lr 1e-4,1e-3")
     for cfg in parsed.values():
-        parse_objective(cfg.loss)  # a typing mistake is told before anything is started
         own = (cfg.mine, cfg.out_dir, cfg.reference_cache)
         if own != (base.mine, base.out_dir, base.reference_cache) or cfg.plan or cfg.bench:
             told = "no --plan or --bench, and one --mine, --out_dir and --reference_cache"
             raise InputError(f"a sweep has {told} for all of its runs")
+    asked = [cfg.loss for cfg in parsed.values()]
+    if base.mine:
+        register_file(base.mine, asked)
+    for loss in asked:
+        parse_objective(loss)  # a typing mistake is told before anything is started
     with in_group(base.seed) as device:
         train_all(parsed, base, device)
 
