@@ -1,6 +1,6 @@
 """The same work done by us and by others, in turns: times, ratios, FLOPs, memory.
 
-    pip install .[peers]; python tools/race.py | tee race.md      the tables of docs/speed.md
+    pip install .[peers]; python tools/race.py | tee race.md      the lines behind docs/speed.md
 
 Training is a pair's step without the optimizer.  `official` scores chosen and rejected as two
 padded rows with an image each, by the reference and then by the policy, as InternVL's trainer does,
@@ -31,7 +31,7 @@ from runtime import command_line, flag, parse_cli, run
 
 @command_line
 class RaceConfig:
-    """Do the same work as the peers, in turns, and print the tables of docs/speed.md."""
+    """Do the same work as the peers, in turns, and print the lines behind docs/speed.md."""
 
     only: tuple[Literal["training", "length", "generation"], ...] = flag((), "may be repeated")
     seconds: int = flag(40, "of CPU for the turns of a line; each has one at least", 1)
