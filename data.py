@@ -259,7 +259,14 @@ class Step:
     packs: list[tuple[Pack, int, int]]  # (pack, number of the pack, its first pair)
     pairs: list[PairRecord]  # of the whole step, all processes
     trees: list[list[Tree]]  # (pack) likewise
-    dropped: list[str]  # names of too long records
+    overlong: list[tuple[str, str]]  # (dropped, cut or fewer_tiles, name) of too long records
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of pairs, and of records that were too long."""
+        dropped = sum(rule == "dropped" for rule, _ in self.overlong)
+        shortened = len(self.overlong) - dropped
+        return {"pairs": len(self.pairs), "dropped": dropped, "shortened": shortened}
 
 
 @dataclass(eq=False)
@@ -316,12 +323,12 @@ class PairData:
 
     def step(self, number: int, rank: int, world: int) -> Step:
         """Plan the whole step, then build every world-th pack of it."""
-        planned, dropped = self.plan(self.rows(number))
+        planned, overlong = self.plan(self.rows(number))
         pairs = [pair for pack in planned for tree in pack for pair, _, _ in tree.pairs]
         trees = planned + [[STAND_IN]] * (-len(planned) % world)
         firsts = [0, *accumulate(sum(len(tree.pairs) for tree in pack) for pack in trees)]
         packs = [(self.build(trees[n]), n, firsts[n]) for n in range(rank, len(trees), world)]
-        return Step(number, packs, pairs, planned, dropped)
+        return Step(number, packs, pairs, planned, overlong)
 
     def rows(self, step: int) -> np.ndarray:  # (pair 2)
         """(set, record) of the pairs of step 0, 1, ...; an epoch's last step may have fewer."""
@@ -342,18 +349,18 @@ class PairData:
                 break  # later epochs bring nothing new
         return np.concatenate(parts)
 
-    def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[str]]:
-        """(packs of trees of these pairs, names of the records dropped as too long).
+    def plan(self, rows: np.ndarray) -> tuple[list[list[Tree]], list[tuple[str, str]]]:
+        """(packs of trees of these pairs, (what was done, name) of each too long record).
 
-        Where all records are too long there is no pack.
+        Where all records are dropped there is no pack.
         """
         records = [self.sets[i][int(n)] for i, n in rows]
-        trees = [self.fit(record) for record in records]
-        dropped = [record.name for record, tree in zip(records, trees) if tree is None]
+        trees, rules = zip(*map(self.fit, records))
+        overlong = [(rule, record.name) for rule, record in zip(rules, records) if rule]
         kept = grow_bushes(list(filter(None, trees)), self.pairs_per_prompt, self.fits)
         parts = list(map(self.parts, kept))
         packs = first_fit([sum(tree.size for tree in part) for part in parts], self.pack_tokens)
-        return [[tree for i in pack for tree in parts[i]] for pack in packs], dropped
+        return [[tree for i in pack for tree in parts[i]] for pack in packs], overlong
 
     def parts(self, tree: Tree) -> list[Tree]:
         """What stands for the tree in a pack, always together."""
@@ -364,8 +371,8 @@ class PairData:
         size = sum(part.size for part in self.parts(tree))
         return tree.longest <= self.max_length and size <= self.pack_tokens
 
-    def fit(self, record: PairRecord) -> Tree | None:
-        """The record's tree, which fits; None = dropped.
+    def fit(self, record: PairRecord) -> tuple[Tree | None, str]:
+        """(the record's tree, which fits, what was done to it: "", dropped, cut or fewer_tiles).
 
         cut: responses end where the length is reached, without <|im_end|> (the official way); a
         record whose prompt alone is too long, whose responses begin alike up to there, or which
@@ -373,15 +380,16 @@ class PairData:
         """
         tree = encode_tree(record, self.tokenizer, self.config, self.only_chosen)
         if self.fits(tree):
-            return tree
+            return tree, ""
         room = self.max_length - len(tree.trunk)
         if self.overlong == "cut" and room > 0:
             tree = replace(tree, responses=[response[:room] for response in tree.responses])
-            alike = tree.responses[1:] == tree.responses[:1]
-            return None if alike or not self.fits(tree) else tree
+            if tree.responses[1:] != tree.responses[:1] and self.fits(tree):
+                return tree, "cut"
         if self.overlong == "fewer_tiles" and record.max_tiles > 1:
-            return self.fit(replace(record, max_tiles=record.max_tiles // 2))
-        return None
+            tree, rule = self.fit(replace(record, max_tiles=record.max_tiles // 2))
+            return tree, rule or "fewer_tiles"
+        return None, "dropped"
 
     def build(self, trees: list[Tree]) -> Pack:
         return add_tiles(lay_out(trees), self.config.tile_size, self.share_images)

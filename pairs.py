@@ -232,12 +232,12 @@ def checked_rid(types: dict[str, Any], record: dict, name: object) -> str:
     return record["rid"]
 
 
-def drop_repeats(lines: list[Line]) -> list[dict]:
-    """Records in the order of (qid, k or draw), each once; one with two texts is an error."""
+def drop_repeats(lines: list[Line], number: str = "k") -> list[dict]:
+    """Records in the order of (qid, `number`), each once; one with two texts is an error."""
     kept: dict[tuple, dict] = {}
     for i, line in enumerate(lines):
         row = line.record()
-        rid = row.get("qid", ""), row.setdefault("k", row.get("draw", i))
+        rid = row.get("qid", ""), row.setdefault("k", row.get(number, i))
         if kept.setdefault(rid, row) != row:
             problem = "stands in two part files, or on two lines, with different text"
             raise InputError(f"{line}: response {rid} {problem}; give each line a 'k' or none one")
@@ -769,7 +769,7 @@ def plan_continuations(cfg: DropoutConfig, data_set: SampleSet, folder: Path) ->
 
 def pair_draws(cfg: DropoutConfig, group: Group, tally: Tally) -> dict[str, list[dict]]:
     """The pair of a response and the first of its continuations that is usable."""
-    draws, counts = drop_repeats(group[1]), tally["counts"]
+    draws, counts = drop_repeats(group[1], "draw"), tally["counts"]
     source = draws[0]["source"]
     spend(tally["cost"], source, *draws)
     counts.update(f"continuations: {row['reason']}" for row in draws)

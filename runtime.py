@@ -137,7 +137,8 @@ class FlagParser(argparse.ArgumentParser):
     """One line about a wrong flag instead of the usage of them all."""
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        let_rank_0_tell()
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
@@ -627,9 +628,9 @@ def alone_in(folder: Path, seconds: float, remedy: str, name: str = ".lock") -> 
     dead by NCCL.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "wb") as file:
+    with contextlib.ExitStack() as held:
         end, waiting = time.monotonic() + seconds, False
-        while not all_of((group() and not is_main()) or _lock(file)):
+        while not all_of((group() and not is_main()) or _lock(folder / name, held)):
             if all_of(time.monotonic() >= end):
                 raise InputError(f"{folder}: another run works there; wait for it, or {remedy}")
             if not waiting:
@@ -639,11 +640,15 @@ def alone_in(folder: Path, seconds: float, remedy: str, name: str = ".lock") -> 
         yield
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Take the file's lock, unless another process has it."""
-    with contextlib.suppress(BlockingIOError):
+def _lock(path: Path, held: contextlib.ExitStack) -> bool:
+    """Take a file's lock until `held` ends, unless another process has it or just removed it."""
+    with contextlib.ExitStack() as end, contextlib.suppress(BlockingIOError, FileNotFoundError):
+        file = end.enter_context(open(path, "wb"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            end.callback(path.unlink, missing_ok=True)
+            held.push(end.pop_all())
+            return True
     return False
 
 

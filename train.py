@@ -22,10 +22,12 @@ import math
 import signal
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +164,7 @@ from config import InternVLConfig, load_config, recipe
 from data import STAND_IN, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
-from records import PairRecord, part_files, read_meta, read_parts
+from records import DataSet, PairRecord, part_files, read_meta, read_parts
 from tokenizer import load_tokenizer
 from weights import FLOATS, local
 
@@ -295,8 +297,8 @@ class Run:
         left = range(self.done, self.total)
         limits = f"max_length {self.cfg.max_length} or pack_tokens {self.cfg.pack_tokens}"
         for step in prefetch(self.data.step(n, *rank_and_world()) for n in left):
-            for name in step.dropped:
-                say(f"dropped, too long for {limits}: {name}")
+            for rule, name in step.overlong:
+                say(f"{rule}, too long for {limits}: {name}")
             if step.pairs:
                 yield step
             else:
@@ -371,12 +373,18 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     if not cfg.heldout:
         return data, None
     heldout = replace(data, sets=read_meta(cfg.heldout, limit), limit=0)
-    known = {s.lines.checksum for s in sets if len(s)}
-    for name in (s.name for s in heldout.sets if s.lines.checksum in known):
-        say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
+    if is_main() and (known := set(contents(heldout.sets)).intersection(contents(sets))):
+        say(f"{cfg.heldout}: {len(known)} different pairs of it stand in {cfg.meta}, too")
     if not any(heldout.plan(heldout.rows(n))[0] for n in range(heldout.steps_per_epoch)):
         raise InputError(f"{cfg.heldout}: every pair is longer than {heldout.max_length}")
     return data, heldout
+
+
+def contents(sets: list[DataSet]) -> Iterator[int]:
+    """A hash of what each record shows and says, wherever its line stands."""
+    for line in chain.from_iterable(data_set.lines for data_set in sets):
+        record = line.record()
+        yield hash(repr([record.get(key) for key in ("image", "question", "chosen", "rejected")]))
 
 
 def last_step(cfg: TrainConfig, data: PairData) -> int:
@@ -496,8 +504,6 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
             params = [p for p in trained if (p.ndim > 1) is wide]
             group = {"params": params, "scale": scale, "weight_decay": decay}
             groups += [group] if params else []
-    if not groups:
-        raise InputError("nothing to train: what would learn has rate 0 or no block that is run")
     return memory.AdamW(groups, cfg.seed)
 
 
@@ -864,19 +870,19 @@ def step_metrics(run: Run, logps: PairLogps, pairs: list[PairRecord]) -> dict[st
 
 def score_heldout(run: Run) -> dict[str, float]:
     """The metrics of all held-out pairs under the policy as it stands; nothing is trained."""
-    scored, pairs, dropped = [], [], 0
+    scored, pairs, counts = [], [], Counter()
     numbers = range(run.heldout.steps_per_epoch)
     for step in prefetch(run.heldout.step(n, *rank_and_world()) for n in numbers):
-        dropped += len(step.dropped)
+        counts.update(step.counts)
         pairs += step.pairs
         if step.pairs:
             with scoring(run.policy):
                 scored.append(vars(score_step(run, step)).values())
     columns = [None if part[0] is None else torch.cat(part) for part in zip(*scored)]
     metrics = step_metrics(run, PairLogps(*columns), pairs)
-    metrics |= {"pairs": len(pairs), "dropped": dropped}
-    say(f"held out: loss {metrics['loss']:.4g} of {len(pairs)} pairs; {dropped} are too long")
-    return {f"heldout/{name}": value for name, value in metrics.items()}
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    say(f"held out: loss {metrics['loss']:.4g}; {told}")
+    return {f"heldout/{name}": value for name, value in (metrics | counts).items()}
 
 
 def best_row(rows: list[dict[str, float]]) -> dict[str, float] | None:

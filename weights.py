@@ -267,10 +267,8 @@ def export_folder(out_dir: Path, like: Path) -> Path:
 @contextlib.contextmanager
 def new_export(out_dir: Path) -> Iterator[Path]:
     """A `new_folder` that lists its files in the end, so that the next export may replace it."""
-    partial, lock = (out_dir.with_name(f".{out_dir.name}.{end}") for end in ("partial", "lock"))
-    alone = runtime.alone_in(out_dir.parent, 0, "name another folder", lock.name)
-    with alone, contextlib.ExitStack() as end, new_folder(partial, out_dir) as partial:
-        end.callback(lock.unlink, missing_ok=True)
+    alone = runtime.alone_in(out_dir.parent, 0, "name another folder", f".{out_dir.name}.lock")
+    with alone, new_folder(out_dir.with_name(f".{out_dir.name}.partial"), out_dir) as partial:
         yield partial
         if is_main():
             write_json(partial / EXPORT_MARK, {"files": sorted(os.listdir(partial))})

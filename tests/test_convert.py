@@ -132,7 +132,7 @@ BAD = {  # record -> why it is no pair
     "the question has 1 <image> for 2 images": SWIFT | {"images": ["a.png", "b.png"]},
     "no image": PLAIN | {"image": "absent.png"},
     "a text, a message or an image is none (TypeError": PLAIN | {"image": 3},
-    "a text, a message or an image is none (Unicode": PLAIN | {"chosen": "\ud800"},
+    "'utf-8' codec can't encode": PLAIN | {"chosen": "\ud800"},
     "image '../../etc/passwd' is no path within its root": PLAIN | {"image": "../../etc/passwd"},
     "image 's3://b/a.png'": PLAIN | {"image": "s3://b/a.png"},
     "'system_prompt' must be str": PLAIN | {"system_prompt": 3},
@@ -288,7 +288,7 @@ def test_a_line_of_a_csv_that_is_too_short_or_no_utf8_is_no_pair(folder):
     short, latin = report["dropped"]
     assert report["kept"] == 1
     assert short == f"{path} record 1: 'columns_without_a_cell' is not supported"
-    assert latin.startswith(f"{path} record 2: a text, a message or an image is none (Unicode")
+    assert latin.startswith(f"{path} record 2: 'utf-8' codec can't encode")
 
 
 def test_a_folder_of_images_that_is_given_holds_those_of_a_meta_json_too(folder, capsys):
@@ -373,6 +373,21 @@ def test_nothing_that_is_there_is_written_over(present, flags, folder, monkeypat
     assert status == 2 and f"{present} is there already" in text, text
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_of_two_conversions_into_one_folder_one_is_refused(folder, monkeypatch, capsys):
+    (folder / "in.jsonl").write_text(json.dumps(PLAIN) + "\n")
+    read_file, seen = convert.read_file, []
+
+    def read_while_another_starts(*args):
+        monkeypatch.setattr(convert, "read_file", read_file)
+        seen.append(status_of(capsys, folder / "in.jsonl", f"--out={folder / 'both'}"))
+        yield from read_file(*args)
+
+    monkeypatch.setattr(convert, "read_file", read_while_another_starts)
+    seen.append(status_of(capsys, folder / "in.jsonl", f"--out={folder / 'both'}"))
+    assert [status for status, _ in seen] == [2, 0] and "another run works there" in seen[0][1]
+    assert {path.name for path in folder.iterdir()} >= {"both"} and not list(folder.glob(".*"))
 
 
 def test_a_converted_csv_trains(tmp_path, capsys):

@@ -247,8 +247,8 @@ def test_an_epoch_visits_every_record_once_and_steps_are_repeatable(toy):
 
 def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):
     data = pair_data(toy)
-    packs, dropped = data.plan(data.rows(0))
-    assert not dropped
+    packs, overlong = data.plan(data.rows(0))
+    assert not overlong
     assert sum(len(tree.pairs) for pack in packs for tree in pack) == 8
     assert all(sum(tree.size for tree in pack) <= 600 for pack in packs)
 
@@ -256,14 +256,15 @@ def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):
 def test_over_long_records_are_dropped_by_name_or_get_fewer_tiles(toy):
     long = max(t.longest for t in toy_trees(toy))
     data = pair_data(toy, max_length=long - 1, batch_size=100)
-    packs, dropped = data.plan(data.rows(0))
-    assert dropped and all("line" in name for name in dropped)
+    packs, overlong = data.plan(data.rows(0))
+    assert overlong and all(rule == "dropped" and "line" in name for rule, name in overlong)
     kept = sum(len(pack) for pack in packs)
-    assert kept + len(dropped) == sum(map(len, data.sets))
+    assert kept + len(overlong) == sum(map(len, data.sets))
     record = data.sets[2][0]  # a wide image
     wide = toy_trees(toy)[2]
     data = pair_data(toy, max_length=wide.longest - 1, overlong="fewer_tiles")
-    assert sum(data.fit(record).tiles) < sum(wide.tiles)
+    tree, rule = data.fit(record)
+    assert sum(tree.tiles) < sum(wide.tiles) and rule == "fewer_tiles"
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -273,11 +274,11 @@ def test_a_pair_whose_responses_do_not_fit_into_a_pack_is_dropped_by_name(toy, t
     length = encode_tree(sets[0][1], toy[2], toy[1]).longest
     limits = {"batch_size": 2, "max_length": length, "seed": 1, "share_prefix": share}
     data = PairData(sets, toy[2], toy[1], pack_tokens=length, **limits)
-    [[tree, *copies]], dropped = data.plan(data.rows(0))
-    assert len(copies) == (not share) and dropped == [sets[0][1].name]
+    [[tree, *copies]], overlong = data.plan(data.rows(0))
+    assert len(copies) == (not share) and overlong == [("dropped", sets[0][1].name)]
     assert [record for record, _, _ in tree.pairs] == [sets[0][0]]
     cut = replace(data, overlong="cut")
-    assert cut.fit(sets[0][1]) is None
+    assert cut.fit(sets[0][1]) == (None, "dropped")
     assert data.digest(1) != replace(data, pack_tokens=2 * length).digest(1)
     assert not replace(data, pack_tokens=2 * length).plan(data.rows(0))[1]
 
@@ -289,8 +290,8 @@ def test_a_bush_without_a_shared_prefix_keeps_to_its_pack(toy, tmp_path):
     budget = 2 * (tree.size + len(tree.trunk))
     limits = {"batch_size": 5, "max_length": budget, "seed": 1, "pairs_per_prompt": 5}
     data = PairData(sets, toy[2], toy[1], pack_tokens=budget, share_prefix=False, **limits)
-    packs, dropped = data.plan(data.rows(0))
-    assert sum(len(tree.pairs) for pack in packs for tree in pack) == 5 and not dropped
+    packs, overlong = data.plan(data.rows(0))
+    assert sum(len(tree.pairs) for pack in packs for tree in pack) == 5 and not overlong
     assert all(sum(tree.size for tree in pack) <= budget for pack in packs)
 
 
@@ -300,19 +301,20 @@ def text_pair(tmp_path, **changes):
 
 
 def long_tree(toy, tmp_path, overlong, room):
-    """A text pair that may have `room` tokens behind its prompt; (tree, whole tree)."""
+    """A text pair that may have `room` tokens behind its prompt: (tree, rule, whole tree)."""
     record = text_pair(tmp_path, chosen="It is 3 it is 3", rejected="It is 4 it is 4")
     whole = encode_tree(record, toy[2], toy[1])
     data = pair_data(toy, max_length=len(whole.trunk) + room, overlong=overlong)
-    return data.fit(record), whole
+    return *data.fit(record), whole
 
 
 def test_cut_responses_end_where_the_length_is_reached_without_their_end_token(toy, tmp_path):
-    tree, whole = long_tree(toy, tmp_path, "cut", 6)
+    tree, rule, whole = long_tree(toy, tmp_path, "cut", 6)
+    assert rule == "cut"
     assert tree.responses == [response[:6] for response in whole.responses]
     assert all(toy[2].im_end_id not in response for response in tree.responses)
-    fits, whole = long_tree(toy, tmp_path, "cut", 99)
-    assert fits.responses == whole.responses
+    fits, rule, whole = long_tree(toy, tmp_path, "cut", 99)
+    assert fits.responses == whole.responses and rule == ""
 
 
 def test_a_rejected_response_that_its_sampler_cut_off_has_no_end_to_be_learned(toy, tmp_path):
@@ -327,13 +329,13 @@ def test_a_rejected_response_that_its_sampler_cut_off_has_no_end_to_be_learned(t
 
 @pytest.mark.parametrize(("overlong", "room"), [("drop", 6), ("cut", 0), ("cut", 1)])
 def test_what_cannot_be_cut_apart_is_dropped(toy, tmp_path, overlong, room):
-    assert long_tree(toy, tmp_path, overlong, room)[0] is None
+    assert long_tree(toy, tmp_path, overlong, room)[:2] == (None, "dropped")
 
 
 def test_a_step_whose_records_are_all_too_long_has_no_pack_and_names_them(toy):
     data = pair_data(toy, max_length=10, batch_size=4)
-    packs, dropped = data.plan(data.rows(0))
-    assert packs == [] and len(dropped) == 4
+    packs, overlong = data.plan(data.rows(0))
+    assert packs == [] and len(overlong) == 4
 
 
 @pytest.mark.parametrize("ending", ["", "\n", " \n\t"])

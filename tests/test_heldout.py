@@ -171,10 +171,15 @@ def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_pa
 
 def test_held_out_pairs_that_are_trained_on_are_told(base, toy, tmp_path, capsys):
     cfg = replace(base, max_steps=1, out_dir=tmp_path / "run", reference_cache=toy / "reference")
-    train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl"))
-    assert "toy_text: the run trains on the same file of pairs, too" in capsys.readouterr().err
+    lines = (toy / "toy_text.jsonl").read_text().splitlines()
+    known = json.dumps(json.loads(lines[1]) | {"chosen_meta": {"k": 1}}, indent=None)
+    fresh = json.dumps(json.loads(lines[0]) | {"chosen": "No one knows."})
+    (tmp_path / "some.jsonl").write_text(f"{known}\n{fresh}\n")
+    train_in_process(replace(cfg, heldout=tmp_path / "some.jsonl"))
+    told = "some.jsonl: 1 different pairs of it stand in"
+    assert told in capsys.readouterr().err
     train_in_process(replace(cfg, out_dir=tmp_path / "other"))
-    assert "trains on the same file" not in capsys.readouterr().err
+    assert "of it stand in" not in capsys.readouterr().err
 
 
 def test_every_data_set_has_its_metrics_and_they_add_up(watched):
@@ -193,4 +198,4 @@ def test_heldout_pairs_that_cannot_be_scored_are_refused_before_anything_is_made
     cfg = replace(base, out_dir=tmp_path / "run", max_length=400, heldout=tmp_path / "long.json")
     with pytest.raises(InputError, match=r"long.json: every pair is longer than 400"):
         train_in_process(cfg)
-    assert [path.name for path in cfg.out_dir.iterdir()] == [".lock"]
+    assert list(cfg.out_dir.iterdir()) == []

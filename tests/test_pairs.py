@@ -537,6 +537,10 @@ def test_a_response_with_two_texts_is_an_error_and_a_repeated_line_is_not(world)
     pairs.correctness(pairs.CorrectnessConfig())
     report = json.loads(Path("pairs/pairs.report.json").read_text())
     assert report["correctness"]["sets"]["toys"]["counts"]["repeated lines"] == 3
+    stray = [{**row, "draw": "left"} for row in rows[:3]]  # a key of somebody's own
+    write_lines(world / "samples" / "toys" / "part-0-of-1.jsonl", [*stray, *rows[3:]])
+    write_lines(world / "samples" / "toys" / "part-0-of-2.jsonl", [])
+    pairs.correctness(pairs.CorrectnessConfig())
     write_lines(
         world / "samples" / "toys" / "part-0-of-2.jsonl", [{**rows[0], "response": "other"}]
     )

@@ -201,6 +201,9 @@ def test_a_plan_that_does_not_fit_stops_with_the_ways_out():
     with pytest.raises(InputError) as refusal:
         say_plan(moving, small, 1, GPU, lines.append)
     assert "cached" not in str(refusal.value) and "lora" not in str(refusal.value)
+    frozen = replace(toy, lr_vision=0.0, lr_projector=0.0, lr_language=0.0)
+    with pytest.raises(InputError, match="nothing to train"):
+        say_plan(frozen, small, 1, GPU, lines.append)
     for refused in ({"lr_vision": 0.5}, {"lr_projector": 2.0}, {"lr_language": 0.0}):  # by train.py
         with pytest.raises(InputError) as refusal:
             say_plan(replace(toy, **refused, gpu_memory=0.02), small, 1, GPU, lines.append)

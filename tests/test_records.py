@@ -49,6 +49,10 @@ def test_several_images_share_the_tile_limit(tmp_path):
         ({"question": "x", "chosen": "y"}, "a.jsonl line 2: no 'rejected'"),
         ({**GOOD, "chosen": 3}, "line 2: 'chosen' must be str, got 3"),
         ({**GOOD, "chosen": " "}, "line 2: chosen is empty"),
+        *(
+            ({**GOOD, key: "half \ud800"}, "line 2: 'utf-8' codec can't encode")
+            for key in ("question", "chosen", "rejected", "system_prompt")
+        ),
         ({**GOOD, "rejected": " It is 3.\n"}, "line 2: chosen and rejected are the same text"),
         ({**GOOD, "rejected": GOOD["chosen"]}, "line 2: chosen and rejected are the same text"),
         (

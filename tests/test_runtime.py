@@ -1,5 +1,6 @@
 """Flags, crash-safe files, metrics."""
 
+import fcntl
 import os
 import re
 import signal
@@ -102,6 +103,7 @@ def test_wrong_usage_exits_with_status_2_and_says_why(argv, message, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and error.endswith(" --help\n")
 
 
 def test_what_other_programs_call_a_flag_leads_to_one_of_train():
@@ -383,3 +385,21 @@ def test_wrong_flags_are_told_before_torch_is_imported(name):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--hlep" in done.stderr
     assert not re.search(r"\| +(torch|numpy|PIL)$", done.stderr, re.MULTILINE)
+
+
+def test_a_lock_of_a_file_that_its_holder_has_just_removed_counts_for_nothing(
+    tmp_path, monkeypatch
+):
+    flock = fcntl.flock
+
+    def flock_late(file, operation):
+        (tmp_path / ".lock").unlink()
+        flock(file, operation)
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="another run works"):
+        patched.setattr(fcntl, "flock", flock_late)
+        with runtime.alone_in(tmp_path, 0, "end it"):
+            pass
+    with runtime.alone_in(tmp_path, 0, "end it"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []

@@ -38,6 +38,10 @@ class ConvertConfig:
     root: Path | None = flag(None, "folder of the images; default: that of the input")
     flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
 
+    def __post_init__(self) -> None:
+        if (self.to == "mmpr") == (self.out.suffix == ".jsonl"):
+            raise InputError(f"{self.out}: --to mmpr writes a folder, any other a .jsonl file")
+
 
 from images import checked_images
 from records import DataSet, PairRecord, read_meta
@@ -135,7 +139,6 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     held = {name: content for name, (_, content) in zip(names, images) if content}
     line = {"question": question, "chosen": chosen, "rejected": rejected, "system_prompt": system}
     line |= {"image": names, "cut_off": raw.get("cut_off", False)}
-    f"{question}{chosen}{rejected}{system}".encode()  # half a character fails here, by name
     record = DataSet("", root).check(line, name)
     with ExitStack() as undo:
         for path in (root / file for file in held if not (root / file).exists()):
@@ -230,8 +233,6 @@ def read_table(path: Path) -> Iterator[dict]:
 def convert(cfg: ConvertConfig) -> dict:
     """Write what can be converted; the report: how many pairs, and why which others are none."""
     mmpr = cfg.to == "mmpr"
-    if mmpr == (cfg.out.suffix == ".jsonl"):
-        raise InputError(f"{cfg.out}: --to mmpr writes a folder, any other a .jsonl file")
     lines = cfg.out / f"{cfg.input.stem}.jsonl" if mmpr else cfg.out
     folder = lines.parent
     report_file = folder / ("report.json" if mmpr else f"{lines.stem}.report.json")
@@ -265,7 +266,9 @@ def convert(cfg: ConvertConfig) -> dict:
 
 
 def main() -> None:
-    report = convert(runtime.parse_cli(ConvertConfig))
+    cfg = runtime.parse_cli(ConvertConfig)
+    with runtime.alone_in(cfg.out.parent, 0, "pass another --out", f".{cfg.out.name}.lock"):
+        report = convert(cfg)
     print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}: see its report.json")
 
 

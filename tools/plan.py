@@ -155,10 +155,8 @@ class Meter:
         cfg, load = self.cfg, load_of(*step.trees, share_images=self.cfg.share_images)
         forward, backward = flops(cfg, self.config, load)
         online = cfg.reference == "online" and reference is not None
-        return {
-            "pairs": len(step.pairs),
+        return step.counts | {
             "tokens": load.tokens,
-            "dropped": len(step.dropped),
             "tokens_per_s": load.tokens / seconds,
             "pairs_per_s": len(step.pairs) / seconds,
             "mfu": (forward * (1 + online) + backward) / (seconds * self.peak),
@@ -346,6 +344,8 @@ def say_plan(
 ) -> None:
     """Print the plan; InputError where it exceeds the GPU's memory, with flags that would help."""
     memory, plan = memory_of(cfg, device), plan_of(cfg, config, gpus, device)
+    if not plan.optimizer:
+        raise InputError("nothing to train: what would learn has rate 0 or no block that is run")
     say(plan)
     if plan.needed <= memory:
         say(f"fits into {memory / GB:.4g} GB")
