@@ -73,8 +73,8 @@ class KVCache:
 
     A prompt's blocks are read by all rows that continue it; an answer takes blocks as it grows.
     Each piece is attended by itself, in place, and a row's partial sums are weighed in the end:
-    nothing is copied.  A piece is a block; on a CPU a whole room, where all rooms are neighbouring
-    blocks, as many each.  Keys are stored as they were turned, and never turned again.
+    nothing is copied.  A piece is a block; on a CPU it is a whole room, if all rooms are equally
+    many neighbouring blocks.  Keys are stored as they were turned, and never turned again.
 
     rounded: sizes are rounded up, and held for a while, so that few shapes are captured.
     exact: a row's numbers depend on no other row: pieces are blocks, rows and the queries of a
@@ -210,9 +210,9 @@ class KVCache:
     def _span(self, rows: list[tuple[Room, ...]], part: int, padded: int) -> tuple:
         """The span of every row's room number `part`: 0 the prompt's, 1 the answer's own, if any.
 
-        With it its readers (piece seat) and the pieces of each row (row width), as the number of
-        the first partial sum that they give it, or -1, in one array; each piece, its room and the
-        tokens of the room before it.
+        With it a flat table: the rows that read each piece (piece seat), then which of these
+        partial sums are a row's (row width), -1 for none.  Then, of each piece in use, its place in
+        the span, its room (all rooms, and the number of each one's), the room's tokens before it.
         """
         readers = np.array([n for n, row in enumerate(rows) if part < len(row)])
         rooms, high = [rows[n][part] for n in readers], part == 1

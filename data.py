@@ -2,10 +2,10 @@
 
     PairData       deterministic order of pairs; the packs of any Step, so resuming needs no state
     Tree           prompt (trunk) + responses (branches) of one question, as token ids
-    Pack           several trees laid one after another in ONE flat sequence, no padding
+    Pack           several trees laid one after another in ONE flat sequence
 
 Differs from the official loader: the image is encoded once per tree and not four times, and a
-record that is too long is dropped by name unless --overlong cut asks for the official way.
+record that is too long is dropped by name, unless --overlong asks for another way.
 """
 
 import hashlib

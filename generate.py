@@ -345,7 +345,7 @@ class Scheduler:
         return self.waiting.popleft()
 
     def has_room(self, blocks: int, groups: int, rows: int) -> bool:
-        """Whether so many blocks are left, and half a block for every row, or all they may need.
+        """Whether so many blocks are free beside half a block a row, or all that rows may yet need.
 
         A step computes as many rows for each group as the widest has: one wide group among many
         narrow ones has to wait.

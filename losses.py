@@ -62,7 +62,7 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:  # (b s vocab), (b s)
 
 
 def aligned(head_weight: Tensor) -> Tensor:  # (vocab d) -> (multiple of 8, d)
-    """With rows of zeros behind an odd vocabulary (92,553), as an H100 multiplies it 7x as fast."""
+    """Rows of zeros behind an odd vocabulary (92,553): an H100 multiplies by it 7 times as fast."""
     missing = -len(head_weight) % 8
     return F.pad(head_weight, (0, 0, 0, missing)) if missing else head_weight
 

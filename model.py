@@ -38,7 +38,7 @@ ALL = slice(None)  # of the tokens whose hidden states are wanted
 
 
 def rotary(config: LLMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (b s d) float32, of positions (b s); a row attends keys up to its last one.
+    """cos and sin, each (b s d) float32, of positions (b s), a row's largest being its last key's.
 
     The first half of sin is negated, as `Attention` wants it.
 
@@ -76,9 +76,9 @@ class TreeAttention:
 
         k <= q  and  tree[k] == tree[q]  and  branch[k] in (0, branch[q])
 
-    On CUDA a FlexAttention block mask.  Elsewhere by segments: neighbouring trees that together
-    hold at most `span` tokens under one mask, the readable reference; of a longer tree the trunk
-    causally, then each branch with the trunk's keys and its own.  No (s s) tensor either way.
+    On CUDA a FlexAttention block mask.  Elsewhere by segments: neighbouring trees of at most `span`
+    tokens together have one dense mask, the readable reference; a longer tree has its trunk attend
+    causally, then each branch to the trunk's keys and its own.  No (s s) tensor either way.
     """
 
     def __init__(

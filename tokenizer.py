@@ -6,11 +6,11 @@
     encode_chat         prompt ids, from the system message to the open assistant turn
     encode_response     ids of one response with its <|im_end|>: the labels behind such a prompt
 
-Sources: tokenization_internlm2.py (the slow class), transformers' tokenization_qwen2.py;
-conversation.py and modeling_internvl_chat.py (chat) for prompts, internvl/train/dataset.py
-(preprocess_internlm, preprocess_mpt, preprocess_internvl2_5) for labels; of the files,
-sentencepiece_model.proto and sentencepiece's bpe_model.cc: neither sentencepiece nor protobuf is
-needed.  The names of special tokens stand in tokenizer_config.json.
+Sources.  Ids: tokenization_internlm2.py (the slow class), transformers' tokenization_qwen2.py.
+Prompts: conversation.py and modeling_internvl_chat.py (chat).  Labels: internvl/train/dataset.py
+(preprocess_internlm, preprocess_mpt, preprocess_internvl2_5).  Files: sentencepiece_model.proto,
+bpe_model.cc (neither sentencepiece nor protobuf is needed) and, for the names of special tokens,
+the checkpoint's own tokenizer_config.json.
 
 Tokens with names are of three kinds.  Special ones (<s>, <|im_end|>, <img>, <IMG_CONTEXT> ...)
 enter prompts by id alone; their names in anybody's text are plain text, so no text can forge a turn

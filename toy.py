@@ -28,7 +28,7 @@ class ToyConfig:
     """Write a tiny world in the real formats: model, images, preference pairs, training flags."""
 
     out: Path = flag(Path("toy"), "folder to write")
-    pairs: int = flag(128, "pairs of the largest data set; the others follow", low=8)
+    pairs: int = flag(128, "pairs of toy_steps; the sizes of the other sets follow", low=8)
     seed: int = flag(0, "another seed, another world", low=0)
     llm: Literal["internlm2", "qwen2", "qwen3"] = flag("internlm2", "the model's language model")
     demo: bool = flag(False, "a model that sees, and pairs enough to learn counting from")

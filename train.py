@@ -334,7 +334,7 @@ class Run:
 
 
 def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> TrainConfig:
-    """What the user left open is what the release's own MPO script sets; flags go together."""
+    """Fill in what the user left open, as the release's MPO script has it; check what is given."""
     values = recipe(config)
     settings = {n: value for n, value in vars(values).items() if getattr(cfg, n, "") is None}
     if cfg.pack_tokens is None:
@@ -388,7 +388,7 @@ def contents(sets: list[DataSet]) -> Iterator[int]:
 
 
 def last_step(cfg: TrainConfig, data: PairData) -> int:
-    """The number of steps: a run ends with one that it makes, of which a pair is left."""
+    """The number of steps; the last one has a pair, so that a run ends with a step it makes."""
     there = data.steps_per_epoch * cfg.epochs
     total = min(there, cfg.max_steps or there)
     if cfg.max_steps > there:
@@ -453,8 +453,8 @@ def prepare(model: InternVL, cfg: TrainConfig, trained: bool = True) -> InternVL
 
 
 def compile_blocks(model: InternVL, **options: Any) -> None:
-    """The ViT's for any number of tiles at once: compiled for the first number that comes, a
-    continued run would get other kernels, and other last bits, than one without a stop."""
+    """Compile each block, the ViT's for any number of tiles: compiled for the first number that
+    comes, a continued run would get other kernels, and other last bits, than an unbroken one."""
     for block in model.vision_model.encoder.layers:
         block.compile(dynamic=True, **options)
     for block in model.language_model.model.layers:
@@ -910,7 +910,7 @@ def asked_to_stop() -> bool:
 
 @contextlib.contextmanager
 def in_group(seed: int) -> Iterator[torch.device]:
-    """A process of the group, its device; a signal asks it to stop, and its peers may die."""
+    """This process's device in the group.  A signal asks it to stop; a dead peer is reported."""
     try:
         with runtime.process_group(seed) as device:
             signal.signal(signal.SIGTERM, ask_to_stop)

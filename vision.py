@@ -34,7 +34,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @functools.cache
 def candidate_grids(max_tiles: int, min_tiles: int = 1) -> list[tuple[int, int]]:
-    """All (cols, rows) with min_tiles <= cols * rows <= max_tiles, by area; ties as in a set."""
+    """All (cols, rows) of min_tiles to max_tiles tiles, by area; ties as in the official set."""
     sides = range(1, max_tiles + 1)
     grids = [(cols, rows) for cols in sides for rows in sides[: max_tiles // cols]]
     grids = [grid for grid in grids if math.prod(grid) >= min_tiles]
@@ -244,7 +244,7 @@ class InternViT(nn.Module):
         self.embeddings = VisionEmbeddings(config)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.encoder = nn.Module()  # of which checkpoints have the name, and nothing else
+        self.encoder = nn.Module()  # checkpoints have the name; it does nothing
         self.encoder.layers = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
 
     def forward(self, tiles: Tensor, select_layer: int = -1) -> Tensor:  # (tile 1+patch d)
