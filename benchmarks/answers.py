@@ -103,8 +103,9 @@ def _undress_line(head: str, trigger: str, answer: str) -> tuple[int, str, str]:
     if len(answer) <= MAX_ANSWER:
         inner = re.sub(r"[^*_]", "", trigger)  # of **Final answer**: 5
         answer = _emphasis(f"{marks.strip()}\0{inner}{answer}").partition("\0")[2].strip()
-        if answer.count("**") % 2 or not answer.strip("*_ \n"):  # half a mark, or marks alone
+        if answer.count("**") % 2:  # half a mark
             answer = answer.strip("*_ \n")
+        answer = answer if answer.strip("*_ \n") and undress(answer) else ""  # marks alone
     return len(marks), re.sub(r"[*_]", "", trigger), answer
 
 
@@ -143,7 +144,7 @@ def extract_answer_from_box(text: str) -> str:
 
 def _parse_whole(response: str) -> Parsed:
     answer = response.strip()
-    if not answer:
+    if not undress(answer[:MAX_ANSWER]):
         return Parsed(failure="empty answer")
     if "\n" in answer or len(answer.split()) > 10 or _answer_line(answer)[0]:
         return Parsed(failure="not a word or phrase")
@@ -154,7 +155,7 @@ def _parse_box(response: str) -> Parsed:
     start, content = _last_box(response)
     if content is None:
         return Parsed(failure="no box" if start < 0 else "unbalanced box")
-    if not content.strip():
+    if not undress(content):
         return Parsed(failure="empty box")
     return Parsed(response[:start].strip(), content.strip())
 
@@ -193,8 +194,8 @@ def fix_answer(response: str, pred: str = "", gt: str = "") -> str:
 
 # --------------------------------------------------------------------------- plain text
 
-_invisible, _markup, _half = map(rewrites, ("invisible", "markup", "half"))
-_one_spelling = rewrites("spelling numbers chinese wording amounts groups", re.IGNORECASE)
+_invisible, _markup, _half, _chinese = map(rewrites, "invisible markup half chinese".split())
+_one_spelling = rewrites("spelling numbers wording amounts groups", re.IGNORECASE)
 # most answers: nothing of them is rewritten, and they are no list, chain, relation or unit
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
@@ -215,7 +216,7 @@ def undress(text: str) -> str:
 @functools.lru_cache(maxsize=8192)
 def plain_text(text: str) -> str:
     """The answer undressed and in one spelling: LaTeX as plain signs, numbers in digits."""
-    text = undress(text)
+    text = undress(text) if text.isascii() else _chinese(undress(text))
     return text if _PLAIN_NUMBER.fullmatch(text) else _one_spelling(text)
 
 
@@ -347,14 +348,14 @@ _reply = functools.lru_cache(maxsize=8192)(rewrites("reply", re.IGNORECASE))
 def same_answer(pred: str, gold: str) -> bool:
     """Both answers mean the same: the judge of the pairs."""
     pred, gold = plain_text(pred), plain_text(gold)
-    if _SPECIAL.match(pred) or _SPECIAL.match(gold):
-        pred, gold = _both(pred), _both(gold)
     # never both without their subjects: the stove is hot, the wire is hot
     pairs = (pred, gold), (_reply(pred), gold), (pred, _reply(gold))
     return any(all(pair) and _same_plain(*pair) for pair in dict.fromkeys(pairs))
 
 
 def _same_plain(pred: str, gold: str) -> bool:
+    if _SPECIAL.match(pred) or _SPECIAL.match(gold):
+        pred, gold = _both(pred), _both(gold)
     # BA is a word, but beside AB or A and B it is options
     theirs = read_options(gold, strict=not read_options(pred, strict=True))
     ours = read_options(pred)
@@ -629,10 +630,8 @@ def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | 
     if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return "equal" if len(answer) == len(gold) and answer.lower() == gold.lower() else None
     bare_answer, bare_gold = undress(answer), undress(gold)
-    if not bare_gold or not bare_answer:  # an empty gold is an input error, never a match
-        return None
     if bare_answer == bare_gold:
-        return "equal"
+        return "equal" if bare_gold else None  # an empty gold is an input error, never a match
     return next((mode for mode in modes if MODES[mode](answer, gold)), None)
 
 

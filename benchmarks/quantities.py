@@ -504,9 +504,10 @@ def same_quantity(a: Quantity, b: Quantity, same: Callable = same_value) -> bool
     if a.unit == b.unit:
         return same(a, b)
     (scale, kind), (gold_scale, gold_kind) = a.unit or Unit(), b.unit or Unit()
-    if kind == gold_kind and same(a.times(scale), b.times(gold_scale)):
-        return True
-    return None in (a.unit, b.unit) and same(a, b)
+    small, large = sorted((kind, gold_kind))
+    dollars = small == _UNITS["$"].kind and large % small == 0 and _scales(large)  # $5 and CA$5
+    converted = (small == large or dollars) and same(a.times(scale), b.times(gold_scale))
+    return converted or (None in (a.unit, b.unit) and same(a, b))
 
 
 def same_in_other_units(a: Quantity, b: Quantity) -> bool:
