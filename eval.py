@@ -19,7 +19,6 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -102,10 +101,10 @@ def generate(cfg: Generate) -> Path:
     out = cfg.out or Path("results") / place
     images = image_paths(bench, items, cfg.images, out)
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
-    questions = asked(bench, items, cfg.cot)
+    shown = sorted([item["id"], runtime.fingerprint(paths)] for item, paths in zip(items, images))
     made_by = RunFile(
         bench.name, SETTINGS[cfg.cot], PROMPTS_VERSION, model, weights, cfg.max_tiles, tokens,
-        questions, runtime.fingerprint({*chain(*images)}),
+        asked(bench, items, cfg.cot), digest(shown),
     )  # fmt: skip
     runtime.claim(out, vars(made_by), "use another --out")
     # each process of one start has its own lock
@@ -242,7 +241,7 @@ class Score(Replies):
 
     def items(self) -> list[Item]:
         items = super().items()
-        if blank := [i["id"] for i in items if i.get("answer") in ("", [], [""], [None])]:
+        if blank := [i["id"] for i in items if i.get("golds", i.get("answer")) in ("", [])]:
             remedy = "a split whose answers are not published can be answered and judged alone"
             raise InputError(f"no gold answer to {files.listed(blank)}: {remedy}")
         given = {"synonyms": self.synonyms} if self.synonyms else {}
@@ -261,7 +260,7 @@ class RunFile:
     max_tiles: int | None = None
     max_new_tokens: int | None = None
     questions: str | None = None  # of what `asked` is the hash
-    images: str | None = None  # their content
+    images: str | None = None  # of each item the content
 
 
 def read_runs(cfg: Replies) -> tuple[RunFile, dict[Path, RunFile]]:

@@ -15,7 +15,7 @@ def item(row: Item) -> None:
     """Four consecutive rows are one question; existence and relation are numbered apart."""
     number, category = row["question_id"], row["category"]
     row["id"] = f"{'exist' if category == 'exist' else 'relation'}/{number}"
-    row["_aliases"] = [number, f"{category}/{number}"]
+    row["_aliases"] = [f"/{number}", f"{category}/{number}"]
     row["group"] = f"{row['_file']} {row['_index'] // 4}"
 
 
@@ -42,8 +42,8 @@ def circular(readings: Readings) -> dict:
 
 BENCHMARK = Benchmark(
     name="crpe", files=("crpe_*.jsonl", "questions*.jsonl"),
-    fields={"question_id": int | str, "text": str, "category": str,
-            "correct_option": Literal[*"ABCD"]},
+    fields={"question_id": int | str, "text": str, "correct_option": Literal[*"ABCD"],
+            "category": Literal["exist", "subject", "predicate", "object"]},
     item=item, suffix=LETTER_SUFFIX, new_tokens=100, read=read, modes=("vlmevalkit", "strict"),
     metric="circular accuracy, mean of the relations", groups=("category",), summary=circular,
     mean_of=("subject", "predicate", "object"), pooled_as="pooled_relation",

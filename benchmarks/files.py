@@ -16,10 +16,8 @@ from runtime import InputError, check_type, named, read_json, read_jsonl
 
 ID_KEYS = ("id", "pid", "question_id", "image_id", "index", "image_path")
 # the raw reply first: official files may also hold the read answer, the question or the gold
-REPLY_KEYS = tuple(
-    "response answer_orig model_answer caption messages prediction text answer".split()
-)
-JUDGEMENT_KEYS = tuple("tuple score judgement content review text".split())
+REPLY_KEYS = "response answer_orig model_answer caption messages prediction text answer".split()
+JUDGEMENT_KEYS = "tuple score judgement content review text".split()
 
 
 def listed(names: Iterable[Any], most: int = 8) -> str:
@@ -138,12 +136,12 @@ def rows_by_id(bench: Benchmark, items: list[Item], files: Iterable[Path]) -> di
             key = order if "choices" in row else row.get("id", row.get("index", order))
         if key is None:
             raise InputError(f"{source}: no id ({', '.join(ID_KEYS)})")
-        names = [f"{row['category']}/{key}"] if row.get("category") else []
-        ids = next((ids for n in (*names, str(key)) if (ids := known.get(n))), set())
+        names = f"{row.get('category') or ''}/{key}", str(key)
+        ids = next((ids for name in names if (ids := known.get(name))), set())
         if len(ids) != 1:
             problem = "is not in the data: another benchmark's file?"
-            if len(ids) > 1 and not names:
-                problem = f"may be {listed(sorted(ids))}: the row needs its 'category'"
+            if ids:
+                problem = f"may be {listed(sorted(ids))}: the row needs its 'category' or 'id'"
             raise InputError(f"{source}: id {key!r} {problem}")
         (name,) = ids
         if name in rows:
@@ -160,12 +158,15 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
             raise InputError(f"no {path}: `generate` writes it when every item is answered")
     replies = rows_by_id(bench, items, files)
     questions, fields = {item.get("_file") for item in items}, "|".join(bench.fields).split("|")
-    for row in replies.values():
+    asked = {item["id"]: item.get("question") for item in items if bench.ordered}
+    for id, row in replies.items():
         key = next((k for k in REPLY_KEYS if k in row), None)
         if key is None:
             raise InputError(f"{row['_source']}: no reply; needs one of {', '.join(REPLY_KEYS)}")
         if row["_file"] in questions and key in fields:
             raise InputError(f"{row['_source']}: {key!r} is the data's own, no reply to it")
+        if asked and row.get("question", asked[id]) != asked[id]:
+            raise InputError(f"{row['_source']}: 'question' is not the data's at this place")
         reply = row[key]
         if isinstance(reply, list) and reply:  # the turns of M3CoT's own outputs
             reply = reply[-1].get("content") if isinstance(reply[-1], dict) else reply[-1]

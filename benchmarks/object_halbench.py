@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,25 @@ def item(row: Item) -> None:
     """Objects that are there: `gt_objects`, else COCO 2014's annotation files in the folder."""
     row["synonyms"] = row["_file"].parent / "synonyms.txt"
     if row.get("gt_objects") is None:
-        objects, captions = coco_truth(row["_file"].parent)
-        row["gt_objects"] = sorted(objects[int(row["image_id"])])
-        row["gt_captions"] = captions[int(row["image_id"])]
+        folder, image = row["_file"].parent, int(row["image_id"])
+        for key, kind in (("gt_objects", "instances"), ("gt_captions", "captions")):
+            if image not in (truth := coco_truth(folder, kind)):
+                raise InputError(f"no {key!r}; {kind}_*2014.json in {folder} lack image {image}")
+            row[key] = sorted(truth[image])
     row["question"] = row.get("question") or "Please describe this image in detail."
 
 
 @functools.cache
-def coco_truth(folder: Path) -> tuple[dict[int, set], dict[int, list]]:
-    """image id -> classes of instances_*2014.json, and texts of captions_*2014.json."""
-    objects, captions = defaultdict(set), defaultdict(list)
-    instances = near(folder, "instances_*2014.json")
-    if not instances:
-        raise InputError(f"no 'gt_objects' in the rows and no instances_*2014.json in {folder}")
-    for path in instances:
+def coco_truth(folder: Path, kind: str) -> dict[int, set[str]]:
+    """image id -> classes of instances_*2014.json or texts of captions_*2014.json, or none."""
+    truth: dict[int, set[str]] = {}
+    for path in near(folder, f"{kind}_*2014.json"):
         content = read_json(path)
-        names = {c["id"]: c["name"] for c in content["categories"]}
+        truth |= {image["id"]: set() for image in content.get("images", ())}
+        names = {c["id"]: c["name"] for c in content.get("categories", ())}
         for a in content["annotations"]:
-            objects[a["image_id"]].add(names[a["category_id"]])
-    for path in near(folder, "captions_*2014.json"):
-        for a in read_json(path)["annotations"]:
-            captions[a["image_id"]].append(a["caption"])
-    return objects, captions
+            truth.setdefault(a["image_id"], set()).add(a.get("caption") or names[a["category_id"]])
+    return truth
 
 
 @functools.cache

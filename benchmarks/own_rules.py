@@ -10,13 +10,14 @@ from benchmarks import m3cot
 from benchmarks.answers import get_mode, is_correct, parse_answer
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Reply, last_number, lettered
 
-NOT_ASKED = "images video videos clip audio audios history system system_prompt choices options"
+UNREAD = "images video videos clip audio audios history system system_prompt choices options"
+FIELDS = {"question": str, **dict.fromkeys(UNREAD.split(), type(None))}  # refused by name
 OWN_BASELINE = "compare with the same checkpoint's baseline only, not with the paper's Table 5"
 
 
 def item_golds(row: Item) -> None:
-    gold = row["answer"]
-    row["golds"] = [str(g) for g in (gold if isinstance(gold, list) else [gold])]
+    golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    row["golds"] = [str(gold) for gold in golds if gold not in (None, "")]
 
 
 def item_gsm8k(row: Item) -> None:
@@ -60,24 +61,24 @@ def read_gsm8k(item: Item, reply: Reply, mode: str) -> Reading:
 
 TEXT_MC = Benchmark(
     name="text_mc", files=("*.jsonl",), image=False,
-    fields={"question": str, "choices": list, "answer": str | int},
+    fields={**FIELDS, "choices": list, "answer": str | int},
     item=m3cot.item, question=m3cot.question, suffix=m3cot.LETTER_SUFFIX, new_tokens=100,
     read=read_choice, groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
 )  # fmt: skip
 TEXT_EM = Benchmark(
     name="text_em", files=("*.jsonl",), image=False,
-    fields={"question": str, "answer": str | int | float | list[str | int | float | None]},
+    fields={**FIELDS, "answer": str | int | float | list[str | int | float | None]},
     item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_match,
     modes=("substring", "exact"), notes=TEXT_MC.notes,
 )  # fmt: skip
 OWN = Benchmark(
     name="own", files=("*.jsonl",),
-    fields={**TEXT_EM.fields, **dict.fromkeys(NOT_ASKED.split(), type(None)), "image": str},
+    fields={**TEXT_EM.fields, "image": str},
     item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
     notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
 )  # fmt: skip
 GSM8K = Benchmark(
     name="gsm8k", files=("test.jsonl", "*.jsonl"), image=False,
-    fields={"question": str, "answer": str | int | float},
+    fields={**FIELDS, "answer": str | int | float},
     item=item_gsm8k, new_tokens=512, read=read_gsm8k, notes=TEXT_MC.notes,
 )  # fmt: skip

@@ -28,7 +28,7 @@ def item(row: Item) -> None:
         labels = official_labels(row["_file"].parent)
         text = row["text"].removesuffix(PHRASE_SUFFIX).strip()
         row["label"] = labels.get((row["category"], row["image"], text))
-    row["id"], row["_aliases"] = f"{row['category']}/{number}", [number]
+    row["id"], row["_aliases"] = f"{row['category']}/{number}", [f"/{number}"]
 
 
 @functools.cache

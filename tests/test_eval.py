@@ -139,6 +139,18 @@ def test_llava_bench_names_a_category_that_its_judge_left_unread(tmp_path):
         scored("llava_bench", None, judgements=(write_jsonl(tmp_path / "j.jsonl", rows),))
 
 
+def test_mmhals_replies_in_another_order_than_its_questions_are_noticed(tmp_path):
+    rows = [{"question": q, "gt_answer": "a", "image_content": [], "image": "a.png"} for q in "?!"]
+    data = write_jsonl(tmp_path / "mmhal.jsonl", rows)
+    replies = [row | {"model_answer": row["question"]} for row in rows]
+    flags = {"bench": "mmhal", "data": (data,), "out": tmp_path / "r"}
+    answers = write_jsonl(tmp_path / "a.jsonl", replies)
+    assert evaluation.judge(Judge(**flags, answers=(answers,))) == ["0", "1"]
+    with pytest.raises(InputError, match="a.jsonl line 1: 'question' is not the data's at this"):
+        write_jsonl(answers, replies[::-1])
+        evaluation.judge(Judge(**flags, answers=(answers,)))
+
+
 def test_mmhal_and_mmvet_equal_the_official_figures(bench):
     folder = bench / "mmhal"
     expected = json.loads((folder / "scores.json").read_text())
@@ -328,6 +340,27 @@ def test_chair_finds_plurals_double_words_and_no_false_persons(tmp_path):
         assert halbench.named_objects(caption, tmp_path / "synonyms.txt") == objects, caption
 
 
+def test_chair_takes_its_truth_from_coco_and_misses_no_image_in_silence(tmp_path):
+    (tmp_path / "synonyms.txt").write_text(SYNONYMS)
+    rows = [{"image_id": id, "caption": "A dog and a train"} for id in (7, "8")]
+    data = write_jsonl(tmp_path / "captions.jsonl", rows)
+    coco = {"images": [{"id": 7}, {"id": 8}], "categories": [{"id": 1, "name": "dog"}]}
+    dog, train = {"image_id": 7, "category_id": 1}, {"image_id": 7, "caption": "A train track"}
+    with pytest.raises(InputError, match="line 1.*no 'gt_objects'; instances_.*lack image 7"):
+        scored("object_halbench", data, data)
+    (tmp_path / "instances_val2014.json").write_text(json.dumps(coco | {"annotations": [dog]}))
+    halbench.coco_truth.cache_clear()
+    with pytest.raises(InputError, match="no 'gt_captions'; captions_.*lack image 7"):
+        scored("object_halbench", data, data)
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(coco | {"annotations": [train]}))
+    halbench.coco_truth.cache_clear()
+    result = scored("object_halbench", data, data)  # in 8 nothing is annotated
+    assert (result["mentions"], result["hallucinated_mentions"]) == (4, 3)
+    write_jsonl(data, [*rows, {"image_id": 9, "caption": "A dog"}])
+    with pytest.raises(InputError, match="line 3.*lack image 9"):
+        scored("object_halbench", data, data)
+
+
 def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
     (tmp_path / "synonyms.txt").write_text(SYNONYMS)
     first = {"image_id": 7, "caption": "two dogs and a man", "gt_objects": ["dog"]}
@@ -350,6 +383,7 @@ def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
         ("text_mc", {"choices": ["x", "y"], "answer": 0}, "none", False, 0, 1),
         ("text_em", {"answer": ["The Nile", "nile river"]}, "the answer is: the Nile!\nx", False,
          100, 0),
+        ("text_em", {"answer": ["The Nile", None, ""]}, "None of them", False, 0, 0),
         ("own", {"answer": 3, "image": "a.png"}, "3", False, 100, 0),
         ("own", {"answer": 3, "image": "a.png"}, "Final answer: 3", False, 0, 1),
         ("own", {"answer": 3, "image": "a.png"}, "So.\nFinal answer: 3", True, 100, 0),
@@ -464,6 +498,8 @@ def test_a_score_of_a_part_says_which_categories_are_absent(tmp_path):
     part = data / "coco_pope_random.json"
     notes = scored("pope", part, write_jsonl(tmp_path / "b.jsonl", rows))["notes"]
     assert notes == ["without adversarial, popular"]
+    with pytest.raises(InputError, match="b.jsonl line 1: id 4 is not in the data"):
+        scored("pope", data / "coco_pope_popular.json", tmp_path / "b.jsonl")  # numbered alike
 
 
 @pytest.mark.parametrize("no", ["**No**", "NO", "No!", '"No"', "No\nThere is none.", "It isn't"])
@@ -484,6 +520,7 @@ def test_bad_input_is_named(tmp_path, capsys):
         ([*rows, rows[0]], r"b.jsonl line 13: duplicate id 'random/4'"),
         ([{**rows[0], "question_id": 99}], "not in the data"),
         ([{"question_id": 1, "text": "no"}], "may be .* needs its 'category'"),
+        ([{**rows[0], "category": "Random"}], "id 4 is not in the data"),
     ):
         with pytest.raises(InputError, match=message):
             scored("pope", data, write_jsonl(other, changed))
@@ -532,6 +569,11 @@ def test_bad_input_is_named(tmp_path, capsys):
         ("own", {"image": "a.png", "question": "?", "answer": "a", "videos": ["a.mp4"]}),
         ("own", {"image": "a.png", "question": "?", "answer": [["a"]]}),
         ("own", {"image": "a.png", "question": "?", "answer": "a", "choices": ["a", "b"]}),
+        ("text_em", {"question": "?", "answer": "a", "system": "Be brief."}),
+        ("text_mc", {"question": "?", "choices": ["a"], "answer": 0, "history": [["a", "b"]]}),
+        ("gsm8k", {"question": "?", "answer": "3", "images": ["a.png"]}),
+        ("crpe", {"question_id": 1, "image": "a.jpg", "text": "?", "category": "Subject",
+                  "correct_option": "A"}),
     ],
 )  # fmt: skip
 def test_a_row_of_the_wrong_type_ends_in_one_line_that_names_it(bench, row, tmp_path, capsys):
@@ -540,7 +582,7 @@ def test_a_row_of_the_wrong_type_ends_in_one_line_that_names_it(bench, row, tmp_
     assert error.count("\n") == 1 and "data.jsonl line 1" in error
 
 
-@pytest.mark.parametrize("answer", ["", [], [""], [None]])
+@pytest.mark.parametrize("answer", ["", [], [""], [None], [None, ""]])
 @pytest.mark.parametrize("bench", ["own", "text_em"])
 def test_a_split_without_published_answers_is_not_scored_as_wrong(bench, answer, tmp_path):
     rows = [
@@ -856,6 +898,24 @@ def test_an_image_that_was_replaced_is_noticed_when_answering_goes_on(world):
     image.write_bytes(b"another picture")
     with pytest.raises(InputError, match="made with another images .*use another --out"):
         evaluation.generate(asked(world, "one"))
+
+
+def test_two_questions_that_swapped_their_images_are_noticed(world):
+    """Also where the images have one name, in two folders."""
+    places = ["a/1.jpg", "b/1.jpg"]
+    for place in places:
+        (world / place).parent.mkdir()
+        (world / place).write_bytes(place.encode())
+    rows = [{"id": i, "image": p, "question": "?", "answer": "x"} for i, p in enumerate(places)]
+    data = write_jsonl(world / "own.jsonl", rows)
+    cfg = Generate("own", (data,), model_dir=world / "model", out=world / "one")
+    evaluation.generate(cfg)
+    evaluation.generate(cfg)  # the same ones, in any order
+    write_jsonl(data, rows[::-1])
+    evaluation.generate(cfg)
+    write_jsonl(data, [row | {"image": p} for row, p in zip(rows, places[::-1])])
+    with pytest.raises(InputError, match="made with another images"):
+        evaluation.generate(cfg)
 
 
 def test_other_settings_in_a_folder_are_refused_by_name(world):
