@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +163,7 @@ from config import InternVLConfig, load_config, recipe
 from data import STAND_IN, Pack, PairData, Step, Tree, prefetch, response_keys, seeded
 from losses import BcoShift, PairLogps, Terms, objective, parse_objective
 from model import InternVL, TreeAttention
-from records import DataSet, PairRecord, part_files, read_meta, read_parts
+from records import PairRecord, part_files, read_meta, read_parts
 from tokenizer import load_tokenizer
 from weights import FLOATS, local
 
@@ -373,18 +372,12 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     if not cfg.heldout:
         return data, None
     heldout = replace(data, sets=read_meta(cfg.heldout, limit), limit=0)
-    if is_main() and (known := set(contents(heldout.sets)).intersection(contents(sets))):
-        say(f"{cfg.heldout}: {len(known)} different pairs of it stand in {cfg.meta}, too")
+    known = {s.lines.checksum for s in sets if len(s)}
+    for name in (s.name for s in heldout.sets if s.lines.checksum in known):
+        say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
     if not any(heldout.plan(heldout.rows(n))[0] for n in range(heldout.steps_per_epoch)):
         raise InputError(f"{cfg.heldout}: every pair is longer than {heldout.max_length}")
     return data, heldout
-
-
-def contents(sets: list[DataSet]) -> Iterator[int]:
-    """A hash of what each record shows and says, wherever its line stands."""
-    for line in chain.from_iterable(data_set.lines for data_set in sets):
-        record = line.record()
-        yield hash(repr([record.get(key) for key in ("image", "question", "chosen", "rejected")]))
 
 
 def last_step(cfg: TrainConfig, data: PairData) -> int:

@@ -171,15 +171,10 @@ def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_pa
 
 def test_held_out_pairs_that_are_trained_on_are_told(base, toy, tmp_path, capsys):
     cfg = replace(base, max_steps=1, out_dir=tmp_path / "run", reference_cache=toy / "reference")
-    lines = (toy / "toy_text.jsonl").read_text().splitlines()
-    known = json.dumps(json.loads(lines[1]) | {"chosen_meta": {"k": 1}}, indent=None)
-    fresh = json.dumps(json.loads(lines[0]) | {"chosen": "No one knows."})
-    (tmp_path / "some.jsonl").write_text(f"{known}\n{fresh}\n")
-    train_in_process(replace(cfg, heldout=tmp_path / "some.jsonl"))
-    told = "some.jsonl: 1 different pairs of it stand in"
-    assert told in capsys.readouterr().err
+    train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl"))
+    assert "toy_text: the run trains on the same file of pairs, too" in capsys.readouterr().err
     train_in_process(replace(cfg, out_dir=tmp_path / "other"))
-    assert "of it stand in" not in capsys.readouterr().err
+    assert "trains on the same file" not in capsys.readouterr().err
 
 
 def test_every_data_set_has_its_metrics_and_they_add_up(watched):
