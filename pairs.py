@@ -2,7 +2,7 @@ r"""The preference data engine: pairs without annotators (section 3 of arXiv 241
 
     python pairs.py sample --model_dir M --questions q.jsonl --root images --out_dir samples
     python pairs.py correctness --samples samples --out_dir pairs     right against wrong answers
-    python pairs.py dropout_ntp --samples samples --out_dir pairs --model_dir M     (--prompts none)
+    python pairs.py dropout_ntp --samples samples --out_dir pairs --model_dir M     blind endings
 
 `torchrun --nproc_per_node 8 pairs.py sample ...` shares the questions among processes.  A response
 is a function of (seed, question, number) alone and every process appends to its own part file, so a

@@ -69,7 +69,7 @@ class TrainConfig:
     limit: int = flag(0, "use only this many pairs, the same in every epoch; 0 = all", low=0)
     drop_path: float | None = flag(None, "stochastic depth in the policy's ViT", 0, 0.99)
     pack_tokens: int | None = flag(None, "tokens of a pass; default max(8192, max_length)", low=1)
-    max_length: int | None = flag(None, "tokens of prompt + response, at most", low=1)
+    max_length: int | None = flag(None, "tokens of prompt + response; default: the generation's", 1)
     max_tiles: int = flag(0, "tile limit where meta.json gives none; 0 = the model's", 0, 128)
     overlong: Literal["drop", "cut", "fewer_tiles"] = flag(
         "drop", "what becomes of a too long record; cut = the official way"

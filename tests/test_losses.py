@@ -482,7 +482,7 @@ def test_pairs_of_different_shapes_are_refused_by_field():
 
 
 # --------------------------------------------------------------------------- beside TRL 1.16
-# Each formula below is TRL's behaviour in our words; the numbers are those of the README's table.
+# Each formula below is TRL's behaviour in our words; the numbers are those of docs/differences.md.
 
 
 def test_trl_trains_dpo_when_asked_for_label_smoothing():

@@ -27,9 +27,9 @@ from runtime import InputError, field_values, flag, read_json, write_atomic, wri
 class ExportConfig:
     """Write a trained model as other programs load it."""
 
-    model_dir: Path = flag(Path("runs/mpo/model"), "the trained model; of a run, the start")
+    model_dir: Path = flag(Path("runs/mpo/model"), "the model; with --checkpoint, the run's start")
     out: Path = flag(Path("export"), "folder to write: new, empty, or an earlier export")
-    checkpoint: Path | None = flag(None, "a run, its best/ or a step, in the official layout")
+    checkpoint: Path | None = flag(None, "write this run, its best/ or a step as a model")
     hf: bool = flag(False, "layout of transformers 4.52 and later, TRL, ms-swift, vLLM")
     llm_only: bool = flag(False, "the language model alone: Qwen2, Qwen3 or Llama")
     llama: bool = flag(False, "the same of an InternLM2, which becomes a Llama")
