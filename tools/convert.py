@@ -269,7 +269,7 @@ def main() -> None:
     cfg = runtime.parse_cli(ConvertConfig)
     with runtime.alone_in(cfg.out.parent, 0, "pass another --out", f".{cfg.out.name}.lock"):
         report = convert(cfg)
-    print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}: see its report.json")
+    print(f"kept {report['kept']} pairs, left out {len(report['dropped'])}: see report.json there")
 
 
 if __name__ == "__main__":

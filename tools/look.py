@@ -33,7 +33,7 @@ class CheckConfig:
     meta: Path = flag(Path("MMPR/meta.json"), "meta.json of the pairs (may stand first)")
     model_dir: Path = flag(Path("weights/InternVL2-8B"), "folder with config.json and tokenizer")
     max_tiles: int = flag(0, "tile limit where meta.json gives none, 0 = the model's", 0, 128)
-    max_length: int | None = flag(None, "tokens of a pair; default: the generation's", low=1)
+    max_length: int | None = flag(None, "tokens of prompt + response; default: the generation's", 1)
     workers: int = flag(0, "processes, 0 = one a core; the output is the same", low=0)
 
 
