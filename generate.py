@@ -67,6 +67,7 @@ from vision import num_tiles, preprocess
 from weights import FLOATS, load_model
 
 MAX_ROWS = 512  # rows of one decode step, at most
+CUT_OFF = " [cut off: raise --max_new_tokens]"
 
 
 @dataclass(frozen=True)
@@ -482,6 +483,8 @@ class Generator:
             text, _ = self.text(row, final=bool(row.finish_reason))
             yield text[shown:]
             shown = len(text)
+        if row.finish_reason == "length":
+            runtime.say(CUT_OFF)
 
     # ----- one token
 
@@ -578,7 +581,9 @@ def main() -> None:
             shown |= {"finish_reason": s.finish_reason, "logp": s.logp}
             print(json.dumps(shown, ensure_ascii=False))
         else:
-            print(s.text.strip())
+            print(s.text.strip(), flush=True)
+            if s.finish_reason == "length":
+                runtime.say(CUT_OFF)
 
 
 if __name__ == "__main__":

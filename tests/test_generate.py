@@ -891,6 +891,10 @@ def test_the_command_line_prints_the_answer_alone(toy, ask):
     generator = Generator.load(toy / "model", max_new_tokens=8)
     [sample] = generator.run([Prompt("x", question, (image,))])
     assert done.stdout == sample.text.strip() + "\n"
+    assert ("cut off: raise --max_new_tokens" in done.stderr) == (sample.finish_reason == "length")
+    for chat in (False, True):
+        short = ask("--max_new_tokens=1", *([] if chat else ["--question=How?"]), stdin="How?\n")
+        assert "cut off: raise --max_new_tokens" in short.stderr and len(short.stdout) > 1
     done = ask(*flags, "--question", question, "--temperature=1", "--num_samples=3", "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["sample"] for r in rows] == [0, 1, 2]
