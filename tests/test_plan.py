@@ -108,7 +108,7 @@ def test_the_plan_is_within_10_percent_of_a_dry_run_of_the_code(size, gpus, chan
     assert plan.needed == pytest.approx((1 + RESERVE) * plan.total)
 
 
-ON_AN_H100 = [  # size, flags, GB that tools/gpu_check.py --only mpo measured on one (docs/gpu.md)
+ON_AN_H100 = [  # size, flags, GB that tools/gpu_check.py --only mpo measured on one, at some commit
     ("2b", {"recompute_blocks": 4}, 72.42),
     ("2b", {"recompute_blocks": 4, "compile": "off"}, 79.87),
     ("2b", {"recompute_blocks": 5, "head_rows": 512}, 71.92),
