@@ -40,7 +40,7 @@ def plain_words(text: str) -> str:
 
 def read_match(item: Item, reply: Reply, mode: str) -> Reading:
     """A gold answer occurs in the first line (or is all of it)."""
-    text = plain_words((reply.final.strip().split("\n")[0]).split("answer is")[-1])
+    text = plain_words(reply.final.strip().split("\n")[0].lower().split("answer is")[-1])
     golds = [g for gold in item["golds"] if (g := plain_words(gold))]
     right = text in golds if mode == "exact" else any(gold in text for gold in golds)
     return Reading(text, right, text != "")

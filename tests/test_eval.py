@@ -130,6 +130,18 @@ def test_llava_bench_equals_the_official_summary_of_reviews(bench):
             assert {key: ours[key] for key in theirs} == theirs, (name, group)
 
 
+def test_llava_benchs_reviews_are_paired_by_question_not_by_their_running_number(tmp_path):
+    rows = [{"question_id": n, "image": "a", "text": "?", "category": "conv"} for n in range(3)]
+    data = write_jsonl(tmp_path / "questions.jsonl", rows)
+    reviews = [{"id": n + 1, "question_id": n, "tuple": [8, n]} for n in range(3)]
+    for some in (reviews, reviews[:2]):  # as eval_gpt_review_bench.py writes them
+        judgements = write_jsonl(tmp_path / "reviews.jsonl", some)
+        result = scored("llava_bench", data, judgements=(judgements,), out=tmp_path)
+        read = [(row["id"], row["prediction"]) for row in read_jsonl(tmp_path / "items.jsonl")]
+        assert read == [(str(n), [8, n]) for n in range(len(some))]
+    assert result["missing_judgements"] == ["2"]
+
+
 def test_llava_bench_names_a_category_that_its_judge_left_unread(tmp_path):
     rows = [
         {"question_id": n, "category": f"llava_bench_{name}", "text": text}
@@ -404,6 +416,12 @@ def test_our_own_rules_read_letters_matches_and_last_numbers(
     answers = write_jsonl(tmp_path / "answers.jsonl", [{"id": 0, "response": reply}])
     result = scored(bench, data, answers, cot=cot)
     assert (result["score"], result["unparsed"]) == (score, unparsed)
+
+
+def test_the_words_before_an_exact_match_may_be_written_in_any_case(tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"id": 0, "question": "?", "answer": "Nile"}])
+    answers = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": "The Answer Is the Nile."}])
+    assert scored("text_em", data, answers, extraction="exact")["score"] == 100
 
 
 def test_prompts_are_exactly_the_published_ones():
