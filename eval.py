@@ -18,6 +18,7 @@ import binascii
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -97,8 +98,7 @@ def generate(cfg: Generate) -> Path:
     bench, (rank, world) = cfg.benchmark, runtime.rank_and_world()
     items = [item for item in cfg.items() if not item.get("_left_out")]
     model, weights = cfg.model_dir.resolve().name, weights_of(cfg.model_dir)
-    place = f"{model}-{weights[:8]}/{bench.name}-{SETTINGS[cfg.cot].lower()}"
-    out = cfg.out or Path("results") / place
+    out = cfg.out or Path(f"results/{model}-{weights[:8]}/{bench.name}-{SETTINGS[cfg.cot].lower()}")
     images = image_paths(bench, items, cfg.images, out)
     tokens = cfg.max_new_tokens or (bench.cot_tokens if cfg.cot else bench.new_tokens)
     shown = sorted([item["id"], runtime.fingerprint(paths)] for item, paths in zip(items, images))
@@ -228,8 +228,7 @@ class Score(Replies):
         super().__post_init__()
         bench = self.benchmark
         if self.extraction and self.extraction not in bench.modes:
-            known = ", ".join(bench.modes)
-            raise ValueError(f"{self.bench} has no extraction {self.extraction!r}; known: {known}")
+            raise ValueError(f"no extraction {self.extraction!r}; known: {', '.join(bench.modes)}")
         if not self.answers and not (self.judgements and bench.modes == ("judge",)):
             raise ValueError("--answers is needed")
         if self.synonyms and self.bench != "object_halbench":
@@ -366,12 +365,16 @@ def check_asked(cfg: Replies, runs: dict[Path, RunFile], items: list[Item], repl
 def check_judged(cfg: Replies, replied: Replied) -> None:
     """InputError where judgements are, by the requests.jsonl beside them, about other replies."""
     about = {item["id"]: about_what(cfg.benchmark, item, reply) for item, reply in replied}
-    for path in cfg.judgements if cfg.data and cfg.answers else ():
-        requests = path.with_name("requests.jsonl")
-        for row in runtime.read_whole_lines(requests, id=str):
-            if "about" in row and about.get(row["id"], row["about"]) != row["about"]:
-                problem = f"{row['id']!r} had another reply or question when judgements were asked"
-                raise InputError(f"{requests}: {problem}; use another --out")
+    for path, row in requests_for(cfg.judgements) if cfg.data and cfg.answers else ():
+        if "about" in row and about.get(row["id"], row["about"]) != row["about"]:
+            problem = f"{row['id']!r} had another reply or question when judgements were asked"
+            raise InputError(f"{path}: {problem}; use another --out")
+
+
+def requests_for(judgements: Iterable[Path]) -> list[tuple[Path, dict]]:
+    """(file, request) of each requests.jsonl beside files of judgements."""
+    paths = [path.with_name("requests.jsonl") for path in judgements]
+    return [(p, r) for p in paths for r in runtime.read_whole_lines(p, id=str, messages=list)]
 
 
 def about_what(bench: Benchmark, item: Item, reply: Reply) -> str:
@@ -424,7 +427,11 @@ def judge(cfg: Judge) -> list[str]:
         for item, reply in replied
         if not bench.judge.settled(item, reply.text)
     ]  # fmt: skip
-    write_jsonl(cfg.out / "requests.jsonl", requests)
+    known = {row["id"]: row for _, row in requests_for(cfg.judgements)}  # they stay as they are
+    kept = [known.get(request["id"], request) for request in requests]
+    if cfg.judge_template and [r["messages"] for r in kept] != [r["messages"] for r in requests]:
+        raise InputError("--judge_template: judgements are by another one; use another --out")
+    write_jsonl(cfg.out / "requests.jsonl", kept)
     _, left = read_all(bench, replied, bench.judge.mode)  # a judgement out of range ends here
     names = f": {files.listed(left)}" if left else ""
     counts = f"{len(requests)} requests, {len(left)} not judged yet{names}"

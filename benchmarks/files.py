@@ -14,8 +14,7 @@ from typing import Any
 from benchmarks.common import Benchmark, Item
 from runtime import InputError, check_type, named, read_json, read_jsonl
 
-# LLaVA-Bench's reviews hold a running "id" from 1 as well
-ID_KEYS = ("question_id", "id", "pid", "image_id", "index", "image_path")
+ID_KEYS = "question_id id pid image_id index image_path".split()  # LLaVA's reviews count in "id"
 # the raw reply first: official files may also hold the read answer, the question or the gold
 REPLY_KEYS = "response answer_orig model_answer caption messages prediction text answer".split()
 JUDGEMENT_KEYS = "tuple score judgement content review text".split()

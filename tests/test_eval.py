@@ -710,6 +710,31 @@ def test_judgements_of_other_replies_or_questions_are_refused(changed, tmp_path)
     assert len(evaluation.judge(Judge(**flags))) == 3  # nothing is judged yet: asked anew
 
 
+def test_judgements_are_never_taken_for_those_of_another_template(tmp_path):
+    data, answers, out = tmp_path / "mm-vet.json", tmp_path / "model.json", tmp_path / "r"
+    data.write_text(json.dumps(MMVET))
+    answers.write_text(json.dumps(dict.fromkeys(MMVET, "reply")))
+    template, other = tmp_path / "official.txt", tmp_path / "other.txt"
+    template.write_text("OFFICIAL")
+    other.write_text("OTHER")
+    (tmp_path / "ids").write_text("v1_0")
+    flags = {"bench": "mmvet", "data": (data,), "answers": (answers,), "out": out}
+    evaluation.judge(Judge(**flags, ids=tmp_path / "ids", judge_template=template))
+    evaluation.judge(Judge(**flags, ids=tmp_path / "ids", judge_template=template))
+    write_jsonl(out / "judgements.jsonl", [{"id": "v1_0", "judgement": "0.5"}])
+    asked = read_jsonl(out / "requests.jsonl")
+    with pytest.raises(
+        InputError, match="--judge_template: judgements are by another .*use another --out"
+    ):
+        evaluation.judge(Judge(**flags, judge_template=other))
+    assert read_jsonl(out / "requests.jsonl") == asked
+    assert evaluation.judge(Judge(**flags, judge_template=template)) == ["v1_1", "v1_2"]
+    assert evaluation.judge(Judge(**flags)) == ["v1_1", "v1_2"]
+    requests = read_jsonl(out / "requests.jsonl")
+    assert requests[0] == asked[0]
+    assert [row["template"] for row in requests] == ["official.txt"] * 3
+
+
 def test_answers_are_no_judgements_of_themselves(tmp_path):
     data, answers = tmp_path / "mm-vet.json", tmp_path / "model.json"
     data.write_text(json.dumps(MMVET))
