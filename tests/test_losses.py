@@ -297,10 +297,17 @@ def test_the_heads_gradient_is_added_up_in_float32_under_bfloat16_states():
     grad_hidden, grad_many = torch.autograd.grad(many.sum(), (hidden, master))
     assert (grad_hidden.dtype, grad_many.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(grad_many, 1000 * grad_one, rtol=1e-4, atol=1e-5)
-    exact = losses.row_logps(hidden.double(), weight.double(), target)
-    torch.testing.assert_close(
-        losses.row_logps(hidden, weight, target).double(), exact, rtol=2**-7, atol=2**-5
-    )
+
+
+def test_of_bfloat16_states_log_probs_and_slopes_are_computed_in_float32():
+    hidden, weight, target = head_case(torch.bfloat16, vocab=24)
+    logits = (hidden @ weight.T).float()
+    plain = logits.log_softmax(-1)[torch.arange(len(target)), target]
+    expected = head_grads(plain, hidden, weight)[0]
+    for chunk in (0, 50):
+        logps = losses.row_logps(hidden, weight, target, chunk)
+        assert torch.equal(logps, plain)
+        assert torch.equal(head_grads(logps, hidden, weight)[0], expected)
 
 
 def test_a_frozen_head_and_an_empty_pack_are_served_too():
