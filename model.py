@@ -48,7 +48,7 @@ def rotary(config: LLMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """
     d, limit, factor = config.head_dim, config.max_position_embeddings, config.rope_factor
     lengths = (positions.amax(dim=1) + 1).double()
-    stretch = factor * lengths / limit - (factor - 1) if factor else torch.ones_like(lengths)
+    stretch = factor * lengths / limit - (factor - 1)  # 1 where there is no factor
     base = config.rope_theta * torch.where(lengths > limit, stretch, 1.0) ** (d / (d - 2))
     exponent = torch.arange(0, d, 2, device=positions.device).float() / d
     inverse = 1.0 / base.float()[:, None] ** exponent  # (b d/2)
@@ -339,8 +339,8 @@ class InternVL(nn.Module):
         if self.image_context_id is None and tiles is not None:
             raise InputError("no tokenizer came with the weights: set model.image_context_id first")
         features = x.new_empty(0, x.shape[-1])
-        if tiles is not None and len(tiles):
-            features = self.image_features(tiles).to(x.dtype)  # (tile token d)
+        if tiles is not None:
+            features = self.image_features(tiles)  # (tile token d)
             features = (features if tile_order is None else features[tile_order]).flatten(0, 1)
         slots = input_ids == (-1 if self.image_context_id is None else self.image_context_id)
         rows = slots.flatten().nonzero()[:, 0]  # of x as (b*s d); here the host waits for a GPU

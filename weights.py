@@ -95,9 +95,9 @@ def shard_place(*tensors: Tensor) -> tuple[int, int, bool]:
 
 def local_rows(p: Tensor) -> slice:
     """The rows of the whole tensor that this process holds of `p`, as torch.chunk splits them."""
-    (number, count, _), rows = shard_place(p), p.shape[0]
-    size = -(-rows // count)
-    return slice(min(number * size, rows), min((number + 1) * size, rows))
+    number, count, _ = shard_place(p)
+    size = -(-len(p) // count)
+    return slice(number * size, (number + 1) * size)
 
 
 def local(p: Tensor) -> Tensor:

@@ -483,9 +483,11 @@ def test_an_objective_that_needs_a_reference_says_so_without_one():
             assert LOSSES[name](x).isfinite().all()
 
 
-def test_pairs_of_different_shapes_are_refused_by_field():
+def test_log_probs_that_are_not_one_number_a_pair_are_refused_by_field():
     with pytest.raises(ValueError, match="reference_rejected is .5,.*policy_chosen, .6,"):
         replace(pairs(TYPICAL), reference_rejected=torch.zeros(5))
+    with pytest.raises(ValueError, match="policy_chosen is .2, 3., not .pair."):
+        PairLogps(*torch.zeros(6, 2, 3))
 
 
 # --------------------------------------------------------------------------- beside TRL 1.16

@@ -89,17 +89,19 @@ def test_a_single_file_loads_like_shards(folder, tmp_path):
     single = tmp_path / "single"
     single.mkdir()
     shutil.copy(folder / "config.json", single)
-    save_file(all_tensors(folder), single / "model.safetensors")
+    named = {"format": "pt", "made by": "somebody"}
+    save_file(all_tensors(folder), single / "model.safetensors", metadata=named)
     loaded = load_model(single).state_dict()
     assert all(torch.equal(expected[name], loaded[name]) for name in expected)
     save_model(load_model(single), tmp_path / "again", like=single)
-    assert [p.name for p in (tmp_path / "again").glob("*.safetensors")] == ["model.safetensors"]
+    [again] = (tmp_path / "again").glob("*.safetensors")
+    assert again.read_bytes() == (single / "model.safetensors").read_bytes()
 
 
-def test_dtype_of_the_loaded_model_is_the_one_asked_for():
-    assert {p.dtype for p in load_model(MICRO, dtype=torch.bfloat16).parameters()} == {
-        torch.bfloat16
-    }
+def test_a_model_has_the_dtype_asked_for_and_its_logits_are_float32():
+    model = load_model(MICRO, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(torch.tensor([[5, 6]])).dtype == torch.float32
 
 
 def rewrite(folder, change):
@@ -244,12 +246,12 @@ def test_shards_of_packed_projections_hold_the_rows_of_the_whole(monkeypatch, wo
     model = load_model(folder)
     pieces = weights.pieces_of(model, folder)
     for name, p in model.named_parameters():
-        size, parts = -(-len(p) // world), []
+        parts = []
         for rank in range(world):
-            own = slice(min(rank * size, len(p)), min((rank + 1) * size, len(p)))
-            monkeypatch.setattr(weights, "local_rows", lambda _, own=own: own)
+            monkeypatch.setattr(weights, "shard_place", lambda _, rank=rank: (rank, world, True))
             parts.append(weights.read_rows(pieces[name], p))
-            assert len(parts[-1]) == own.stop - own.start
+        chunks = [len(chunk) for chunk in torch.arange(len(p)).chunk(world)]
+        assert [len(part) for part in parts if len(part)] == chunks
         assert torch.equal(torch.cat(parts).float(), p), name
 
 
@@ -308,6 +310,22 @@ def test_only_an_earlier_export_is_replaced_and_it_is_replaced_whole(folder, tmp
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_an_export_replaces_goes_only_once_the_new_one_is_in_place(tmp_path, monkeypatch):
+    partial, final, real = tmp_path / "partial", tmp_path / "model", os.replace
+    final.mkdir()
+    (final / "weights").write_text("the only ones")
+
+    def full(source, target):
+        if source == partial:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError), weights.new_folder(partial, final):
+        pass
+    assert [path.read_text() for path in tmp_path.rglob("weights")] == ["the only ones"]
+
+
 def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "model").symlink_to(tmp_path / "disk")
@@ -349,7 +367,7 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path, value):
         model.projector[1].bias[0] = value
     with pytest.raises(Failure, match="projector.1.bias holds NaN or infinity"):
         save_model(model, tmp_path / "out", like=MICRO)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing half-written either
 
 
 def test_the_config_of_the_release_is_read():
