@@ -215,7 +215,7 @@ def find_beside(meta: Path, path: str, name: str, notes: list[str]) -> Path:
     name different files are an error; `notes` gets a line when a tail is taken.
     """
     beside = meta.parent / path
-    if not path or os.path.lexists(beside):
+    if os.path.lexists(beside):  # also of "", the folder itself
         return beside
     if os.path.lexists(path):
         return Path(path)

@@ -1,6 +1,7 @@
 """Records, order, packed trees: what reaches the model, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 
@@ -23,9 +24,10 @@ from data import (
     response_keys,
     seeded,
 )
+from images import jpeg
 from losses import row_logps, sum_by_response, token_logps
 from model import TreeAttention
-from records import DataSet, read_meta
+from records import DataSet, JsonLines, read_meta
 from runtime import InputError
 from tokenizer import load_tokenizer
 from toy import write_world
@@ -82,11 +84,20 @@ def test_fractions_draw_without_replacement_and_anew_each_epoch():
     assert (epoch_order([data_set(100, 0.3)], 0, 1)[:, 1] == second).all()
 
 
+def test_another_seed_draws_others_and_orders_them_anew():
+    assert set(epoch_order([data_set(100, 0.3)], 0, 0)[:, 1]) != set(
+        epoch_order([data_set(100, 0.3)], 1, 0)[:, 1]
+    )
+    assert (epoch_order([data_set(100, 1)], 0, 0) != epoch_order([data_set(100, 1)], 1, 0)).any()
+
+
 def test_the_draw_of_a_set_does_not_depend_on_the_other_sets():
     alone = epoch_order([data_set(50, 0.5)], 3, 0)[:, 1]
     other = data_set(20, 1)
     both = epoch_order([other, data_set(50, 0.5)], 3, 0)
     assert set(both[both[:, 0] == 1, 1]) == set(alone)
+    renamed = epoch_order([replace(data_set(50, 0.5), name="t")], 3, 0)[:, 1]
+    assert set(renamed) != set(alone), "two sets of one size have draws of their own"
 
 
 # --------------------------------------------------------------------------- trees
@@ -178,23 +189,38 @@ def test_an_image_that_two_trees_show_is_encoded_once(toy):
         torch.testing.assert_close(score(model, shared)[0], score(model, apart)[0])
 
 
-def test_jpeg_augmentation_changes_pixels_and_is_the_same_each_time(toy):
+def test_jpeg_augmentation_changes_pixels_and_is_the_same_each_time(toy, monkeypatch):
     _, config, _, _ = toy
     tree = toy_trees(toy)[2]
-    plain = add_tiles(lay_out([tree]), config.tile_size).tiles
-    tree.images = [(path, limit, True) for path, limit, _ in tree.images]
-    once, twice = (add_tiles(lay_out([tree]), config.tile_size).tiles for _ in range(2))
-    assert torch.equal(once, twice)
+    augmented = replace(tree, images=[(path, limit, True) for path, limit, _ in tree.images])
+    both = add_tiles(lay_out([tree, augmented]), config.tile_size).tiles
+    plain, once = both.split(3)  # of one file, but not one image
+    assert torch.equal(once, add_tiles(lay_out([augmented]), config.tile_size).tiles)
     assert not torch.equal(once, plain)
+    qualities = []
+    monkeypatch.setattr("data.jpeg", lambda tile, quality: qualities.append(quality) or tile)
+    for _ in range(100):
+        image, limit, _ = augmented.images[0]
+        path = image.with_name(f"{len(qualities)}.png")
+        path.write_bytes(image.read_bytes())
+        add_tiles(lay_out([replace(tree, images=[(path, limit, True)])]), config.tile_size)
+        path.unlink()
+    assert set(qualities) == set(range(75, 101)), "as officially"
+
+
+def test_the_quality_of_a_jpeg_is_the_one_asked_for():
+    tile = Image.effect_noise((32, 32), 80).convert("RGB")
+    off = [np.abs(np.subtract(jpeg(tile, q), tile, dtype=int)).mean() for q in (75, 100)]
+    assert off[0] > 2 * off[1]
 
 
 def test_response_keys_follow_what_the_log_prob_depends_on(toy):
     a, b = toy_trees(toy)[0], toy_trees(toy)[1]
     assert response_keys([a]) == response_keys(toy_trees(toy)[:1])
     assert len(set(response_keys([a, b]))) == 4
-    changed = toy_trees(toy)[0]
-    changed.images = [(path, limit + 1, augment) for path, limit, augment in changed.images]
-    assert not set(response_keys([changed])) & set(response_keys([a]))
+    [(path, limit, augment)] = a.images
+    for image in ((path, limit + 1, augment), (path, limit, not augment)):
+        assert not set(response_keys([replace(a, images=[image])])) & set(response_keys([a]))
 
 
 def test_a_key_of_a_response_follows_the_content_of_its_image(tmp_path, toy):
@@ -243,6 +269,29 @@ def test_an_epoch_visits_every_record_once_and_steps_are_repeatable(toy):
     assert (pair_data(toy).rows(3) == data.rows(3)).all()
     distinct = [tuple(row) for row in data.distinct_rows(2 * steps)]
     assert distinct == seen and len(data.distinct_rows(2)) == 16
+
+
+def test_a_digest_follows_all_that_decides_which_responses_a_run_has(toy, tmp_path):
+    data, found = pair_data(toy), set()
+    flags = {"batch_size": 4, "pack_tokens": 500, "max_length": 500, "seed": 2, "limit": 8}
+    flags |= {"overlong": "cut", "pairs_per_prompt": 2, "share_prefix": False}
+    others = [replace(data, **{name: value}) for name, value in flags.items()]
+    others.append(replace(data, config=replace(data.config, system_message="Look.")))
+    shutil.copy(data.tokenizer.source, tmp_path)
+    with open(tmp_path / data.tokenizer.source.name, "a") as file:
+        file.write("\n")
+    others.append(replace(data, tokenizer=load_tokenizer(tmp_path)))
+    first, *rest = data.sets
+    lines = (toy[0] / "toy_text.jsonl").read_text().splitlines(keepends=True)
+    changes = [{"name": "other"}, {"repeat_time": 2}, {"max_tiles": 9}, {"augment": True}]
+    for n in range(3):  # of one file: as it is, its first line changed, its last
+        texts = [line.replace("It", "it", n and 1) for line in lines]
+        kept = {1: texts[:1] + lines[1:], 2: lines[:-1] + texts[-1:]}.get(n, lines)
+        (tmp_path / f"{n}.jsonl").write_text("".join(kept))
+        changes.append({"lines": JsonLines(tmp_path / f"{n}.jsonl")})
+    others += [replace(data, sets=[replace(first, **change), *rest]) for change in changes]
+    found = [data.digest(3), data.digest(4), *(other.digest(3) for other in others)]
+    assert len(set(found)) == len(found) and pair_data(toy).digest(3) == found[0]
 
 
 def test_a_plan_holds_the_whole_batch_within_the_token_budget(toy):

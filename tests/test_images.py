@@ -130,6 +130,10 @@ def test_missing_broken_and_huge_images_are_named(tmp_path, monkeypatch):
     (tmp_path / "large.ppm").write_bytes(b"P4\n14500 13800\n")
     with pytest.raises(InputError, match="large.ppm has more than 200000000 pixels"):
         open_image(tmp_path / "large.ppm")
+    monkeypatch.setattr("images.MAX_BYTES", 14)
+    with pytest.raises(InputError, match="large.ppm has more than 14 bytes"):
+        open_image(tmp_path / "large.ppm")
+    monkeypatch.undo()
     monkeypatch.setattr("images.MAX_PIXELS", 1000)
     (tmp_path / "b.png").write_bytes(whole)
     with pytest.raises(InputError, match="more than 1000 pixels"):

@@ -354,7 +354,12 @@ def test_unknown_keys_are_tolerated_and_absent_ones_get_the_class_defaults():
     for key in ("rms_norm_eps", "pad_token_id", "rope_scaling"):
         del config["llm_config"][key]
     del config["max_dynamic_patch"]
+    for key in "qkv_bias qk_normalization norm_type layer_norm_eps drop_path_rate".split():
+        config["vision_config"].pop(key, None)
     parsed = parse_config(config)
+    vit = parsed.vision
+    assert (vit.qkv_bias, vit.qk_normalization, vit.norm_type) == (False, True, "rms_norm")
+    assert (vit.layer_norm_eps, vit.drop_path_rate) == (1e-6, 0.0)
     assert (parsed.llm.rms_norm_eps, parsed.llm.pad_token_id, parsed.llm.rope_factor) == (
         1e-6,
         2,

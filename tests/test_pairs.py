@@ -223,6 +223,16 @@ def test_the_cap_is_over_both_kinds_with_wrong_answers_first():
     draws = [pairs.draw_pairs(judged, "key", seed, 4)["correctness"] for seed in range(40)]
     seen = {(c.meta["k"], r.meta["k"]) for made in draws for c, r in made}
     assert len(seen) == 12  # every possible pair gets its turn
+    assert pairs.choose(list(range(50)), 9, "key") == sorted(
+        pairs.choose(list(range(50)), 9, "key")
+    )
+
+
+def test_a_right_response_is_not_paired_with_the_same_text_that_was_cut_off():
+    right, cut_off = ({**ROWS[2], "response": "A van.\nFinal answer: A"} for _ in range(2))
+    judged, _ = pairs.judge_group([right, cut_off | {"finish_reason": "length"}], ["mc_score"])
+    assert [response.verdict for response in judged] == ["correct", "format"]
+    assert not pairs.possible_pairs(judged, "format")
 
 
 def test_empty_responses_are_counted_and_never_paired():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from fractions import Fraction
 
 import pytest
 from PIL import Image
@@ -28,13 +29,22 @@ def test_placeholders_are_put_in_front_when_missing_and_counted_when_there(tmp_p
     question = read_meta(write_set(tmp_path, [two]), 12)[0][0].question
     assert question == "<image>\n<image>\n" + GOOD["question"]
     for absent in ("", [], None):
-        record = read_meta(write_set(tmp_path, [{**GOOD, "image": absent}]), 12)[0][0]
+        empty = dict.fromkeys(("image", "images", "history", "system", "video"), absent)
+        record = read_meta(write_set(tmp_path, [GOOD | empty]), 12)[0][0]
         assert record.images == () and record.question == GOOD["question"]
 
 
-def test_several_images_share_the_tile_limit(tmp_path):
-    record = {**GOOD, "image": ["x.png"] * 5}
-    assert read_meta(write_set(tmp_path, [record], max_dynamic_patch=12), 6)[0][0].max_tiles == 2
+@pytest.mark.parametrize(("images", "tiles"), [(5, 2), (20, 1)])
+def test_several_images_share_the_tile_limit(tmp_path, images, tiles):
+    record = {**GOOD, "image": ["x.png"] * images}
+    meta = write_set(tmp_path, [record], max_dynamic_patch=12)
+    assert read_meta(meta, 6)[0][0].max_tiles == tiles
+
+
+def test_a_repeat_time_is_exact_and_data_augment_reaches_each_record(tmp_path):
+    meta = write_set(tmp_path, [GOOD], repeat_time=0.07, data_augment=True)
+    [data_set] = read_meta(meta, 12)
+    assert data_set.repeat_time == Fraction(7, 100) and data_set[0].augment
 
 
 @pytest.mark.parametrize(
@@ -252,7 +262,9 @@ def test_the_longest_tail_is_taken_and_two_different_ones_are_an_error(tmp_path)
     with pytest.raises(InputError, match="could be .*b/c.jsonl or .*c.jsonl; write which"):
         find_beside(meta, "/x/a/b/c.jsonl", "set", notes)
     assert find_beside(meta, "/x/d.jsonl", "set", notes).name == "d.jsonl"  # nowhere: named later
-    assert not find_beside(meta, "/x/../../d", "set", notes).exists()
+    (tmp_path / "d.jsonl").write_text("")
+    below = tmp_path / "b/meta.json"
+    assert not find_beside(below, "/x/../d.jsonl", "set", notes).exists()  # its tail leaves b
 
 
 def test_a_bare_jsonl_is_one_data_set_with_its_images_beside_it(tmp_path):

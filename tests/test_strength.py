@@ -278,6 +278,8 @@ def test_a_bush_keeps_to_its_limits(toy):
     assert merge(one, two).pairs == [(None, 0, 1), (None, 0, 2)]
     bushes = grow_bushes([one, two, one, other], 2, lambda tree: True)
     assert [len(bush.pairs) for bush in bushes] == [2, 1, 1]
+    elsewhere = replace(two, images=[(Path("other.png"), 1, False)])  # the same words of another
+    assert grow_bushes([one, elsewhere], 9, lambda tree: True) == [one, elsewhere]
     bushes = grow_bushes([one, two], 9, lambda tree: tree.size <= one.size + 2)
     assert [len(bush.pairs) for bush in bushes] == [1, 1]
 

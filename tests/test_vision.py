@@ -15,6 +15,7 @@ from config import parse_config
 from runtime import InputError
 from vision import (
     InternViT,
+    RMSNorm,
     VisionBlock,
     VisionConfig,
     candidate_grids,
@@ -152,8 +153,22 @@ def test_positions_are_resized_for_another_patch_grid(golden_tiny):
         )
 
 
+def test_of_bfloat16_weights_positions_are_resized_and_norms_are_taken_in_float32():
+    vit, norm = InternViT(TINY), RMSNorm(24, 1e-6)
+    with torch.no_grad():
+        norm.weight.normal_()
+        x = torch.randn(50, 24).bfloat16()
+        vit, norm = vit.bfloat16(), norm.bfloat16()
+        found, normed = vit.embeddings.positions(3, 5), norm(x)
+        root = (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        assert torch.equal(normed, norm.weight * (x / root).bfloat16())
+        assert torch.equal(found, vit.float().embeddings.positions(3, 5).bfloat16())
+
+
 def test_internvit_6b_normalises_queries_and_keys_over_the_whole_width():
-    config = replace(TINY, qk_normalization=True, norm_type="rms_norm")
+    config = replace(TINY, qk_normalization=True, norm_type="rms_norm", layer_norm_eps=1e-5)
+    norms = [module for module in InternViT(config).modules() if isinstance(module, RMSNorm)]
+    assert [norm.eps for norm in norms] == [1e-5] * 8
     names = dict(InternViT(config).named_parameters())
     assert names["encoder.layers.0.attn.q_norm.weight"].shape == (24,)
     assert "encoder.layers.0.norm1.bias" not in names
@@ -190,6 +205,8 @@ def test_impossible_tilings_are_refused():
         tile_grid(0, 5, 12)
     with pytest.raises(InputError, match="min_tiles <= max_tiles"):
         tile_grid(5, 5, 0)
+    with pytest.raises(InputError, match="max_tiles <= 1000"):
+        tile_grid(5, 5, 1001)
 
 
 def test_shapes_of_both_vision_towers_come_from_the_golden_files():
