@@ -399,11 +399,10 @@ def objective(terms: Terms, logps: PairLogps, **hyper: float) -> tuple[Tensor, d
 
 def loss_and_gradient(loss: Loss, logps: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d its sum / d policy_chosen and / d policy_rejected, (pair)), as plain numbers."""
-    with torch.enable_grad():
-        chosen = logps.policy_chosen.detach().requires_grad_()
-        rejected = logps.policy_rejected.detach().requires_grad_()
-        value = loss(replace(logps, policy_chosen=chosen, policy_rejected=rejected))
-        grads = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
+    chosen = logps.policy_chosen.detach().requires_grad_()
+    rejected = logps.policy_rejected.detach().requires_grad_()
+    value = loss(replace(logps, policy_chosen=chosen, policy_rejected=rejected))
+    grads = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
     return value.detach(), *grads
 
 

@@ -121,8 +121,6 @@ digest_again = functools.lru_cache(maxsize=64)(digest)  # the rows of a question
 
 def choose(items: list, count: int, *key: Any) -> list:
     """`count` items without replacement, uniform, in order; a function of `key` alone."""
-    if not count or len(items) <= count:
-        return items[:count]
     kept = seeded(*key).permutation(len(items))[:count]
     return [items[i] for i in sorted(kept.tolist())]
 

@@ -314,6 +314,7 @@ def test_over_long_records_are_dropped_by_name_or_get_fewer_tiles(toy):
     data = pair_data(toy, max_length=wide.longest - 1, overlong="fewer_tiles")
     tree, rule = data.fit(record)
     assert sum(tree.tiles) < sum(wide.tiles) and rule == "fewer_tiles"
+    assert replace(data, max_length=10).fit(record)[0] is None  # one tile is too long, too
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -379,6 +380,13 @@ def test_a_rejected_response_that_its_sampler_cut_off_has_no_end_to_be_learned(t
 @pytest.mark.parametrize(("overlong", "room"), [("drop", 6), ("cut", 0), ("cut", 1)])
 def test_what_cannot_be_cut_apart_is_dropped(toy, tmp_path, overlong, room):
     assert long_tree(toy, tmp_path, overlong, room)[:2] == (None, "dropped")
+
+
+def test_of_a_chosen_response_without_room_for_a_token_nothing_is_left(toy, tmp_path):
+    record = text_pair(tmp_path)
+    trunk = encode_tree(record, toy[2], toy[1]).trunk
+    data = pair_data(toy, max_length=len(trunk), overlong="cut", only_chosen=True)
+    assert data.fit(record)[0] is None
 
 
 def test_a_step_whose_records_are_all_too_long_has_no_pack_and_names_them(toy):

@@ -193,6 +193,12 @@ def test_a_question_that_was_not_wrapped_may_say_so_with_null():
     assert len(keys) == 2 and pairs.response_key(row | {"question_orig": "q"}, "x") in keys
 
 
+def test_one_question_with_two_gold_answers_is_two_and_a_number_is_its_digits():
+    row = {"image": "a", "response": "r", "question": "q"}
+    one, digits, two = (pairs.response_key(row | {"answer": a}, "x") for a in (1, "1", 2))
+    assert one == digits != two
+
+
 # --------------------------------------------------------------------------- judging, pairing
 
 
