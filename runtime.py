@@ -144,7 +144,7 @@ class FlagParser(argparse.ArgumentParser):
 def parse_cli(cls: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
     """Build dataclass `cls` from the command line.  Precedence: default < --config FILE < flag.
 
-    Field types: str, int, float, bool (--x / --no-x), Path, Path | None (empty text = None),
+    Field types: str, int, float, Path, these or None (empty text = None), bool (--x / --no-x),
     Literal, and a tuple for a flag of several values.  The flag named by `cls.FIRST` may come first
     without its name.  Wrong usage exits with status 2.
     """
