@@ -747,11 +747,11 @@ def judge(
 
 @functools.lru_cache(maxsize=8192)  # the responses to a question give few different answers
 def compare(answer: str, gold: str, modes: tuple[str, ...]) -> Verdict:
-    """The verdict on an answer; ChartQA's 5 percent beside stricter modes and another number that
-    ANLS lets pass (January 15 for 16) leave a doubt."""
+    """The verdict on an answer; ChartQA's 5 percent beside stricter modes and other figures or
+    initials that ANLS lets pass (January 15 for 16) leave a doubt."""
     strict = [mode for mode in modes if mode != "relaxed_accuracy"]
     mode = matching_mode(answer, gold, ["vqa_score", *strict] if strict else modes)
-    figures = re.compile("[0-9]+|.illion").findall
+    figures = re.compile(r"[0-9]+|.illion|\b[A-Z]\b").findall
     if mode and (mode != "anls" or figures(answer) == figures(gold)):
         return Verdict("correct", f"matches by {mode}", answer)
     doubt = mode or (len(strict) < len(modes) and matching_mode(answer, gold, modes))

@@ -167,7 +167,8 @@ def letter(name: str) -> Quantity:
     """A free letter at six points, never whole: four times positive, once negative, once either."""
     draw = random.Random(name)
     signs = (1, 1, 1, 1, -1, draw.choice((1, -1)))
-    return Quantity(tuple(sign * draw.uniform(0.3, 2.7) for sign in signs), frozenset([name]))
+    values = (sign * Fraction(draw.randrange(301, 2701, 2), 1000) for sign in signs)
+    return Quantity(tuple(values), frozenset([name]))
 
 
 def paired(*expressions: Quantity) -> list[tuple[Number | None, ...]]:
@@ -370,7 +371,7 @@ def same_value(a: Quantity, gold: Quantity) -> bool:
     """Equal numbers; with free letters, equal at the fixed points."""
     values = defined(a, gold)
     if a.letters or gold.letters:
-        return len(values) > 1 and all(math.isclose(x, y) for x, y in values)
+        return len(values) > 1 and all(_same_number(x, y, 0, 0) for x, y in values)
     return bool(values) and _same_number(*values[0], a.step, gold.step)
 
 
@@ -381,7 +382,7 @@ def defined(a: Quantity, b: Quantity) -> list[tuple[Number, Number]]:
     return [(x, y) for x, y in values if alike and x is not None]
 
 
-def _same_number(x: Number, gold: Number, step: Fraction, gold_step: Fraction) -> bool:
+def _same_number(x: Number, gold: Number, step: Number, gold_step: Number) -> bool:
     """Whole numbers and fractions are exact, decimals count for the digits that they show.
 
     A decimal equals a gold decimal that it rounds to, or that rounds (or is cut) to it, within a
@@ -436,8 +437,7 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
                 if word in _FILLERS:
                     continue
                 letter = len(word) < 2 and word.isascii()
-                known = _PROSE.fullmatch(word) or word in _NAMES
-                if letter or known or not invented:
+                if letter or not invented or word in _NAMES or _PROSE.fullmatch(word):
                     return None
                 unit = _base(word.removesuffix("s") if len(word) > 3 else word)
             product = product.times(unit, int(match[2] or 1) * (-1 if place else 1))

@@ -256,6 +256,7 @@ def test_five_percent_beside_stricter_modes_and_other_numbers_under_anls_leave_a
         (answers.get_mode("infovqa"), "$1.6 billion", "$1.5 billion", "ambiguous"),
         (answers.get_mode("docvqa"), "January 16, 1999", "January 15, 1999", "ambiguous"),
         (answers.get_mode("docvqa"), "Januery 15, 1999", "January 15, 1999", "correct"),
+        (answers.get_mode("docvqa"), "Dr. William R. Darby", "Dr. William J. Darby", "ambiguous"),
     ):
         assert answers.compare(pred, gold, tuple(modes)).label == label, (pred, gold)
 
