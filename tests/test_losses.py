@@ -399,6 +399,7 @@ def test_of_the_built_in_objectives_two_need_no_reference_and_two_the_whole_step
     terms = {name: [(1.0, name)] for name in LOSSES}
     assert {n for n in LOSSES if not losses.needs_reference(terms[n])} == {"odds_ratio", "sft"}
     assert {n for n in LOSSES if losses.whole_step(terms[n])} == {"aot", "aot_unpaired"}
+    assert losses.whole_step(parse_objective("sft+aot"))
     assert not losses.needs_reference(parse_objective("orpo"))
     assert losses.needs_reference(parse_objective("mpo"))
 

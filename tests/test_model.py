@@ -467,6 +467,8 @@ def test_image_tokens_and_tiles_must_agree(micro):
         model(ids)
     with pytest.raises(InputError, match="0 image tokens, its tiles fill 4"):
         model(golden["text/input_ids"], tiles)
+    with pytest.raises(InputError, match="set model.image_context_id first"):
+        InternVL(model.config, None)(ids, tiles)
 
 
 def test_head_scores_only_the_rows_it_is_given(micro):

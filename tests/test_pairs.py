@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import generate
 import pairs
 from records import grouped, part_files, read_meta, read_parts
-from runtime import InputError, run
+from runtime import InputError, read_json, run
 
 ROWS = [json.loads(line) for line in (OURS / "pairs_in.jsonl").read_text().splitlines()]
 EXPECTED = json.loads((OURS / "pairs_expected.json").read_text())
@@ -248,6 +248,13 @@ def test_empty_responses_are_counted_and_never_paired():
     assert counts["format responses"] == 1
 
 
+def test_under_mc_score_the_wording_of_the_gold_option_is_right():
+    row = {"question": "What is it?\nA. a van\nB. a car", "answer": "A", "prompt_version": "en"}
+    rows = [row | {"response": f"I see.\nFinal answer: {text}"} for text in ("a van", "a car")]
+    judged, _ = pairs.judge_group(rows, ["mc_score"])
+    assert [response.verdict for response in judged] == ["correct", "wrong"]
+
+
 def test_gold_rationales_join_only_where_asked():
     unsolved = [{**ROWS[2], "rationale": "It is a van."}]  # answers B, gold is A
     solved = [ROWS[0], {**ROWS[0], "rationale": "It is a van."}]  # no matter which line has it
@@ -333,6 +340,19 @@ def test_sampling_fills_every_response_once_with_its_prompt(world):
     loads = Generator.loads
     pairs.sample(sampling(prompts="en,en_bg", num_samples=8))  # nothing to do, nothing is loaded
     assert Generator.loads == loads
+
+
+def test_samples_are_shared_by_the_prompts_of_the_domain_and_flags_win_over_it(world):
+    pairs.sample(sampling(prompts="", num_samples=5))
+    rows = read_lines("samples/toys/part-0-of-1.jsonl")
+    assert {row["prompt_version"] for row in rows} == {"en", "en_bg"} and len(rows) == 6 * 2 * 3
+    assert {prompt.max_tiles for prompt in Generator.prompts} == {6, 3}
+    Generator.prompts.clear()
+    (world / "toys.jsonl").rename("toys_zh_.jsonl")  # as the official script has it
+    pairs.sample(sampling(questions=Path("toys_zh_.jsonl"), prompts="", max_tiles=2))
+    assert {prompt.max_tiles for prompt in Generator.prompts} == {2, 1}
+    rows = read_lines("samples/toys_zh_/part-0-of-1.jsonl")
+    assert {row["prompt_version"] for row in rows} == {"zh"}
 
 
 def test_a_system_prompt_reaches_the_model_the_samples_and_the_pairs(world):
@@ -604,6 +624,7 @@ def test_no_pair_and_too_many_format_failures_end_with_status_1(world, run_pairs
     write_lines(world / "none.jsonl", [r for r in ROWS if r["answer"] == 3])  # all right
     status, output = run_pairs("correctness", "--samples", "none.jsonl", "--root", "images")
     assert status == 1 and "none: no pair from 8 responses" in output
+    assert read_json(Path("pairs/meta.json")) == {}, "an empty file has no entry"
     write_lines(world / "fails.jsonl", ROWS)
     words = ("--samples", "fails.jsonl", "--root", ".", "--max_format_share", "0.1")
     status, output = run_pairs("correctness", *words)
@@ -696,6 +717,7 @@ def test_dropout_ntp_pairs_a_response_with_its_blind_continuation(world):
     for row in rows:
         kept = row["chosen"][: row["rejected_meta"]["kept"]]
         assert row["rejected"].startswith(kept) and row["chosen"] != row["rejected"]
+        assert row["rejected"].removeprefix(kept).strip(), "the first draw that is usable"
         assert "image" in row and row["rejected_meta"]["finish_reason"] == "stop"
     assert report["toys"]["tokens"]["per_pair"]["generated"] > 14  # chosen and continuation
     assert len(read_meta(Path("out/meta.json"), 12)[0]) == len(rows)
@@ -760,13 +782,24 @@ def test_dropout_ntp_pairs_the_responses_given_and_none_of_earlier_ones(world):
 
 
 def test_an_empty_response_is_not_chosen_and_a_bad_question_is_named_by_its_line(world):
-    rows = [{"image": "0.png", "question": "Q", "response": text} for text in ("", " ", "A cat")]
+    texts = ("", " ", "A cat", "A")
+    rows = [{"image": "0.png", "question": "Q", "response": text} for text in texts]
     write_lines(world / "s.jsonl", rows)
     cfg = pairs.DropoutConfig(model_dir=Path("model"), samples=Path("s.jsonl"), keep_ratio=0)
     kept = list(pairs.cut_responses(pairs.find_sets(cfg.samples)[0], cfg, pairs.Counter()))
-    assert [row["response"] for row in kept] == ["A cat"]
-    pairs.dropout_ntp(replace(cfg, root=Path("images"), keep_ratio=0.5, max_responses=1))
-    assert {prompt.name for prompt in Generator.prompts} == {"s.jsonl line 3"}
+    assert [row["response"] for row in kept] == ["A cat", "A"]
+    pairs.dropout_ntp(replace(cfg, root=Path("images"), keep_ratio=0.5))
+    assert {prompt.name for prompt in Generator.prompts} == {
+        "s.jsonl line 3"
+    }  # a letter has no half
+
+
+def test_one_text_that_was_drawn_twice_is_continued_twice(tmp_path):
+    row = {"image": "0.png", "question": "Q", "response": "A cat", "qid": "q"}
+    write_lines(tmp_path / "s.jsonl", [row | {"k": k} for k in (0, 1, 1)])
+    [data_set] = pairs.find_sets(tmp_path / "s.jsonl")
+    cut = pairs.cut_responses(data_set, pairs.DropoutConfig(), pairs.Counter())
+    assert [row["k"] for row in cut] == [0, 1]
 
 
 @pytest.mark.parametrize("prompts", ["en", "en_bg", "en,none"])
