@@ -49,7 +49,6 @@ def toy(tmp_path_factory):
 def test_the_official_example_yields_thirteen_records_an_epoch(tmp_path):
     meta = {}
     for name, repeat, count in (("a", 1, 5), ("b", 0.5, 5), ("c", 2, 3)):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(GOOD) + "\n" * 1)
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(GOOD) + "\n") * count)
         meta[name] = {"annotation": f"{name}.jsonl", "repeat_time": repeat, "length": count}
     (tmp_path / "meta.json").write_text(json.dumps(meta))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import OURS, ROOT, run_forks
+from conftest import OURS, ROOT
 from safetensors.torch import load_file
 
 from cache import HIDDEN, KEYS, KVCache, Room, attend_pieces, num_blocks
@@ -35,7 +35,7 @@ from generate import (
 )
 from losses import aligned
 from model import InternVL
-from runtime import InputError, rank_and_world, run
+from runtime import InputError, run
 from tools.plan import named_config
 from toy import model_config, parse_config, write_world
 from weights import load_model
@@ -530,18 +530,6 @@ def test_a_restart_draws_only_what_is_missing_and_gets_the_same(toy, generator, 
     assert found == {key: expected[key] for key in found}
     assert {k for _, k in found} == {1}
     assert not texts(generator, [replace(prompts(toy)[0], samples=())])
-
-
-def one_share(toy, out):
-    rank, world = rank_and_world()
-    found = texts(sampler(toy), prompts(toy)[rank::world])
-    (out / f"{rank}.json").write_text(json.dumps([[*key, text] for key, text in found.items()]))
-
-
-def test_two_processes_give_the_texts_of_one(toy, tmp_path, expected):
-    run_forks(2, one_share, toy, tmp_path)
-    rows = [row for p in tmp_path.glob("*.json") for row in json.loads(p.read_text())]
-    assert {(name, k): text for name, k, text in rows} == expected
 
 
 def test_another_seed_or_prompt_id_gives_other_texts(toy, generator, expected):

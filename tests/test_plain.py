@@ -47,7 +47,6 @@ def fast(toy):
     ("processes", "flags"),
     [
         (1, {}),
-        (2, {}),
         (1, {"reference": "online", "pack_tokens": 512}),
         (2, {"reference": "online", "recompute": "selective"}),
         (1, {"share_prefix": False, "share_images": False, "head_rows": 0, "recompute": "off"}),

@@ -102,13 +102,6 @@ def test_a_bad_record_is_named_by_file_line_and_key(tmp_path, record, message):
         sets[0][1]
 
 
-def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
-    """A line each would be a million for a file that is printed with line breaks."""
-    meta = write_set(tmp_path, [json.dumps([GOOD, GOOD], indent=1)])
-    with pytest.raises(InputError, match="a.jsonl is a JSON list; write one object a line"):
-        read_meta(meta, 12)
-
-
 def test_lines_that_only_a_carriage_return_ends_are_told_with_the_remedy(tmp_path):
     meta = write_set(tmp_path, [])
     (tmp_path / "a.jsonl").write_bytes(b"\r".join([json.dumps(GOOD).encode()] * 3))

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import runtime
-from records import in_order
+from records import JsonLines, in_order
 from runtime import (
     FLAGS,
     AppendLog,
@@ -250,8 +250,9 @@ def test_a_good_object_gets_its_defaults():
 def test_a_json_list_given_as_jsonl_is_told_once(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('[{"a": 1},\n {"a": 2}]\n')
-    with pytest.raises(InputError, match="a.jsonl is a JSON list; write one object a line"):
-        list(read_jsonl(path))
+    for read in (read_jsonl, JsonLines):
+        with pytest.raises(InputError, match="a.jsonl is a JSON list; write one object a line"):
+            list(read(path))
 
 
 @pytest.mark.parametrize(

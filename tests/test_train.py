@@ -166,11 +166,6 @@ def test_an_online_reference_gives_the_numbers_of_the_cached_one(straight, base,
     close(run_here(replace(base, out_dir=toy / "online", reference="online")), metrics)
 
 
-def test_recomputing_blocks_in_backward_changes_nothing(straight, base, toy):
-    _, metrics = straight
-    close(run_here(replace(base, out_dir=toy / "keep", recompute="off")), metrics)
-
-
 # --------------------------------------------------------------------------- crashes
 
 
