@@ -3,6 +3,7 @@
 import base64
 import fcntl
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -941,6 +942,19 @@ def test_an_image_that_was_replaced_is_noticed_when_answering_goes_on(world):
     image.write_bytes(b"another picture")
     with pytest.raises(InputError, match="made with another images .*use another --out"):
         evaluation.generate(asked(world, "one"))
+
+
+def test_a_benchmark_of_ones_own_is_answered_and_scored_as_the_docs_write_it(world, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/switches.md").read_text(), re.S)
+    exec(code, names := {})
+    monkeypatch.setitem(BENCHMARKS, "mine", names["BENCHMARK"])
+    rows = [{"image": f"{n}.jpg", "question": "Odd?", "answer": "yes"} for n in (1, 2)]
+    data = write_jsonl(world / "data/mine.jsonl", rows)
+    for cot in (False, True):
+        out, model = world / f"mine-{cot}", world / "model"
+        evaluation.generate(Generate("mine", (data,), cot=cot, model_dir=model, out=out))
+        assert scored("mine", data, out)["score"] == 50
+    assert names["BENCHMARK"].ask(rows[0], False) == "Odd?\nAnswer in one word."
 
 
 def test_two_questions_that_swapped_their_images_are_noticed(world):
