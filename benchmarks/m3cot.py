@@ -62,7 +62,7 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
 
 BENCHMARK = Benchmark(
     name="m3cot", files=("test.jsonl", "test*.jsonl"),
-    fields={"question": str, "choices": list, "answer": str | int, "image": str},
+    fields={"question": str, "choices": list[str | int | float], "answer": str | int, "image": str},
     item=item, question=question, suffix=LETTER_SUFFIX, new_tokens=100, read=read,
     modes=("internvl", "m3cot"), n_expected=2318, groups=("domain",),
 )  # fmt: skip

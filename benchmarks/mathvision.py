@@ -108,8 +108,8 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
 
 BENCHMARK = Benchmark(
     name="mathvision", files=("test.jsonl",),
-    fields={"question": str, "options": list, "answer": str | int | float, "level": int | str,
-            "subject": str},
+    fields={"question": str, "options": list[str | int | float],
+            "answer": str | int | float, "level": int | str, "subject": str},
     question=question, new_tokens=4096, read=read, n_expected=3040, split="full",
     groups=("level", "subject"),
 )  # fmt: skip

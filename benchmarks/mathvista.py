@@ -27,6 +27,8 @@ def item(row: Item) -> None:
         row["query"] = read_once(beside).get(row["id"])
     if row["answer_type"] == "float":
         row["precision"] = int(row["precision"])
+    if row["answer"] not in ("", *row["choices"]) and not normalise(row, row["answer"]).correct:
+        raise ValueError(f"no reply can be read as the answer {row['answer']!r}")
     row["task"] = (row.get("metadata") or {}).get("task", "")
 
 

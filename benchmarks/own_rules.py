@@ -61,7 +61,7 @@ def read_gsm8k(item: Item, reply: Reply, mode: str) -> Reading:
 
 TEXT_MC = Benchmark(
     name="text_mc", files=("*.jsonl",), image=False,
-    fields={**FIELDS, "choices": list, "answer": str | int},
+    fields={**FIELDS, "choices": list[str | int | float], "answer": str | int},
     item=m3cot.item, question=m3cot.question, suffix=m3cot.LETTER_SUFFIX, new_tokens=100,
     read=read_choice, groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
 )  # fmt: skip
@@ -75,7 +75,6 @@ OWN = Benchmark(
     name="own", files=("*.jsonl",),
     fields={**TEXT_EM.fields, "image": str},
     item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
-    notes=lambda items, mode, cot: ["your own questions, in the format of pairs.py sample"],
 )  # fmt: skip
 GSM8K = Benchmark(
     name="gsm8k", files=("test.jsonl", "*.jsonl"), image=False,

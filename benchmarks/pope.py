@@ -34,9 +34,8 @@ def item(row: Item) -> None:
 @functools.cache
 def official_labels(folder: Path) -> dict[tuple, str]:
     """(category, image, question) -> label, from the coco_pope_*.json of a folder."""
-    files = [(c, f) for c in CATEGORIES for f in near(folder, f"coco_pope_{c}.json")]
-    rows = [(category, row) for category, path in files for row in read_rows(path)]
-    return {(category, r["image"], r["text"].strip()): r["label"] for category, r in rows}
+    rows = [r for path in near(folder, "coco_pope_*.json") for r in read_rows(path, CATEGORIES)]
+    return {(r.get("category"), r["image"], r["text"].strip()): r["label"] for r in rows}
 
 
 def official_answer(reply: str) -> str:
