@@ -19,7 +19,7 @@ from benchmarks.answers import PROMPTS
 from benchmarks.quantities import pattern, plain_signs, plain_spelling
 from runtime import InputError, fits
 
-PROMPTS_VERSION = "internvl-2410d1db/1"  # changes whenever a prompt of any benchmark does
+PROMPTS_VERSION = "internvl-2410d1db/2"  # changes whenever a prompt of any benchmark does
 COT = PROMPTS["en"].removesuffix("{question}")  # the wording that pairs were made with
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 PHRASE_SUFFIX = PROMPTS["direct"].removeprefix("{question}")

@@ -1,13 +1,13 @@
 """Questions without the paper's rules: text-only ones, and your own about pictures.
 
 text_mc, text_em and gsm8k compare a checkpoint with its own baseline, never with Table 5; `own`
-reads with the judge of the preference pairs, and leaves lists of choices to m3cot.
+asks and reads as for preference pairs, and leaves lists of choices to m3cot.
 """
 
 import re
 
 from benchmarks import m3cot
-from benchmarks.answers import get_mode, is_correct, parse_answer
+from benchmarks.answers import get_mode, is_correct, parse_answer, strip_instruction
 from benchmarks.common import PHRASE_SUFFIX, Benchmark, Item, Reading, Reply, last_number, lettered
 
 UNREAD = "images video videos clip audio audios history system system_prompt choices options"
@@ -72,9 +72,9 @@ TEXT_EM = Benchmark(
     modes=("substring", "exact"), notes=TEXT_MC.notes,
 )  # fmt: skip
 OWN = Benchmark(
-    name="own", files=("*.jsonl",),
-    fields={**TEXT_EM.fields, "image": str},
-    item=item_golds, suffix=PHRASE_SUFFIX, new_tokens=50, read=read_own,
+    name="own", files=("*.jsonl",), fields={**TEXT_EM.fields, "image": str}, item=item_golds,
+    question=lambda item: strip_instruction(item["question"]), suffix=PHRASE_SUFFIX,
+    new_tokens=50, read=read_own,
 )  # fmt: skip
 GSM8K = Benchmark(
     name="gsm8k", files=("test.jsonl", "*.jsonl"), image=False,

@@ -448,6 +448,8 @@ def test_prompts_are_exactly_the_published_ones():
         ("mmvet", {"question": "Q?"}, False, "Q? "),
         ("mmvet", {"question": "Q?"}, True, f"{free}\n\nQ?"),
         ("llava_bench", {"text": "Q?"}, False, "Q? Please give a detailed answer."),
+        ("own", {"question": phrase.replace("\n", " ")}, False, phrase),  # as for pairs
+        ("own", {"question": f"Is it?\n{letter}"}, True, cot + "Is it?"),
     ):
         assert BENCHMARKS[name].ask(item, is_cot) == prompt
 
