@@ -687,7 +687,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     alike = len(words) == len(gold_words) > 0 and all(map(_alike, words, gold_words))
     if alike or (glued.isalpha() and glued == "".join(gold_words)):
         return True
-    listed = len(words) > 1 and re.search(r"[,&]|\w\w ?[=∥⊥] ?\w\w|[0-9]/|\band\b", answer + gold)
+    listed = words and re.search(r"[,&]|[\w∠]\w ?[=∥⊥] ?[\w∠]\w|[0-9]/|\band\b", answer + gold)
     if listed and sorted(words) == sorted(gold_words):
         return True  # blue and red for red and blue, 3/5/2024 for May 3, 2024
     a, b = read(answer), read(gold)
