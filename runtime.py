@@ -407,7 +407,7 @@ def process_group(seed: int) -> Iterator[Any]:  # torch.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    alone = rank_and_world()[1] == 1 and "MASTER_ADDR" not in os.environ
+    alone = rank_and_world()[1] == 1
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     dist.init_process_group(backend, **place)
     torch.manual_seed(seed)

@@ -251,6 +251,7 @@ def export_folder(out_dir: Path, like: Path) -> Path:
     InputError where it overlaps with the input, or holds anything that no export of ours wrote.
     """
     out, like = Path(out_dir).resolve(), Path(like).resolve()
+    str(out).encode()  # fails at a name that safetensors would write and not read again
     if out.is_relative_to(like) or like.is_relative_to(out):
         raise InputError(f"{out_dir} and the input {like} overlap; name another folder")
     if out.exists() and not out.is_dir():  # a device, too, would be renamed away

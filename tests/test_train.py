@@ -822,6 +822,12 @@ def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
         train_in_process(replace(cfg, out_dir=tmp_path / "second", pack_tokens=cfg.pack_tokens + 1))
 
 
+def test_an_address_that_another_run_left_in_the_shell_is_not_asked(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
+    with process_group(0):
+        assert runtime.all_of(True)
+
+
 def two_wait_for_a_lock(folder):
     """Rank 0 gets the lock after a second; both ranks vote meanwhile instead of waiting."""
     votes = []

@@ -330,6 +330,12 @@ def test_what_an_export_replaces_goes_only_once_the_new_one_is_in_place(tmp_path
     assert [path.read_text() for path in tmp_path.rglob("weights")] == ["the only ones"]
 
 
+def test_a_folder_whose_name_safetensors_could_not_read_again_is_refused(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        save_model(load_model(MICRO), tmp_path / "latin \udcff", like=MICRO)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "model").symlink_to(tmp_path / "disk")
