@@ -41,7 +41,7 @@ def circular(readings: Readings) -> dict:
 
 
 BENCHMARK = Benchmark(
-    name="crpe", files=("crpe_*.jsonl", "questions*.jsonl"),
+    name="crpe", files=("crpe_*[!a].jsonl", "questions*.jsonl"),  # no ..._meta.jsonl
     fields={"question_id": int | str, "text": str, "correct_option": Literal[*"ABCD"],
             "category": Literal["exist", "subject", "predicate", "object"]},
     item=item, suffix=LETTER_SUFFIX, new_tokens=100, read=read, modes=("vlmevalkit", "strict"),

@@ -304,6 +304,9 @@ def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
     result = scored("crpe", data, write_jsonl(tmp_path / "answers.jsonl", replies))
     assert (result["score"], result["n"]) == (100, 2)
     assert result["other_extractions"] == {"strict": 0}
+    meta = {"image": "a.jpg", "question": "What?", "choices": ["cat"], "correct_option": "cat"}
+    write_jsonl(tmp_path / "crpe_relation_meta.jsonl", [meta])  # lies beside it officially
+    assert len(Score(bench="crpe", data=(tmp_path,), answers=(data,)).items()) == 8
     prompt = BENCHMARKS["crpe"].ask(rows[0], True)
     assert prompt.startswith(common.COT) and prompt.endswith("D. pig")
 
