@@ -69,7 +69,7 @@ class Tokenizer:
         self.marks = {token.content: id for id, token in added.items() if token.content in MARKS}
         self.special = {token.content: id for id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special.values())
-        names = sorted(self.special | self.marks, key=len, reverse=True)  # the longest name wins
+        names = sorted(self.special, key=len, reverse=True)  # the longest name wins
         self._split_special = re.compile("(" + "|".join(map(re.escape, names)) + ")").split
 
         self.is_sentencepiece = getattr(backend.model, "byte_fallback", False)
@@ -204,7 +204,7 @@ def bpe(
     names = pieces | {id: token.content for id, token in added.items()}
     vocab = {name: id for id, name in names.items()}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
-    backend.add_tokens([added[id] for id in sorted(added)])
+    backend.add_tokens([*added.values()])
     return backend
 
 

@@ -1,5 +1,6 @@
 """Folders that tests read.  GOLDEN and BENCH name folders kept outside the repository."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from runtime import process_group, read_jsonl
+from runtime import process_group, read_json, read_jsonl
 from toy import write_world
 from train import TrainConfig, train
 
@@ -63,6 +64,21 @@ def exact_weights(model_dir: Path) -> None:
     for path in model_dir.glob("*.safetensors"):
         weights = {name: w.float() for name, w in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
+
+
+def add_a_vit_block(model_dir: Path) -> None:
+    """Stochastic depth spares the first, which is the toy's only one: its tests need a second."""
+    config = read_json(model_dir / "config.json")
+    config["vision_config"]["num_hidden_layers"] = 2
+    (model_dir / "config.json").write_text(json.dumps(config))
+    weights = {}
+    for path in model_dir.glob("*.safetensors"):
+        weights |= load_file(path)
+        path.unlink()
+    (model_dir / "model.safetensors.index.json").unlink(missing_ok=True)
+    first, second = (f"vision_model.encoder.layers.{n}." for n in (0, 1))
+    weights |= {k.replace(first, second): w.clone() for k, w in weights.items() if first in k}
+    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
 
 
 def train_in_process(cfg: TrainConfig) -> list[dict]:

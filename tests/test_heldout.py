@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import exact_weights, run_forks, short_run, train_in_process
+from conftest import add_a_vit_block, exact_weights, run_forks, short_run, train_in_process
 from safetensors.torch import load_file
 
 import plain
@@ -16,7 +16,7 @@ from runtime import InputError, read_jsonl
 from tokenizer import load_tokenizer
 from tools.export import ExportConfig, export_checkpoint
 from toy import write_world
-from train import train
+from train import best_row, train
 from weights import complete_checkpoints, load_model
 
 SETS = ("toy_direct", "toy_two_images")
@@ -29,6 +29,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heldout")
     write_world(folder, 16, 0)
     write_world(folder / "other", 8, 1)
+    add_a_vit_block(folder / "model")
     exact_weights(folder / "model")
     meta = json.loads((folder / "other/meta.json").read_text())
     (folder / "other/heldout.json").write_text(json.dumps({name: meta[name] for name in SETS}))
@@ -111,6 +112,15 @@ def test_the_best_step_is_named_and_kept(watched, base, toy, capsys):
         assert torch.equal(p, last[name]), "of a run's folder it is the last"
     train_in_process(cfg)  # nothing left to do
     assert f"best step by held-out pairs: {best} of 3" in capsys.readouterr().err
+
+
+def test_of_equally_accurate_steps_and_for_sft_the_one_of_lower_loss_is_the_best():
+    rows = [
+        {"step": step, "heldout/loss": loss, "heldout/rewards/accuracy": accuracy}
+        for step, (accuracy, loss) in enumerate([(0.5, 2.0), (0.5, 1.0), (0.4, 0.1)], 1)
+    ]
+    assert best_row([{"step": 0}, *rows])["step"] == 2
+    assert best_row([{k: r[k] for k in ("step", "heldout/loss")} for r in rows])["step"] == 3
 
 
 def test_keep_best_in_mid_run_keeps_and_names_the_best_step_since(base, toy, monkeypatch, capsys):

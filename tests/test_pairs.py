@@ -566,6 +566,17 @@ def test_a_broken_line_in_the_middle_of_a_part_file_is_an_error(world):
             verb()
 
 
+def test_pairs_can_be_made_while_another_process_still_writes_its_last_line(world):
+    pairs.sample(sampling())
+    with open("samples/toys/part-0-of-1.jsonl", "ab") as file:
+        file.write(b'{"qid": "torn')
+    pairs.correctness(pairs.CorrectnessConfig())
+    pairs.dropout_ntp(pairs.DropoutConfig(model_dir=Path("model")))
+    report = read_json(Path("pairs/pairs.report.json"))
+    for verb in ("correctness", "dropout_ntp sr0.5"):
+        assert report[verb]["sets"]["toys"]["responses"] == 48
+
+
 def test_a_response_with_two_texts_is_an_error_and_a_repeated_line_is_not(world):
     pairs.sample(sampling())
     rows = read_lines("samples/toys/part-0-of-1.jsonl")

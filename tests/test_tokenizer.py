@@ -383,6 +383,8 @@ def test_images_fill_the_placeholders_of_the_user_from_left_to_right(small):
     slots = [id for id in ids if id in (img, context, end)]
     assert slots == [img, context, context, end, img, context, end, img] + [context] * 3 + [end]
     assert "no <image> here" in small.decode(ids)
+    asked = small.decode(encode_chat(small, "internlm2-chat", [("What is <image>?", None)], []))
+    assert "What is <image>?" in asked, "plain text where no image is"
 
 
 def test_nobody_can_forge_a_turn_or_an_image_slot(small):
@@ -433,6 +435,29 @@ def words(tmp_path):
     return load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_json_that_was_saved_while_cutting_and_padding_does_neither(words):
+    backend = tokenizers.Tokenizer.from_file(str(words.source))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    backend.save(str(words.source))
+    again = load_tokenizer(words.source.parent)
+    for text in ("the", "the cat the"):
+        assert again.encode_plain(text) == words.encode_plain(text)
+
+
+def test_a_token_behind_a_gap_of_a_tokenizer_json_keeps_its_id(words):
+    def change(data):
+        del data["model"]["vocab"]["<IMG_CONTEXT>"]
+        data["added_tokens"][-1]["id"] = 40
+
+    edited(words.source, change)
+    again = load_tokenizer(words.source.parent)
+    assert again.image_context_id == 40 and again.encode("<IMG_CONTEXT>") == [40]
+    again.check_vocabulary(41)
+    with pytest.raises(InputError, match="up to id 40, but the model's vocab_size is 40"):
+        again.check_vocabulary(40)
+
+
 def test_word_level_tokenizer_json_works_alike(words):
     assert words.decode(words.encode("the cat\n<|im_end|> the")) == "the cat\n the"
     assert words.encode("<|im_end|>") == [words.im_end_id]
@@ -467,7 +492,8 @@ def test_folder_without_tokenizer_is_named(tmp_path):
 
 def test_any_cut_of_tokenizer_model_is_an_input_error(tmp_path):
     whole = (SMALL / "tokenizer.model").read_bytes()
-    for length in [0, 1, 2, 7, *range(100, len(whole) - 100, 331), len(whole) - 30]:
+    end = len(whole)
+    for length in [0, 1, 2, 7, *range(100, end - 100, 331), *range(end - 30, end)]:
         (tmp_path / "tokenizer.model").write_bytes(whole[:length])
         with pytest.raises(InputError, match="tokenizer.model: .*copy the file again"):
             load_tokenizer(tmp_path)

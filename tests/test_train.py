@@ -1,5 +1,6 @@
 """The training loop: the same update for any number of processes, and nothing lost on a crash."""
 
+import copy
 import fcntl
 import json
 import math
@@ -16,7 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port, run_forks, short_run, start_forks, train_in_process
+from conftest import (
+    ROOT,
+    add_a_vit_block,
+    free_port,
+    run_forks,
+    short_run,
+    start_forks,
+    train_in_process,
+)
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -27,8 +36,9 @@ from losses import LOSSES, Objective, PairLogps
 from records import read_meta
 from runtime import Failure, InputError, process_group, read_json, run
 from tools.doctor import diagnose
+from tools.plan import named_config
 from toy import write_world
-from train import TrainConfig, compare_start, lr_at, main
+from train import TrainConfig, compare_start, lr_at, main, make_optimizer, with_recipe
 from weights import load_model
 
 TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
@@ -38,6 +48,7 @@ TIMES = ("tokens_per_s", "pairs_per_s", "mfu")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     write_world(folder, 16, 0)
+    add_a_vit_block(folder / "model")
     return folder
 
 
@@ -268,6 +279,12 @@ def test_a_checkpoint_of_two_processes_continues_in_one(straight, base, toy):
     mixed = replace(base, out_dir=toy / "mixed")
     kill_after(mixed, 2, 3)
     assert (mixed.out_dir / "checkpoints" / "step-00000002").exists()
+    damaged = replace(base, out_dir=toy / "damaged")
+    shutil.copytree(mixed.out_dir, damaged.out_dir)
+    shard = sorted(damaged.out_dir.glob("checkpoints/*/shard-001-of-002.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match="shard-001-of-002.safetensors is not what was saved"):
+        run_here(damaged)
     close(run_here(mixed), metrics)
     close_weights(mixed, cfg)
 
@@ -300,6 +317,24 @@ def test_sigterm_saves_and_ends_cleanly(base, toy, straight):
     assert process.wait() == 0
     assert "asked to stop: saved step" in said
     assert run_here(cfg) == straight[1]
+
+
+def test_asked_to_stop_at_its_last_step_a_run_ends_as_usual(base, tmp_path, monkeypatch):
+    cfg = replace(base, loss="sft", out_dir=tmp_path, max_steps=2)
+    metrics = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(train_module, "asked_to_stop", lambda: len(read_metrics(tmp_path)) == 1)
+    run_here(cfg)
+    assert metrics.exists() and (tmp_path / "model/config.json").exists()
+
+
+def test_a_second_signal_counts_only_later_than_torchrun_repeats_the_first(monkeypatch):
+    monkeypatch.setattr(train_module, "_STOP", [])
+    for _ in range(2):
+        train_module.ask_to_stop(signal.SIGINT, None)
+    later = time.monotonic() + 3
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    with pytest.raises(KeyboardInterrupt):
+        train_module.ask_to_stop(signal.SIGINT, None)
 
 
 def test_ctrl_c_and_sigterm_both_ask_for_a_checkpoint(monkeypatch):
@@ -452,7 +487,8 @@ def test_a_changed_digit_in_the_reference_cache_is_refused_by_file_and_line(base
         run_here(cfg)
 
 
-def test_a_run_refuses_at_its_start_to_overwrite_its_own_model(base, toy):
+def test_a_run_refuses_at_its_start_to_overwrite_its_own_model(base, toy, monkeypatch):
+    monkeypatch.setattr(train_module, "Run", None)
     with pytest.raises(InputError, match="overlap"):
         run_here(replace(base, out_dir=base.model_dir.parent))
 
@@ -535,6 +571,22 @@ def test_an_objective_that_sorts_the_step_does_not_depend_on_processes_or_packs(
     close(two, one, bound=1e-5)
 
 
+def test_computed_over_the_whole_step_an_objective_trains_as_pair_by_pair(
+    straight, base, toy, monkeypatch
+):
+    for name in ("dpo", "bco", "sft"):
+        monkeypatch.setitem(LOSSES, name, replace(LOSSES[name], whole_step=True))
+    close(run_here(replace(base, out_dir=toy / "whole-step")), straight[1])
+
+
+def test_stochastic_depth_is_drawn_anew_in_each_step_and_pack(straight, base, toy, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    [first, _] = run_here(replace(base, loss="sft", drop_path=0.2, max_steps=2, out_dir=toy / "dp"))
+    assert len(seeds) > 4 and len(set(seeds)) == len(seeds)
+    assert first["nll"] != straight[1][0]["nll"]
+
+
 def test_sft_reads_no_rejected_response_and_needs_no_reference(base, toy, monkeypatch):
     monkeypatch.setattr("train.response_keys", None)
     metrics = run_here(replace(base, loss="sft", out_dir=toy / "sft", reference_cache=None))
@@ -584,14 +636,26 @@ def test_a_part_with_rate_zero_stays_as_it_was(base, toy, part):
     prefix = {"vision": "vision_model", "projector": "projector", "language": "language_model"}
     start = dict(load_model(toy / "model").named_parameters())
     for name, p in load_model(cfg.out_dir / "model").named_parameters():
-        same = torch.equal(p, start[name])
-        assert same if name.startswith(prefix[part]) else True, name
+        assert torch.equal(p, start[name]) or not name.startswith(prefix[part]), name
     changed = {
         n.split(".")[0]
         for n, p in load_model(cfg.out_dir / "model").named_parameters()
         if not torch.equal(p, start[n])
     }
     assert changed == set(prefix.values()) - {prefix[part]}
+    assert weights(cfg).keys() == {f"model/{name}" for name in start}, "a checkpoint has them all"
+
+
+def test_each_part_moves_at_its_own_rate(toy):
+    cfg = TrainConfig(lr_vision=0.5, lr_projector=0.25, weight_decay=0.0)
+    model = load_model(toy / "model")
+    start, optimizer = copy.deepcopy(model.state_dict()), make_optimizer(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.1)
+    for name, p in model.named_parameters():  # Adam's first step is the rate itself
+        rate = 0.1 * cfg.rates[name.split(".")[0]]
+        torch.testing.assert_close(start[name] - p, torch.full_like(p, rate), atol=1e-6, rtol=0)
 
 
 # --------------------------------------------------------------------------- what is refused
@@ -808,18 +872,31 @@ def test_the_start_check_knows_rounding_from_other_weights():
 
     rounding, other = torch.tensor([0.05, 1.5]), torch.tensor([0.0, 2.5])
     check(rounding, torch.bfloat16)
-    for off, dtype in ((other, torch.bfloat16), (rounding, torch.float32)):
+    for off, dtype in (
+        (other, torch.bfloat16),
+        (rounding, torch.float32),
+        (torch.tensor([torch.nan, 0.0]), torch.float32),
+    ):
         with pytest.raises(Failure, match="start check failed.*a response of"):
             check(off, dtype)
 
 
-def test_a_bf16_reference_cache_of_other_pack_shapes_is_refused(base, tmp_path):
+def test_a_bf16_reference_cache_of_other_packs_dtype_or_config_is_refused(base, tmp_path):
+    shutil.copytree(base.model_dir, tmp_path / "model")
     cfg = replace(
         base, dtype="bf16", max_steps=1, warmup=0.0, reference_cache=tmp_path / "reference"
     )
+    cfg = replace(cfg, model_dir=tmp_path / "model")
     train_in_process(replace(cfg, out_dir=tmp_path / "first"))
-    with pytest.raises(InputError, match="was made with another packing"):
-        train_in_process(replace(cfg, out_dir=tmp_path / "second", pack_tokens=cfg.pack_tokens + 1))
+    changes = {"pack_tokens": 401, "share_prefix": False, "share_images": False, "dtype": "fp32"}
+    for name, value in changes.items():
+        fact = "dtype" if name == "dtype" else "packing"
+        with pytest.raises(InputError, match=f"was made with another {fact} "):
+            train_in_process(replace(cfg, out_dir=tmp_path / "second", **{name: value}))
+    config = read_json(tmp_path / "model/config.json") | {"system_message": "Look."}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="was made with another config "):
+        train_in_process(replace(cfg, out_dir=tmp_path / "third"))
 
 
 def test_an_address_that_another_run_left_in_the_shell_is_not_asked(monkeypatch):
@@ -845,6 +922,15 @@ def test_processes_vote_while_one_waits_for_a_lock(tmp_path):
     for fork in forks:
         fork.join(60)
     assert [fork.exitcode for fork in forks] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "max_length", "tokens"),
+    [("8b", None, 8192), ("8b", 9000, 9000), ("3.5-8b", None, 16384)],
+)
+def test_a_pass_has_room_for_the_longest_record_unless_it_is_told(size, max_length, tokens):
+    cfg = with_recipe(TrainConfig(max_length=max_length), named_config(size), print)
+    assert cfg.pack_tokens == tokens
 
 
 def test_settings_left_open_are_those_of_the_model_s_generation(base, tmp_path, capsys):

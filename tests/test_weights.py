@@ -380,6 +380,18 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path, value):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing half-written either
 
 
+def test_a_model_that_the_disk_gives_back_changed_is_no_export(tmp_path, monkeypatch):
+    real = weights.save_file
+
+    def write_other_bits(tensors, *args, **how):
+        real({name: t + (name == "mlp1.1.bias") for name, t in tensors.items()}, *args, **how)
+
+    monkeypatch.setattr(weights, "save_file", write_other_bits)
+    with pytest.raises(Failure, match="projector.1.bias read back differs from the model"):
+        save_model(load_model(MICRO), tmp_path / "out", like=MICRO)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_config_of_the_release_is_read():
     config = load_config(OURS / "internvl2-8b")
     assert (config.template, config.tile_size, config.max_tiles) == ("internlm2-chat", 448, 12)
