@@ -165,7 +165,7 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
             raise InputError(f"{row['_source']}: no reply; needs one of {', '.join(REPLY_KEYS)}")
         if row["_file"] in questions and key in fields:
             raise InputError(f"{row['_source']}: {key!r} is the data's own, no reply to it")
-        if asked and row.get("question", asked[id]) != asked[id]:
+        if asked and asked[id] not in str(row.get("question", asked[id])):  # maybe with <image>
             raise InputError(f"{row['_source']}: 'question' is not the data's at this place")
         reply = row[key]
         if isinstance(reply, list) and reply:  # the turns of M3CoT's own outputs

@@ -67,8 +67,8 @@ def singular(word: str, known: frozenset[str]) -> str:
     return next((form for form in forms if form in known), word)
 
 
-def named_objects(caption: str, synonyms: Path) -> list[str]:
-    """The COCO classes that a caption mentions, every mention, in order (classic CHAIR)."""
+def named_objects(caption: str, synonyms: Path, once: bool = False) -> list[str]:
+    """The COCO classes that a caption mentions, in order: of every mention, or `once` a word."""
     classes, known = read_synonyms(synonyms)
     words = re.findall(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]", caption.lower())
     words = [singular(word, known) for word in words]
@@ -79,7 +79,7 @@ def named_objects(caption: str, synonyms: Path) -> list[str]:
         i += size
     if any(classes.get(m) == "toilet" for m in mentions):  # the seat of a toilet is no chair
         mentions = [m for m in mentions if m != "seat"]
-    return [classes[m] for m in mentions if classes.get(m)]
+    return [classes[m] for m in (dict.fromkeys(mentions) if once else mentions) if classes.get(m)]
 
 
 def listed_names(judgement: Any) -> list | None:
@@ -98,8 +98,8 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
     if mode == "chair-llm":
         names = listed_names(reply.judgement)
         parsed = names is not None
-        objects = [c for name in names or [] for c in named_objects(str(name), synonyms)]
-        objects = list(dict.fromkeys(objects))  # the paper's way: a class of a reply counts once
+        # RLAIF-V's eval_gpt_obj_halbench.py: a word counts once, "man" and "woman" are two
+        objects = named_objects(", ".join(map(str, names or [])), synonyms, once=True)
     else:
         objects = named_objects(reply.text, synonyms)
     classes = read_synonyms(synonyms)[0]

@@ -155,7 +155,7 @@ def test_llava_bench_names_a_category_that_its_judge_left_unread(tmp_path):
 def test_mmhals_replies_in_another_order_than_its_questions_are_noticed(tmp_path):
     rows = [{"question": q, "gt_answer": "a", "image_content": [], "image": "a.png"} for q in "?!"]
     data = write_jsonl(tmp_path / "mmhal.jsonl", rows)
-    replies = [row | {"model_answer": row["question"]} for row in rows]
+    replies = [row | {"question": f"<image>\n{row['question']}", "text": "x"} for row in rows]
     flags = {"bench": "mmhal", "data": (data,), "out": tmp_path / "r"}
     answers = write_jsonl(tmp_path / "a.jsonl", replies)
     assert evaluation.judge(Judge(**flags, answers=(answers,))) == ["0", "1"]
@@ -390,6 +390,12 @@ def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
     half = scored("object_halbench", data, data, judgements=(judged,))
     assert half["score"] is None and half["missing_judgements"] == ["8"]
     assert (half["extraction"], half["judge"]) == ("chair-llm", "j")
+    listed = ["dogs", "red dog", "puppy", "men", "women", "toilet", "seat", "hot", "dog tag"]
+    judgement = Reply("", judgement=json.dumps(listed))
+    item = first | {"synonyms": tmp_path / "synonyms.txt"}
+    reading = halbench.read(item, judgement, "chair-llm").prediction
+    assert reading["objects"] == ["dog", "dog", "person", "person", "toilet"]
+    assert reading["hallucinated"] == ["person", "person", "toilet"]
 
 
 @pytest.mark.parametrize(
