@@ -361,7 +361,7 @@ def _same_plain(pred: str, gold: str) -> bool:
     ours = read_options(pred)
     if theirs and ours:  # nothing beside the right letter, its own wording or an explanation
         explains = not ours.text or len(ours.text.split()) > len(theirs.text.split())
-        fits = explains or is_ambiguous(ours.text, theirs.text)
+        fits = explains or ours.text == theirs.text or is_ambiguous(ours.text, theirs.text)
         return ours.letters == theirs.letters and fits
     if theirs and theirs.text:  # the gold is "B. dog"
         return _same_plain(pred, theirs.text)
@@ -469,7 +469,7 @@ def read_options(text: str, strict: bool = False) -> Options | None:
         if letters := _option_set(body, strict):
             return Options(letters)
         if match := _ONE_OPTION.fullmatch(body):
-            option = Options(frozenset((match[1] or match[2]).upper()), match[3].strip())
+            option = Options(frozenset((match[1] or match[2]).upper()), plain_text(match[3]))
         elif not strict and re.fullmatch("[A-N]", bare := _option(body)):
             option = Options(frozenset(bare))
         else:
@@ -687,7 +687,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     alike = len(words) == len(gold_words) > 0 and all(map(_alike, words, gold_words))
     if alike or (glued.isalpha() and glued == "".join(gold_words)):
         return True
-    listed = words and re.search(r"[,&]|[\w∠]\w ?[=∥⊥] ?[\w∠]\w|[0-9]/|\band\b", answer + gold)
+    listed = words and re.search(r"[,&和]|[\w∠]\w ?[=∥⊥] ?[\w∠]\w|[0-9]/|\band\b", answer + gold)
     if listed and sorted(words) == sorted(gold_words):
         return True  # blue and red for red and blue, 3/5/2024 for May 3, 2024
     a, b = read(answer), read(gold)
