@@ -642,6 +642,7 @@ def test_uniform_numbers_are_uniform_and_differ_by_row_and_index():
     counts = np.histogram(numbers, 20, (0, 1))[0]
     assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
     assert len(np.unique(numbers)) == len(numbers)
+    assert len({row_key(*name) for name in ((1, "1", 1), (11, "", 1), (1, "", 11))}) == 3
 
 
 def test_sampling_follows_the_softmax():
