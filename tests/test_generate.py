@@ -428,7 +428,6 @@ class WithoutModel:
             )
             for n, row in enumerate(lengths)
         ]
-        self.steps, self.reserved, self.live = 0, 0, 0
 
     def make_cache(self, groups):
         return self.cache
@@ -446,20 +445,29 @@ class WithoutModel:
 
 
 def steps_and_memory(lengths, prompt, cache_tokens, monkeypatch):
-    """Decoding steps of the Scheduler, and reserved memory over what live tokens need."""
-    stand_in = WithoutModel(lengths, prompt, cache_tokens)
+    """Steps of the Scheduler; memory reserved, over that of live tokens; the share drawn twice."""
+    stand_in, leave = WithoutModel(lengths, prompt, cache_tokens), Scheduler.leave
+    reserved = live = steps = lost = 0
 
     def step(scheduler):
-        stand_in.steps += 1
-        stand_in.reserved += KEYS * int((~scheduler.cache.free).sum())
-        stand_in.live += sum(len(row.ids) for row in scheduler.rows)
-        stand_in.live += prompt * len(scheduler.groups)
+        nonlocal reserved, live, steps
+        steps += 1
+        reserved += KEYS * int((~scheduler.cache.free).sum())
+        live += sum(len(row.ids) for row in scheduler.rows) + prompt * len(scheduler.groups)
+        for row in scheduler.rows:
+            row.rooms[-1].length += 1
+
+    def count_lost(scheduler, row, again=False):
+        nonlocal lost
+        lost += again * len(row.ids)
+        leave(scheduler, row, again)
 
     monkeypatch.setattr(Scheduler, "step", step)
+    monkeypatch.setattr(Scheduler, "leave", count_lost)
     monkeypatch.setattr("generate.prefill", lambda model, ids, *_: torch.zeros(len(ids), 1))
     done = [row for row in Scheduler(stand_in, iter(stand_in.groups)).run() if row.finish_reason]
     assert len(done) == lengths.size and stand_in.cache.free.all()
-    return stand_in.steps, stand_in.reserved / stand_in.live
+    return steps, reserved / live, lost / lengths.sum()
 
 
 def ideal_steps(lengths, prompt, cache_tokens):
@@ -489,11 +497,14 @@ def ideal_steps(lengths, prompt, cache_tokens):
 def test_sampling_at_the_lengths_of_mmpr_is_close_to_an_ideal_scheduler(cache_tokens, monkeypatch):
     lengths = mmpr_lengths(24 * cache_tokens // 65536)
     assert 280 < lengths.mean() < 320
-    steps, memory = steps_and_memory(lengths, 1900, cache_tokens, monkeypatch)
+    steps, memory, lost = steps_and_memory(lengths, 1900, cache_tokens, monkeypatch)
     ideal = ideal_steps(lengths, 1900, cache_tokens)
-    print(f"{steps} steps, ideal {ideal}: {steps / ideal:.2f}; memory {memory:.2f}")
-    assert steps <= 1.25 * ideal
-    assert memory <= 1.25
+    print(
+        f"{steps} steps, ideal {ideal}: {steps / ideal:.2f}; memory {memory:.2f}, lost {lost:.3f}"
+    )
+    assert steps <= 1.15 * ideal
+    assert memory <= 1.1
+    assert lost <= 0.04
 
 
 def test_one_prompt_of_many_samples_does_not_widen_the_steps_of_many_prompts(monkeypatch):
@@ -677,6 +688,20 @@ def test_top_k_and_top_p_equal_a_plain_reference(top_k, top_p):
             assert found[i].item() == pytest.approx(probs[i] / scale)
 
 
+def test_the_smallest_set_that_reaches_top_p_has_no_token_more():
+    assert filtered_probs(torch.zeros(1, 4), 1.0, 0, 0.5).tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def test_of_a_wide_vocabulary_a_token_is_where_the_cumulative_sum_meets_its_number():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 600) * 3  # two parts of 256 that are summed first, and a rest
+    logits[:, 100:300] = -torch.inf
+    numbers = (torch.arange(200.0).double() + 0.5) / 200
+    plain = torch.searchsorted(logits[0].softmax(0).double().cumsum(0), numbers, right=True)
+    found = choose(logits.expand(200, -1), numbers, 1.0, 0, 1.0)
+    assert torch.equal(found, plain) and len(found.div(256, rounding_mode="floor").unique()) == 3
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-7, 1e-6])
 def test_a_tiny_temperature_is_greedy_and_no_noise(temperature):
     logits = torch.tensor([[0.0, -torch.inf, 3.0, 2.5, -torch.inf]])
@@ -684,10 +709,10 @@ def test_a_tiny_temperature_is_greedy_and_no_noise(temperature):
 
 
 def test_greedy_takes_the_most_probable_and_tokens_without_mass_never_come():
-    logits = torch.tensor([[0.0, -torch.inf, 3.0, -torch.inf]])
-    assert choose(logits, torch.zeros(1), 0, 0, 1.0).item() == 2
-    for u in (0.0, 0.04, 0.05, 0.9999999):
-        assert choose(logits, torch.tensor([u]).double(), 1.0, 0, 1.0).item() in (0, 2)
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 3.0, -torch.inf]])
+    assert choose(logits, torch.zeros(1), 0, 0, 1.0).item() == 3
+    for u in (0.0, 0.04, 0.05, 0.9999999, 1.0):  # 1: what a product was rounded to
+        assert choose(logits, torch.tensor([u]).double(), 1.0, 0, 1.0).item() in (1, 3)
 
 
 def test_log_probs_are_those_of_the_model(toy, generator):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_forks, start_forks
+from conftest import run_forks, short_run, start_forks
 from safetensors.torch import save_file
 from test_train import (
     base,
@@ -113,16 +113,15 @@ def test_every_switch_on_is_off(toy, all_off, change, how):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_blocks_give_the_numbers_of_plain_ones(base, toy, backend, monkeypatch):
+def test_compiled_blocks_give_the_numbers_of_plain_ones(backend, tmp_path, monkeypatch):
     """aot_eager traces forward and backward as inductor does, and runs them without a compiler."""
     if backend == "inductor" and not (shutil.which("g++") and os.environ.get("SLOW")):
         pytest.skip("inductor takes a minute: set SLOW=1; needs a C++ compiler")
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
-    cfg = replace(base, max_steps=1, warmup=0.0, limit=2, batch_size=2, drop_path=0.0)
-    cfg = replace(cfg, recompute="full")
-    plain = run_here(replace(cfg, out_dir=toy / f"uncompiled-{backend}"))
-    compiled = replace(cfg, out_dir=toy / backend, compile="on")
-    close(run_here(compiled), plain, bound=1e-5)
+    write_world(tmp_path, 8, 0)
+    cfg = short_run(tmp_path, max_steps=1, warmup=0.0, limit=2, batch_size=2, recompute="full")
+    plain = run_here(replace(cfg, out_dir=tmp_path / "plain"))
+    close(run_here(replace(cfg, out_dir=tmp_path / "compiled", compile="on")), plain, bound=1e-5)
 
 
 def test_twelve_different_packs_share_one_graph_a_kind_of_block(monkeypatch):
