@@ -354,23 +354,24 @@ def same_answer(pred: str, gold: str) -> bool:
 
 
 def _same_plain(pred: str, gold: str) -> bool:
-    if _SPECIAL.match(pred) or _SPECIAL.match(gold):
-        pred, gold = _both(pred), _both(gold)
     # BA is a word, but beside AB or A and B it is options
     theirs = read_options(gold, strict=not read_options(pred, strict=True))
     ours = read_options(pred)
     if theirs and ours:  # nothing beside the right letter, its own wording or an explanation
+        texts = ours.text, theirs.text
         explains = not ours.text or len(ours.text.split()) > len(theirs.text.split())
-        fits = explains or ours.text == theirs.text or is_ambiguous(ours.text, theirs.text)
+        fits = explains or _same_content(*texts) or is_ambiguous(*texts)
         return ours.letters == theirs.letters and fits
     if theirs and theirs.text:  # the gold is "B. dog"
         return _same_plain(pred, theirs.text)
-    if theirs and len(theirs.letters) > 1:
+    if theirs and not gold.isalpha():  # A, C; but AB may be a segment
         return _same_wording(pred, gold)
     return any(_same_content(form, gold) for form in (pred, ours and ours.text) if form)
 
 
 def _same_content(pred: str, gold: str) -> bool:
+    if _SPECIAL.match(pred) or _SPECIAL.match(gold):
+        pred, gold = _both(pred), _both(gold)
     a, b = read(pred), read(gold)
     if isinstance(a, Quantity) != isinstance(b, Quantity):  # a*b and ab
         a, b = a or read_quantity(pred), b or read_quantity(gold)
@@ -483,7 +484,7 @@ def read_options(text: str, strict: bool = False) -> Options | None:
 def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     """A, C and D; (A) and (C); ACD, of a gold answer in this order (BAD is a word)."""
     body = body if strict else re.sub(r"(?<=[A-N])\s?[/+]\s?(?=[A-N])", " ", body)
-    if re.fullmatch(r"\W?[A-N][.):][^,;]*(?:[,;]\s*\W?[A-N][.):][^,;]*)+", body):  # A. cat, C. dog
+    if re.fullmatch(r"(?:(?:^|[,;]\s*)\W?[A-N][.):](?![A-Z]\b)[^,;]*){2,}", body):  # A. cat, C. dog
         return frozenset(re.findall(r"(?:^|[,;])\s*\W?([A-N])[.):]", body))
     if re.fullmatch(r"[(\[]?[A-N][)\]]\s*[A-N]", body):
         return None  # (A) C: the wording of A is C
@@ -622,10 +623,9 @@ def check_gold(gold: object) -> None:
 
 def matching_mode(answer: str | None, gold: str, modes: Iterable[str]) -> str | None:
     """The mode that finds the answer right ("equal" for the same text), or None."""
-    modes = list(modes)
     if answer is None:  # a format failure; its printed form would equal 0
         return None
-    check_known("mode", modes, MODES)
+    check_known("mode", modes := list(modes), MODES)
     answer, gold = str(answer), str(gold)
     if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
         return "equal" if len(answer) == len(gold) and answer.lower() == gold.lower() else None
@@ -679,6 +679,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         if option.letters <= named or (ours and len(named) == 1):  # clearly another one
             return option.letters <= named or answer == option.text
     have, want = _tokens(answer), _tokens(option.text if option else gold)
+    gold = (option and option.text) or gold
     words, gold_words = have.split(), want.split()
     part = words and {*words} < {*gold_words}  # `left` of `left side`
     if (want and want in have) or (part and (have in want or not _NOT_WORDING.search(gold))):

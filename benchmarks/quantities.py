@@ -431,9 +431,8 @@ def read_unit(text: str, invented: bool = True) -> Unit | None:
         for factor in part.split():
             if (match := _UNIT_FACTOR.fullmatch(factor)) is None:
                 return None
-            word = match[1]
-            if (unit := _known_unit(word)) is None:
-                word = word.lower()
+            if (unit := _known_unit(match[1])) is None:
+                word = match[1].lower()
                 if word in _FILLERS:
                     continue
                 letter = len(word) < 2 and word.isascii()
