@@ -35,13 +35,14 @@ class JsonLines:
         """part: written by a process that may be killed; a torn last line is left out."""
         self.file = open_file(path)  # read from at any time
         self.numbers, self.places, end = array("I"), array("q"), 0  # of lines, and where they begin
-        self.checksum = 0
+        self.checksums = array("Q")  # length and CRC of each line
         for number, place, line in read_lines(self.file, part):
             self.numbers.append(number)
             self.places.append(place)
-            self.checksum = zlib.crc32(line, self.checksum)
+            self.checksums.append(len(line) << 32 | zlib.crc32(line))
             end = place + len(line)
         self.places.append(end)
+        self.checksum = zlib.crc32(self.checksums)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -372,9 +372,9 @@ def open_data(cfg: TrainConfig, terms: Terms) -> tuple[PairData, PairData | None
     if not cfg.heldout:
         return data, None
     heldout = replace(data, sets=read_meta(cfg.heldout, limit), limit=0)
-    known = {s.lines.checksum for s in sets if len(s)}
-    for name in (s.name for s in heldout.sets if s.lines.checksum in known):
-        say(f"{cfg.heldout}: {name}: the run trains on the same file of pairs, too")
+    known = set().union(*(s.lines.checksums for s in heldout.sets))
+    if shared := set().union(*(known.intersection(s.lines.checksums) for s in sets)):
+        say(f"{cfg.heldout}: {len(shared)} of its lines stand in {cfg.meta}, too: a leak")
     if not any(heldout.plan(heldout.rows(n))[0] for n in range(heldout.steps_per_epoch)):
         raise InputError(f"{cfg.heldout}: every pair is longer than {heldout.max_length}")
     return data, heldout

@@ -182,9 +182,15 @@ def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_pa
 def test_held_out_pairs_that_are_trained_on_are_told(base, toy, tmp_path, capsys):
     cfg = replace(base, max_steps=1, out_dir=tmp_path / "run", reference_cache=toy / "reference")
     train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl"))
-    assert "toy_text: the run trains on the same file of pairs, too" in capsys.readouterr().err
+    lines = (toy / "toy_text.jsonl").read_text().splitlines()
+    told = f"its lines stand in {cfg.meta}, too: a leak"
+    assert f"toy_text.jsonl: {len(lines)} of {told}" in capsys.readouterr().err
+    fresh = json.dumps(json.loads(lines[0]) | {"chosen": "No one knows."})
+    (tmp_path / "some.jsonl").write_text(f"{lines[1]}\n{fresh}\n")
+    train_in_process(replace(cfg, heldout=tmp_path / "some.jsonl", out_dir=tmp_path / "some"))
+    assert f"some.jsonl: 1 of {told}" in capsys.readouterr().err
     train_in_process(replace(cfg, out_dir=tmp_path / "other"))
-    assert "trains on the same file" not in capsys.readouterr().err
+    assert "a leak" not in capsys.readouterr().err
 
 
 def test_every_data_set_has_its_metrics_and_they_add_up(watched):
