@@ -134,10 +134,9 @@ def generate(cfg: Generate) -> Path:
 
 def asked(bench: Benchmark, items: list[Item], cot: bool) -> str:
     """A hash of what is asked, in any order, about which pictures: by name, or as base64."""
-    images = [str(item.get("image") or "") if bench.image else "" for item in items]
+    images = [str(item.get("image") or "") for item in items]
     names = [image if len(image) > 1000 else Path(image).name for image in images]
-    rows = [[item["id"], bench.ask(item, cot), name or None] for item, name in zip(items, names)]
-    return digest(sorted(rows))
+    return digest(sorted([i["id"], bench.ask(i, cot), name] for i, name in zip(items, names)))
 
 
 def digest(content: list) -> str:
@@ -294,7 +293,6 @@ def score(cfg: Score) -> dict:
     seen = [reply for _, reply in replied] if cfg.answers else []
     used = judged if bench.is_judged(mode) else []
     others = [m for m in bench.modes if m != mode and not bench.is_judged(m)]
-    others = others if any(reply.text for reply in seen) else []
     part = f" ({len(items)} of {bench.n_expected} items)"
     absent = sorted({*bench.mean_of} - {item.get("category") for item in items})
     result = {

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import eval as evaluation
 import generate as generation
-from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope
+from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope, tables
 from benchmarks import object_halbench as halbench
 from benchmarks.common import Reading, Reply, final_answer
 from benchmarks.files import read_rows
@@ -521,6 +521,38 @@ def test_pope_is_paired_by_key_also_in_llavas_list(tmp_path):
     assert result["groups"]["category"]["random"]["TP"] == 2
 
 
+def test_a_rows_own_category_goes_before_that_of_its_files_name(tmp_path):
+    rows = [row | {"category": "popular"} for row in POPE_ROWS]
+    data = write_jsonl(tmp_path / "coco_pope_random.json", rows)
+    items = Score(bench="pope", data=(data,), answers=(data,)).items()
+    assert [item["id"] for item in items] == [f"popular/{n}" for n in range(1, 5)]
+
+
+def test_the_error_of_a_mean_of_categories_is_that_of_independent_ones(tmp_path):
+    data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl", no="Yes")
+    result = scored("pope", data, answers)
+    errors = [g["standard_error"] for g in result["groups"]["category"].values()]
+    assert errors == [pytest.approx(100 * (2 / 3 * 1 / 3 / 4) ** 0.5)] * 3
+    assert result["standard_error"] == pytest.approx(errors[0] / 3**0.5)
+
+
+def test_empty_and_unfinished_replies_are_counted(tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"id": n, "question": "?", "answer": "none"}
+                                              for n in range(3)])  # fmt: skip
+    rows = [{"response": None}, {"response": " "}, {"response": "x", "finish_reason": "length"}]
+    answers = write_jsonl(tmp_path / "a.jsonl", [row | {"id": n} for n, row in enumerate(rows)])
+    result = scored("text_em", data, answers)
+    assert (result["score"], result["empty_replies"], result["cut_off"]) == (0, 2, 1)
+
+
+def test_testmini_alone_needs_no_list_of_ids(tmp_path):
+    row = {"question": "?", "options": [], "answer": "3", "level": 1, "subject": "s", "id": "7"}
+    data = write_jsonl(tmp_path / "testmini.jsonl", [row])
+    answers = write_jsonl(tmp_path / "a.jsonl", [{"id": "7", "response": "3"}])
+    result = scored("mathvision_mini", data, answers)
+    assert (result["n"], result["split"]) == (1, "testmini (1 of 304 items)")
+
+
 def test_a_score_of_a_part_says_which_categories_are_absent(tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
     assert scored("pope", data, answers)["notes"] == []
@@ -638,6 +670,35 @@ def test_a_judge_may_read_replies_to_a_split_without_published_answers(tmp_path)
     flags = {"bench": "mathvista", "data": (data,), "answers": (replies,), "out": tmp_path}
     assert evaluation.judge(Judge(**flags)) == ["1"]
     assert "It is red." in (tmp_path / "requests.jsonl").read_text()
+
+
+def test_a_judge_is_asked_only_where_mathvistas_rule_asks_one(tmp_path):
+    item = OFFLINE | {"question": "How wide?", "query": "How wide?", "answer": "20 cm"}
+    data = write_jsonl(tmp_path / "data.jsonl", [item | {"pid": n} for n in "01"])
+    rows = [{"pid": "0", "response": "20 cm"}, {"pid": "1", "response": "It is 20 cm wide."}]
+    flags = {"data": (data,), "answers": (write_jsonl(tmp_path / "a.jsonl", rows),)}
+    assert evaluation.judge(Judge(bench="mathvista", **flags, out=tmp_path)) == ["1"]
+    assert [row["id"] for row in read_jsonl(tmp_path / "requests.jsonl")] == ["1"]
+    said = write_jsonl(tmp_path / "judgements.jsonl", [{"id": "1", "judgement": "B", "judge": "j"}])
+    flags |= {"bench": "mathvista", "judgements": (said,)}
+    judged, ruled = (evaluation.score(Score(**flags, extraction=e)) for e in ("", "rule"))
+    assert (judged["status"], judged["score"], judged["judge"]) == ("complete", 100, "j")
+    assert (ruled["extraction"], ruled["judge"]) == ("rule", None)
+
+
+def test_a_chat_api_s_raw_answers_are_judgements_in_their_order(tmp_path):
+    rows = [{"question": "?", "gt_answer": "a", "image_content": [], "image": "a.png"}] * 2
+    data = write_jsonl(tmp_path / "mmhal.jsonl", rows)
+    said = [{"id": f"chatcmpl-{n}", "choices": [{"message": {"content": f"Rating: {n}"}}]}
+            for n in (2, 5)]  # fmt: skip
+    judgements = write_jsonl(tmp_path / "j.jsonl", said)
+    scored("mmhal", data, judgements=(judgements,), out=tmp_path)
+    assert [item["prediction"] for item in read_jsonl(tmp_path / "items.jsonl")] == [2, 5]
+    evaluation.report(Report(dir=(tmp_path,), out=tmp_path / "report"))
+    lines = (tmp_path / "report/report.txt").read_text().splitlines()
+    (table4,) = [line.split() for line in lines if line.startswith("j Direct") and "50.0" in line]
+    assert table4 == ["j", "Direct", "-", "-", "3.5", "50.0"]  # the rate as in the paper, x 100
+    assert tables.cell(100 * 30 / 96) == "31.3"  # 31.25
 
 
 @pytest.mark.parametrize("reply", [{"text": "x"}, True])
@@ -900,6 +961,24 @@ def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
         path.write_text(path.read_text().replace("Is it?", "Is it not?"))
     with pytest.raises(InputError, match="--data: run.json .* says that other ones were asked"):
         scored("pope", other, world / "one")
+
+
+def test_what_was_asked_is_text_and_picture_wherever_the_pictures_lie():
+    def asked_about(*images: str) -> str:
+        items = [{"id": str(n), "question": "?", "image": image} for n, image in enumerate(images)]
+        return evaluation.asked(BENCHMARKS["own"], items, False)
+
+    assert asked_about("a/1.jpg", "2.jpg") == asked_about("b/c/1.jpg", "a/2.jpg")
+    assert asked_about("1.jpg", "2.jpg") != asked_about("2.jpg", "1.jpg")
+    one, two = (letter * 2000 + "/9k=" for letter in "AB")  # in base64, as JPEGs end
+    assert asked_about(one, two) != asked_about(two, one)
+
+
+def test_replies_to_prompts_of_another_version_are_scored_and_named(world):
+    evaluation.generate(asked(world, "one"))
+    about = json.loads((world / "one/run.json").read_text())
+    (world / "one/run.json").write_text(json.dumps(about | {"prompts": "old", "questions": "?"}))
+    assert scored("pope", world / "data", world / "one")["prompts"] == "old"
 
 
 def test_folders_of_our_own_are_scored_together_where_they_were_made_alike(world):
