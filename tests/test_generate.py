@@ -202,6 +202,24 @@ def test_a_golden_chat_is_met_from_its_question_and_history(golden_tiny, tiny):
     assert sample.text == cases["g_chat_text"]["response"]
 
 
+def test_images_of_a_later_turn_stand_where_their_placeholder_stands(toy, generator):
+    image = prompts(toy)[1].images
+    first = Prompt("x", "What is 1 plus 2?", image, (("How many?", "It is 3."),))
+    later = replace(first, question="<image>\nWhat is 1 plus 2?")
+    first, later = generator.encode(first).ids, generator.encode(later).ids
+    slot = generator.tokenizer.image_context_id
+    assert sorted(first) == sorted(later) and first.index(slot) < later.index(slot)
+
+
+def test_a_prompt_may_have_a_tile_limit_of_its_own(toy, generator):
+    wide = prompts(toy)[2]
+    for limit, tiles in ((0, 3), (1, 1)):
+        prompt = replace(wide, max_tiles=limit)
+        encoded, config = generator.encode(prompt), generator.model.config
+        assert encoded.image_tokens == tiles * config.tokens_per_tile
+        assert len(generator.tiles(prompt)) == tiles
+
+
 # --------------------------------------------------------------------------- cached == uncached
 
 
@@ -284,10 +302,12 @@ def test_prompts_read_in_one_pass_equal_prompts_read_alone(toy, monkeypatch):
     sizes = []
     monkeypatch.setattr(
         "generate.prefill",
-        lambda model, ids, *_: (sizes.append(len(ids)), prefill(model, ids, *_))[1],
+        lambda model, ids, *_: (sizes.append([*map(len, ids)]), prefill(model, ids, *_))[1],
     )
+    monkeypatch.setattr("cache.TOGETHER", 150)
     together = {s.prompt_id: s for s in greedy.run(some)}
-    assert max(sizes) > 1
+    assert max(map(len, sizes)) > 1
+    assert all(sum(lengths) <= 150 for lengths in sizes if len(lengths) > 1)
     for prompt in some:
         [alone] = greedy.run([prompt])
         assert alone.ids == together[prompt.id].ids
@@ -376,6 +396,8 @@ def test_a_cache_holds_what_is_needed_and_no_more_than_its_tokens(toy, generator
     assert generator.make_cache(some).num_blocks == num_blocks(len(some[0].ids)) + 32
     assert sampler(toy, cache_tokens=1000).make_cache(some).num_blocks == 1000 // KEYS
     assert generator.make_cache(some * 512).num_blocks == 65536 // KEYS
+    some = [generator.encode(Prompt("p", "What is 1 plus 2?", samples=range(MAX_ROWS + 9)))]
+    assert generator.make_cache(some).num_blocks == num_blocks(len(some[0].ids)) + MAX_ROWS
 
 
 def test_all_samples_run_at_once_where_the_cache_was_made_for_them(toy):
@@ -384,9 +406,13 @@ def test_all_samples_run_at_once_where_the_cache_was_made_for_them(toy):
     assert len(scheduler.refill()) == 32
 
 
-def test_answers_that_outgrow_the_memory_begin_again_and_get_the_same_texts(toy, monkeypatch):
-    hot = {"temperature": 2.0, "max_new_tokens": KEYS + 16}
-    some, sent_back = [replace(prompts(toy)[0], samples=range(6))], []
+@pytest.mark.parametrize(("temperature", "count", "samples"), [(2.0, 1, 6), (0.0, 5, 1)])
+def test_answers_that_outgrow_the_memory_begin_again_and_get_the_same_texts(
+    toy, monkeypatch, temperature, count, samples
+):
+    """Greedy, each answer is its prompt's only one and continues its room."""
+    how = {"temperature": temperature, "max_new_tokens": KEYS + 16}
+    some, sent_back = [replace(p, samples=range(samples)) for p in prompts(toy)[:count]], []
     leave = Scheduler.leave
 
     def spy(scheduler, row, again=False):
@@ -394,12 +420,17 @@ def test_answers_that_outgrow_the_memory_begin_again_and_get_the_same_texts(toy,
         leave(scheduler, row, again)
 
     monkeypatch.setattr(Scheduler, "leave", spy)
-    wide, prompt_blocks = sampler(toy, **hot), num_blocks(len(sampler(toy).encode(some[0]).ids))
-    narrow = sampler(toy, cache_tokens=KEYS * (prompt_blocks + 4), **hot)
+    wide = sampler(toy, **how)
+    prompt_blocks = sum(num_blocks(len(wide.encode(prompt).ids)) for prompt in some)
+    narrow = sampler(toy, cache_tokens=KEYS * (prompt_blocks + 4), **how)
     wide.stop_ids = narrow.stop_ids = set()
     expected = bits(wide, some)
     assert not sent_back
-    assert bits(narrow, some) == expected and sent_back
+    found = bits(narrow, some)
+    assert sent_back and {name: s.ids for name, s in found.items()} == {
+        name: s.ids for name, s in expected.items()
+    }
+    assert found == expected or not temperature  # greedy answers are rounded with their batch
 
 
 # --------------------------------------------------------------------------- the scheduler alone
@@ -848,8 +879,11 @@ def test_a_prompt_beyond_the_positions_of_a_model_without_scaling_is_told(capsys
 
 
 def test_a_prompt_longer_than_the_cache_names_both_numbers(toy):
-    with pytest.raises(InputError, match=r"prompt text: \d+ tokens .* raise --cache_tokens"):
-        list(sampler(toy, cache_tokens=20).run(prompts(toy)[:1]))
+    [prompt, *_] = prompts(toy)
+    without_answer = KEYS * num_blocks(len(sampler(toy).encode(prompt).ids))
+    for tokens in (20, without_answer):
+        with pytest.raises(InputError, match=r"prompt text: \d+ tokens .* raise --cache_tokens"):
+            list(sampler(toy, cache_tokens=tokens).run([prompt]))
 
 
 @pytest.mark.parametrize(

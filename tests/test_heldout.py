@@ -181,8 +181,9 @@ def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_pa
 
 def test_held_out_pairs_that_are_trained_on_are_told(base, toy, tmp_path, capsys):
     cfg = replace(base, max_steps=1, out_dir=tmp_path / "run", reference_cache=toy / "reference")
-    train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl"))
+    [row] = train_in_process(replace(cfg, heldout=toy / "toy_text.jsonl", limit=1))
     lines = (toy / "toy_text.jsonl").read_text().splitlines()
+    assert row["heldout/pairs"] == len(lines) > 1, "all of them, whatever --limit"
     told = f"its lines stand in {cfg.meta}, too: a leak"
     assert f"toy_text.jsonl: {len(lines)} of {told}" in capsys.readouterr().err
     fresh = json.dumps(json.loads(lines[0]) | {"chosen": "No one knows."})

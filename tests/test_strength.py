@@ -410,6 +410,17 @@ def test_tiny_updates_do_not_stall_in_bfloat16():
     assert second == pytest.approx(plain.state[exact]["exp_avg_sq"].mean().item(), rel=0.02)
 
 
+def test_bfloat16_weights_decay_and_equal_ones_are_rounded_apart():
+    a, b = (torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = AdamW([{"params": [a, b], "scale": 1.0, "weight_decay": 0.1}], seed=0)
+    for _ in range(100):
+        a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+        optimizer.step(1e-2)
+    for p in (a, b):
+        assert p.float().mean().item() == pytest.approx((1 - 1e-3) ** 100, rel=1e-3)
+    assert not torch.equal(a, b)
+
+
 def test_bfloat16_states_learn_and_resume_bit_for_bit(base, toy):
     cfg = replace(base, out_dir=toy / "bf16", state_dtype="bf16", save_every=2)
     cfg = replace(cfg, reference_cache=toy / "bf16-reference", batch_size=2, max_steps=3)

@@ -394,6 +394,8 @@ def test_a_checkpoint_of_other_flags_is_refused(straight):
     cfg, _ = straight
     with pytest.raises(InputError, match="beta was 0.1, now 0.2"):
         run_here(replace(cfg, beta=0.2))
+    with pytest.raises(InputError, match="max_steps was 4, now 3"):  # a cosine knows its end
+        run_here(replace(cfg, max_steps=3))
 
 
 def test_what_a_checkpoint_refuses_is_told_before_a_reference_is_scored(
