@@ -836,6 +836,16 @@ def test_a_stop_string_ends_the_text_before_it(toy, expected):
         sampler(toy, stop=("", word))
 
 
+def test_the_first_stop_string_behind_the_prefix_counts_and_its_beginning_waits(toy):
+    stopping = sampler(toy, stop=("I see", "red", "a1", "objects 3"))
+    row = Row(stopping.encode(Prompt("x", "Who?", prefix="I see")), 0, 0, ())
+    row.ids += stopping.tokenizer.encode_plain(" objects")
+    assert stopping.text(row) == ("I see objects", False)
+    assert stopping.text(row, final=False) == ("I see ", False)
+    row.ids[:] = stopping.tokenizer.encode_plain(" a1 red")
+    assert stopping.text(row) == ("I see ", True)
+
+
 def test_a_stop_string_is_found_where_the_seam_is_decoded_shorter(golden_tiny):
     stopping = Generator.load(golden_tiny / "checkpoint", stop=(",",))
     group = stopping.encode(Prompt("x", "Who?", prefix="Yes "))
@@ -1023,4 +1033,5 @@ def test_the_prompt_of_a_question_does_not_depend_on_where_it_is_asked():
         max_tiles = 6
 
     assert make_prompt(Config, "a", ()).id == make_prompt(Finer, "a", ()).id
-    assert make_prompt(Config, "a", ()).id != make_prompt(Config, "b", ()).id
+    others = make_prompt(Config, "b", ()).id, make_prompt(Config, "a", (("q", "a"),)).id
+    assert make_prompt(Config, "a", ()).id not in others

@@ -167,12 +167,14 @@ def test_ctrl_c_saves_and_the_same_command_continues_bit_for_bit(
     assert rows == without(watched[1], "none")
 
 
-def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_path):
+def test_a_continued_run_is_not_scored_on_other_held_out_pairs(base, toy, tmp_path, monkeypatch):
     lines = (toy / "other/toy_text.jsonl").read_text().splitlines(keepends=True)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(lines))
     cfg = replace(base, out_dir=tmp_path / "run", loss="sft", heldout=pairs)
-    train_in_process(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "asked_to_stop", lambda: True)
+        train_in_process(cfg)
     train_in_process(replace(cfg, heldout=None, heldout_every=50, keep_best=False))
     pairs.write_text("".join(lines[::-1]))
     with pytest.raises(InputError, match=r"held-out pairs was .*, now .*; undo it"):

@@ -244,6 +244,7 @@ def test_a_run_with_a_skipped_step_continues_bit_for_bit(base, toy, tmp_path, sk
     cfg = run_that_skips(skipped, base, toy, tmp_path)
     expected = run_here(cfg)
     assert [row["step"] for row in expected] == steps
+    assert expected[-1]["lr"] == lr_at(steps[-1] - 1, steps[-1], cfg), "the run ends there"
     for step in steps[-2:]:
         shutil.rmtree(cfg.out_dir / f"checkpoints/step-0000000{step}")
     assert run_here(cfg) == expected
@@ -541,19 +542,19 @@ def count_planned(cfg, out):
 
 
 def test_processes_share_the_planning_of_the_reference_and_its_numbers_stay(base, tmp_path):
-    cfg = replace(base, max_steps=2, warmup=0.0, reference_cache=tmp_path / "one")
+    cfg = replace(base, max_steps=3, warmup=0.0, reference_cache=tmp_path / "one")
     two = replace(cfg, reference_cache=tmp_path / "two", out_dir=tmp_path)
     train_in_process(replace(cfg, out_dir=tmp_path / "run"))
     run_forks(2, count_planned, two, tmp_path)
     planned = [int(path.read_text()) for path in tmp_path.glob("planned-*")]
-    # every step of training, half of the reference's; before them the last step, which may be empty
-    assert planned == [16 + 8 + 8, 16 + 8 + 8]
+    # every step of training, two or one of the reference's, and the last step, which may be empty
+    assert sorted(planned) == [24 + 8 + 8, 24 + 16 + 8]
     rows = [[], []]
     for place, folder in zip(rows, (cfg.cache_folder, two.cache_folder)):
         for part in folder.glob("part-*.jsonl"):
             place += runtime.read_whole_lines(part)
     scores = [{row["key"]: row["logp"] for row in place} for place in rows]
-    assert [len(place) for place in rows] == [len(score) for score in scores] == [32, 32]
+    assert [len(place) for place in rows] == [len(score) for score in scores] == [48, 48]
     assert scores[1] == pytest.approx(scores[0], abs=1e-5)
 
 
@@ -600,19 +601,18 @@ def test_sft_reads_no_rejected_response_and_needs_no_reference(base, toy, monkey
 
 def test_a_moving_reference_pulls_rewards_to_zero_and_resumes(base, toy):
     cfg = replace(base, loss="dpo", reference="online", reference_update_every=3)
-    cfg = replace(cfg, reference_update_mix=1.0)
+    cfg = replace(cfg, reference_update_mix=1.0, save_every=1)
     straight = replace(cfg, out_dir=toy / "tr")
     expected = run_here(straight)
     assert expected[2]["rewards/margin"] != 0
     assert expected[3]["rewards/margin"] == 0, "hard update: the reference is the policy again"
-    killed = replace(cfg, out_dir=toy / "tr-killed")
-    kill_after(killed, 1, 3)
-    assert run_here(killed) == expected
+    shutil.rmtree(straight.out_dir / "checkpoints/step-00000004")
+    assert run_here(straight) == expected  # from step 3, after which the reference has moved
 
 
 @pytest.mark.parametrize("flags", [{"lr_language": 0.0}, {"lora_rank": 2, "lora_parts": "vision"}])
 def test_a_pack_of_text_alone_trains_a_model_whose_language_part_is_frozen(base, tmp_path, flags):
-    cfg = replace(base, out_dir=tmp_path / "run", pack_tokens=200, max_length=200, **flags)
+    cfg = replace(base, out_dir=tmp_path / "run", pack_tokens=90, max_length=90, **flags)
     assert all(math.isfinite(row["loss"]) for row in run_here(cfg))
 
 
