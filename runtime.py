@@ -644,7 +644,12 @@ def _lock(path: Path, held: contextlib.ExitStack) -> bool:
     """Take a file's lock until `held` ends, unless another process has it or just removed it."""
     with contextlib.ExitStack() as end, contextlib.suppress(BlockingIOError, FileNotFoundError):
         file = end.enter_context(open(path, "wb"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP):  # as of Lustre without -o flock
+                raise
+            say(f"{path.parent}: this file system has no locks; never start two runs there at once")
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             end.callback(path.unlink, missing_ok=True)
             held.push(end.pop_all())

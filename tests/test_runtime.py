@@ -1,5 +1,6 @@
 """Flags, crash-safe files, metrics."""
 
+import errno
 import fcntl
 import os
 import re
@@ -403,4 +404,14 @@ def test_a_lock_of_a_file_that_its_holder_has_just_removed_counts_for_nothing(
             pass
     with runtime.alone_in(tmp_path, 0, "end it"):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with runtime.alone_in(tmp_path, 0, "end it"):
+        assert "has no locks; never start two runs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
