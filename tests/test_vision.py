@@ -52,6 +52,25 @@ def test_a_tie_goes_to_the_larger_grid_only_for_a_large_image():
     assert tile_grid(1200, 1200, 12) == (3, 3)
 
 
+@pytest.mark.parametrize("size", [(40, 40), (90, 40), (40, 200), (300, 200)])
+@pytest.mark.parametrize("max_tiles", [1, 2, 12])
+def test_the_tiles_of_a_file_are_counted_as_they_are_made(tmp_path, size, max_tiles):
+    Image.new("RGB", size).save(tmp_path / "x.png")
+    made = preprocess(Image.open(tmp_path / "x.png"), max_tiles, 56)
+    assert num_tiles(tmp_path / "x.png", max_tiles, 56) == len(made)
+
+
+def test_grids_stand_in_the_order_of_the_official_set():
+    """`dataset.py: dynamic_preprocess`; with the order, which of two equally near ones is taken."""
+    for high in range(1, 13):
+        for low in range(1, high + 1):
+            sides = [(n, range(1, n + 1)) for n in range(low, high + 1)]
+            official = {(i, j) for n, s in sides for i in s for j in s if low <= i * j <= high}
+            assert candidate_grids(high, low) == sorted(
+                official, key=lambda grid: grid[0] * grid[1]
+            )
+
+
 def test_every_golden_tiling_decision_is_met(golden_tiny, tmp_path):
     file = tmp_path / "size-alone.pbm"
     golden = json.loads((golden_tiny / "tiling.json").read_text())
@@ -151,6 +170,24 @@ def test_positions_are_resized_for_another_patch_grid(golden_tiny):
         torch.testing.assert_close(
             vit(tiles), golden[f"{case}/last_hidden_state"], atol=1e-4, rtol=0
         )
+
+
+@torch.no_grad()
+def test_resized_positions_align_the_areas_of_patches_and_not_their_corners():
+    embeddings = InternViT(TINY).embeddings
+    table, larger = embeddings.position_embedding, embeddings.positions(8, 8)
+    assert torch.equal(larger[:, 0], table[:, 0]) and larger.shape == (1, 65, 24)
+    assert (larger[0, [1, 8, 57, 64]] - table[0, [1, 4, 13, 16]]).abs().amin(1).gt(0).all()
+
+
+@torch.no_grad()
+def test_layers_are_counted_from_the_embeddings_and_from_the_last_block():
+    vit, tiles = InternViT(TINY).eval(), torch.randn(2, 3, 56, 56)
+    outputs = [vit(tiles, layer) for layer in range(3)]
+    assert torch.equal(outputs[0], vit.embeddings(tiles))
+    for layer, output in zip((-3, -2, -1), outputs):
+        assert torch.equal(vit(tiles, layer), output)
+    assert not torch.equal(outputs[1], outputs[2])
 
 
 def test_of_bfloat16_weights_positions_are_resized_and_norms_are_taken_in_float32():
