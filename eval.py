@@ -91,6 +91,8 @@ class Generate(Ask):
         super().__post_init__()
         if not self.data or self.model_dir is None:
             raise ValueError("--data and --model_dir are needed")
+        if self.images and not self.benchmark.image:
+            raise ValueError(f"{self.bench} shows no image: --images does nothing")
 
 
 def generate(cfg: Generate) -> Path:

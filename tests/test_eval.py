@@ -290,6 +290,52 @@ def test_mathvista_always_picks_a_choice_and_reads_numbers_strictly():
         assert (reading.prediction, reading.parsed) == (prediction, parsed), extraction
 
 
+def test_mathvista_reads_its_query_file_lists_and_precisions_of_any_kind(tmp_path):
+    free = {"question": "?", "question_type": "free_form", "choices": None, "unit": None}
+    rows = {"1": free | {"answer_type": "float", "precision": 1.0, "answer": "1.2"},
+            "2": free | {"answer_type": "list", "answer": "[1, 2]"}}  # fmt: skip
+    (tmp_path / "testmini.json").write_text(json.dumps(rows))
+    (tmp_path / "query.json").write_text(json.dumps({"1": "Hint: one", "2": "Hint: two"}))
+    replies = {"1": {"response": "1.24"}, "2": {"response": "The years [1, 2], I think."}}
+    (tmp_path / "replies.json").write_text(json.dumps(replies))
+    cfg = Score("mathvista", (tmp_path,), answers=(tmp_path / "replies.json",))
+    items = cfg.items()
+    assert [BENCHMARKS["mathvista"].ask(i, False) for i in items] == ["Hint: one", "Hint: two"]
+    result = evaluation.score(replace(cfg, extraction="offline"))
+    assert (result["score"], result["other_extractions"]) == (100, {"rule": 50})
+
+
+def test_internvls_outputs_of_m3cot_are_paired_by_image(tmp_path):
+    row = {"question": "?", "choices": ["a", "b"], "hint": None}
+    rows = [row | {"image": f"{n}.png", "answer": n} for n in (0, 1)]
+    data = write_jsonl(tmp_path / "test.jsonl", rows)
+    replies = [{"image_path": f"{n}.png", "question": "?", "answer": "AB"[n]} for n in (1, 0)]
+    assert scored("m3cot", data, write_jsonl(tmp_path / "a.jsonl", replies))["score"] == 100
+
+
+def test_judges_see_captions_rules_and_final_answers_as_officially(tmp_path):
+    question = {"question_id": 0, "image": "a.jpg", "text": "What?", "category": "conv"}
+    data = write_jsonl(tmp_path / "questions.jsonl", [question])
+    write_jsonl(tmp_path / "context.jsonl", [{"image": "a.jpg", "caption": ["One.", "Two."]}])
+    write_jsonl(tmp_path / "answers_gpt4.jsonl", [{"question_id": 0, "text": "Reference."}])
+    (item,) = Score("llava_bench", (data,), answers=(data,)).items()
+    rule = json.dumps({"llava_bench_conv": {"role": "Assistant", "prompt": "RULE"}})
+    _, asked = llava_bench.messages(item, Reply("Ours."), rule)
+    assert asked["content"] == (
+        "[Context]\nOne.\nTwo.\n\n[Question]\nWhat?\n\n"
+        "[Assistant 1]\nReference.\n\n[End of Assistant 1]\n\n"
+        "[Assistant 2]\nOurs.\n\n[End of Assistant 2]\n\n[System]\nRULE\n\n"
+    )
+    row = {"question": "Q?", "gt_answer": "a", "image_content": ["dog", "cat"]}
+    row |= {"image_src": "https://a.b/c/picture_o.jpg"}
+    data = write_jsonl(tmp_path / "mmhal.jsonl", [row])
+    (item,) = Score("mmhal", (data,), judgements=(data,)).items()
+    assert item["image"] == "picture_o.jpg"
+    reply = Reply("Rationale: Answer: none\nAnswer: two", cot=True)
+    (asked,) = mmhal.messages(item, reply, "{}|{}|{}|{}")
+    assert asked["content"] == "dog, cat|Q?|a|two"
+
+
 def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
     rows, replies = [], []
     for n in range(8):  # two questions in four orders
@@ -304,6 +350,9 @@ def test_crpe_needs_all_four_rotations_and_has_two_readings(tmp_path):
     result = scored("crpe", data, write_jsonl(tmp_path / "answers.jsonl", replies))
     assert (result["score"], result["n"]) == (100, 2)
     assert result["other_extractions"] == {"strict": 0}
+    named = [row | {"category": "subject", "text": row["text"]} for row in replies]
+    strict = scored("crpe", data, write_jsonl(tmp_path / "b.jsonl", named), extraction="strict")
+    assert strict["unparsed"] == 2  # more than a letter
     meta = {"image": "a.jpg", "question": "What?", "choices": ["cat"], "correct_option": "cat"}
     write_jsonl(tmp_path / "crpe_relation_meta.jsonl", [meta])  # lies beside it officially
     assert len(Score(bench="crpe", data=(tmp_path,), answers=(data,)).items()) == 8
@@ -321,6 +370,10 @@ def test_judges_are_read_by_the_official_rules_and_named_out_of_range():
         (mmhal, "- Rating: 6, very", Reading(6.0)),
     ):
         assert module.read({"id": "v1_3"}, Reply("", judgement=judgement), "judge") == reading
+    runs = mmvet.read({"id": "v1_3"}, Reply("", judgement=[0.5, 1.0]), "judge")
+    assert runs == Reading(0.75)  # an official file holds the scores of several runs
+    with pytest.raises(InputError, match="v1_3: judgement .* is not a pair"):
+        llava_bench.read({"id": "v1_3"}, Reply("", judgement=[8, 7, 6]), "judge")
     wrong = {
         mmvet: (1.5, [0.5, -1], True),
         llava_bench: ("15 3\n", [11, 3]),
@@ -384,6 +437,9 @@ def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
     data = write_jsonl(tmp_path / "captions.jsonl", rows)
     rule = scored("object_halbench", data, data)
     assert (rule["extraction"], rule["response_level"]) == ("chair-rule", 50)
+    odd = write_jsonl(tmp_path / "odd.jsonl", [first | {"gt_objects": ["unicorn"]}])
+    with pytest.raises(InputError, match="7: gt_objects .'unicorn'. are not in .*synonyms.txt"):
+        scored("object_halbench", odd, odd)
     assert (rule["mentions"], rule["hallucinated_mentions"]) == (4, 2)
     judged = [{"id": "7", "judgement": 'So: ["dogs", "dog", "red bus"]', "judge": "j"}]
     judged = write_jsonl(tmp_path / "j.jsonl", judged)
@@ -432,6 +488,9 @@ def test_the_words_before_an_exact_match_may_be_written_in_any_case(tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [{"id": 0, "question": "?", "answer": "Nile"}])
     answers = write_jsonl(tmp_path / "a.jsonl", [{"id": 0, "response": "The Answer Is the Nile."}])
     assert scored("text_em", data, answers, extraction="exact")["score"] == 100
+    write_jsonl(answers, [{"id": 0, "response": "the Nile river"}])
+    result = scored("text_em", data, answers, extraction="exact")
+    assert (result["score"], result["other_extractions"]) == (0, {"substring": 100})
 
 
 def test_prompts_are_exactly_the_published_ones():
@@ -509,7 +568,7 @@ def pope_answers(path: Path, **reply_to: str) -> Path:
 def test_pope_is_paired_by_key_also_in_llavas_list(tmp_path):
     data, answers = pope_data(tmp_path / "d"), pope_answers(tmp_path / "a.jsonl")
     assert scored("pope", data, answers)["score"] == 100
-    text = "Is it?" + common.PHRASE_SUFFIX
+    text = " Is it? " + common.PHRASE_SUFFIX
     rows = [
         {"question_id": n, "category": c, "image": r["image"], "text": text}
         for n, (c, r) in enumerate((c, r) for c in pope.CATEGORIES for r in POPE_ROWS)
@@ -519,6 +578,7 @@ def test_pope_is_paired_by_key_also_in_llavas_list(tmp_path):
     result = scored("pope", llava, write_jsonl(tmp_path / "b.jsonl", replies))
     assert result["score"] == 100  # the labels come from the official files beside the list
     assert result["groups"]["category"]["random"]["TP"] == 2
+    assert pope.BENCHMARK.notes([{"category": "random"}] * 3000, "rule", False) == [pope.HEAD]
 
 
 def test_a_rows_own_category_goes_before_that_of_its_files_name(tmp_path):
@@ -600,6 +660,7 @@ def test_bad_input_is_named(tmp_path, capsys):
         ("score --bench pope --data d --answers a --extraction magic", "known: rule"),
         ("score --bench own --data d --answers a --synonyms s", "reads no --synonyms"),
         ("generate --bench llava_bench --cot", "no chain-of-thought setting"),
+        ("generate --bench gsm8k --data d --model_dir m --images i", "--images does nothing"),
     ):
         assert message in error_of(capsys, command.split())
 
