@@ -102,7 +102,7 @@ def in_order(work: Callable, items: Sequence, size: int, workers: int, label: st
     They have all that `work` refers to; only results are sent.  A bar shows the time left.
     """
     starts = range(0, len(items), size)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(starts))
+    workers = min(workers or runtime.CORES, len(starts))
     _WORK[:] = [lambda start: work(items[start : start + size])]
     shown = {"desc": label, "total": len(starts), "unit_scale": size, "delay": 2}
     if workers <= 1:

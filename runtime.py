@@ -46,6 +46,8 @@ from tqdm import tqdm
 # the headings of --help, by the flags that open them (any other flag stands with the one declared
 # before it), and what other training programs call a flag
 FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text())
+# processors that this process may use; macOS does not tell which, so all
+CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
 
 
 class InputError(ValueError):

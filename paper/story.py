@@ -11,7 +11,6 @@ A task whose last file exists is not done again: a story that was stopped goes o
 """
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paper.report import PAPER, WITH_NTP, write_report
-from runtime import alone_in, claim, fingerprint, flag, parse_cli, read_json, run, write_json
+from runtime import CORES, alone_in, claim, fingerprint, flag, parse_cli, read_json, run, write_json
 from tools.workers import Task, run_tasks
 
 
@@ -155,7 +154,7 @@ def begin(cfg: StoryConfig) -> dict:
         "seeds": list(cfg.seeds),
         "quick": cfg.quick,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}",
+        "machine": f"{CORES} CPU cores, {platform.machine()}",
         "commit": ", ".join(dict.fromkeys(filter(None, commits))),
         "torch": importlib.metadata.version("torch"),
         "seconds": before.get("seconds", {}),  # of calls that came to their end

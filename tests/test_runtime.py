@@ -415,3 +415,12 @@ def test_where_a_file_system_has_no_locks_a_run_goes_on_and_says_so(tmp_path, mo
     with runtime.alone_in(tmp_path, 0, "end it"):
         assert "has no locks; never start two runs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_cores_are_those_that_the_process_may_use_or_all_where_nobody_tells(told):
+    code = "import os; " + "del os.sched_getaffinity; " * (not told) + "import runtime"
+    output = subprocess.check_output(
+        [sys.executable, "-c", f"{code}; print(runtime.CORES)"], cwd=ROOT, text=True
+    )
+    assert int(output) == (len(os.sched_getaffinity(0)) if told else os.cpu_count())
