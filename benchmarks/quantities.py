@@ -465,6 +465,7 @@ def _fill_units() -> None:
 
 
 _fill_units()
+_COUNTRIES = {x for u in _UNITS.values() if is_whole(x := u.kind / _UNITS["$"].kind)}
 
 # --------------------------------------------------------------------------- quantities
 
@@ -503,9 +504,8 @@ def same_quantity(a: Quantity, b: Quantity, same: Callable = same_value) -> bool
     if a.unit == b.unit:
         return same(a, b)
     (scale, kind), (gold_scale, gold_kind) = a.unit or Unit(), b.unit or Unit()
-    small, large = sorted((kind, gold_kind))
-    dollars = small == _UNITS["$"].kind and large % small == 0 and _scales(large)  # $5 and CA$5
-    converted = (small == large or dollars) and same(a.times(scale), b.times(gold_scale))
+    country = max(kind, gold_kind) / min(kind, gold_kind)  # US of US$5/kg and $5/kg
+    converted = country in _COUNTRIES and same(a.times(scale), b.times(gold_scale))
     return converted or (None in (a.unit, b.unit) and same(a, b))
 
 
