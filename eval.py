@@ -337,7 +337,7 @@ def load(cfg: Replies, made_by: RunFile, runs: dict[Path, RunFile]) -> Replied:
         items = cfg.items()
     else:
         rows = [row for path in cfg.judgements for row in files.read_rows(path)]
-        items = [{"id": str(files.raw_id(row)), "category": row.get("category")} for row in rows]
+        items = [{"id": str(files.raw_id(bench, r)), "category": r.get("category")} for r in rows]
     replies = files.load_replies(bench, items, cfg.answers)
     check_asked(cfg, runs, items, replies)
     said = files.load_judgements(bench, items, replies, cfg.judgements, cfg.judge_name)

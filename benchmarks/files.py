@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import Benchmark, Item
 from runtime import InputError, check_type, named, read_json, read_jsonl
 
-ID_KEYS = "question_id id pid image_id index image_path".split()  # LLaVA's reviews count in "id"
+ID_KEYS = "id pid question_id image_id index image_path".split()
 # the raw reply first: official files may also hold the read answer, the question or the gold
 REPLY_KEYS = "response answer_orig model_answer caption messages prediction text answer".split()
 JUDGEMENT_KEYS = "tuple score judgement content review text".split()
@@ -59,9 +59,10 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
     return [row for _, row in rows]
 
 
-def raw_id(row: dict) -> Any:
-    """The id of a row under whichever of the official names it has; None without one."""
-    return next((row[k] for k in ID_KEYS if row.get(k) is not None), None)
+def raw_id(bench: Benchmark, row: dict) -> Any:
+    """The id of a row under an official name, that of the benchmark's own field first, or None."""
+    keys = sorted(ID_KEYS, key=lambda key: key not in bench.fields)  # LLaVA's reviews count in "id"
+    return next((row[k] for k in keys if row.get(k) is not None), None)
 
 
 # --------------------------------------------------------------------------- questions
@@ -112,7 +113,7 @@ def read_item(bench: Benchmark, row: dict, index: int) -> Item:
             name = next((name for name in names.split("|") if name in row), names)
             check_type(repr(name), row.get(name), kind)
         row |= {"_index": index, "_aliases": [], "_left_out": False}
-        row["id"] = str(index if raw_id(row) is None or bench.ordered else raw_id(row))
+        row["id"] = str(index if bench.ordered or (id := raw_id(bench, row)) is None else id)
         bench.item(row)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         problem = error if isinstance(error, InputError) else repr(error)
@@ -131,13 +132,12 @@ def rows_by_id(bench: Benchmark, items: list[Item], files: Iterable[Path]) -> di
             known[str(name)].add(item["id"])
     rows: dict[str, dict] = {}
     for order, row in (pair for f in files for pair in enumerate(read_rows(f, bench.categories))):
-        key, source = raw_id(row), row["_source"]
+        key, source = raw_id(bench, row), row["_source"]
         if bench.ordered:  # a chat API's raw answer has an id of its own
             key = order if "choices" in row else row.get("id", row.get("index", order))
         if key is None:
             raise InputError(f"{source}: no id ({', '.join(ID_KEYS)})")
-        names = f"{row.get('category') or ''}/{key}", str(key)
-        ids = next((ids for name in names if (ids := known.get(name))), set())
+        ids = known.get(f"{row.get('category') or ''}/{key}") or known.get(str(key), set())
         if len(ids) != 1:
             problem = "is not in the data: another benchmark's file?"
             if ids:

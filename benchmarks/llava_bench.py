@@ -39,7 +39,7 @@ def messages(item: Item, reply: Reply, template: str) -> list[dict]:
     folder, category = item["_file"].parent, item["category"].removeprefix("llava_bench_")
     contexts = {row.get("image"): row.get("caption") for row in read_rows(folder / "context.jsonl")}
     answers = read_rows(folder / "answers_gpt4.jsonl")
-    references = {str(raw_id(row)): row.get("text") for row in answers}
+    references = {str(raw_id(BENCHMARK, row)): row.get("text") for row in answers}
     context, reference = contexts.get(item["image"]), references.get(item["id"])
     if context is None or reference is None:
         raise InputError(f"{item['id']}: not in context.jsonl and answers_gpt4.jsonl of {folder}")

@@ -143,6 +143,14 @@ def test_llava_benchs_reviews_are_paired_by_question_not_by_their_running_number
     assert result["missing_judgements"] == ["2"]
 
 
+def test_own_questions_are_known_by_id_where_question_id_counts_those_of_an_image(tmp_path):
+    rows = [{"id": id, "question_id": 0, "question": "?", "answer": id} for id in ("a", "b")]
+    data = write_jsonl(tmp_path / "q.jsonl", [row | {"image": "a.png"} for row in rows])
+    replies = [{"id": id, "response": id} for id in ("b", "a")]
+    for some in (replies, [row | {"question_id": 0} for row in replies]):
+        assert scored("own", data, write_jsonl(tmp_path / "a.jsonl", some))["score"] == 100
+
+
 def test_llava_bench_names_a_category_that_its_judge_left_unread(tmp_path):
     rows = [
         {"question_id": n, "category": f"llava_bench_{name}", "text": text}
