@@ -484,7 +484,7 @@ def read_options(text: str, strict: bool = False) -> Options | None:
 def _option_set(body: str, strict: bool) -> frozenset[str] | None:
     """A, C and D; (A) and (C); ACD, of a gold answer in this order (BAD is a word)."""
     body = body if strict else re.sub(r"(?<=[A-N])\s?[/+]\s?(?=[A-N])", " ", body)
-    if re.fullmatch(r"(?:(?:^|[,;]\s*)\W?[A-N][.):](?![A-Z]\b)[^,;]*){2,}", body):  # A. cat, C. dog
+    if re.fullmatch(r"(?:(?:^|[,;]\s*+)\W?[A-N][.):](?![A-Z]\b)[^,;]*){2,}", body):  # A. cat, C. ox
         return frozenset(re.findall(r"(?:^|[,;])\s*\W?([A-N])[.):]", body))
     if re.fullmatch(r"[(\[]?[A-N][)\]]\s*[A-N]", body):
         return None  # (A) C: the wording of A is C

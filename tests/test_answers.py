@@ -355,6 +355,7 @@ HOSTILE = {
     "latex tower": "9^{9^{9^{9}}}",
     "long tower": "9^" * 90 + "9",
     "factorials": "9!!!!!!!!!!!!",
+    "one option again and again": "A. x, " * 333,
     "brackets": "(" * 99 + "1" + ")" * 99,
     "signs": "-" * 199 + "5",
     "relations": "1=" * 99 + "1",
