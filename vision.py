@@ -244,7 +244,7 @@ class InternViT(nn.Module):
         self.embeddings = VisionEmbeddings(config)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.encoder = nn.Module()  # checkpoints have the name; it does nothing
+        self.encoder = nn.Module()  # a bare name, as in checkpoints: forward runs its layers
         self.encoder.layers = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
 
     def forward(self, tiles: Tensor, select_layer: int = -1) -> Tensor:  # (tile 1+patch d)
