@@ -66,26 +66,23 @@ def half_width(values: list[float]) -> float | None:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def paired(numbers: dict, one: str, other: str | None) -> dict[int, tuple[float, float | None]]:
-    """Seed -> (one minus other, both "row measure", half of its 95 % interval over questions)."""
-    values = {}
+def compare(numbers: dict, one: str, other: str | None) -> dict[str, Any]:
+    """One minus other, both "row measure": of every seed that has both, and the mean.
+
+    questions: seed -> half of its 95 % interval over questions.  half: of the mean's over seeds;
+    of one seed its own.
+    """
+    values, halves = {}, {}
     for seed, (number, questions) in numbers.get(one, {}).items():
         minus, others = 0.0, dict.fromkeys(questions, 0.0)
         if other:
             minus, others = numbers.get(other, {}).get(seed, (None, {}))
         if minus is not None:
-            differences = [questions[i] - others[i] for i in questions if i in others]
-            values[seed] = number - minus, half_width(differences)
-    return values
-
-
-def over_seeds(values: dict[int, tuple]) -> tuple[float | None, float | None, float | None]:
-    """Mean, standard deviation, half of the mean's 95 % interval; one seed keeps its own."""
-    numbers = [number for number, _ in values.values()]
-    if len(numbers) > 1:
-        return statistics.fmean(numbers), statistics.stdev(numbers), half_width(numbers)
-    number, half = next(iter(values.values()), (None, None))
-    return number, None, half
+            values[seed] = number - minus
+            halves[seed] = half_width([questions[i] - others[i] for i in questions if i in others])
+    mean = statistics.fmean(values.values()) if values else None
+    half = half_width([*values.values()]) if len(values) > 1 else next(iter(halves.values()), None)
+    return {"values": values, "questions": halves, "number": mean, "half": half}
 
 
 def row_line(numbers: dict, row: str, flags: dict) -> dict:
@@ -99,9 +96,11 @@ def row_line(numbers: dict, row: str, flags: dict) -> dict:
     differences["gap"] = cot, f"{row} direct"
     line: dict[str, Any] = {"row": row, "seeds": sorted(numbers[cot])}
     for name, of in differences.items():
-        values = paired(numbers, *of)
-        line[name], std, line[f"{name}_half"] = over_seeds(values)
-        line |= {f"{name}_std": std, f"{name}_se": std and std / math.sqrt(len(values))}
+        found = compare(numbers, *of)
+        values = found["values"].values()
+        std = statistics.stdev(values) if len(values) > 1 else None
+        line |= {name: found["number"], f"{name}_half": found["half"], f"{name}_std": std}
+        line[f"{name}_se"] = std and std / math.sqrt(len(values))
     if "=" in row:
         line["study"], line["value"] = row.split("=")
     return line | {"flags": flags, "paper": PAPER.get(row)}
@@ -126,40 +125,14 @@ CLAIMS = read_json(HERE / "claims.json", list)
 
 def judge(numbers: dict, claim: dict) -> dict:
     """The claim's line of results.json.  It is decided where the whole interval is on one side."""
-    values = paired(numbers, claim["one"], claim["other"])
-    mean, _, half = over_seeds(values)
-    line = {
-        "claim": claim["claim"], "needed": claim["needed"], "bound": float(claim["needed"][2:]),
-        "open": claim["open"],
-        "values": {seed: number for seed, (number, _) in values.items()},
-        "questions": {seed: own for seed, (_, own) in values.items()},
-        "number": mean, "half": half, "holds": None, "verdict": "undecided",
-    }  # fmt: skip
-    margin = beyond(line, mean) if len(values) > 1 else 0.0
-    if abs(margin) > (half or 0.0):
-        line |= {"holds": margin > 0, "verdict": "agrees" if margin > 0 else "disagrees"}
+    text, needed = claim["claim"], claim["needed"]
+    line = {"claim": text, "needed": needed, "bound": float(needed[2:]), "open": claim["open"]}
+    line |= compare(numbers, claim["one"], claim["other"])
+    line |= {"holds": None, "verdict": "undecided"}
+    if len(line["values"]) > 1 and abs(line["number"] - line["bound"]) > line["half"]:
+        holds = (line["number"] > line["bound"]) == needed.startswith(">=")
+        line |= {"holds": holds, "verdict": "agrees" if holds else "disagrees"}
     return line
-
-
-def beyond(line: dict, value: float) -> float:
-    """How far a number is on the side of a claim's bound that the claim needs."""
-    return (value - line["bound"]) * (1 if line["needed"].startswith(">=") else -1)
-
-
-def holds_on(line: dict) -> str:
-    """On how many single seeds a claim's number is what is needed."""
-    values = line["values"].values()
-    return f"{sum(beyond(line, value) >= 0 for value in values)} of {len(values)}"
-
-
-def among(line: dict) -> str:
-    """Where a claim's number falls among the committed seeds."""
-    value, seeds = line["number"], line["committed"]
-    if not seeds:
-        return "-"
-    if min(seeds) <= value <= max(seeds):
-        return f"within the {len(seeds)} seeds"
-    return f"{'below' if value < min(seeds) else 'above'} all {len(seeds)} seeds"
 
 
 def results_of(folder: Path) -> dict:
@@ -250,8 +223,7 @@ def write_report(folder: Path) -> str:
     if (folder / "story.json").exists() or not (folder / "results.json").exists():
         write_json(folder / "results.json", results_of(folder))
     results = read_json(folder / "results.json")
-    functions = {"show": show, "holds_on": holds_on, "among": among}
-    markdown = figures.render(HERE / "page.md", **results, **functions).rstrip() + "\n"
+    markdown = figures.render(HERE / "page.md", **results, show=show).rstrip() + "\n"
     write_atomic(folder / "world.png", draw_world())
     write_atomic(folder / "claims.png", draw_claims(results["claims"]))
     write_atomic(folder / "rows.png", draw_rows(results["rows"]))

@@ -147,9 +147,8 @@ def measure(seed: Seed, folder: str, flags: dict) -> str:
         malformed.append({i["id"]: 100.0 * (not str(i["prediction"]).isdigit()) for i in items})
     questions["malformed"] = max(malformed, key=lambda values: sum(values.values()))
     measures = {name: fmean(values.values()) for name, values in questions.items()}
-    curve = read_whole_lines(out / "metrics.jsonl")[-10:]
-    if "reference_update_every" in flags:
-        curve = []  # its rewards are against a reference that moved
+    moved = "reference_update_every" in flags  # the reference, so that rewards tell nothing
+    curve = [] if moved else read_whole_lines(out / "metrics.jsonl")[-10:]
     for side in ("chosen", "rejected"):
         rewards = [m[f"rewards/{side}"] for m in curve if f"rewards/{side}" in m]
         measures[f"{side}_shift"] = fmean(rewards) / BETA if rewards else None

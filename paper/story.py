@@ -1,9 +1,8 @@
 """The paper in miniature: a base model, its answers, preference pairs, every objective, a report.
 
-    python -m paper.story --quick                          SFT, DPO and MPO on one seed: minutes
-    python -m paper.story --quick --seeds 1 --seeds 2      the same on seeds of your choice
-    python -m paper.story                                  make paper: every row on three seeds
-    python -m paper.story --ablate                         also the paper's Figure 4
+    python -m paper.story --quick --seeds 1 2    SFT, DPO and MPO on these seeds (1): minutes each
+    python -m paper.story                        make paper: every row on three seeds
+    python -m paper.story --ablate               also the paper's Figure 4
 
 A story is a list of tasks.  Each calls functions of train.py, pairs.py and eval.py (stages.py),
 starts when the tasks it needs are done, and leaves one last file.  Worker processes share them.
@@ -13,13 +12,10 @@ A task whose last file exists is not done again: a story that was stopped goes o
 import importlib.metadata
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from paper.report import PAPER, WITH_NTP, write_report
 from runtime import CORES, alone_in, claim, fingerprint, flag, parse_cli, read_json, run, write_json
