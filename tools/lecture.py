@@ -8,20 +8,19 @@ The notebook holds no outputs; the page holds the code, what it printed and what
 import html
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import Failure, flag, parse_cli, read_json, run, write_atomic  # noqa: E402
-from tools.figures import SHOWN, TEMPLATES, markdown_html, render  # noqa: E402
+from runtime import Failure, command_line, flag, parse_cli, read_json, run, write_atomic
+from tools.figures import SHOWN, TEMPLATES, markdown_html, render
 
 END = "\x1e"  # printed after each cell
 
 
-@dataclass(frozen=True)
+@command_line
 class LectureConfig:
     """Run the lecture's cells and write them with their outputs as one page."""
 

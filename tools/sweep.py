@@ -127,11 +127,10 @@ def main() -> None:
     base = next(iter(parsed.values()))
     if len(parsed) < 2:
         raise InputError("nothing to compare; give a flag several values, as --lr 1e-4,1e-3")
-    for cfg in parsed.values():
-        own = (cfg.mine, cfg.out_dir, cfg.reference_cache)
-        if own != (base.mine, base.out_dir, base.reference_cache) or cfg.plan or cfg.bench:
-            told = "no --plan or --bench, and one --mine, --out_dir and --reference_cache"
-            raise InputError(f"a sweep has {told} for all of its runs")
+    shared = {(cfg.mine, cfg.out_dir, cfg.reference_cache) for cfg in parsed.values()}
+    if len(shared) > 1 or any(cfg.plan or cfg.bench for cfg in parsed.values()):
+        flags = "no --plan or --bench, and one --mine, --out_dir and --reference_cache"
+        raise InputError(f"a sweep has {flags} for all of its runs")
     asked = [cfg.loss for cfg in parsed.values()]
     if base.mine:
         register_file(base.mine, asked)

@@ -5,16 +5,16 @@ says from the first second what is being done, how many tasks are done and how l
 A task whose last file exists is not done again, so a run that was stopped goes on where it was.
 """
 
-import contextlib
-import importlib
 import multiprocessing
 import os
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from pkgutil import resolve_name
 
 from runtime import Failure, start_worker
 
@@ -75,17 +75,12 @@ def run_tasks(tasks: list[Task], jobs: int) -> None:
 
 def perform(task: Task) -> str:
     """One task in a worker; its output is appended to log.txt, with the traceback of a failure."""
-    module, _, name = task.function.partition(":")
     path = task.made.parent / "log.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(path, "a", buffering=1) as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        print(f"{time.strftime('%F %T')} {task.name}: {name}{task.arguments}")
+    with open(path, "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+        print(f"{time.strftime('%F %T')} {task.name}: {task.function}{task.arguments}")
         try:
-            return getattr(importlib.import_module(module), name)(*task.arguments)
+            return resolve_name(task.function)(*task.arguments)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise Failure(f"{task.name}: {type(error).__name__}: {error} (see {path})") from error
