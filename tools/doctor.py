@@ -44,12 +44,8 @@ from records import PairRecord, read_meta
 from weights import open_weights
 
 PAIRS_READ = 20_000
-RENAMED = {  # TRL and ms-swift -> train.py
-    "learning_rate": "lr",
-    "nll_loss": "nll",
-    "rewards/accuracies": "rewards/accuracy",
-    "rewards/margins": "rewards/margin",
-}
+RENAMED = {"learning_rate": "lr", "nll_loss": "nll"}  # TRL and ms-swift -> train.py
+RENAMED |= {"rewards/accuracies": "rewards/accuracy", "rewards/margins": "rewards/margin"}
 Rows = list[dict[str, float]]
 
 

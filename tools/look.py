@@ -176,13 +176,9 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
 BOX = re.compile(r"\[(\d{1,4}), ?(\d{1,4}), ?(\d{1,4}), ?(\d{1,4})\](?=[^<]*</box>)")
 PENS = {"rejected": "#b42318", "chosen": "#1a7f37", "question": "#0550ae"}  # colours of boxes
 # how pairs were made -> words in the names of such data sets, ours and those of MMPR v1.1 and v1.2
-KINDS = {
-    "prefix_pair": r"prefix_pair|_sr\d",  # DropoutNTP, also as ..._sr0.5_wo_image
-    "correctness": "correctness",
-    "format": "format",
-    "direct": "direct_rules",
-    "divide_and_conquer": "divide_and_conquer",
-}
+KINDS = {"prefix_pair": r"prefix_pair|_sr\d"}  # DropoutNTP, also as ..._sr0.5_wo_image
+KINDS |= {"correctness": "correctness", "format": "format", "direct": "direct_rules"}
+KINDS |= {"divide_and_conquer": "divide_and_conquer"}
 
 
 def write_page(cfg: ShowConfig) -> None:

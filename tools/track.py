@@ -39,13 +39,11 @@ def open_writers(cfg: Any, done: int) -> list[Callable[[Row], Any]]:
         import wandb  # noqa: PLC0415
 
         run = wandb.init(
-            project=cfg.wandb,
-            name=cfg.out_dir.name,
-            dir=str(cfg.out_dir),
+            project=cfg.wandb, name=cfg.out_dir.name, dir=str(cfg.out_dir),
             id=hashlib.blake2b(bytes(cfg.out_dir.resolve()), digest_size=8).hexdigest(),
             resume="allow",  # the same folder is the same run
             config={name: str(value) for name, value in asdict(cfg).items()},
-        )
+        )  # fmt: skip
         writers.append(lambda row: run.log(row, step=row["step"]))
     return writers
 
