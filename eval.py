@@ -325,6 +325,8 @@ def score(cfg: Score) -> dict:
         result["partial"] = {"score": total["score"], "n": total["n"]}
     if out := cfg.out or (min(runs) if len(runs) == 1 else None):
         lines = [{"id": item["id"], **vars(reading)} for item, reading in readings]
+        if len(items) < len(runtime.read_whole_lines(out / "items.jsonl")):
+            raise InputError(f"{out} holds a score of more items; use another --out")
         write_jsonl(out / "items.jsonl", lines)
         write_json(out / "score.json", result)
     return result

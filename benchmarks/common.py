@@ -166,6 +166,9 @@ class Benchmark:
     def ask(self, item: Item, cot: bool) -> str:
         """The text that a model is asked."""
         question = self.question(item).removesuffix(self.suffix)
+        # of MathVision one stands in the picture alone
+        if not question.strip() and "<image1>" not in item.get("question", ""):
+            raise InputError(f"{item['id']}: no question")
         return self.cot(question) if cot else question + self.suffix
 
     def total(self, readings: Readings) -> dict:

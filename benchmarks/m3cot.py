@@ -60,9 +60,11 @@ def read(item: Item, reply: Reply, mode: str) -> Reading:
     return Reading(letter, letter == item["gold"], letter in lettered(item["choices"]))
 
 
+FIELDS = {"question": str, "hint": str | None, "context": str | None,
+          "choices": list[str | int | float], "answer": str | int}  # fmt: skip
 BENCHMARK = Benchmark(
     name="m3cot", files=("test.jsonl", "test*.jsonl"),
-    fields={"question": str, "choices": list[str | int | float], "answer": str | int, "image": str},
+    fields={**FIELDS, "image": str},
     item=item, question=question, suffix=LETTER_SUFFIX, new_tokens=100, read=read,
     modes=("internvl", "m3cot"), n_expected=2318, groups=("domain",),
 )  # fmt: skip

@@ -61,7 +61,7 @@ def read_gsm8k(item: Item, reply: Reply, mode: str) -> Reading:
 
 TEXT_MC = Benchmark(
     name="text_mc", files=("*.jsonl",), image=False,
-    fields={**FIELDS, "choices": list[str | int | float], "answer": str | int},
+    fields={**FIELDS, **m3cot.FIELDS},
     item=m3cot.item, question=m3cot.question, suffix=m3cot.LETTER_SUFFIX, new_tokens=100,
     read=read_choice, groups=("subject",), notes=lambda items, mode, cot: [OWN_BASELINE],
 )  # fmt: skip

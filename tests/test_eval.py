@@ -19,7 +19,7 @@ import generate as generation
 from benchmarks import common, llava_bench, m3cot, mathvision, mathvista, mmhal, mmvet, pope, tables
 from benchmarks import object_halbench as halbench
 from benchmarks.common import Reading, Reply, final_answer
-from benchmarks.files import read_rows
+from benchmarks.files import load_items, read_rows
 from eval import BENCHMARKS, Generate, Judge, Report, Score
 from runtime import InputError, run
 
@@ -789,6 +789,23 @@ def test_an_empty_choice_of_ids_and_images_that_nobody_asks_about_are_refused(tm
     assert "text_em shows no image, but items have one: 1" in error_of(capsys, command.split())
 
 
+@pytest.mark.parametrize("bench", ["own", "text_em", "gsm8k"])
+def test_an_empty_question_is_not_asked(bench, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"id": 7, "question": " ", "answer": 1, "image": ""}])
+    with pytest.raises(InputError, match="7: no question"):
+        evaluation.asked(BENCHMARKS[bench], load_items(BENCHMARKS[bench], (data,)), cot=True)
+    drawn = {"question": "<image1>", "options": list("ABCDE")}  # MathVision has such
+    assert BENCHMARKS["mathvision"].ask(drawn, cot=False) == ""
+
+
+@pytest.mark.parametrize("bench", ["m3cot", "text_mc"])
+@pytest.mark.parametrize("key", ["hint", "context"])
+def test_a_hint_that_is_no_text_is_refused(bench, key, tmp_path):
+    row = {"question": "?", "choices": ["x", "y"], "answer": 0, "image": "", key: ["a", "b"]}
+    with pytest.raises(InputError, match=f"line 1: .*'{key}' must be str | None"):
+        load_items(BENCHMARKS[bench], (write_jsonl(tmp_path / "d.jsonl", [row]),))
+
+
 @pytest.mark.parametrize("flag", ["--ids", "--synonyms", "--judge_template"])
 def test_a_file_of_words_that_is_no_utf8_is_named(flag, tmp_path, capsys):
     (tmp_path / "words.txt").write_bytes(b"\xff\xfe1")
@@ -1022,6 +1039,11 @@ def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
     evaluation.generate(asked(world, "one"))
     (world / "ids").write_text("random/1 random/2 popular/1")
     assert scored("pope", world / "data", world / "one", ids=world / "ids")["n"] == 3
+    assert scored("pope", world / "data", world / "one")["n"] == 12  # in the place of the 3
+    before = (world / "one/score.json").read_text()
+    with pytest.raises(InputError, match="one holds a score of more items; use another --out"):
+        scored("pope", world / "data", world / "one", ids=world / "ids")
+    assert (world / "one/score.json").read_text() == before
     files = tuple(world / f"data/coco_pope_{name}.json" for name in pope.CATEGORIES[::-1])
     reordered = Score(bench="pope", data=files, answers=(world / "one",))
     assert evaluation.score(reordered)["n"] == 12
