@@ -139,9 +139,9 @@ class QuestionLine:
 
 def wrap_question(question: str, num_images: int, version: str) -> str:
     """The full prompt: instruction around the question, one placeholder an image."""
+    if num_images == 1 and question.count(IMAGE) == 1:  # moved to the front
+        question = question.replace(IMAGE + "\n", "").replace(IMAGE, "").strip()
     text = question if version == "none" else answers.strip_instruction(question)
-    if num_images == 1 and text.count(IMAGE) == 1:  # moved to the front
-        text = text.replace(IMAGE + "\n", "").replace(IMAGE, "").strip()
     # plain replacement: questions contain braces
     prompt = answers.PROMPTS[version].replace("{question}", text)
     return with_image_placeholders(prompt, num_images)
@@ -163,6 +163,8 @@ def read_questions(
         question, gold = from_json(QuestionLine, record, source).question, record.get("answer")
         images = image_names(record, source)
         with runtime.named(source):
+            if record.get("choices") or record.get("options"):  # the model would not see them
+                raise InputError("choices or options of their own: write them into 'question'")
             f"{gold}{record.get('rationale')}".encode()  # fails at half a character
             if not answers.strip_instruction(without_image(question)):
                 raise InputError("no 'question'")

@@ -164,6 +164,8 @@ def test_the_cot_prompt_is_the_benchmarks_wording():
 def test_a_closing_short_answer_instruction_is_cut(instruction):
     assert pairs.wrap_question("Is {it} red?" + instruction, 0, "en").endswith("\n\nIs {it} red?")
     assert pairs.wrap_question("Is {it} red?" + instruction, 0, "none").endswith(instruction)
+    behind = pairs.wrap_question(f"Is {{it}} red?{instruction}\n<image>", 1, "en")
+    assert behind.startswith("<image>\n") and behind.endswith("\n\nIs {it} red?")
 
 
 def test_one_placeholder_moves_to_the_front_and_several_stay():
@@ -419,6 +421,8 @@ def test_other_settings_in_the_folder_are_refused_by_name(world):
         ([{"image": False, "question": "q", "answer": 1}], "line 1: 'image' must be"),
         ([{"question": "<image> q", "answer": 1}], "line 1: the question has 1 <image>"),
         ([{"image": ["0.png"] * 2, "question": "<image> q", "answer": 1}], "line 1: .*1 <image>"),
+        ([{"choices": ["x", "y"], "question": "q", "answer": "A"}], "line 1: choices .* into 'q"),
+        ([{"options": {"A": "x"}, "question": "q", "answer": "A"}], "line 1: choices .* into 'q"),
         ([{"question": " ", "answer": 1}], "no 'question'"),
         ([{"image": "0.png", "question": "<image>\n", "answer": 1}], "no 'question'"),
         ([{"question": "Please answer yes or no.", "answer": "no"}], "no 'question'"),
