@@ -574,10 +574,11 @@ def pair_record(row: dict, question: str, chosen: tuple, rejected: tuple, more: 
 def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: float = 1.0) -> None:
     """Write what the plans make; each is made in its turn.
 
-    Entries and reports of other verbs stay; the entry of an empty annotation file goes.  Paths are
-    relative to the folder of meta.json.
+    Entries and reports of other verbs and sets stay; the entry of an empty annotation file goes.
+    Paths are relative to the folder of meta.json.
     """
     reports, entries = {}, {}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
         earlier = {path: read_json(path) if path.exists() else {} for path in paths}
@@ -594,9 +595,9 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
                     entries[Path(file).stem] = entry if length else None
             report = {"pairs": lengths, "tokens": token_cost(cost, sum(lengths.values()))}
             report["responses"] = plan.tally["counts"].pop("responses", 0)
+            report["settings"] = settings
             reports[plan.data_set.name] = {**plan.facts, **report, **plan.tally}
-        settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
-        report = {verb: {"settings": settings, "sets": reports}}
+        report = {verb: {"sets": earlier[paths[1]].get(verb, {}).get("sets", {}) | reports}}
         for (path, old), new in zip(earlier.items(), (entries, report)):
             content = {k: v for k, v in (old | new).items() if v is not None}
             runtime.write_json(path, content, sort_keys=True, ensure_ascii=False)

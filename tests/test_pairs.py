@@ -839,6 +839,22 @@ def test_both_kinds_of_pairs_share_one_meta_file(world):
     assert len(read_meta(Path("out/meta.json"), 12)) == 3
 
 
+def test_sets_that_are_paired_one_after_another_keep_their_reports_and_settings(world):
+    for name, cap in (("one", 3), ("two", 15)):
+        pairs.sample(sampling(name=name))
+        flags = {"samples": Path("samples") / name, "pairs_per_query": cap}
+        pairs.correctness(pairs.CorrectnessConfig(out_dir=Path("out"), **flags))
+    sets = read_json(Path("out/pairs.report.json"))["correctness"]["sets"]
+    assert {name: s["settings"]["pairs_per_query"] for name, s in sets.items()} == {
+        "one": 3,
+        "two": 15,
+    }
+    entries = read_json(Path("out/meta.json"))
+    pair_counts = {f"{name}_pairs_vqa_{kind}_rules": count for name, s in sets.items()
+                   for kind, count in s["pairs"].items() if count}  # fmt: skip
+    assert {name: entry["length"] for name, entry in entries.items()} == pair_counts
+
+
 # --------------------------------------------------------------------------- cost
 
 
