@@ -295,7 +295,8 @@ def score(cfg: Score) -> dict:
     seen = [reply for _, reply in replied] if cfg.answers else []
     used = judged if bench.is_judged(mode) else []
     others = [m for m in bench.modes if m != mode and not bench.is_judged(m)]
-    part = f" ({len(items)} of {bench.n_expected} items)"
+    n, expected = len(items), bench.n_expected
+    part = f" ({n} of {expected} items)" * (expected not in (0, n)) + " by --ids" * bool(cfg.ids)
     absent = sorted({*bench.mean_of} - {item.get("category") for item in items})
     result = {
         "benchmark": bench.name,
@@ -304,8 +305,8 @@ def score(cfg: Score) -> dict:
         "status": "incomplete" if missing else "complete",
         **({**total, "score": None, "standard_error": None} if missing else total),
         "metric": bench.metric,
-        "n_expected": bench.n_expected or None,
-        "split": bench.split + part * (bench.n_expected not in (0, len(items))),
+        "n_expected": expected or None,
+        "split": bench.split + part,
         "extraction": mode,
         "other_extractions": {
             other: bench.total(read_all(bench, replied, other)[0])["score"] for other in others

@@ -164,9 +164,8 @@ class Benchmark:
     notes: Callable[[list[Item], str, bool], list[str]] = lambda items, mode, cot: []
 
     def ask(self, item: Item, cot: bool) -> str:
-        """The text that a model is asked."""
+        """The text that a model is asked; one of MathVision's stands in the picture alone."""
         question = self.question(item).removesuffix(self.suffix)
-        # of MathVision one stands in the picture alone
         if not question.strip() and "<image1>" not in item.get("question", ""):
             raise InputError(f"{item['id']}: no question")
         return self.cot(question) if cot else question + self.suffix

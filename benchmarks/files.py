@@ -53,9 +53,7 @@ def read_rows(path: Path, categories: tuple[str, ...] = ()) -> list[dict]:
         rows = list(read_jsonl(path))
     category = next((c for c in categories if c in path.name), None)
     for name, row in rows:
-        row |= {"_file": path, "_source": name}
-        if category and not row.get("category"):
-            row["category"] = category
+        row |= {"_file": path, "_source": name, "category": row.get("category") or category}
     return [row for _, row in rows]
 
 
@@ -172,9 +170,9 @@ def load_replies(bench: Benchmark, items: list[Item], given: tuple[Path, ...]) -
             reply = reply[-1].get("content") if isinstance(reply[-1], dict) else reply[-1]
         check_type(f"{row['_source']}: {key!r}", reply, str | int | float | None)
         row["reply"] = "" if reply is None else str(reply)
-    missing = [i["id"] for i in items if not i.get("_left_out") and i["id"] not in replies]
-    if given and missing:
-        raise InputError(f"no reply for {len(missing)} of {len(items)} items: {listed(missing)}")
+    wanted = [item["id"] for item in items if not item.get("_left_out")]
+    if given and (missing := [id for id in wanted if id not in replies]):
+        raise InputError(f"no reply for {len(missing)} of {len(wanted)} items: {listed(missing)}")
     return replies
 
 

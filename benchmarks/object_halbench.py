@@ -94,21 +94,17 @@ def listed_names(judgement: Any) -> list | None:
 
 def read(item: Item, reply: Reply, mode: str) -> Reading:
     """Classes mentioned, and which of them are not in the image (or its reference captions)."""
-    synonyms, parsed = Path(item["synonyms"]), True
-    if mode == "chair-llm":
-        names = listed_names(reply.judgement)
-        parsed = names is not None
-        # RLAIF-V's eval_gpt_obj_halbench.py: a word counts once, "man" and "woman" are two
-        objects = named_objects(", ".join(map(str, names or [])), synonyms, once=True)
-    else:
-        objects = named_objects(reply.text, synonyms)
+    synonyms, judged = Path(item["synonyms"]), mode == "chair-llm"
+    names = listed_names(reply.judgement) if judged else [reply.text]
+    # RLAIF-V's eval_gpt_obj_halbench.py: a word counts once, "man" and "woman" are two
+    objects = named_objects(", ".join(map(str, names or [])), synonyms, once=judged)
     classes = read_synonyms(synonyms)[0]
     if unknown := [name for name in item["gt_objects"] if name not in classes]:
         raise InputError(f"{item['id']}: gt_objects {unknown[:3]} are not in {synonyms}")
     truth = {classes[name] for name in item["gt_objects"]}
     truth |= {c for text in item.get("gt_captions") or () for c in named_objects(text, synonyms)}
     invented = [name for name in objects if name not in truth]
-    return Reading({"objects": objects, "hallucinated": invented}, not invented, parsed)
+    return Reading({"objects": objects, "hallucinated": invented}, not invented, names is not None)
 
 
 def chair(readings: Readings) -> dict:

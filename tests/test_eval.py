@@ -789,6 +789,17 @@ def test_an_empty_choice_of_ids_and_images_that_nobody_asks_about_are_refused(tm
     assert "text_em shows no image, but items have one: 1" in error_of(capsys, command.split())
 
 
+def test_a_part_of_a_file_of_any_length_is_said_to_be_one(tmp_path):
+    rows = [{"id": n, "question": "?", "answer": n, "image": "a.png"} for n in range(3)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    replies = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "response": "1"}])
+    (tmp_path / "ids").write_text("1")
+    assert scored("own", data, replies, ids=tmp_path / "ids")["split"] == "test by --ids"
+    (tmp_path / "ids").write_text("1 2")
+    with pytest.raises(InputError, match="no reply for 1 of 2 items: 2"):
+        scored("own", data, replies, ids=tmp_path / "ids")
+
+
 @pytest.mark.parametrize("bench", ["own", "text_em", "gsm8k"])
 def test_an_empty_question_is_not_asked(bench, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [{"id": 7, "question": " ", "answer": 1, "image": ""}])
@@ -1038,7 +1049,8 @@ def test_a_file_of_questions_is_not_scored_as_its_own_answers(tmp_path):
 def test_our_replies_are_scored_as_answers_to_their_own_questions_only(world):
     evaluation.generate(asked(world, "one"))
     (world / "ids").write_text("random/1 random/2 popular/1")
-    assert scored("pope", world / "data", world / "one", ids=world / "ids")["n"] == 3
+    part = scored("pope", world / "data", world / "one", ids=world / "ids")
+    assert (part["n"], part["split"]) == (3, "COCO val2014 (3 of 8910 items) by --ids")
     assert scored("pope", world / "data", world / "one")["n"] == 12  # in the place of the 3
     before = (world / "one/score.json").read_text()
     with pytest.raises(InputError, match="one holds a score of more items; use another --out"):
