@@ -291,7 +291,9 @@ def score(cfg: Score) -> dict:
     judged = [reply for _, reply in replied if reply.judgement is not None]
     mode = cfg.extraction or (bench.judge.mode if judged or cfg.judgements else bench.modes[0])
     readings, missing = read_all(bench, replied, mode)
-    total = bench.total(readings) if readings else {"score": None, "standard_error": None, "n": 0}
+    no_score = {"score": None, "standard_error": None}
+    total = bench.total(readings) if readings else no_score | {"n": 0}
+    partial = {"score": total["score"], "n": total["n"]}
     seen = [reply for _, reply in replied] if cfg.answers else []
     used = judged if bench.is_judged(mode) else []
     others = [m for m in bench.modes if m != mode and not bench.is_judged(m)]
@@ -303,7 +305,7 @@ def score(cfg: Score) -> dict:
         "model": cfg.name or made_by.model,
         "setting": made_by.setting,
         "status": "incomplete" if missing else "complete",
-        **({**total, "score": None, "standard_error": None} if missing else total),
+        **(total | no_score | {"partial": partial} if missing else total),
         "metric": bench.metric,
         "n_expected": expected or None,
         "split": bench.split + part,
@@ -322,20 +324,17 @@ def score(cfg: Score) -> dict:
         "missing_judgements": missing,
         "notes": bench.notes(items, mode, cot) + [f"without {', '.join(absent)}"] * bool(absent),
     }
-    if missing:
-        result["partial"] = {"score": total["score"], "n": total["n"]}
     if out := cfg.out or (min(runs) if len(runs) == 1 else None):
-        lines = [{"id": item["id"], **vars(reading)} for item, reading in readings]
         if len(items) < len(runtime.read_whole_lines(out / "items.jsonl")):
             raise InputError(f"{out} holds a score of more items; use another --out")
-        write_jsonl(out / "items.jsonl", lines)
+        write_jsonl(out / "items.jsonl", ({"id": i["id"], **vars(read)} for i, read in readings))
         write_json(out / "score.json", result)
     return result
 
 
 def load(cfg: Replies, made_by: RunFile, runs: dict[Path, RunFile]) -> Replied:
     """Each item with what was replied to it, and what a judge said of that."""
-    bench = cfg.benchmark
+    bench, cot = cfg.benchmark, made_by.setting == "CoT"
     if cfg.data:
         items = cfg.items()
     else:
@@ -349,9 +348,7 @@ def load(cfg: Replies, made_by: RunFile, runs: dict[Path, RunFile]) -> Replied:
         if not item.get("_left_out"):
             row = replies.get(item["id"], {"reply": ""})
             cut_off = row.get("finish_reason") == "length"
-            by = said.get(item["id"], {})
-            reply = Reply(row["reply"], made_by.setting == "CoT", cut_off, **by)
-            replied.append((item, reply))
+            replied.append((item, Reply(row["reply"], cot, cut_off, **said.get(item["id"], {}))))
     check_judged(cfg, replied)
     return replied
 

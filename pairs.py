@@ -595,8 +595,7 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
                     entries[Path(file).stem] = entry if length else None
             report = {"pairs": lengths, "tokens": token_cost(cost, sum(lengths.values()))}
             report["responses"] = plan.tally["counts"].pop("responses", 0)
-            report["settings"] = settings
-            reports[plan.data_set.name] = {**plan.facts, **report, **plan.tally}
+            reports[plan.data_set.name] = {"settings": settings} | plan.facts | report | plan.tally
         report = {verb: {"sets": earlier[paths[1]].get(verb, {}).get("sets", {}) | reports}}
         for (path, old), new in zip(earlier.items(), (entries, report)):
             content = {k: v for k, v in (old | new).items() if v is not None}
