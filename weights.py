@@ -232,14 +232,14 @@ def write_weights(model: InternVL, like: Path, partial: Path) -> None:
         with open_weights(path) as f:
             stored = {name: DTYPES[f.get_slice(name).get_dtype()] for name in f.keys()}
             for name, parts in pieces.items():
-                if stored.keys().isdisjoint(piece.name for piece in parts):
+                here = stored.keys() & {piece.name for piece in parts}  # q, k, v may lie in two files
+                if not here:
                     continue
                 full = whole(parameters[name])  # every process takes part
-                if not is_finite(full):
+                if not all(is_finite(full.to(stored[key])) for key in here):
                     raise Failure(f"{name} holds NaN or infinity, so the model is not written")
                 split = split_stored(full, parts) if is_main() else {}
-                here = stored.keys() & split.keys()  # q, k and v may lie in two files
-                shard |= {key: split[key].to("cpu", stored[key]) for key in here}
+                shard |= {key: split[key].to("cpu", stored[key]) for key in here & split.keys()}
             metadata = f.metadata() or {"format": "pt"}
         if is_main():
             write_tensors(shard, partial / path.name, metadata=metadata)

@@ -380,6 +380,15 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path, value):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing half-written either
 
 
+def test_a_number_that_the_stored_type_cannot_hold_is_named(folder, tmp_path):
+    rewrite(folder, lambda t: t.update({name: x.half() for name, x in t.items()}))
+    model = load_model(folder)
+    with torch.no_grad():
+        model.language_model.model.layers[0].attention.wo.weight[0] = 1e5  # float16: to 65,504
+    with pytest.raises(Failure, match="layers.0.attention.wo.weight holds NaN or infinity"):
+        save_model(model, tmp_path / "out", like=folder)
+
+
 def test_a_model_that_the_disk_gives_back_changed_is_no_export(tmp_path, monkeypatch):
     real = weights.save_file
 
