@@ -46,7 +46,7 @@ class InternVLConfig:
     KEYS: ClassVar = {"tile_size": "force_image_size", "max_tiles": "max_dynamic_patch"}
     vision: VisionConfig
     llm: LLMConfig
-    template: str
+    template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"]  # see tokenizer.py
     tile_size: int = count()  # pixels; the ViT's position table is resized to fit
     select_layer: int = -1
     max_tiles: int = flag(6, "tiles an image, without the thumbnail", 1, 128)

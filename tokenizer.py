@@ -360,7 +360,7 @@ FIRST_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
     "是一个有用无害的人工智能助手。"
 )
-TEMPLATES = {
+CHAT_TEMPLATES = {  # by `template` of config.json
     "internlm2-chat": Template(FIRST_MESSAGE, strips=True),
     "Hermes-2": Template(FIRST_MESSAGE),
     "internvl2_5": Template(
@@ -373,16 +373,9 @@ TEMPLATES = {
 Turns = list[tuple[str, str | None]]  # (question, answer); None: the turn to be answered, the last
 
 
-def find_template(name: str) -> Template:
-    """The template that `template` in config.json names."""
-    if name not in TEMPLATES:
-        raise InputError(f"config.json: unknown template {name!r}, known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
 def training_text(template: str, text: str) -> str:
     """A question or an answer as official training takes it; internlm2-chat strips it."""
-    return text.strip() if find_template(template).strips else text
+    return text.strip() if CHAT_TEMPLATES[template].strips else text
 
 
 def with_image_placeholders(question: str, num_images: int) -> str:
@@ -411,7 +404,7 @@ def encode_chat(
     image_tokens: <IMG_CONTEXT> tokens (256 per tile) of each <image> in the questions, left to
     right.  system_message: None for the template's.  Texts are taken unstripped.
     """
-    form = find_template(template)
+    form = CHAT_TEMPLATES[template]
     slots = sum(question.count(IMAGE) for question, _ in turns)
     if image_tokens and slots != len(image_tokens):
         told = f"{slots} {IMAGE} in the user's text but {len(image_tokens)} images"

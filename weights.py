@@ -14,6 +14,7 @@ reads only its own rows of each tensor, so nobody ever holds the model twice.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -216,7 +217,11 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
             for path in sorted(Path(like).iterdir()):  # what a release needs beside its weights
                 kept = path.suffix in (".json", ".jinja", ".model", ".py")
                 if (kept or path.name == "merges.txt") and path.is_file():
-                    write_atomic(partial / path.name, path.read_bytes())
+                    content = path.read_bytes()
+                    if path.name == "config.json" and not model.config.llm.tied:
+                        # transformers 4 would put the embedding in the place of the trained head
+                        content = re.sub(rb'("tie_word_embeddings": *)true', rb"\1false", content)
+                    write_atomic(partial / path.name, content)
         write_weights(model, Path(like), partial)
         all_of(True)  # all wait here
         for name, p, rows in stored_rows(model, partial):
@@ -232,7 +237,7 @@ def write_weights(model: InternVL, like: Path, partial: Path) -> None:
         with open_weights(path) as f:
             stored = {name: DTYPES[f.get_slice(name).get_dtype()] for name in f.keys()}
             for name, parts in pieces.items():
-                here = stored.keys() & {piece.name for piece in parts}  # q, k, v may lie in two files
+                here = stored.keys() & {piece.name for piece in parts}  # q, k may lie elsewhere
                 if not here:
                     continue
                 full = whole(parameters[name])  # every process takes part

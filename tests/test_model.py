@@ -310,6 +310,7 @@ def with_llm(**values):
         (without("vision_config", "patch_size"), "vision_config: no 'patch_size'"),
         (without("", "vision_config"), "no 'vision_config'"),
         (without("", "template"), "no 'template'"),
+        (lambda c: c.update(template="phi3-chat"), "'template' must be .*Hermes-2.* 'phi3-chat'"),
         (lambda c: c.update(ps_version="v1"), "ps_version is 'v1'"),
         (lambda c: c["llm_config"].update(hidden_act="gelu"), "hidden_act is 'gelu'; .* 'silu'"),
         (lambda c: c["vision_config"].update(hidden_act="relu"), "vision_config: .*hidden_act"),

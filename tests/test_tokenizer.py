@@ -618,8 +618,6 @@ def test_tokenizer_json_that_puts_a_blank_in_front_is_refused(tmp_path, name):
 
 
 def test_wrong_arguments_are_input_errors(small):
-    with pytest.raises(InputError, match="unknown template 'phi3-chat', known: internlm2-chat"):
-        encode_chat(small, "phi3-chat", [("a", None)], [])
     with pytest.raises(InputError, match="1 <image> in the user's text but 2 images"):
         encode_chat(small, "internlm2-chat", [("<image>", None)], [4, 4])
     with pytest.raises(InputError, match="only the last may be open"):

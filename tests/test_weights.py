@@ -191,11 +191,15 @@ def without_head(name):
     return None if "lm_head" in name else name
 
 
-def test_a_head_in_the_files_is_the_head_whatever_the_flag_says(qwen):
+def test_a_head_in_the_files_is_the_head_whatever_the_flag_says(qwen, tmp_path):
     expected = load_model(qwen).state_dict()
-    change_config(qwen, tie_word_embeddings=True)
-    loaded = load_model(qwen).state_dict()
+    change_config(qwen, tie_word_embeddings=True, llm_config={"tie_word_embeddings": True})
+    model = load_model(qwen)
+    loaded = model.state_dict()
     assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    save_model(model, tmp_path / "out", like=qwen)  # transformers 4 believes the flag
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert not written["tie_word_embeddings"] and not written["llm_config"]["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("level", ["top", "llm_config"])

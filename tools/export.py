@@ -46,7 +46,7 @@ from config import InternVLConfig
 from layouts import HF, split_stored, stored_pieces
 from memory import merge_adapters
 from model import InternVL
-from tokenizer import TOKENIZERS, Tokenizer, find_template, load_tokenizer
+from tokenizer import CHAT_TEMPLATES, TOKENIZERS, Tokenizer, load_tokenizer
 from tools.figures import TEMPLATES, render
 from train import TrainConfig, prepare
 from vision import IMAGENET_MEAN, IMAGENET_STD
@@ -185,7 +185,7 @@ def chat_template(template: str, with_bos: bool) -> str:
     An image is <IMG_CONTEXT> with a line break behind it, as in the releases' -hf folders.
     """
     jinja = (TEMPLATES / "chat_template.jinja").read_text()
-    after_end = find_template(template).after_end.replace("\n", "\\n")
+    after_end = CHAT_TEMPLATES[template].after_end.replace("\n", "\\n")
     return ("{{ bos_token }}" if with_bos else "") + jinja.replace("AFTER_END", after_end)
 
 
