@@ -381,10 +381,11 @@ EARLY = "train generate pairs toy plain".split() + [
 ]
 
 
-@pytest.mark.parametrize("name", [*EARLY, "eval", "paper/story"])
+@pytest.mark.parametrize("name", [*EARLY, "eval", "paper.story"])
 def test_wrong_flags_are_told_before_torch_is_imported(name):
-    command = [sys.executable, "-X", "importtime", str(ROOT / f"{name}.py"), "--hlep", "3"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script = ["-m", name] if "." in name else [str(ROOT / f"{name}.py")]
+    command = [sys.executable, "-X", "importtime", *script, "--hlep", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--hlep" in done.stderr
     assert not re.search(r"\| +(torch|numpy|PIL)$", done.stderr, re.MULTILINE)
 
