@@ -234,7 +234,7 @@ class KVCache:
                 piece, in_room = runs[:, 0] // size, in_room // size
 
         room = np.repeat(np.arange(len(rooms)), in_room)
-        of_room = np.concatenate([np.arange(count) for count in in_room])
+        of_room = np.arange(len(room)) - np.repeat(in_room.cumsum() - in_room, in_room)
         width = self.round(in_room.max(), "width", seats, high)
         span = Span(start, blocks // size, size, seats, width)
         of_piece = np.zeros((span.pieces, seats), int)

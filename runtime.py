@@ -396,6 +396,7 @@ def local_device() -> Any:
     processes = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if processes > cards:  # the first process stops, too: it is the one that tells
         raise InputError(f"{processes} processes for {cards} GPUs: pass --nproc_per_node {cards}")
+    torch.cuda.set_device(number)  # CUDA graphs and pinned memory are of the current one
     return torch.device("cuda", number)
 
 
@@ -405,10 +406,8 @@ def process_group(seed: int) -> Iterator[Any]:  # torch.device
     import torch  # noqa: PLC0415  (see the module docstring)
     import torch.distributed as dist  # noqa: PLC0415
 
-    device, backend = local_device(), "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    device = local_device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = rank_and_world()[1] == 1
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     dist.init_process_group(backend, **place)

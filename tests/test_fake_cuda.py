@@ -17,7 +17,7 @@ import losses
 import model
 import train
 import weights
-from data import PairData
+from data import STAND_IN, PairData, lay_out
 from records import read_meta
 from tokenizer import load_tokenizer
 from toy import write_world
@@ -102,6 +102,22 @@ def test_scores_losses_and_the_optimizer_stay_on_the_card(world, fake):
     optimizer.step(cfg.lr)
     states = [x for state in optimizer.state.values() for x in state.values()]
     assert {x.device for x in states} == {CUDA}
+
+
+def test_a_stand_in_brings_tiles_and_no_pair_to_the_card(world, fake, monkeypatch):
+    mode, policy = fake
+    with unset_fake_temporarily():
+        pack = lay_out([STAND_IN])
+    config = {"model_dir": world / "model", "meta": world / "meta.json", "out_dir": world / "run"}
+    cfg, shown = train.TrainConfig(**config, pack_tokens=2000), []
+    monkeypatch.setattr(weights, "is_sharded", lambda x: True)  # as beside other processes
+    image_features = policy.image_features
+    policy.image_features = lambda tiles: shown.append(tiles) or image_features(tiles)
+    pack = on_card(mode, pack)
+    with ImageSlots(0), torch.no_grad():
+        sums, _ = train.score(policy, pack, cfg)
+    assert shown[0].shape == (2, 3, policy.config.tile_size, policy.config.tile_size)
+    assert shown[0].device == sums.device == CUDA and sums[pack.chosen].shape == (0,)
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(0, 0, 1.0), (1.0, 20, 0.9)])

@@ -351,6 +351,16 @@ def test_every_process_refuses_too_few_gpus_and_the_first_of_its_machine_tells_f
     assert waits == [3] * (rank - 8) and set(handlers.values()) <= {signal.SIG_DFL}
 
 
+def test_the_gpu_of_a_process_is_the_current_one(monkeypatch):
+    """A graph captured beside another current device holds no kernel: old logits for new ones."""
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device().index == 1 and current == [1]
+
+
 def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(3_000_000))
