@@ -192,9 +192,9 @@ def drop_image(seed: Seed) -> str:
 
 def make_pairs(seed: Seed) -> str:
     """Right against wrong answers, alone in pairs/ and beside DropoutNTP's in with_dropout/."""
-    for out in ("pairs", "with_dropout"):
+    for out in ("pairs", "with_dropout"):  # of any base, also one that seldom keeps the format
         pairs.correctness(pairs.CorrectnessConfig(
-            samples=seed.folder / "samples", out_dir=seed.folder / out,
+            samples=seed.folder / "samples", out_dir=seed.folder / out, max_format_share=1.0,
             pairs_per_query=seed.recipe.pairs_per_query, seed=seed.number,
         ))  # fmt: skip
     sets, summary = read_json(seed.folder / "pairs/pairs.report.json")["correctness"]["sets"], {}
