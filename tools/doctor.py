@@ -7,8 +7,6 @@ Reads metrics.jsonl, ms-swift's logging.jsonl or the log_history of TRL's traine
 where they are there the run's config.json, its weights, the start weights and, with --meta, the
 pairs.  Exit status: 0 without a finding, 3 with one, 2 for what cannot be read.  train.py asks the
 rules that need metrics and flags alone after every step (`diagnose`).
-
-illnesses.json holds the words of a finding: what is seen, what it means, what to try, the source.
 """
 
 import json
@@ -75,7 +73,8 @@ class Case:
         return (fmean(values[:fifth]), fmean(values[-fifth:])) if len(values) >= 10 else (0.0, 0.0)
 
 
-# Each rule yields (an illness of WORDS, what its "seen" is to hold) where it can be told.
+# Each rule yields (an illness of WORDS, what its "seen" is to hold) where it can be told; WORDS has
+# of each what is seen, what it means, what to try, the source.
 WORDS = read_json(Path(__file__).with_name("illnesses.json"))
 Seen = Iterator[tuple[str, *tuple[float | str, ...]]]
 

@@ -51,12 +51,11 @@ def train_rows(cfg: TrainConfig, own: list[str], device: torch.device) -> None:
     cfg = with_recipe(cfg, load_config(cfg.model_dir), say)
     total = open_data(cfg, parse_objective("dpo"))[0].steps_per_epoch
     total = min(total * cfg.epochs, cfg.max_steps or total * cfg.epochs)
-    rows = ROWS | {n: {"loss": n} | dict.fromkeys(UNSET.keys() & LOSSES[n].keywords) for n in own}
-    given = {n: getattr(cfg, n) for n in UNSET if getattr(cfg, n) != UNSET[n]}
-    runs = {
-        name: replace(cfg, **UNSET | flags | {n: given[n] for n in given.keys() & flags})
-        for name, flags in rows.items()
-    }
+    given, runs = {n: getattr(cfg, n) for n in UNSET if getattr(cfg, n) != UNSET[n]}, {}
+    for row, flags in (ROWS | {name: {"loss": name} for name in own}).items():
+        takes = LOSSES[row].keywords if row in own else flags
+        told = {name: value for name, value in given.items() if name in takes}
+        runs[row] = replace(cfg, **UNSET | flags | told)
     every, often = runs["TR-DPO"].reference_update_every, max(1, total // 4)
     if cfg.lora_rank:
         say("TR-DPO is left out: it moves a second model, and adapters share one")
