@@ -1,6 +1,6 @@
 """The paper in miniature: a base model, its answers, preference pairs, every objective, a report.
 
-    python -m paper.story --quick --seeds 1 2    SFT, DPO and MPO on these seeds (1): minutes each
+    python -m paper.story --quick --seeds 1 2    SFT, DPO and MPO; one seed by default: minutes
     python -m paper.story                        make paper: every row on three seeds
     python -m paper.story --ablate               also the paper's Figure 4
 
