@@ -1,7 +1,9 @@
 """Runs of several settings side by side; a run's curves and the programs its metrics go to."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -170,6 +172,27 @@ def test_a_sweep_whose_runs_all_diverge_at_once_ends_in_its_table(tmp_path, monk
     flags = [f"--config={tmp_path / 'train.json'}", f"--out_dir={tmp_path / 'sweep'}", "--lr=1,2"]
     status, table = sweep_here(monkeypatch, capsys, *flags)
     assert status == 0 and table.count("failed at step 1") == 2
+
+
+def test_a_run_has_left_no_model_behind_as_the_next_begins(tmp_path, monkeypatch, capsys):
+    """A GPU that the plan fills has no room for both."""
+    write_world(tmp_path, 8, 0)
+    models, make = [], train.sharded_model
+
+    def made(*arguments):
+        assert not any(model() for model in models)
+        models.append(weakref.ref(model := make(*arguments)))
+        return model
+
+    monkeypatch.setattr(train, "sharded_model", made)
+    flags = [f"--config={tmp_path / 'train.json'}", "--max_steps=2", "--warmup=0", "--batch_size=4"]
+    flags += [f"--out_dir={tmp_path / 'sweep'}", "--loss=sft", "--lr=1e-4,1e-3", "--dtype=bf16"]
+    gc.disable()  # it may come in time by chance
+    try:
+        assert sweep_here(monkeypatch, capsys, *flags)[0] == 0
+    finally:
+        gc.enable()
+    assert len(models) == 2
 
 
 # --------------------------------------------------------------------------- where people look

@@ -114,8 +114,7 @@ def main() -> None:
                 left = cfg.seconds - (time.monotonic() - began)
                 rows = [Row("no time was left", None, "", "skipped")]
                 if left > 5:
-                    check = getattr(gpu_parts, part)
-                    rows = run_case(folder, check, case, min(limit, left), log)
+                    rows = run_case(folder, getattr(gpu_parts, part), case, min(limit, left), log)
                 for row in rows:
                     table.append({"part": part, "case": case, **row._asdict()})
                     print(*cells(table[-1]), sep="  ", flush=True)

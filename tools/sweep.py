@@ -9,6 +9,7 @@ of out_dir and continues where it stopped.  Those whose reference scores alike s
 end in one table and one picture.  A run that diverges is not started again: delete its folder.
 """
 
+import gc
 import runpy
 import sys
 from dataclasses import replace
@@ -90,6 +91,7 @@ def train_all(runs: dict[str, TrainConfig], base: TrainConfig, device: torch.dev
         cache = base.cache_folder if alike else folder / "reference"
         try:
             if runtime.all_of(not list(folder.glob(FAILED))):
+                gc.collect()  # FSDP's cycles still hold the weights of the run before
                 train(replace(cfg, out_dir=folder, reference_cache=cache), device)
             else:
                 say(f"it has failed before: delete {folder} to run it again")
