@@ -377,11 +377,9 @@ def whole_step(terms: Terms) -> bool:
     return any(LOSSES[name].whole_step for _, name in terms)
 
 
-def check_smoothing(terms: Terms) -> None:
-    """InputError where no term would look at the label smoothing that somebody gives."""
-    takers = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.keywords]
-    if not any(name in takers for _, name in terms):
-        raise InputError(f"label_smoothing: the objective does not use it; {', '.join(takers)} do")
+def takers(terms: Terms, keyword: str) -> list[str]:
+    """Names of the terms that take this keyword of HYPER."""
+    return [name for _, name in terms if keyword in LOSSES[name].keywords]
 
 
 # --------------------------------------------------------------------------- the step's loss

@@ -240,10 +240,10 @@ class Run:
         config = load_config(cfg.model_dir)
         asked = with_recipe(cfg, config, say)
         self.device, self.terms = device, parse_objective(cfg.loss)
-        if cfg.label_smoothing is not None:
-            losses.check_smoothing(self.terms)
-        takers = [name for _, name in self.terms if "beta" in losses.LOSSES[name].keywords]
-        say(f"--beta {cfg.beta:g} goes to {', '.join(takers) or 'no term'} of --loss {cfg.loss}")
+        if cfg.label_smoothing is not None and not losses.takers(self.terms, "label_smoothing"):
+            raise InputError(f"--label_smoothing: --loss {cfg.loss} does not use it; cdpo does")
+        takers = ", ".join(losses.takers(self.terms, "beta")) or "no term"
+        say(f"--beta {cfg.beta:g} goes to {takers} of --loss {cfg.loss}")
         self.data, self.heldout = open_data(asked, self.terms)
         newest, kept = (weights.newest_checkpoint(cfg.out_dir / x) for x in ("checkpoints", "best"))
         seen = int(seeded(self.data.digest(0), newest, kept).integers(2**62))

@@ -452,10 +452,10 @@ def test_objective_errors_say_what_is_wrong_and_what_was_expected(text, message)
         parse_objective(text)
 
 
-def test_label_smoothing_that_no_term_uses_is_refused():
-    losses.check_smoothing(parse_objective("cdpo+sft"))
-    with pytest.raises(InputError, match="the objective does not use it; cdpo, robust do"):
-        losses.check_smoothing(parse_objective("dpo+sft"))
+def test_each_term_takes_the_keywords_that_its_function_names():
+    terms = parse_objective("cdpo+robust+dpo+sft")
+    assert losses.takers(terms, "label_smoothing") == ["cdpo", "robust"]
+    assert losses.takers(terms, "beta") == ["cdpo", "robust", "dpo"]
 
 
 def test_label_smoothing_is_a_tenth_where_it_is_used_and_not_given():

@@ -668,7 +668,7 @@ def test_each_part_moves_at_its_own_rate(toy):
     ("change", "message"),
     [
         ({"loss": "dop"}, "unknown objective 'dop'; did you mean dpo"),
-        ({"loss": "dpo", "label_smoothing": 0.1}, "does not use it"),
+        ({"loss": "dpo", "label_smoothing": 0.1}, "--loss dpo does not use it"),
         ({"loss": "cdpo", "label_smoothing": 0.5}, "label_smoothing must be >= 0 and <= 0.499"),
         ({"beta": 0.0}, "beta must be >= 1e-09"),
         ({"beta": math.nan}, "beta must be"),
