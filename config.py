@@ -31,10 +31,10 @@ class LLMConfig:
     num_attention_heads: int = count()
     num_key_value_heads: int = count()
     head_dim: int | None = None  # None in the file: hidden_size / heads
-    max_position_embeddings: int = 32768
-    rope_theta: float = 10000.0
-    rope_factor: float = 0.0  # dynamic NTK; 0 = none
-    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = flag(32768, "tokens", 1)
+    rope_theta: float = flag(10000.0, "base of the rotary angles", 1)
+    rope_factor: float = flag(0.0, "of dynamic NTK; 0 = none", 0)
+    rms_norm_eps: float = flag(1e-6, "added to the mean square", 0)
     tied: bool = False  # the embedding matrix is the head
     pad_token_id: int | None = None  # this row of the embedding matrix gets no gradient
 
