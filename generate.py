@@ -433,7 +433,7 @@ class Generator:
                 turns[0] = with_image_placeholders(turns[0][0], count), turns[0][1]
             limits = prompt.max_tiles or config.max_tiles, config.tile_size
             tokens = [config.tokens_per_tile * num_tiles(Path(p), *limits) for p in prompt.images]
-            system = prompt.system_prompt or config.system_message
+            system = config.system_message if prompt.system_prompt is None else prompt.system_prompt
             ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
             if len(ids) > (most := llm.max_position_embeddings) and not llm.rope_factor:
                 runtime.say(f"{prompt.label}: {len(ids)} tokens, the model was made for {most}")

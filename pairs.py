@@ -172,7 +172,7 @@ def read_questions(
                 answers.check_gold(gold)
             prompts = [wrap_question(question, len(images), version) for version in versions]
         names = ("image", "rationale", "answer", "system_prompt")
-        kept = {n: record[n] for n in names if record.get(n) not in (None, "", [])}  # 0 stays
+        kept = {n: record[n] for n in names if record.get(n) not in (None, [])}  # 0 and "" stay
         # a number and its digits are the same answer
         identity = images, question, None if gold is None else str(gold)
         for version, prompt in zip(versions, prompts):
@@ -202,7 +202,7 @@ class SampledLine(QuestionLine):
 
 def system_of(record: dict) -> list[str]:
     """The system message of a record as a part of keys, which stay as they are without one."""
-    return [record["system_prompt"]] if record.get("system_prompt") else []
+    return [] if record.get("system_prompt") is None else [record["system_prompt"]]
 
 
 def split_names(text: str) -> list[str]:
@@ -566,7 +566,7 @@ class Plan:
 
 def pair_record(row: dict, question: str, chosen: tuple, rejected: tuple, more: dict) -> dict:
     """A line in MMPR's format; chosen, rejected: (text, what is known of it, behind `more`)."""
-    record = {name: row[name] for name in ("image", "system_prompt") if row.get(name)}
+    record = {n: row[n] for n in ("image", "system_prompt") if row.get(n) not in (None, [])}
     record |= {"question": question, "chosen": chosen[0], "rejected": rejected[0]}
     return record | more | {"chosen_meta": chosen[1], "rejected_meta": rejected[1]}
 

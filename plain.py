@@ -61,7 +61,7 @@ def read_prompt(
         config.template,
         [(training_text(config.template, record.question), None)],
         [config.tokens_per_tile * len(tiles) for tiles in images],
-        record.system_prompt or config.system_message,
+        config.system_message if record.system_prompt is None else record.system_prompt,
     )
     return torch.cat(images) if images else None, prompt
 

@@ -129,7 +129,7 @@ class PairRecord:
     max_tiles: int
     augment: bool
     data_set: str  # its name
-    system_prompt: str | None = None  # in the place of the model's system message
+    system_prompt: str | None = None  # in the place of the model's system message, "" too
     cut_off: bool = False  # the rejected response never ended: no <|im_end|> of it is learned
 
 

@@ -189,6 +189,16 @@ def test_mmpr_goes_out_and_comes_back(to, folder):
     assert records(folder / "back/meta.json") == first
 
 
+@pytest.mark.parametrize("to", ["trl", "ms-swift", "plain"])
+def test_an_empty_system_prompt_stays_one(to, folder):
+    _, [first] = convert_rows(folder, [PLAIN | {"system_prompt": ""}])
+    assert first.system_prompt == ""
+    theirs = ConvertConfig(input=folder / "out/meta.json", out=folder / "theirs.jsonl", to=to)
+    convert.convert(theirs)
+    convert.convert(ConvertConfig(input=theirs.out, out=folder / "back"))
+    assert records(folder / "back/meta.json") == [first]
+
+
 def test_trl_gets_a_part_for_each_image_since_it_reads_the_mark_as_text(folder, capsys):
     convert_rows(folder, ROUND)
     theirs = ConvertConfig(input=folder / "out/meta.json", out=folder / "theirs.jsonl", to="trl")

@@ -421,6 +421,10 @@ def test_a_system_prompt_stands_in_the_place_of_the_models(toy, tmp_path):
     record = text_pair(tmp_path, system_prompt="It is 3.")
     theirs = tokenizer.decode(encode_tree(record, tokenizer, config).trunk)
     assert theirs == ours.replace("You are a careful observer.", "It is 3.") != ours
+    empty = tokenizer.decode(
+        encode_tree(text_pair(tmp_path, system_prompt=""), tokenizer, config).trunk
+    )
+    assert empty == ours.replace("You are a careful observer.", "")  # as officially
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path, toy):

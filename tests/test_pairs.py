@@ -359,17 +359,18 @@ def test_samples_are_shared_by_the_prompts_of_the_domain_and_flags_win_over_it(w
 
 def test_a_system_prompt_reaches_the_model_the_samples_and_the_pairs(world):
     rows = read_lines("toys.jsonl")
-    write_lines(world / "toys.jsonl", [rows[0], {**rows[0], "system_prompt": "Think."}])
+    systems = None, "Think.", ""  # an empty one is one
+    write_lines(world / "toys.jsonl", [{**rows[0], "system_prompt": text} for text in systems])
     pairs.sample(sampling())
-    assert [p.system_prompt for p in Generator.prompts] in ([None, "Think."], ["Think.", None])
-    assert len({qid for qid, _ in responses("samples/toys")}) == 2, "two questions"
+    assert {p.system_prompt for p in Generator.prompts} == set(systems)
+    assert len({qid for qid, _ in responses("samples/toys")}) == 3, "three questions"
     pairs.correctness(pairs.CorrectnessConfig(max_format_share=1.0))
     written = [r for path in Path("pairs/annotations").glob("*") for r in read_lines(path)]
-    assert {r.get("system_prompt") for r in written} == {None, "Think."}
+    assert {r.get("system_prompt") for r in written} == set(systems)
     dropping = pairs.DropoutConfig(model_dir=Path("model"))
     pairs.dropout_ntp(dropping)
     assert Generator.prompts[-1].images == ()
-    assert {p.system_prompt for p in Generator.prompts if not p.images} == {None, "Think."}
+    assert {p.system_prompt for p in Generator.prompts if not p.images} == set(systems)
 
 
 def test_stops_and_other_process_counts_lose_repeat_and_change_nothing(world, monkeypatch):

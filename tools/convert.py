@@ -116,7 +116,7 @@ def read_record(raw: dict, name: str, root: Path, saved: Path, flatten: bool) ->
     With `flatten` earlier turns stand before the question, each behind who says it.
     """
     turns, chosen, rejected = read_pair(raw)
-    system = raw.get("system_prompt") or raw.get("system")
+    system = raw.get("system") or raw.get("system_prompt")
     if turns and turns[0][0] == "system":
         if system:
             raise InputError("a system prompt beside that of the conversation; keep one of them")
@@ -168,15 +168,15 @@ def written(record: PairRecord, to: str, root: Path) -> dict:
     images = [str(path.resolve()) for path in record.images]
     both, system = {"chosen": record.chosen, "rejected": record.rejected}, record.system_prompt
     if to in ("plain", "mmpr"):
-        line = {"question": record.question, **both}
-        line |= {k: v for k, v in (("system_prompt", system), ("cut_off", record.cut_off)) if v}
+        line = {"question": record.question, **both} | ({"cut_off": True} if record.cut_off else {})
+        line |= {} if system is None else {"system_prompt": system}
         images = images if to == "plain" else [relpath(image, root) for image in images]
         return line | ({"image": images[0] if len(images) == 1 else images} if images else {})
     if to == "llama-factory":
         question = [{"from": "human", "value": record.question}]
         both = {key: {"from": "gpt", "value": text} for key, text in both.items()}
         return {"conversations": question, **both, "system": system or "", "images": images}
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system is not None else []
     messages += [{"role": "user", "content": record.question}]
     both = {key: [{"role": "assistant", "content": text}] for key, text in both.items()}
     if to == "trl":
