@@ -96,6 +96,7 @@ class TreeAttention:
             self.mask = block_mask(tree, branch, visible)
             self.attend = compiled(flex_attention) if tree.is_cuda else flex_attention
             return
+        self.index = torch.arange(len(tree), device=tree.device)
         # (tokens, mask (token key) or None = causal); an answer's mask begins with its trunk's keys
         self.segments: list[tuple[int, Tensor | None]] = []
         for start, end in whole_trees(tree, span):
@@ -116,8 +117,7 @@ class TreeAttention:
             options = {"enable_gqa": True, "kernel_options": FLEX_OPTIONS}
             return self.attend(q, k, v, None, self.mask, **options).transpose(1, 2)
         if torch.compiler.is_compiling():  # segments differ from pack to pack: no trace of each
-            index = torch.arange(q.shape[1], device=q.device)
-            return _attention(q, k, v, attn_mask=self.dense_mask(index, index))
+            return _attention(q, k, v, attn_mask=self.dense_mask(self.index, self.index))
         # split, not slices: the gradient of each slice would be as long as the row
         lengths = [length for length, _ in self.segments]
         parts = zip(self.segments, *(x.split(lengths, dim=1) for x in (q, k, v)))
