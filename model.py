@@ -100,7 +100,7 @@ class TreeAttention:
         # (tokens, mask (token key) or None = causal); an answer's mask begins with its trunk's keys
         self.segments: list[tuple[int, Tensor | None]] = []
         for start, end in whole_trees(tree, span):
-            index, small = torch.arange(start, end, device=tree.device), end - start <= span
+            index, small = self.index[start:end], end - start <= span
             runs = torch.unique_consecutive(branch[start:end], return_counts=True)[1].tolist()
             first, *answers = index.split([end - start] if small else runs)
             self.segments.append((len(first), self.dense_mask(first, first) if small else None))
