@@ -171,8 +171,7 @@ def read_questions(
             if gold is not None or versions != ["none"]:
                 answers.check_gold(gold)
             prompts = [wrap_question(question, len(images), version) for version in versions]
-        names = ("image", "rationale", "answer", "system_prompt")
-        kept = {n: record[n] for n in names if record.get(n) not in (None, [])}  # 0 and "" stay
+        kept = picked(record, "image rationale answer system_prompt")
         # a number and its digits are the same answer
         identity = images, question, None if gold is None else str(gold)
         for version, prompt in zip(versions, prompts):
@@ -345,7 +344,10 @@ def sample(cfg: SampleConfig) -> None:
         done.add((line.qid, line.k))
         pixels[line.qid] = line.image_keys
     wanted = {(question["qid"], k) for _, question in questions for k in range(share)}
+    root = os.path.relpath(cfg.root.resolve(), folder.resolve())  # where they are as they were
     if more := len(done - wanted):
+        if find_sets(folder)[0].info.root != root:
+            raise InputError(f"{folder}: {more} responses have their images elsewhere; pass --name")
         print(f"{folder}: {more} responses not asked for now are paired, too", file=sys.stderr)
     if wanted <= done:
         print(f"{name}: all {len(wanted)} responses are there", file=sys.stderr)
@@ -365,7 +367,6 @@ def sample(cfg: SampleConfig) -> None:
             settings["system_prompt"] = question.get("system_prompt")
             prompts.append(Prompt(qid, question["question"], paths, **settings))
             asked[qid] = question
-    root = os.path.relpath(cfg.root.resolve(), folder.resolve())  # where they are as they were
     info = SampleInfo(root, split_names(cfg.modes), len(wanted), tiles)
     runtime.write_json(folder / "info.json", asdict(info))
 
@@ -497,8 +498,7 @@ def plan_correctness(cfg: CorrectnessConfig, data_set: SampleSet) -> "Plan":
     if lines < wanted:
         print(f"{name}: {lines} of {wanted} responses so far")
     pair = functools.partial(pair_question, cfg, modes)
-    facts = {"modes": modes, "cap": cfg.pairs_per_query}
-    return Plan(data_set, files, [*groups.items()], pair, facts, cfg.workers)
+    return Plan(data_set, files, [*groups.items()], pair, {"modes": modes}, cfg.workers)
 
 
 def pair_question(
@@ -577,15 +577,19 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
     Entries and reports of other verbs and sets stay; the entry of an empty annotation file goes.
     Paths are relative to the folder of meta.json.
     """
-    reports, entries = {}, {}
+    reports = {}
     settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
-        earlier = {path: read_json(path) if path.exists() else {} for path in paths}
+        entries, verbs = (read_json(path) if path.exists() else {} for path in paths)
+        known = verbs.get(verb, {}).get("sets", {})
         for plan in plans:
+            name, lengths = plan.data_set.name, {}
+            folders = plan.data_set.root(cfg.root), plan.data_set.files[0].parent
+            root, samples = (os.path.relpath(f.resolve(), cfg.out_dir.resolve()) for f in folders)
+            if (before := known.get(name, {}).get("samples", samples)) != samples:
+                print(f"{name}: the pairs of {before} are written over", file=sys.stderr)
             plan.write(cfg.out_dir)
-            images = plan.data_set.root(cfg.root).resolve()
-            root, lengths = Path(os.path.relpath(images, cfg.out_dir.resolve())).as_posix(), {}
             written, cost = (plan.tally.pop(name, Counter()) for name in ("written", "cost"))
             for kind, file in plan.files.items():
                 if file.startswith("annotations/"):
@@ -595,10 +599,11 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
                     entries[Path(file).stem] = entry if length else None
             report = {"pairs": lengths, "tokens": token_cost(cost, sum(lengths.values()))}
             report["responses"] = plan.tally["counts"].pop("responses", 0)
-            reports[plan.data_set.name] = {"settings": settings} | plan.facts | report | plan.tally
-        report = {verb: {"sets": earlier[paths[1]].get(verb, {}).get("sets", {}) | reports}}
-        for (path, old), new in zip(earlier.items(), (entries, report)):
-            content = {k: v for k, v in (old | new).items() if v is not None}
+            report |= {"settings": settings, "samples": samples}
+            reports[name] = {**plan.facts, **report, **plan.tally}
+        entries = {name: entry for name, entry in entries.items() if entry}
+        verbs[verb] = {"sets": known | reports}
+        for path, content in zip(paths, (entries, verbs)):
             runtime.write_json(path, content, sort_keys=True, ensure_ascii=False)
     print(f"wrote {' and '.join(map(str, paths))}")
     conclude(verb, reports, max_format_share)
@@ -614,8 +619,7 @@ def pair_with_model(
     ready = []
     for data_set in find_sets(cfg.samples):
         folder = cfg.out_dir / place.format(data_set.name)
-        settings = text_settings(cfg) | {"name": data_set.name} | facts
-        claim(folder, settings, "use another --out_dir")
+        claim(folder, text_settings(cfg) | {"name": data_set.name} | facts, "use another --out_dir")
         if owed := work(cfg, data_set, folder):
             print(f"{data_set.name}: {owed} responses are left to other processes")
         else:
@@ -654,8 +658,7 @@ def conclude(verb: str, reports: dict, max_format_share: float) -> None:
     print("tokens a kept pair in the paper, on M3CoT: dropout_ntp 571.2, divide_and_conquer 992.7")
     for name, report in reports.items():
         total, pairs = report["responses"], sum(report["pairs"].values())
-        tokens = report["tokens"]["per_pair"].items()
-        tokens = ", ".join(f"{key} {'-' if figure is None else figure}" for key, figure in tokens)
+        tokens = ", ".join(f"{k} {n or '-'}" for k, n in report["tokens"]["per_pair"].items())
         print(f"{verb}: {name}: {pairs} pairs; tokens a pair here: {tokens}")
         if not pairs:
             bad.append(f"{name}: no pair from {total} responses")

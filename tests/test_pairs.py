@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -483,6 +484,26 @@ def test_an_image_that_was_replaced_is_noticed_when_sampling_goes_on(world):
     with pytest.raises(InputError, match="toys.jsonl line 1: no image elsewhere"):
         pairs.sample(sampling(num_samples=5, root=Path("elsewhere")))
     assert Path("samples/toys/info.json").read_bytes() == before  # pairs go on to name the images
+
+
+def test_questions_of_one_file_name_never_share_samples_where_their_images_lie_apart(world):
+    pairs.sample(sampling())
+    before = Path("samples/toys/info.json").read_bytes()
+    shutil.copytree("images", "apart/images")  # pictures of the same names
+    rows = [row | {"question": f"{row['question']} Now?"} for row in read_lines(Path("toys.jsonl"))]
+    write_lines(Path("apart/toys.jsonl"), rows)
+    with pytest.raises(InputError, match="48 responses have their images elsewhere; pass --name"):
+        pairs.sample(sampling(questions=Path("apart/toys.jsonl"), root=Path("apart/images")))
+    assert Path("samples/toys/info.json").read_bytes() == before
+
+
+def test_pairs_of_other_samples_that_are_written_over_are_named(world, capsys):
+    pairs.sample(sampling())
+    pairs.sample(sampling(seed=1, out_dir=Path("others")))
+    for samples, told in (("samples", ""), ("samples/toys", ""), ("others", "../samples/toys")):
+        pairs.correctness(pairs.CorrectnessConfig(samples=Path(samples), out_dir=Path("out")))
+        said = capsys.readouterr().err
+        assert (f"toys: the pairs of {told} are written over" in said) == bool(told)
 
 
 def test_responses_beyond_what_is_asked_for_now_are_told(world, capsys):
