@@ -358,8 +358,7 @@ def sample(cfg: SampleConfig) -> None:
             paths = checked_images(cfg.root, question, source)
             keys = question["image_keys"] = [runtime.fingerprint([path]) for path in paths]
             if (pixels.get(qid) or keys) != keys:
-                remedy = f"has changed since {folder} was sampled; use another --out_dir"
-                raise InputError(f"{source}: an image {remedy}")
+                raise InputError(f"{source}: an image has changed since; use another --out_dir")
             if not (missing := tuple(k for k in range(share) if (qid, k) not in done)):
                 continue
             each = max(1, tiles // max(1, len(paths)))
