@@ -454,6 +454,7 @@ def test_chair_uses_a_judges_object_list_and_says_so(tmp_path):
     half = scored("object_halbench", data, data, judgements=(judged,))
     assert half["score"] is None and half["missing_judgements"] == ["8"]
     assert (half["extraction"], half["judge"]) == ("chair-llm", "j")
+    assert rule["notes"] == ["chair-rule is not the paper's way"] and half["notes"] == []
     listed = ["dogs", "red dog", "puppy", "men", "women", "toilet", "seat", "hot", "dog tag"]
     judgement = Reply("", judgement=json.dumps(listed))
     item = first | {"synonyms": tmp_path / "synonyms.txt"}
