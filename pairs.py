@@ -399,15 +399,13 @@ def judge_group(
     judged: dict[tuple[str, str, str], Response] = {}
     counts = Counter(questions=1, responses=len(rows))
     for number, row in enumerate(rows):
-        text = row["response"]
+        text, gold = row["response"], str(row["answer"])
         version = row.get("prompt_version", SampledLine.prompt_version)
         finish = row.get("finish_reason")
-        gold = str(row["answer"])
         if "mc_score" in modes:
             gold = answers.with_wording(gold, row["question"])
         verdict = answers.judge(text, gold, modes, version, finish)
-        counts[f"{verdict.label} responses"] += 1
-        counts[f"{verdict.label}: {verdict.reason}"] += 1
+        counts.update((f"{verdict.label} responses", f"{verdict.label}: {verdict.reason}"))
         counts["cut off"] += finish == "length"
         if clean and verdict.answer is not None:
             text = answers.fix_answer(text)
@@ -542,6 +540,8 @@ class Plan:
         """Write the records of all items, and count them; a kind without any has no file."""
         with contextlib.ExitStack() as stack:
             paths = {kind: out_dir / name for kind, name in self.files.items()}
+            for left in (x for p in paths.values() for x in p.parent.glob(f".{p.name}.*.partial")):
+                left.unlink()  # by a run that was killed
             files = {k: stack.enter_context(runtime.new_file(path)) for k, path in paths.items()}
             label = self.data_set.name
             for lines, part in in_order(self.lines_of, self.items, 50, self.workers, label):

@@ -684,6 +684,17 @@ def test_wrong_flags_and_missing_folders_end_with_status_2(world, run_pairs, wor
     assert status == 2 and message in output
 
 
+def test_what_killed_runs_have_left_goes_with_the_next_one(world):
+    pairs.sample(sampling())
+    names = [f"annotations/.{name}_pairs_vqa_correctness_rules.jsonl.{pid}.partial"
+             for name in ("toys", "others") for pid in (7, 8)]  # fmt: skip
+    for path in (Path("pairs") / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half a li")
+    pairs.correctness(pairs.CorrectnessConfig())
+    assert sorted(str(p.relative_to("pairs")) for p in Path("pairs").glob("*/.*")) == names[2:]
+
+
 def test_groups_come_in_the_order_of_their_keys_and_leave_nothing_behind(world):
     pairs.sample(sampling())
     files = part_files(Path("samples/toys"))
