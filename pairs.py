@@ -346,7 +346,7 @@ def sample(cfg: SampleConfig) -> None:
     wanted = {(question["qid"], k) for _, question in questions for k in range(share)}
     root = os.path.relpath(cfg.root.resolve(), folder.resolve())  # where they are as they were
     if more := len(done - wanted):
-        if find_sets(folder)[0].info.root != root:
+        if pixels.keys() - {q for q, _ in wanted} and find_sets(folder)[0].info.root != root:
             raise InputError(f"{folder}: {more} responses have their images elsewhere; pass --name")
         print(f"{folder}: {more} responses not asked for now are paired, too", file=sys.stderr)
     if wanted <= done:

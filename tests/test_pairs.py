@@ -490,6 +490,9 @@ def test_questions_of_one_file_name_never_share_samples_where_their_images_lie_a
     pairs.sample(sampling())
     before = Path("samples/toys/info.json").read_bytes()
     shutil.copytree("images", "apart/images")  # pictures of the same names
+    pairs.sample(sampling(num_samples=4, root=Path("apart/images")))  # of the same questions
+    assert read_json(Path("samples/toys/info.json"))["root"] == "../../apart/images"
+    pairs.sample(sampling())
     rows = [row | {"question": f"{row['question']} Now?"} for row in read_lines(Path("toys.jsonl"))]
     write_lines(Path("apart/toys.jsonl"), rows)
     with pytest.raises(InputError, match="48 responses have their images elsewhere; pass --name"):
