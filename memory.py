@@ -143,9 +143,10 @@ def keep_some(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPol
     return CheckpointPolicy.MUST_SAVE if attention or narrow else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def computed_again(forward: Callable, selective: bool, *inputs: Any) -> Tensor:
+def computed_again(forward: Callable, selective: bool, learns: bool, *inputs: Any) -> Tensor:
     """A block's forward that keeps its inputs for backward, or also what `keep_some` says."""
-    if not torch.is_grad_enabled():
+    # torch 2.13 compiles no checkpoint for a backward that never comes, as of a frozen ViT
+    if not (torch.is_grad_enabled() and (learns or inputs[0].requires_grad)):
         return forward(*inputs)
     options = {}
     if selective:
@@ -156,4 +157,5 @@ def computed_again(forward: Callable, selective: bool, *inputs: Any) -> Tensor:
 def recompute_in_backward(block: nn.Module, amount: str) -> None:
     """`amount`: full, selective, or off, which keeps everything."""
     if amount in ("full", "selective"):
-        block.forward = partial(computed_again, block.forward, amount == "selective")
+        learns = any(p.requires_grad for p in block.parameters())
+        block.forward = partial(computed_again, block.forward, amount == "selective", learns)
