@@ -302,7 +302,7 @@ def sft(logps: PairLogps) -> Tensor:  # (pair)
 
 # --------------------------------------------------------------------------- registry
 
-HYPER = ("beta", "label_smoothing", "bco_shift")  # keywords that an objective may take
+HYPER = ("beta", "label_smoothing", "bco_shift")  # keywords: flags of train.py, and the shift
 
 
 @dataclass(frozen=True)

@@ -410,7 +410,10 @@ def process_group(seed: int) -> Iterator[Any]:  # torch.device
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = rank_and_world()[1] == 1
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-    dist.init_process_group(backend, **place)
+    try:
+        dist.init_process_group(backend, **place)
+    except ValueError as error:  # WORLD_SIZE is set, and not all else that torchrun sets
+        raise InputError(f"{error}; start several processes by torchrun") from None
     torch.manual_seed(seed)
     try:
         yield device

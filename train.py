@@ -240,8 +240,6 @@ class Run:
         config = load_config(cfg.model_dir)
         asked = with_recipe(cfg, config, say)
         self.device, self.terms = device, parse_objective(cfg.loss)
-        if cfg.label_smoothing is not None and not losses.takers(self.terms, "label_smoothing"):
-            raise InputError(f"--label_smoothing: --loss {cfg.loss} does not use it; cdpo does")
         takers = ", ".join(losses.takers(self.terms, "beta")) or "no term"
         say(f"--beta {cfg.beta:g} goes to {takers} of --loss {cfg.loss}")
         self.data, self.heldout = open_data(asked, self.terms)
@@ -288,7 +286,7 @@ class Run:
     @property
     def hyper(self) -> dict[str, float | None]:
         """What the objectives are passed; the shift moves at the end of a step."""
-        flags = {"beta": self.cfg.beta, "label_smoothing": self.cfg.label_smoothing}
+        flags = {name: getattr(self.cfg, name, None) for name in losses.HYPER}
         return flags | {"bco_shift": self.shift.mean}
 
     def steps(self) -> Iterator[Step]:
@@ -349,6 +347,14 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
     for part, rate in cfg.rates.items():
         if part not in cfg.learning_parts and rate not in (0, 1):
             raise InputError(f"{rate:g} times lr for the {part}: --lora_rank gives it no adapters")
+    if cfg.loss != "all":  # of which some rows have these flags
+        terms, every = parse_objective(cfg.loss), cfg.reference_update_every
+        if cfg.label_smoothing is not None and not losses.takers(terms, "label_smoothing"):
+            raise InputError(f"--label_smoothing: --loss {cfg.loss} does not use it; cdpo does")
+        still = cfg.reference != "online" or cfg.lora_rank or not losses.needs_reference(terms)
+        if every and still:
+            others = "an objective with a reference, --reference online, no --lora_rank"
+            raise InputError(f"--reference_update_every {every} needs {others}")
     world = cfg.gpus if cfg.plan else rank_and_world()[1]
     if cfg.batch_size % world:
         raise InputError(f"{world} processes: batch_size {cfg.batch_size} is no multiple of them")
@@ -391,6 +397,8 @@ def last_step(cfg: TrainConfig, data: PairData) -> int:
         total -= 1
     if not total:
         raise InputError(f"every record is longer than max_length {data.max_length}")
+    if (every := cfg.reference_update_every) > total:
+        raise InputError(f"--reference_update_every {every}: a run of {total} steps has none")
     peak = max(lr_at(step, total, cfg) for step in range(total))
     if peak < cfg.lr:
         reached = f"lr {cfg.lr:g} is not reached: {total} steps of warm-up and decay allow {peak:g}"
@@ -505,13 +513,8 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
 
 def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
-    cfg, every = run.cfg, run.cfg.reference_update_every
-    needed = losses.needs_reference(run.terms)
-    if every and (not needed or cfg.reference != "online" or cfg.lora_rank or every > run.total):
-        others = "an objective with a reference, --reference online, no --lora_rank"
-        length = f"a run of {every} steps (this: {run.total})"
-        raise InputError(f"--reference_update_every {every} needs {others}, and {length}")
-    if not needed:
+    cfg = run.cfg
+    if not losses.needs_reference(run.terms):
         return None
     if cfg.reference == "cached":
         return CachedReference(run)

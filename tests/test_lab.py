@@ -4,13 +4,23 @@ import copy
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 import train
-from losses import LOSSES, PairLogps, needs_reference, objective, parse_objective, whole_step
+from losses import (
+    HYPER,
+    LOSSES,
+    BcoShift,
+    PairLogps,
+    needs_reference,
+    objective,
+    parse_objective,
+    whole_step,
+)
 from runtime import InputError, run
 from tools import lab
 
@@ -122,6 +132,26 @@ def test_the_lab_names_a_failing_check_and_exits_with_1(tmp_path, registry, monk
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert message.startswith("error: failed: bad: finite differences") and "dpo" not in message
+
+
+def test_an_objective_may_have_a_keyword_of_its_own_and_a_flag_of_that_name(
+    tmp_path, registry, monkeypatch, capsys
+):
+    monkeypatch.setattr("losses.HYPER", (*HYPER, "gap"))
+    monkeypatch.setattr(train.TrainConfig, "gap", 3.0, raising=False)
+    run = SimpleNamespace(cfg=train.TrainConfig(), shift=BcoShift())
+    assert train.Run.hyper.fget(run) == {
+        "beta": 0.1, "label_smoothing": None, "bco_shift": 0.0, "gap": 3.0
+    }  # fmt: skip
+    path = own_file(tmp_path, "def wide(logps, gap=2.0):\n    return gap - logps.policy_chosen\n")
+    monkeypatch.setattr(lab, "draw", lambda *_: b"")
+    monkeypatch.setattr(lab, "GRID", 3)
+    monkeypatch.setattr(sys, "argv", ["lab.py", f"--mine={path}", f"--out={tmp_path / 'x'}"])
+    lab.main()  # its own flags have no gap: the default
+    assert re.search(r"^wide +passed +32 ", capsys.readouterr().out, re.M)
+    logps = lab.example_pairs()
+    total, _ = objective(parse_objective("wide"), logps, **train.Run.hyper.fget(run))
+    torch.testing.assert_close(total, 3.0 - logps.policy_chosen)
 
 
 def test_the_drawing_has_a_panel_an_objective():

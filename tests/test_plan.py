@@ -318,6 +318,9 @@ REFUSED = [
     ({"gpus": 7}, "7 processes: batch_size 256 is no multiple of them"),
     ({"gpus": 8, "replicate": 3}, "8 processes do not divide into --replicate 3 groups"),
     ({"lora_rank": 4, "lr_vision": 0.5}, "0.5 times lr for the vision_model: --lora_rank gives"),
+    ({"reference_update_every": 64}, "64 needs an objective with a .*, --reference online, no"),
+    ({"reference_update_every": 64, "reference": "online", "lora_rank": 4}, "no --lora_rank"),
+    ({"loss": "dpo", "label_smoothing": 0.1}, "--loss dpo does not use it; cdpo does"),
 ]
 
 

@@ -29,6 +29,7 @@ from runtime import (
     parse_cli,
     parse_command,
     parse_json,
+    process_group,
     read_json,
     read_jsonl,
     read_whole_lines,
@@ -359,6 +360,17 @@ def test_the_gpu_of_a_process_is_the_current_one(monkeypatch):
     monkeypatch.setattr("torch.cuda.set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert local_device().index == 1 and current == [1]
+
+
+@pytest.mark.parametrize("known", [{}, {"RANK": "0"}, {"RANK": "0", "MASTER_ADDR": "localhost"}])
+def test_a_process_of_several_that_torchrun_did_not_start_says_so(known, monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (known | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: process_group(0).__enter__())
+    assert "expected, but not set; start several processes by torch" in capsys.readouterr().err
 
 
 def test_a_fingerprint_sees_every_byte_and_a_claim_refuses_other_facts(tmp_path):

@@ -181,7 +181,7 @@ def main() -> None:
     cfg = parse_cli(LabConfig)
     for path in cfg.mine:
         print(f"{path}: {', '.join(register_file(path))}")
-    hyper = {name: getattr(cfg, name) for name in losses.HYPER}
+    hyper = {name: getattr(cfg, name, None) for name in losses.HYPER}
     planes, rows, middle = {}, [], (GRID // 2, GRID // 2)  # there the policy is the reference
     for name in [*LOSSES, "mpo"]:
         terms = losses.parse_objective(name)

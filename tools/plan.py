@@ -48,7 +48,7 @@ def named_config(size: str) -> InternVLConfig:
     asked = size.lower().removeprefix("internvl").replace("_", ".")
     name = next((n for n in RELEASES if asked in (n, n.split("-")[-1])), None)
     if name is None:
-        raise InputError(f"unknown size {size!r}; known: {', '.join(RELEASES)}")
+        raise InputError(f"unknown size {size!r}; known: {', '.join(RELEASES)}; or 8b alone, ...")
     row = dict(zip(TABLE["columns"], RELEASES[name]))
     vit = VisionConfig(**TABLE["vision"][row.pop("vision")])
     own = {key: row.pop(key) for key in ("generation", "template")}
