@@ -26,7 +26,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -452,13 +452,12 @@ def draw_pairs(
     return drawn
 
 
-_FIELDS = [f.name for f in fields(SampledLine)]
 _SHAPES: set[tuple] = set()  # prompt versions, and types of the fields, of lines that were checked
 
 
 def images_of(record: dict, name: str) -> list[str]:
     """Image names of a line of samples; InputError where no pair could be made of it."""
-    types = [type(record.get(key, ...)) for key in _FIELDS]
+    types = [type(record.get(key, ...)) for key in SampledLine.__dataclass_fields__]
     if (shape := (str(record.get("prompt_version")), *types)) not in _SHAPES:
         from_json(SampledLine, record, name)
         _SHAPES.add(shape)
@@ -576,8 +575,7 @@ def make_pairs(cfg: Any, verb: str, plans: Iterable[Plan], max_format_share: flo
     Entries and reports of other verbs and sets stay; the entry of an empty annotation file goes.
     Paths are relative to the folder of meta.json.
     """
-    reports = {}
-    settings = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}
+    settings, reports = {k: v for k, v in asdict(cfg).items() if k not in NOT_SETTINGS}, {}
     with runtime.alone_in(cfg.out_dir, math.inf, "end it"):
         paths = [cfg.out_dir / name for name in ("meta.json", "pairs.report.json")]
         entries, verbs = (read_json(path) if path.exists() else {} for path in paths)
