@@ -264,6 +264,22 @@ def test_a_picture_beside_bytes_is_not_looked_for_under_another_name(folder, mon
         assert report["kept"] == 1 and told in report["dropped"][0]
 
 
+def test_images_elsewhere_than_beside_the_file_need_a_root_that_holds_them(folder, tmp_path):
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    rows = [PLAIN | {"image": str(folder / "a.png")}]
+    (beside / "in.json").write_text(json.dumps(rows))
+    cfg = ConvertConfig(input=beside / "in.json", out=tmp_path / "without")
+    with pytest.raises(InputError, match="no pair can be kept"):
+        convert.convert(cfg)
+    assert "is no path within its root" in (tmp_path / "without/report.json").read_text()
+    for number, root in enumerate((folder, Path("/"))):
+        out = tmp_path / f"with-{number}"
+        convert.convert(replace(cfg, out=out, root=root))
+        [data_set] = read_meta(out / "meta.json", 0)
+        assert data_set[0].images[0].samefile(folder / "a.png")
+
+
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
 def test_other_files_are_read_like_lines(folder, ending):
     path, rows = folder / f"in.{ending}", [PLAIN, PLAIN | {"chosen": 'It is "2",\nsurely.'}]

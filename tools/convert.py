@@ -35,7 +35,7 @@ class ConvertConfig:
     to: Literal["mmpr", "trl", "ms-swift", "llama-factory", "plain"] = flag(
         "mmpr", "what is written; plain = question, chosen, rejected, image"
     )
-    root: Path | None = flag(None, "folder of the images; default: that of the input")
+    root: Path | None = flag(None, "folder that holds all images, or /; default: the input's")
     flatten: bool = flag(False, "write earlier turns into the question, else they are refused")
 
     def __post_init__(self) -> None:
