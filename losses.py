@@ -335,6 +335,7 @@ LOSSES |= {loss.__name__: Objective(loss, whole_step=True) for loss in (aot, aot
 LOSSES |= {loss.__name__: Objective(loss, needs_reference=False) for loss in (odds_ratio, sft)}
 
 PRESETS = {"mpo": "0.8*dpo+0.2*bco+sft", "orpo": "sft+0.1*odds_ratio"}
+THEIR_NAMES = {"sigmoid": "dpo", "hinge": "rso", "bco_pair": "bco", "sppo_hard": "sppo"}
 
 TERM = re.compile(  # [weight "*"] name ["+" the other terms]
     r"\s*((?P<weight>([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)\s*\*\s*)?"
@@ -355,7 +356,8 @@ def parse_objective(text: str) -> Terms:
         if name in PRESETS:
             raise InputError(f"{name} stands for {PRESETS[name]} and stands alone; write that out")
         if name not in LOSSES:
-            near = difflib.get_close_matches(name.lower(), [*LOSSES, *PRESETS], n=1)
+            ours = THEIR_NAMES.get(name, name.lower())
+            near = difflib.get_close_matches(ours, [*LOSSES, *PRESETS], n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             known = ", ".join([*LOSSES, *PRESETS])
             raise InputError(f"unknown objective {name!r}; {hint}known: {known}")

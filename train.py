@@ -340,7 +340,9 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
         words = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         say(f"recipe of InternVL{config.generation}: {words} (as {values.source})")
     cfg = replace(cfg, **settings)
-    cfg = replace(cfg, max_length=min(cfg.max_length, config.llm.max_position_embeddings))
+    if cfg.max_length > (most := config.llm.max_position_embeddings):
+        say(f"max_length is {most} and not {cfg.max_length}: the model has no more positions")
+        cfg = replace(cfg, max_length=most)
     if cfg.pack_tokens < cfg.max_length:
         told = f"--pack_tokens {cfg.pack_tokens} is below max_length {cfg.max_length}, a record's"
         raise InputError(f"{told}: pass --pack_tokens {cfg.max_length}, or a smaller --max_length")

@@ -431,6 +431,7 @@ def test_pulls_on_pairs_make_micro_batches_equal_to_the_whole_step(text):
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("bco_pair", "unknown objective 'bco_pair'; did you mean bco[?]"),
         ("dop", "unknown objective 'dop'; did you mean dpo[?] known: dpo, rso, .*, mpo, orpo"),
         ("DPO", "did you mean dpo[?]"),
         (

@@ -943,7 +943,7 @@ def test_settings_left_open_are_those_of_the_model_s_generation(base, tmp_path, 
     cfg = replace(base, lr=None, max_length=None, pack_tokens=600, out_dir=tmp_path)
     cfg = replace(cfg, reference_cache=None)
     assert run_here(replace(cfg, max_steps=2, warmup=0.0))[0]["lr"] == 5e-6
-    assert "recipe of InternVL2: lr 5e-06, max_length 6144 (as internvl_chat" in (
-        capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "recipe of InternVL2: lr 5e-06, max_length 6144 (as internvl_chat" in told
+    assert "max_length is 512 and not 6144: the model has no more positions" in told
     assert read_json(tmp_path / "config.json")["lr"] == 5e-6
