@@ -152,8 +152,8 @@ compiled = functools.cache(torch.compile)
 def block_mask(tree: Tensor, branch: Tensor, visible: Callable) -> BlockMask:
     """Which blocks of keys each block of queries meets, from the range of each block alone.
 
-    May list an empty block and never misses one: `visible` decides each pair inside it.  No (s s)
-    tensor, unlike create_block_mask.
+    May list an empty block and never misses one: `visible` decides each pair inside it, but where
+    all of them see each other.  No (s s) tensor, unlike create_block_mask.
     """
     s = len(tree)
     blocks = -(-s // BLOCK)

@@ -13,6 +13,7 @@ the 2 x 2 pixel shuffle one image token looks at each cell: counting is learnabl
 """
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -336,7 +337,8 @@ def main() -> None:
         if not ours and (cfg.out / name).exists():
             raise InputError(f"{cfg.out / name} is no earlier toy's; pass another folder")
     write_world(cfg.out, cfg.pairs, cfg.seed, cfg.llm, cfg.demo)
-    print(f"wrote {cfg.out}; next: python train.py --config {cfg.out / 'train.json'}")
+    flags = shlex.quote(str(cfg.out / "train.json"))
+    print(f"wrote {cfg.out}; next: python train.py --config {flags}")
 
 
 if __name__ == "__main__":

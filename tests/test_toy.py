@@ -1,6 +1,7 @@
 """The toy world: real formats, learnable, and the same for the same seed."""
 
 import json
+import shlex
 
 import pytest
 from PIL import Image
@@ -96,3 +97,13 @@ def test_pictures_hold_three_to_seven_objects_in_different_cells(tmp_path):
         assert 3 <= len(things) <= 7
         assert len({(t.col, t.row) for t in things}) == len(things)
         assert all(t.col < 6 for t in random_things(rng, 6))
+
+
+def test_the_command_that_comes_next_may_be_copied_whatever_the_folder_is_called(
+    tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "my wörld"
+    monkeypatch.setattr("sys.argv", ["toy.py", f"--out={out}", "--pairs=16"])
+    main()
+    command = capsys.readouterr().out.partition("next: ")[2]
+    assert shlex.split(command) == ["python", "train.py", "--config", str(out / "train.json")]
