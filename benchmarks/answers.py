@@ -244,7 +244,7 @@ class Relation(NamedTuple):
 
     name: str  # what an equation gives a value to, or ""
     signs: tuple[str, ...]
-    sides: tuple[Any, ...]
+    sides: tuple[Any, ...]  # with a name: its exact and its last value, P = 7/20 = 0.35
 
 
 _MATHEMATICAL = re.compile(
@@ -310,8 +310,8 @@ def _read_items(text: str, depth: int) -> Items | None:
     if None in items:
         return None
     brackets = text[0] + text[-1] if enclosed else ""
-    names = [item.name for item in items if isinstance(item, Relation) and not item.signs]
-    solutions = len(names) == len(items) and len(set(names)) == 1  # x = 3, x = 7
+    names = {getattr(item, "name", "") for item in items}
+    solutions = len(names) == 1 and names != {""}  # x = 3, x = 7
     either = not enclosed and re.search("or|或|∪", " ".join(between))
     comma = re.match("-?[0-9]+,[0-9]+(?![0-9]*[,;])", text)  # 0,5 beside 0.5
     value = read_quantity(text.replace(",", ".")) if comma else None
@@ -320,21 +320,26 @@ def _read_items(text: str, depth: int) -> Items | None:
 
 def _read_relation(text: str, depth: int) -> Any:
     texts, signs = _split_top(text, _RELATION)
-    name = ""
-    if set(signs) == {"="} and _NAME.fullmatch(texts[0]):
-        name, texts, signs = "".join(texts[0].lower().split()), texts[-1:], []
-    if not (name or signs):
+    if not signs:
         return None
-    sides = tuple(read(t, depth + 1) or read_quantity(t) for t in texts)
+    name, equation = "", set(signs) == {"="}
+    if equation and _NAME.fullmatch(texts[0]):
+        name, texts = "".join(texts[0].lower().split()), texts[1:]
+    sides = [read(t, depth + 1) or read_quantity(t) for t in texts]
+    if len(sides) > 1:  # 10 - 2x is a sum here, no range
+        sides = [getattr(side, "value", None) or side for side in sides]
+    if name:  # AB = BC + CD = 5
+        sides[:-1] = [x for x in sides[:-1] if isinstance(x, Quantity) and not x.letters]
     if None in sides:
         return None
-    if signs:  # 10 - 2x is a sum here, no range
-        sides = tuple(getattr(side, "value", None) or side for side in sides)
-    if set(signs) == {"="} and all(_same(side, sides[-1]) for side in sides):
-        return sides[-1]  # 3 * 4 = 12 cm
+    if equation and all(_same(sides[-1], side, _close) for side in sides):
+        exact = min(reversed(sides), key=lambda side: getattr(side, "step", 0))
+        if unit := getattr(sides[-1], "unit", None):  # 12√5 = 26.83 cm
+            exact = exact._replace(unit=exact.unit or unit)
+        return Relation(name, (), (exact, sides[-1])) if name else exact
     if set(signs) <= set(_FLIPPED):
         sides, signs = sides[::-1], [_FLIPPED[sign] for sign in reversed(signs)]
-    return Relation(name, tuple(signs), sides)
+    return Relation("", tuple(signs), tuple(sides))
 
 
 # --------------------------------------------------------------------------- comparing
@@ -397,7 +402,7 @@ def _same_items(a: Items, b: Items, same_value: Callable) -> bool:
     bare = a.brackets + b.brackets in ("()", "[]", "{}")
     if len(a.items) != len(b.items) or (a.brackets != b.brackets and not bare):
         return False  # (0, 1] is not (0, 1), but a bare list has no brackets to disagree
-    named = all(isinstance(x, Relation) and x.name for x in (*a.items, *b.items))
+    named = all(getattr(x, "name", "") for x in (*a.items, *b.items))
     if not (a.unordered or b.unordered or named):
         return all(_same(x, y, same_value) for x, y in zip(a.items, b.items))
     rest = list(b.items)
@@ -410,23 +415,21 @@ def _same_items(a: Items, b: Items, same_value: Callable) -> bool:
 
 def _same_relation(a: Any, b: Any, same_value: Callable) -> bool:
     """x = 5 meets 5, x > 3 meets (3, oo), and an equation every other form of it."""
-    names = {x.name for x in (a, b) if isinstance(x, Relation)}
-    if len(names) == 1 and names != {""}:
-        a, b = (x.sides[0] if isinstance(x, Relation) else x for x in (a, b))
-        return _same(a, b, same_value)
-    if type(a) is type(b) and a[:2] == b[:2] and all(map(_same, a.sides, b.sides)):
+    a, b = (x if isinstance(x, Relation) else Relation("", (), (x,)) for x in (a, b))
+    if not (a.signs or b.signs) and len({a.name, b.name} - {""}) == 1:
+        return any(_same(x, y, same_value) for x, y in itertools.product(a.sides, b.sides))
+    if a[:2] == b[:2] and all(map(_same, a.sides, b.sides)):
         return True  # x > 5 cm and 5 cm < x
-    sides = [side for x in (a, b) if isinstance(x, Relation) for side in x.sides]
-    letters = {name for side in sides for name in getattr(side, "letters", ())} - {"∞"}
+    letters = {x for side in a.sides + b.sides for x in getattr(side, "letters", ())} - {"∞"}
     a, b = (_differences(x, letters) for x in (a, b))  # of an interval in the relation's letter
     return len(a) == len(b) > 0 and all(map(_proportional, a, b))
 
 
-def _differences(x: Any, letters: set[str]) -> list[tuple[str, Quantity]]:
+def _differences(x: Relation, letters: set[str]) -> list[tuple[str, Quantity]]:
     """Each sign with its right side less its left one: y = 2x + 1 is an equation of two
     expressions, (1, 5] is 1 < x <= 5 and (3, oo) is 3 < x; nothing where there are no expressions.
     """
-    name, signs, sides = x if isinstance(x, Relation) else ("", (), (x,))
+    name, signs, sides = x
     if not signs and isinstance(interval := sides[0], Items):
         if len(letters) != 1 or len(interval.items) != 2 or set(interval.brackets) - set("()[]"):
             return []
@@ -654,7 +657,6 @@ def check_answer(pred: str, gt: str, mode: Iterable[str]) -> int:
 # --------------------------------------------------------------------------- verdicts
 
 _TOKEN = pattern("TOKEN")
-_LONE_LETTER = re.compile("(?<![A-Za-z0-9])[A-N](?![A-Za-z0-9])")
 
 
 @functools.lru_cache(maxsize=8192)
@@ -675,7 +677,7 @@ def is_ambiguous(answer: str, gold: str) -> bool:
         return int(answer) == int(gold)  # most answers
     option, ours = read_options(gold, strict=True), read_options(answer)
     if option and len(option.letters) == 1:
-        named = ours.letters if ours else {*_LONE_LETTER.findall(answer)}
+        named = ours.letters if ours else {*re.findall(r"(?a:\b[A-N]\b)", answer)}
         if option.letters <= named or (ours and len(named) == 1):  # clearly another one
             return option.letters <= named or answer == option.text
     have, want = _tokens(answer), _tokens(option.text if option else gold)
@@ -694,8 +696,6 @@ def is_ambiguous(answer: str, gold: str) -> bool:
     a, b = read(answer), read(gold)
     if any(isinstance(x, Items) and x.brackets == ":" for x in (a, b)):  # 2:3 for 2/3
         a, b = (read(text.replace(":", "/")) for text in (answer, gold))
-    if isinstance(a, Relation) and not isinstance(b, Relation):
-        a = a.sides[-1]  # 12√5 = 26.83 for 26.8
     if isinstance(a, Items):
         a = a._replace(unordered=True)
     return _same(a, b, _close) or _same(a, b, quantities.same_in_other_units)
@@ -708,11 +708,11 @@ def _alike(word: str, gold: str) -> bool:
 
 
 def _close(a: Quantity, b: Quantity) -> bool:
-    """Within a hundredth, or what the gold number rounds to: 3.1 beside 3.14."""
+    """Within a hundredth, or one rounds to the other: 3.1 beside 3.14."""
     return bool(pairs := quantities.defined(a, b)) and all(
         x == y
         or not (quantities.is_whole(x) and quantities.is_whole(y))
-        and abs(x - y) <= max(abs(y) / 100, a.step * abs(x) / 2)
+        and abs(x - y) <= max(abs(y) / 100, a.step * abs(x) / 2, b.step * abs(y) / 2)
         for x, y in pairs
     )
 

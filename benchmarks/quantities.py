@@ -475,10 +475,10 @@ _SUM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|['\"])\.?(?:\s*and\s+|\s*
 
 
 def read_quantity(text: str) -> Quantity | None:
-    text = _amount(text.strip().lstrip("∠"))
+    text = _amount(text.strip())
     for match in itertools.islice(_UNIT_START.finditer(text), 8):
         head, tail = text[: match.start()], text[match.end() :]
-        if tail == "°" and head[0] not in "-.0123456789(":  # \\sin 30°
+        if tail in head or (tail == "°" and head[0] not in "-.0123456789("):  # 3° + 5°, \\sin 3°
             continue
         unit = read_unit(tail, invented=bool(match[0]) or tail > "\u3400")  # 5 red apples, 5个
         expression = parse_expression(head)
