@@ -186,7 +186,7 @@ def read_meta(path: Path, max_tiles: int) -> list[DataSet]:
     path, notes = Path(path), []
     alone = path.suffix == ".jsonl" and {path.stem: {"annotation": path.name}}
     meta = alone or path.suffix not in (".csv", ".tsv", ".parquet") and read_json(path, object)
-    if not meta or not isinstance(meta, dict):
+    if not isinstance(meta, dict) or not meta or "chosen" in meta:  # a record alone
         raise InputError(f"{path}: no data set (name -> entry) in it; see tools/convert.py")
     sets = []
     for name, raw in meta.items():

@@ -159,6 +159,7 @@ def test_a_bad_entry_of_meta_json_is_named(tmp_path, entry, message):
             "no data set .name -> entry. in it; see tools/convert.py",
         ),
         ("{}", "no data set"),
+        ('{"question": "q", "chosen": "a", "rejected": "b"}', "no data set"),
         ('{"a": 3}', "meta.json: a must be dict, got 3"),
         ('{"a": {}}', "meta.json: a: no 'annotation'"),
         ('{"a": {"annotation": "a.jsonl"}, "a": {}}', "the key 'a' stands there twice"),
