@@ -87,8 +87,8 @@ def encode_tree(
         question = training_text(config.template, record.question)
         tiles = [num_tiles(p, record.max_tiles, config.tile_size) for p in record.images]
         image_tokens = [config.tokens_per_tile * n for n in tiles]
-        system = config.system_message if record.system_prompt is None else record.system_prompt
-        trunk = encode_chat(tokenizer, config.template, [(question, None)], image_tokens, system)
+        asked = [(question, None)], image_tokens, record.system_prompt, config.system_message
+        trunk = encode_chat(tokenizer, config.template, *asked)
         texts = [(record.chosen, True)]  # and whether its end is learned
         texts += [] if only_chosen else [(record.rejected, not record.cut_off)]
         responses = [encode_response(tokenizer, config.template, *text) for text in texts]

@@ -433,8 +433,8 @@ class Generator:
                 turns[0] = with_image_placeholders(turns[0][0], count), turns[0][1]
             limits = prompt.max_tiles or config.max_tiles, config.tile_size
             tokens = [config.tokens_per_tile * num_tiles(Path(p), *limits) for p in prompt.images]
-            system = config.system_message if prompt.system_prompt is None else prompt.system_prompt
-            ids = encode_chat(self.tokenizer, config.template, turns, tokens, system)
+            systems = prompt.system_prompt, config.system_message
+            ids = encode_chat(self.tokenizer, config.template, turns, tokens, *systems)
             if len(ids) > (most := llm.max_position_embeddings) and not llm.rope_factor:
                 runtime.say(f"{prompt.label}: {len(ids)} tokens, the model was made for {most}")
             prefix = self.tokenizer.encode_plain(prompt.prefix)

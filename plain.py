@@ -61,7 +61,8 @@ def read_prompt(
         config.template,
         [(training_text(config.template, record.question), None)],
         [config.tokens_per_tile * len(tiles) for tiles in images],
-        config.system_message if record.system_prompt is None else record.system_prompt,
+        record.system_prompt,
+        config.system_message,
     )
     return torch.cat(images) if images else None, prompt
 

@@ -397,12 +397,12 @@ def encode_chat(
     template: str,
     turns: Turns,
     image_tokens: list[int],
-    system_message: str | None = None,
+    *system_messages: str | None,
 ) -> list[int]:
     """Ids up to `<|im_start|>assistant\n`, or to the end of the last answer if it has one.
 
     image_tokens: <IMG_CONTEXT> tokens (256 per tile) of each <image> in the questions, left to
-    right.  system_message: None for the template's.  Texts are taken unstripped.
+    right.  system_messages: the first but None, or else the template's.  Texts stay unstripped.
     """
     form = CHAT_TEMPLATES[template]
     slots = sum(question.count(IMAGE) for question, _ in turns)
@@ -414,7 +414,7 @@ def encode_chat(
 
     plain, special = tokenizer.encode_plain, tokenizer.token_id
     start, end = special("<|im_start|>"), [tokenizer.im_end_id, *plain(form.after_end)]
-    system = form.system_message if system_message is None else system_message
+    system = next(text for text in (*system_messages, form.system_message) if text is not None)
     images = iter(image_tokens)
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids += [start, *plain(f"system\n{system}"), *end]
