@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from runtime import InputError, flag, from_json, read_json
+from tokenizer import CHAT_TEMPLATES
 from vision import VisionConfig, count
 
 
@@ -46,7 +47,7 @@ class InternVLConfig:
     KEYS: ClassVar = {"tile_size": "force_image_size", "max_tiles": "max_dynamic_patch"}
     vision: VisionConfig
     llm: LLMConfig
-    template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"]  # see tokenizer.py
+    template: Literal[tuple(CHAT_TEMPLATES)]
     tile_size: int = count()  # pixels; the ViT's position table is resized to fit
     select_layer: int = -1
     max_tiles: int = flag(6, "tiles an image, without the thumbnail", 1, 128)

@@ -335,7 +335,7 @@ LOSSES |= {loss.__name__: Objective(loss, whole_step=True) for loss in (aot, aot
 LOSSES |= {loss.__name__: Objective(loss, needs_reference=False) for loss in (odds_ratio, sft)}
 
 PRESETS = {"mpo": "0.8*dpo+0.2*bco+sft", "orpo": "sft+0.1*odds_ratio"}
-THEIR_NAMES = {"sigmoid": "dpo", "hinge": "rso", "bco_pair": "bco", "sppo_hard": "sppo"}
+TRL_NAMES = {"sigmoid": "dpo", "hinge": "rso", "bco_pair": "bco", "sppo_hard": "sppo"}
 
 TERM = re.compile(  # [weight "*"] name ["+" the other terms]
     r"\s*((?P<weight>([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?)\s*\*\s*)?"
@@ -356,11 +356,10 @@ def parse_objective(text: str) -> Terms:
         if name in PRESETS:
             raise InputError(f"{name} stands for {PRESETS[name]} and stands alone; write that out")
         if name not in LOSSES:
-            ours = THEIR_NAMES.get(name, name.lower())
-            near = difflib.get_close_matches(ours, [*LOSSES, *PRESETS], n=1)
+            known, ours = [*LOSSES, *PRESETS], TRL_NAMES.get(name, name.lower())
+            near = difflib.get_close_matches(ours, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            known = ", ".join([*LOSSES, *PRESETS])
-            raise InputError(f"unknown objective {name!r}; {hint}known: {known}")
+            raise InputError(f"unknown objective {name!r}; {hint}known: {', '.join(known)}")
         if name in weights:
             raise InputError(f"{name} stands in the objective twice; add up its weights")
         if not 0 < weight < math.inf:

@@ -353,8 +353,8 @@ def with_recipe(cfg: TrainConfig, config: InternVLConfig, say: Callable) -> Trai
         terms, every = parse_objective(cfg.loss), cfg.reference_update_every
         if cfg.label_smoothing is not None and not losses.takers(terms, "label_smoothing"):
             raise InputError(f"--label_smoothing: --loss {cfg.loss} does not use it; cdpo does")
-        still = cfg.reference != "online" or cfg.lora_rank or not losses.needs_reference(terms)
-        if every and still:
+        moves = losses.needs_reference(terms) and cfg.reference == "online" and not cfg.lora_rank
+        if every and not moves:
             others = "an objective with a reference, --reference online, no --lora_rank"
             raise InputError(f"--reference_update_every {every} needs {others}")
     world = cfg.gpus if cfg.plan else rank_and_world()[1]
@@ -515,13 +515,12 @@ def make_optimizer(cfg: TrainConfig, policy: InternVL) -> memory.AdamW:
 
 def make_reference(run: Run) -> "OnlineReference | CachedReference | None":
     """The reference's log-probs: none needed, scored beforehand, or a second model."""
-    cfg = run.cfg
     if not losses.needs_reference(run.terms):
         return None
-    if cfg.reference == "cached":
+    if run.cfg.reference == "cached":
         return CachedReference(run)
-    model = run.policy if cfg.lora_rank else sharded_model(cfg, run.device, trained=False)
-    return OnlineReference(model, cfg)
+    model = run.policy if run.cfg.lora_rank else sharded_model(run.cfg, run.device, trained=False)
+    return OnlineReference(model, run.cfg)
 
 
 @dataclass(eq=False)

@@ -217,11 +217,11 @@ def save_model(model: InternVL, out_dir: Path, like: Path) -> None:
             for path in sorted(Path(like).iterdir()):  # what a release needs beside its weights
                 kept = path.suffix in (".json", ".jinja", ".model", ".py")
                 if (kept or path.name == "merges.txt") and path.is_file():
-                    content = path.read_bytes()
+                    text = path.read_bytes()
                     if path.name == "config.json" and not model.config.llm.tied:
                         # transformers 4 would put the embedding in the place of the trained head
-                        content = re.sub(rb'("tie_word_embeddings": *)true', rb"\1false", content)
-                    write_atomic(partial / path.name, content)
+                        text = re.sub(rb'("tie_word_embeddings"\s*:\s*)true', rb"\1false", text)
+                    write_atomic(partial / path.name, text)
         write_weights(model, Path(like), partial)
         all_of(True)  # all wait here
         for name, p, rows in stored_rows(model, partial):
@@ -241,7 +241,7 @@ def write_weights(model: InternVL, like: Path, partial: Path) -> None:
                 if not here:
                     continue
                 full = whole(parameters[name])  # every process takes part
-                if not all(is_finite(full.to(stored[key])) for key in here):
+                if not all(is_finite(full.to(kind)) for kind in {stored[key] for key in here}):
                     raise Failure(f"{name} holds NaN or infinity, so the model is not written")
                 split = split_stored(full, parts) if is_main() else {}
                 shard |= {key: split[key].to("cpu", stored[key]) for key in here & split.keys()}

@@ -814,7 +814,7 @@ def test_an_empty_question_is_not_asked(bench, tmp_path):
 @pytest.mark.parametrize("key", ["hint", "context"])
 def test_a_hint_that_is_no_text_is_refused(bench, key, tmp_path):
     row = {"question": "?", "choices": ["x", "y"], "answer": 0, "image": "", key: ["a", "b"]}
-    with pytest.raises(InputError, match=f"line 1: .*'{key}' must be str | None"):
+    with pytest.raises(InputError, match=f"line 1: .*'{key}' must be str . None, got "):
         load_items(BENCHMARKS[bench], (write_jsonl(tmp_path / "d.jsonl", [row]),))
 
 
